@@ -1,0 +1,264 @@
+"""Losses on tensors: negative cosine, cross-entropy similarity, InfoNCE, and how to symmetrize.
+
+A loss averages over the valid entries only, and is a zero that still carries the graph when none
+is valid. Half precision is widened to float32. Nothing here knows geometry.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from densekit.typing import Bool, Float, Tensor, typed
+
+__all__ = [
+    "cross_entropy_similarity",
+    "info_nce",
+    "l2_normalize",
+    "masked_mean",
+    "negative_cosine",
+    "symmetric_loss",
+]
+
+Reduction = Literal["mean", "none"]
+
+
+@typed
+def masked_mean(
+    values: Float[Tensor, "*batch"], valid: Bool[Tensor, "*#batch"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean of the valid entries; zero, with a graph and zero gradients, when there are none.
+
+    Under DistributedDataParallel every process then still takes part in the backward pass.
+
+    Args:
+        values: Any values; those that are not valid may be NaN.
+        valid: Entries to use, of the values' shape or broadcast to it; all when left out.
+
+    Returns:
+        A scalar, in at least float32.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(2.)
+
+    References:
+        House convention: an empty pair changes nothing.
+    """
+    values = _widen(values)
+    if valid is None:
+        return values.sum() / max(values.numel(), 1)
+    valid = valid.expand(values.shape)
+    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+@typed
+def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Scale the last axis to length one; a zero vector stays zero, with zero gradient.
+
+    `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
+
+    Args:
+        x: Vectors.
+
+    Returns:
+        Vectors of length one, in at least float32.
+
+    Example:
+        >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+
+    References:
+        DenseSiam, Eq 2.
+    """
+    x = _widen(x)
+    # Scaled by the largest entry first, so that the square neither overflows nor vanishes.
+    scale = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.sum(-1, keepdim=True)
+    nonzero = scale > 0
+    x = x / torch.where(nonzero, scale, 1.0)
+    square = x.square().sum(-1, keepdim=True)
+    return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
+
+
+@typed
+def negative_cosine(
+    student: Float[Tensor, "*batch d"],
+    teacher: Float[Tensor, "*batch d"],
+    valid: Bool[Tensor, "*#batch"] | None = None,
+    *,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    r"""Negative cosine similarity $-\hat p \cdot \hat z$; the teacher is detached.
+
+    Args:
+        student: Predictions p; gradient flows here only.
+        teacher: Projections z; detached here (the paper's stop-gradient).
+        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
+        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
+            valid).
+
+    Returns:
+        The loss in [-1, 1], in at least float32; a zero vector has cosine 0 with anything.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Example:
+        >>> p = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> negative_cosine(p, torch.tensor([[2.0, 0.0], [0.0, 1.0]]), reduction="none")
+        tensor([-1.0000, -0.7071])
+
+    References:
+        DenseSiam, Eq 2; SimSiam, Eq 1.
+    """
+    student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
+    cosine = (l2_normalize(student) * l2_normalize(teacher.detach())).sum(-1)
+    return _reduce(-cosine, valid, reduction)
+
+
+@typed
+def cross_entropy_similarity(
+    student: Float[Tensor, "*batch d"],
+    teacher: Float[Tensor, "*batch d"],
+    valid: Bool[Tensor, "*#batch"] | None = None,
+    *,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    r"""Cross-entropy $-\mathrm{softmax}(z) \cdot \log \mathrm{softmax}(p)$; the teacher is detached.
+
+    The d channels are pseudo-categories. The paper prints its Eq 3 the other way round; this is
+    the direction that its published code runs.
+
+    Args:
+        student: Logits p; gradient flows here only.
+        teacher: Logits z; detached here.
+        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
+        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
+            valid).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Example:
+        >>> logits = torch.zeros(3, 4)
+        >>> cross_entropy_similarity(logits, logits)  # log 4
+        tensor(1.3863)
+
+    References:
+        DenseSiam, Eq 3 (student and teacher exchanged).
+    """
+    student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
+    entropy = -(_widen(teacher.detach()).softmax(-1) * _widen(student).log_softmax(-1)).sum(-1)
+    return _reduce(entropy, valid, reduction)
+
+
+@typed
+def info_nce(
+    query: Float[Tensor, "*batch n d"],
+    key: Float[Tensor, "*batch n d"],
+    negatives: Float[Tensor, "*shared m d"] | None = None,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    temperature: float,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    r"""InfoNCE: tell each query's own key from the others.
+
+    $-\log \frac{\exp(q_n k_n / \tau)}{\exp(q_n k_n / \tau) + \sum_j \exp(q_n k^-_j / \tau)}$ on
+    L2-normalised vectors. Without `negatives` the other keys of the same set are the negatives;
+    with them only those are. Gradient flows to queries, keys and negatives: detach what comes
+    from a momentum encoder or a bank.
+
+    Args:
+        query: n queries in each set.
+        key: Their keys: row n of both belong together.
+        negatives: m negatives, shared by all sets or broadcast against them.
+        valid: Entries to use; the others are neither queries nor, as keys, negatives.
+        temperature: Divides the cosine.
+        reduction: "mean" over the valid queries, or "none" for one value a query (0 where not
+            valid).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats.
+
+    Raises:
+        TypeError: The shapes differ.
+        ValueError: The temperature is not positive.
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> info_nce(x, x, temperature=0.1)
+        tensor(0.0001)
+
+    References:
+        DenseSiam, Eq 6 (in-set, temperature 0.1, mean); MoCo, Eq 1 (given negatives).
+    """
+    if not temperature > 0:
+        raise ValueError(f"densekit.info_nce: temperature is {temperature}; give one above 0.")
+    dtype = _widen(query).dtype
+    query, key = (l2_normalize(_valid_rows(x, valid)).to(dtype) for x in (query, key))
+    with torch.autocast(query.device.type, enabled=False):
+        positive = (query * key).sum(-1)[..., None]
+        others = query @ (key if negatives is None else l2_normalize(negatives).to(dtype)).mT
+    if negatives is None:
+        n = query.shape[-2]
+        keep = ~torch.eye(n, dtype=torch.bool, device=query.device)
+        if valid is not None:
+            keep = keep & valid[..., None, :]
+        others = torch.where(keep, others, -torch.inf)
+    logits = torch.cat([positive, others], -1) / temperature
+    return _reduce(-logits.log_softmax(-1)[..., 0], valid, reduction)
+
+
+@typed
+def symmetric_loss(
+    loss: Callable[..., Tensor],
+    students: tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]],
+    teachers: tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]],
+    *args,
+    **kwargs,
+) -> Float[Tensor, "*reduced"]:
+    """Mean of a loss over both directions: view 1 against view 2, and view 2 against view 1.
+
+    Args:
+        loss: A function of student and teacher, such as `negative_cosine`.
+        students: Predictions of view 1 and view 2.
+        teachers: Projections of view 1 and view 2.
+        *args: Handed on to the loss, the same in both directions.
+        **kwargs: Handed on to the loss, the same in both directions.
+
+    Returns:
+        `loss(student1, teacher2) / 2 + loss(student2, teacher1) / 2`.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Example:
+        >>> p, z = torch.eye(2), torch.ones(2, 2)
+        >>> symmetric_loss(negative_cosine, (p, p), (z, z))
+        tensor(-0.7071)
+
+    References:
+        DenseSiam, Eq 1 and 5; SimSiam, Eq 2.
+    """
+    forth = loss(students[0], teachers[1], *args, **kwargs)
+    return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Zeros in place of the rows that are not valid, so that a NaN there reaches no gradient."""
+    return x if valid is None else torch.where(valid[..., None], x, 0.0)
+
+
+def _reduce(values: Tensor, valid: Tensor | None, reduction: Reduction) -> Tensor:
+    if reduction == "mean":
+        return masked_mean(values, valid)
+    return values if valid is None else torch.where(valid, values, 0.0)

@@ -1,0 +1,288 @@
+"""Points in regions, and features at points: what pairs the same image point of two views."""
+
+from typing import NamedTuple
+
+import torch
+
+from densekit.typing import Bool, Float, Size, Tensor, typed
+from densekit.views import View, coordinate_map, image_to_view, intersect_views
+
+__all__ = [
+    "PairedFeatures",
+    "PairedPoints",
+    "grid_pairs",
+    "grid_points",
+    "gridsample",
+    "gridsample_pairs",
+    "hard_points",
+    "random_points",
+]
+
+
+class PairedPoints(NamedTuple):
+    """The same image points, seen from two views.
+
+    Attributes:
+        points: `(x, y)` in the image frame, in pixels.
+        points1: The same points in the frame of the first view, in [0, 1].
+        points2: The same points in the frame of the second view, in [0, 1].
+        valid: True where the two views overlap.
+    """
+
+    points: Float[Tensor, "*batch n 2"]
+    points1: Float[Tensor, "*batch n 2"]
+    points2: Float[Tensor, "*batch n 2"]
+    valid: Bool[Tensor, "*batch"]
+
+
+class PairedFeatures(NamedTuple):
+    """Features of two views at the same image points.
+
+    Attributes:
+        features1: Features of the first view, one row a point.
+        features2: Features of the second view; row n is the same image point.
+        valid: True where the two views overlap.
+    """
+
+    features1: Float[Tensor, "*batch n d"]
+    features2: Float[Tensor, "*batch n d"]
+    valid: Bool[Tensor, "*batch"]
+
+
+@typed
+def grid_points(
+    boxes: Float[Tensor, "*batch 4"], size: int | Size = 7
+) -> Float[Tensor, "*batch n 2"]:
+    """A regular grid of points inside each box: the centres of its h x w bins, row by row.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
+        size: Bins `(h, w)`; a number K for K x K.
+
+    Returns:
+        `n = h w` points `(x, y)` a box, strictly inside it, in the boxes' frame; finite and of no
+        meaning where a box is not valid.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Example:
+        >>> grid_points(torch.tensor([0.0, 0.0, 4.0, 8.0]), (2, 1))
+        tensor([[2., 2.],
+                [2., 6.]])
+
+    References:
+        DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
+    """
+    size = (size, size) if isinstance(size, int) else size
+    view = View(boxes, torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device))
+    return coordinate_map(view, size).flatten(-3, -2)
+
+
+@typed
+def random_points(
+    boxes: Float[Tensor, "*batch 4"], count: int, *, generator: torch.Generator | None = None
+) -> Float[Tensor, "*batch n 2"]:
+    """Points drawn uniformly inside each box.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
+        count: How many points a box.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        `n = count` points `(x, y)` a box, in the boxes' frame. A box that is not finite gives
+        NaN-free points of no meaning.
+
+    Raises:
+        ValueError: The count is negative.
+
+    Example:
+        >>> random_points(torch.tensor([[0.0, 0.0, 4.0, 8.0]]), 49).shape
+        torch.Size([1, 49, 2])
+
+    References:
+        DenseSiam, Table A2 (k = 1, beta = 0).
+    """
+    if count < 0:
+        raise ValueError(f"densekit.random_points: count is {count}; give 0 or more.")
+    shape = (*boxes.shape[:-1], count, 2)
+    draws = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=boxes.device)
+    boxes = boxes.nan_to_num()[..., None, :]
+    return torch.lerp(boxes[..., :2].expand(shape), boxes[..., 2:].expand(shape), draws)
+
+
+@typed
+def hard_points(
+    candidates: Float[Tensor, "*batch m 2"],
+    dissimilarity: Float[Tensor, "*batch m"],
+    uniform: Float[Tensor, "*batch n 2"],
+    *,
+    beta: float,
+) -> Float[Tensor, "*batch n 2"]:
+    """Replace the first beta n of n uniform points by the most dissimilar candidates.
+
+    PointRend's choice of points: draw `m = k n` candidates and n points with `random_points`,
+    measure how badly the two views agree at the candidates, and call this.
+
+    Args:
+        candidates: Points to choose from, in any frame.
+        dissimilarity: How badly the two views agree at each candidate; NaN counts as least.
+        uniform: Points that fill the rest, in the same frame.
+        beta: Share of the result to choose from the candidates, in [0, 1].
+
+    Returns:
+        n points: `round(beta n)` candidates, hardest first, then the last of the uniform points.
+
+    Raises:
+        ValueError: `beta` is outside [0, 1], or there are fewer candidates than `round(beta n)`.
+
+    Example:
+        >>> candidates, rest = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.zeros(2, 2)
+        >>> hard_points(candidates, torch.tensor([0.1, 0.9]), rest, beta=0.5)
+        tensor([[2., 2.],
+                [0., 0.]])
+
+    References:
+        DenseSiam, App B, Table A2 (k = 3, beta = 0.75 is its "mildly biased").
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"densekit.hard_points: beta is {beta}; give a share in [0, 1].")
+    count = round(beta * uniform.shape[-2])
+    if count > candidates.shape[-2]:
+        raise ValueError(
+            f"densekit.hard_points: {count} hard points are asked of {candidates.shape[-2]} "
+            "candidates; draw more candidates or lower beta."
+        )
+    hardness = dissimilarity.nan_to_num(nan=-torch.inf)
+    hardest = hardness.topk(count).indices[..., None].expand(*hardness.shape[:-1], count, 2)
+    return torch.cat([candidates.gather(-2, hardest), uniform[..., count:, :]], -2)
+
+
+@typed
+def gridsample(
+    features: Float[Tensor, "*batch d h w"], points: Float[Tensor, "*batch n 2"]
+) -> Float[Tensor, "*batch n d"]:
+    """Features at points, bilinear between the four nearest cell centres.
+
+    Cell centres stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
+    than half a cell, and outside the map, the outermost cells are repeated. Differentiable twice
+    in features and points; weights are computed in float32.
+
+    Args:
+        features: One feature map for each batch entry.
+        points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0.
+
+    Returns:
+        One row of features a point, of the features' dtype.
+
+    Raises:
+        ValueError: The map has no cell.
+
+    Example:
+        >>> features = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+        >>> gridsample(features, torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+        tensor([[1.5000],
+                [2.0000]])
+
+    References:
+        DenseSiam, Sec 3.2; `torch.nn.functional.grid_sample` with `padding_mode="border"`.
+    """
+    h, w = features.shape[-2:]
+    if h * w == 0:
+        raise ValueError(f"densekit.gridsample: the map is {h} x {w}; it needs at least one cell.")
+    points = points.to(torch.promote_types(points.dtype, torch.float32)).nan_to_num()
+    x = (points[..., 0] * w - 0.5).clamp(0, w - 1)
+    y = (points[..., 1] * h - 0.5).clamp(0, h - 1)
+    left, top = (
+        x.detach().floor().clamp(max=max(w - 2, 0)),
+        y.detach().floor().clamp(max=max(h - 2, 0)),
+    )
+    x, y = x - left, y - top
+    corner = (top * w + left).long()
+    right, down = min(w - 1, 1), w * min(h - 1, 1)
+    tokens = features.flatten(-2).mT
+    result = torch.zeros((), dtype=features.dtype, device=features.device)
+    for index, weight in (
+        (corner, (1 - x) * (1 - y)),
+        (corner + right, x * (1 - y)),
+        (corner + down, (1 - x) * y),
+        (corner + right + down, x * y),
+    ):
+        rows = index[..., None].expand(*index.shape, tokens.shape[-1])
+        result = result + tokens.gather(-2, rows) * weight[..., None].to(features.dtype)
+    return result
+
+
+@typed
+def grid_pairs(view1: View, view2: View, size: int | Size = 7) -> PairedPoints:
+    """A regular grid in the region that two views share, seen from both.
+
+    Args:
+        view1: First views.
+        view2: Second views of the same images.
+        size: Grid `(h, w)`; a number K for K x K.
+
+    Returns:
+        The grid's points in the image frame and in each view's frame. Where the views do not
+        overlap `valid` is False, and the points are finite and of no meaning.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Example:
+        >>> view = View(torch.tensor([0.0, 0.0, 4.0, 4.0]), torch.tensor(False))
+        >>> pairs = grid_pairs(view, View(view.box, torch.tensor(True)), 1)
+        >>> pairs.points, pairs.points2
+        (tensor([[2., 2.]]), tensor([[0.5000, 0.5000]]))
+
+    References:
+        DenseSiam, Sec 3.2, Fig 3.
+    """
+    overlap = intersect_views(view1, view2)
+    points = grid_points(overlap.box, size)
+    return PairedPoints(
+        points, image_to_view(view1, points), image_to_view(view2, points), overlap.valid
+    )
+
+
+@typed
+def gridsample_pairs(
+    features1: Float[Tensor, "*batch d h1 w1"],
+    features2: Float[Tensor, "*batch d h2 w2"],
+    view1: View,
+    view2: View,
+    size: int | Size = 7,
+) -> PairedFeatures:
+    """Features of two views at the same K x K image points of the region they share.
+
+    `grid_pairs` and two `gridsample`; call those to sample several maps at the same points.
+
+    Args:
+        features1: Feature maps of the first views.
+        features2: Feature maps of the second views, of any size.
+        view1: First views.
+        view2: Second views of the same images.
+        size: Grid `(h, w)`; a number K for K x K.
+
+    Returns:
+        Two rows of features for each image point; `valid` is False where the views do not
+        overlap (the features are finite there: pass `valid` on to the loss).
+
+    Raises:
+        TypeError: The maps differ in channels, or the leading axes differ.
+        ValueError: The size is not positive, or a map has no cell.
+
+    Example:
+        >>> pairs = sample_view_pairs((480, 640), (2,))
+        >>> maps = torch.rand(2, 16, 7, 7)
+        >>> gridsample_pairs(maps, maps, pairs.view1, pairs.view2).features1.shape
+        torch.Size([2, 49, 16])
+
+    References:
+        DenseSiam, Sec 3.2, Fig 3, Table 4a and 4d.
+    """
+    pairs = grid_pairs(view1, view2, size)
+    return PairedFeatures(
+        gridsample(features1, pairs.points1), gridsample(features2, pairs.points2), pairs.valid
+    )

@@ -1,0 +1,109 @@
+"""Schedules: pure functions of the step, in plain Python numbers."""
+
+import math
+
+from densekit.typing import typed
+
+__all__ = ["cosine_schedule", "linear_schedule", "warmup_cosine"]
+
+
+@typed
+def linear_schedule(step: float, steps: float, *, start: float, end: float) -> float:
+    """A straight line from `start` at step 0 to `end` at `steps`, constant outside.
+
+    Args:
+        step: The step; fractions are fine.
+        steps: Length of the schedule in steps; 0 is all end.
+        start: Value at step 0.
+        end: Value at `steps` and after.
+
+    Returns:
+        The value at the step.
+
+    Raises:
+        ValueError: `steps` is negative.
+
+    Example:
+        >>> linear_schedule(5, 10, start=0.0, end=1.0)
+        0.5
+
+    References:
+        Goyal et al. 2017, Sec 2.2 (warm-up).
+    """
+    return start + (end - start) * _progress(step, steps)
+
+
+@typed
+def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
+    r"""Half a cosine from `start` at step 0 to `end` at `steps`, constant outside.
+
+    $end + (start - end)(1 + \cos(\pi \, step / steps))/2$.
+
+    Args:
+        step: The step; fractions are fine.
+        steps: Length of the schedule in steps; 0 is all end.
+        start: Value at step 0.
+        end: Value at `steps` and after.
+
+    Returns:
+        The value at the step.
+
+    Raises:
+        ValueError: `steps` is negative.
+
+    Example:
+        >>> cosine_schedule(5, 10, start=1.0)
+        0.5
+
+    References:
+        Loshchilov and Hutter 2017 (SGDR), Eq 5.
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * _progress(step, steps))) / 2
+
+
+@typed
+def warmup_cosine(
+    step: float,
+    steps: float,
+    *,
+    peak: float,
+    warmup: float = 0,
+    start: float = 0.0,
+    end: float = 0.0,
+) -> float:
+    """A line from `start` to `peak` over `warmup` steps, then half a cosine to `end` at `steps`.
+
+    Args:
+        step: The step; fractions are fine.
+        steps: Length of the whole schedule in steps.
+        peak: Value at the end of the warm-up.
+        warmup: Length of the warm-up in steps.
+        start: Value at step 0 when there is a warm-up.
+        end: Value at `steps` and after.
+
+    Returns:
+        The value at the step.
+
+    Raises:
+        ValueError: The warm-up is negative or longer than the schedule.
+
+    Example:
+        >>> [warmup_cosine(step, 30, peak=1.0, warmup=10) for step in (5, 10, 20)]
+        [0.5, 1.0, 0.5]
+
+    References:
+        Goyal et al. 2017, Sec 2.2; Loshchilov and Hutter 2017, Eq 5.
+    """
+    if not 0 <= warmup <= steps:
+        raise ValueError(
+            f"densekit.warmup_cosine: warmup is {warmup} of {steps} steps; give 0 up to the whole."
+        )
+    if step < warmup:
+        return linear_schedule(step, warmup, start=start, end=peak)
+    return cosine_schedule(step - warmup, steps - warmup, start=peak, end=end)
+
+
+def _progress(step: float, steps: float) -> float:
+    if steps < 0:
+        raise ValueError(f"densekit.schedules: steps is {steps}; give the length, 0 or more.")
+    return min(max(step / steps, 0.0), 1.0) if steps else 1.0

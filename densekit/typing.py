@@ -1,0 +1,148 @@
+"""Shape-checked functions: the `typed` decorator and the aliases that signatures share."""
+
+import contextlib
+import functools
+import inspect
+import io
+import os
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import torch
+from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
+from beartype.vale import Is
+from jaxtyping import AbstractArray, Bool, Float, Int, TypeCheckError, jaxtyped, print_bindings
+from torch import Tensor
+
+__all__ = ["Bool", "Float", "Int", "Size", "Tensor", "typed"]
+
+Size = tuple[int, int]
+"""A size in pixels or cells, height first: `(h, w)`."""
+
+_ENABLED = os.environ.get("DENSEKIT_TYPECHECK", "1") != "0"
+_CONF = BeartypeConf(is_pep484_tower=True)  # an int is accepted where a float is expected
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def typed(function: _Function) -> _Function:
+    """Check a function's arguments and result against its jaxtyping annotations.
+
+    Every public function of densekit wears it; use it on your own functions to get the same
+    errors. Axis names are bound across all arguments of one call, the fields of `NamedTuple`
+    arguments included. The check runs in eager mode only: under `torch.compile` and
+    `torch.export` the bare function is traced, and with the environment variable
+    `DENSEKIT_TYPECHECK=0` set before the import the decorator returns the function itself.
+
+    Args:
+        function: A function whose parameters and result are annotated.
+
+    Returns:
+        The checked function.
+
+    Raises:
+        TypeError: (when called) An argument or the result has another type, dtype, rank or axis
+            size than its annotation; names the function, the argument, what was expected with
+            the sizes bound so far, and what came.
+
+    Example:
+        >>> @typed
+        ... def inner(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        ...     return (x * y).sum(-1)
+        >>> inner(torch.ones(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
+
+    References:
+        jaxtyping's axis language: <https://docs.kidger.site/jaxtyping/api/array/>.
+    """
+    if not _ENABLED:
+        return function
+    signature = inspect.signature(function)
+    hints = {name: p.annotation for name, p in signature.parameters.items()}
+    # jaxtyped reads the signature: show it one in which NamedTuples are checked field by field.
+    function.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
+        parameters=[
+            p.replace(annotation=_with_fields(p.annotation)) for p in signature.parameters.values()
+        ],
+        return_annotation=_with_fields(signature.return_annotation),
+    )
+    checked = jaxtyped(function, typechecker=beartype(conf=_CONF))
+    del function.__signature__  # pyright: ignore[reportFunctionMemberAccess]
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return checked(*args, **kwargs)
+        except TypeCheckError as error:
+            message = _explain(function, signature, hints, args, kwargs)
+            if message is None:  # the arguments fit: it is the result, or a nested check
+                raise
+            raise TypeError(message) from error
+
+    return typing.cast("_Function", wrapper)
+
+
+def _is_record(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+@functools.cache
+def _with_fields(hint: Any) -> Any:
+    """The hint itself, or for a NamedTuple of tensors the hint with a check of every field."""
+    if not _is_record(hint):
+        return hint
+    fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
+    return Annotated[hint, Is[lambda record: all(map(_fits, record, fields))]]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        return isinstance(value, hint)  # the quick way for a plain array
+    return is_bearable(value, hint, conf=_CONF)
+
+
+def _explain(function, signature, hints, args, kwargs) -> str | None:
+    """One sentence on the first argument that does not fit; None when all fit."""
+    arguments = signature.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    with jaxtyped("context"):
+        for name, value in arguments.arguments.items():
+            parts = [(name, value, hints[name])]
+            if _is_record(hints[name]) and isinstance(value, hints[name]):
+                fields = typing.get_type_hints(hints[name])
+                parts = [(f"{name}.{f}", getattr(value, f), h) for f, h in fields.items()]
+            for label, part, hint in parts:
+                if not _fits(part, _with_fields(hint)):
+                    return (
+                        f"{function.__module__}.{function.__qualname__}: argument '{label}' should "
+                        f"be {_describe_hint(hint)}{_bound_sizes()}, but {_describe(part)} came."
+                    )
+    return None
+
+
+def _describe_hint(hint: Any) -> str:
+    if members := typing.get_args(hint) if isinstance(hint, types.UnionType) else ():
+        return " or ".join(_describe_hint(member) for member in members)
+    if hint is types.NoneType:
+        return "None"
+    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+        return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
+    return hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _bound_sizes() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_bindings()
+    lines = printed.getvalue().replace("torch.Size([", "(").replace("])", ")").splitlines()
+    sizes = [line for line in lines if "=" in line]  # one axis to a line, as `axis=size`
+    return f" with {', '.join(sizes)}" if sizes else ""

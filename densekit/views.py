@@ -1,0 +1,519 @@
+"""Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
+
+Two frames. **Image frame**: continuous pixels of the source image, x right and y down; pixel
+(row i, column j) covers `[j, j+1) x [i, i+1)` and its centre is `(j + 0.5, i + 0.5)`.
+**View frame**: the unit square of a view; cell (i, j) of an h x w map has its centre at
+`((j + 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from densekit.boxes import box_iou, boxes_valid, intersect_boxes
+from densekit.typing import Bool, Float, Int, Size, Tensor, typed
+
+__all__ = [
+    "Overlap",
+    "View",
+    "ViewPairs",
+    "boxes_image_to_view",
+    "boxes_view_to_image",
+    "coordinate_map",
+    "crop_views",
+    "full_view",
+    "image_to_view",
+    "intersect_views",
+    "sample_view_pairs",
+    "sample_views",
+    "view_to_image",
+]
+
+
+class View(NamedTuple):
+    """A crop of an image, resized to any size and possibly mirrored.
+
+    Attributes:
+        box: The crop `(x1, y1, x2, y2)` in the image frame, in pixels.
+        flip: True where the crop is mirrored left to right.
+    """
+
+    box: Float[Tensor, "*batch 4"]
+    flip: Bool[Tensor, "*batch"]
+
+
+class ViewPairs(NamedTuple):
+    """Two views of each image.
+
+    Attributes:
+        view1: The first view.
+        view2: The second view.
+        valid: True where the two overlap as much as was asked.
+    """
+
+    view1: View
+    view2: View
+    valid: Bool[Tensor, "*batch"]
+
+
+class Overlap(NamedTuple):
+    """What two views of one image share.
+
+    Attributes:
+        box: The shared region in the image frame, in pixels.
+        box1: The same region in the frame of the first view, in [0, 1].
+        box2: The same region in the frame of the second view, in [0, 1].
+        fraction: Intersection over union of the two crops, in [0, 1].
+        valid: True where the two share an area; the boxes are zeros elsewhere.
+    """
+
+    box: Float[Tensor, "*batch 4"]
+    box1: Float[Tensor, "*batch 4"]
+    box2: Float[Tensor, "*batch 4"]
+    fraction: Float[Tensor, "*batch"]
+    valid: Bool[Tensor, "*batch"]
+
+
+@typed
+def full_view(
+    size: Size, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None
+) -> View:
+    """The view that is the whole image, not mirrored.
+
+    Args:
+        size: Size `(h, w)` of the image in pixels.
+        batch: Leading axes of the result.
+        device: Where to make it.
+
+    Returns:
+        Views with the box `(0, 0, w, h)`.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Example:
+        >>> full_view((480, 640))
+        View(box=tensor([  0.,   0., 640., 480.]), flip=tensor(False))
+
+    References:
+        D3SSL, Sec 4.1 (its first view is the whole image).
+    """
+    if min(size) <= 0:
+        raise ValueError(f"densekit.full_view: size is {size}; give a positive (h, w) in pixels.")
+    box = torch.tensor([0.0, 0.0, size[1], size[0]], device=device).expand(*batch, 4).contiguous()
+    return View(box, torch.zeros(batch, dtype=torch.bool, device=device))
+
+
+@typed
+def sample_views(
+    size: Size | Int[Tensor, "*sizes 2"],
+    batch: tuple[int, ...] = (),
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> View:
+    """Draw random views with the distribution of RandomResizedCrop and RandomHorizontalFlip.
+
+    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`, the place uniform
+    over whole pixels; ten draws, then the largest centred crop whose aspect ratio is allowed.
+    Choosing is apart from cropping: hand the views to `crop_views`, or their whole-pixel boxes to
+    any other cropper.
+
+    Args:
+        size: Size `(h, w)` of the image in pixels, or one size for each image.
+        batch: Leading axes to draw, in front of those of `size`.
+        scale: Least and largest share of the image's area.
+        ratio: Least and largest width over height.
+        flip: Probability of a mirrored view.
+        generator: Source of the random numbers; the views are made on its device.
+
+    Returns:
+        Views of shape `(*batch, *sizes)` in the image frame.
+
+    Raises:
+        ValueError: `scale`, `ratio` or `flip` is out of its range, or the size not positive.
+
+    Example:
+        >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
+        >>> view.box.shape, view.flip.shape
+        (torch.Size([8, 4]), torch.Size([8]))
+
+    References:
+        torchvision's `RandomResizedCrop` and `RandomHorizontalFlip`; DenseSiam, App A.
+    """
+    for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
+        if not 0 < low <= high < math.inf:
+            raise ValueError(
+                f"densekit.sample_views: {name} is {(low, high)}; give 0 < least <= largest."
+            )
+    if not 0 <= flip <= 1:
+        raise ValueError(f"densekit.sample_views: flip is {flip}; give a probability in [0, 1].")
+    if isinstance(size, tuple) and min(size) <= 0:
+        raise ValueError(f"densekit.sample_views: size is {size}; give a positive (h, w).")
+    device = generator.device if generator is not None else getattr(size, "device", None)
+    height, width = torch.as_tensor(size, device=device).to(torch.float32).unbind(-1)
+    shape = (*batch, *height.shape)
+    # Per view: ten areas, ten ratios, the place (x, y), the flip.
+    draws = torch.rand(*shape, 23, generator=generator, device=device)
+    area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * draws[..., :10])
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[..., 10:20]
+    widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (widths >= 1) & (widths <= width[..., None])
+    fits &= (heights >= 1) & (heights <= height[..., None])
+    first = fits.to(torch.uint8).argmax(-1, keepdim=True)
+    found = fits.any(-1)
+    w = torch.where(
+        found, widths.gather(-1, first)[..., 0], (height * ratio[1]).round().clamp(1).minimum(width)
+    )
+    h = torch.where(
+        found,
+        heights.gather(-1, first)[..., 0],
+        (width / ratio[0]).round().clamp(1).minimum(height),
+    )
+    room_x, room_y = width - w, height - h
+    x = (draws[..., 20] * (room_x + 1)).floor().minimum(room_x)
+    y = (draws[..., 21] * (room_y + 1)).floor().minimum(room_y)
+    x = torch.where(found, x, (room_x / 2).floor())
+    y = torch.where(found, y, (room_y / 2).floor())
+    return View(torch.stack([x, y, x + w, y + h], -1), draws[..., 22] < flip)
+
+
+@typed
+def sample_view_pairs(
+    size: Size | Int[Tensor, "*sizes 2"],
+    batch: tuple[int, ...] = (),
+    *,
+    min_overlap: float = 0.0,
+    attempts: int = 10,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> ViewPairs:
+    """Draw two views of each image that overlap at least so much.
+
+    Of `attempts` independent pairs the first that overlaps enough is taken, or the one that
+    overlaps most when none does: bounded work, and `valid` tells. With `min_overlap` 0 the two
+    views are independent, as in most papers: at scale 0.2 about 1 pair in 100 shares nothing.
+
+    Args:
+        size: Size `(h, w)` of the image in pixels, or one size for each image.
+        batch: Leading axes to draw, in front of those of `size`.
+        min_overlap: Least intersection over union of the two crops.
+        attempts: Pairs drawn for each image when `min_overlap` is above 0.
+        scale: As in `sample_views`.
+        ratio: As in `sample_views`.
+        flip: As in `sample_views`; each view is mirrored on its own.
+        generator: Source of the random numbers; the views are made on its device.
+
+    Returns:
+        Pairs of shape `(*batch, *sizes)`; `valid` is False where the views share no area or less
+        than `min_overlap`.
+
+    Raises:
+        ValueError: `min_overlap` is outside [0, 1], `attempts` below 1, or as `sample_views`.
+
+    Example:
+        >>> pairs = sample_view_pairs((480, 640), (8,), min_overlap=0.2, attempts=20)
+        >>> pairs.view1.box.shape, pairs.valid.shape
+        (torch.Size([8, 4]), torch.Size([8]))
+
+    References:
+        DenseSiam, Sec 3.2 and App A; torchvision's `RandomResizedCrop`.
+    """
+    if not (0 <= min_overlap <= 1 and attempts >= 1):
+        raise ValueError(
+            f"densekit.sample_view_pairs: min_overlap is {min_overlap} and attempts {attempts}; "
+            "give an overlap in [0, 1] and at least one attempt."
+        )
+    attempts = attempts if min_overlap > 0 else 1
+    drawn = sample_views(
+        size, (2, attempts, *batch), scale=scale, ratio=ratio, flip=flip, generator=generator
+    )
+    view1, view2 = View(drawn.box[0], drawn.flip[0]), View(drawn.box[1], drawn.flip[1])
+    fraction = box_iou(view1.box, view2.box)
+    enough = fraction >= min_overlap
+    best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), fraction.argmax(0))[None]
+    take = best[..., None].expand(1, *view1.box.shape[1:])
+    views = [View(v.box.gather(0, take)[0], v.flip.gather(0, best)[0]) for v in (view1, view2)]
+    share = fraction.gather(0, best)[0]
+    return ViewPairs(*views, (share >= min_overlap) & (share > 0))
+
+
+@typed
+def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch n 2"]:
+    """Map points from the image frame into the frame of a view.
+
+    Points outside the crop land outside [0, 1]. Where the view's box is not valid the points
+    stay as they are: finite, and of no meaning.
+
+    Args:
+        view: One view for each batch entry.
+        points: Points `(x, y)` in the image frame, in pixels.
+
+    Returns:
+        The points in the view frame, `(x, y)` in units of the view's width and height.
+
+    Raises:
+        TypeError: The leading axes of the view and of the points differ.
+
+    Example:
+        >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
+        >>> image_to_view(view, torch.tensor([[15.0, 5.0]]))
+        tensor([[0.7500, 0.5000]])
+
+    References:
+        DenseSiam, Sec 3.2, Fig 3.
+    """
+    origin, extent = _affine(view)
+    return (points - origin[..., None, :]) / extent[..., None, :]
+
+
+@typed
+def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch n 2"]:
+    """Map points from the frame of a view back into the image frame; undoes `image_to_view`.
+
+    Where the view's box is not valid the points stay as they are.
+
+    Args:
+        view: One view for each batch entry.
+        points: Points `(x, y)` in the view frame, in units of the view's width and height.
+
+    Returns:
+        The points in the image frame, in pixels.
+
+    Raises:
+        TypeError: The leading axes of the view and of the points differ.
+
+    Example:
+        >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
+        >>> view_to_image(view, torch.tensor([[0.75, 0.5]]))
+        tensor([[15.,  5.]])
+
+    References:
+        DenseSiam, Sec 3.2, Fig 3.
+    """
+    origin, extent = _affine(view)
+    return origin[..., None, :] + points * extent[..., None, :]
+
+
+@typed
+def boxes_image_to_view(
+    view: View, boxes: Float[Tensor, "*batch n 4"]
+) -> Float[Tensor, "*batch n 4"]:
+    """Map boxes from the image frame into the frame of a view; a flip never reverses them.
+
+    Boxes are not clipped: what leaves the view leaves [0, 1].
+
+    Args:
+        view: One view for each batch entry.
+        boxes: Boxes `(x1, y1, x2, y2)` in the image frame, in pixels.
+
+    Returns:
+        The boxes in the view frame, in units of the view's width and height.
+
+    Raises:
+        TypeError: The leading axes of the view and of the boxes differ.
+
+    Example:
+        >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
+        >>> boxes_image_to_view(view, torch.tensor([[10.0, 0.0, 15.0, 10.0]]))
+        tensor([[0.7500, 0.0000, 1.0000, 1.0000]])
+
+    References:
+        DUPR, Sec 3.2 (boxes of the intersection in each view).
+    """
+    return _map_boxes(image_to_view, view, boxes)
+
+
+@typed
+def boxes_view_to_image(
+    view: View, boxes: Float[Tensor, "*batch n 4"]
+) -> Float[Tensor, "*batch n 4"]:
+    """Map boxes from the frame of a view into the image frame; undoes `boxes_image_to_view`.
+
+    Args:
+        view: One view for each batch entry.
+        boxes: Boxes `(x1, y1, x2, y2)` in the view frame, in units of its width and height.
+
+    Returns:
+        The boxes in the image frame, in pixels.
+
+    Raises:
+        TypeError: The leading axes of the view and of the boxes differ.
+
+    Example:
+        >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
+        >>> boxes_view_to_image(view, torch.tensor([[0.75, 0.0, 1.0, 1.0]]))
+        tensor([[10.,  0., 15., 10.]])
+
+    References:
+        DUPR, Sec 3.2.
+    """
+    return _map_boxes(view_to_image, view, boxes)
+
+
+@typed
+def intersect_views(view1: View, view2: View) -> Overlap:
+    """Find what two views of one image share.
+
+    Args:
+        view1: First views.
+        view2: Second views of the same images.
+
+    Returns:
+        The shared box in the image frame and in each view's frame, the intersection over union
+        of the crops, and `valid`: False (and all boxes zero) where nothing is shared or a view's
+        box is reversed, empty or NaN.
+
+    Raises:
+        TypeError: The leading axes of the two views differ.
+
+    Example:
+        >>> flip = torch.tensor(False)
+        >>> left = View(torch.tensor([0.0, 0, 40, 20]), flip)
+        >>> overlap = intersect_views(left, View(torch.tensor([30.0, 0, 70, 20]), flip))
+        >>> overlap.box, overlap.box1
+        (tensor([30.,  0., 40., 20.]), tensor([0.7500, 0.0000, 1.0000, 1.0000]))
+
+    References:
+        DenseSiam, Sec 3.2 (the intersected region).
+    """
+    box = intersect_boxes(view1.box, view2.box)
+    valid = boxes_valid(box)
+    box1, box2 = (
+        torch.where(valid[..., None], boxes_image_to_view(v, box[..., None, :])[..., 0, :], 0.0)
+        for v in (view1, view2)
+    )
+    return Overlap(box, box1, box2, box_iou(view1.box, view2.box), valid)
+
+
+@typed
+def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
+    """Image coordinates of the cell centres of a view's h x w map.
+
+    Args:
+        view: One view for each batch entry.
+        size: Size `(h, w)` of the map in cells.
+
+    Returns:
+        `(x, y)` of each cell's centre in the image frame, in pixels; finite and of no meaning
+        where the view's box is not valid.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Example:
+        >>> view = View(torch.tensor([0.0, 0.0, 8.0, 4.0]), torch.tensor(True))
+        >>> coordinate_map(view, (1, 2))
+        tensor([[[6., 2.],
+                 [2., 2.]]])
+
+    References:
+        DenseSiam, Fig 3; methods with coordinates per cell, as PixPro's pixel distance.
+    """
+    h, w = size
+    if min(size) <= 0:
+        raise ValueError(f"densekit.coordinate_map: size is {size}; give a positive (h, w).")
+    centers = torch.stack(
+        torch.meshgrid(
+            (torch.arange(w, device=view.box.device) + 0.5) / w,
+            (torch.arange(h, device=view.box.device) + 0.5) / h,
+            indexing="xy",
+        ),
+        -1,
+    ).to(view.box.dtype)
+    points = view_to_image(view, centers.reshape(h * w, 2).expand(*view.flip.shape, h * w, 2))
+    return points.unflatten(-2, (h, w))
+
+
+@typed
+def crop_views(
+    images: Float[Tensor, "*batch c h w"], view: View, size: int | Size
+) -> Float[Tensor, "*batch c out_h out_w"]:
+    """Crop, resize and mirror a batch of images, each by its own view, with antialiasing.
+
+    Two small matrix products an image, differentiable in the images. Bilinear with the filter
+    widened by the shrinking factor; the filter never looks outside the crop. For boxes in whole
+    pixels this is torchvision's `resized_crop(antialias=True)` on tensors; a box may also end
+    inside a pixel. Outside the image there is black (zeros).
+
+    Args:
+        images: Images, any number of channels.
+        view: One view for each image.
+        size: Size `(h, w)` of the crops in pixels; a number for square crops.
+
+    Returns:
+        The crops, of the images' dtype (half precision is computed in float32); black where the
+        view's box is not valid.
+
+    Raises:
+        ValueError: The size is not positive.
+        TypeError: The images are integers (divide by 255 first), or the leading axes differ.
+
+    Example:
+        >>> images = torch.rand(2, 3, 40, 60)
+        >>> crop_views(images, sample_views((40, 60), (2,)), 24).shape
+        torch.Size([2, 3, 24, 24])
+
+    References:
+        torchvision's `resized_crop`.
+    """
+    out_h, out_w = (size, size) if isinstance(size, int) else size
+    if min(out_h, out_w) <= 0:
+        raise ValueError(f"densekit.crop_views: size is {size}; give a positive size in pixels.")
+    valid = boxes_valid(view.box)
+    x1, y1, x2, y2 = torch.where(valid[..., None], view.box, 0.0).unbind(-1)
+    columns = _resize_matrix(x1, x2, images.shape[-1], out_w)
+    columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
+    rows = _resize_matrix(y1, y2, images.shape[-2], out_h)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    with torch.autocast(images.device.type, enabled=False):
+        wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
+        return (rows.to(dtype)[..., None, :, :] @ wide).to(images.dtype)
+
+
+def _affine(view: View) -> tuple[Tensor, Tensor]:
+    """Origin and signed extent: image = origin + extent * view; the identity if not valid."""
+    valid = boxes_valid(view.box)[..., None]
+    x1, y1, x2, y2 = view.box.unbind(-1)
+    origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
+    extent = torch.stack([torch.where(view.flip, x1 - x2, x2 - x1), y2 - y1], -1)
+    return torch.where(valid, origin, 0.0), torch.where(valid, extent, 1.0)
+
+
+def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
+    corners = map_points(view, boxes.unflatten(-1, (2, 2)).flatten(-3, -2)).unflatten(-2, (-1, 2))
+    return torch.cat([corners.amin(-2), corners.amax(-2)], -1)
+
+
+def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int) -> Tensor:
+    """Weights `(*batch, out, length)` that resize `[start, stop)` of a line of pixels to `out`.
+
+    A triangle around each output centre, cut at the pixels that the crop touches; its sum counts
+    pixels outside the image too, which are black.
+    """
+    start, stop = (
+        x.to(torch.promote_types(x.dtype, torch.float32))[..., None] for x in (start, stop)
+    )
+    step = (stop - start) / out
+    reach = step.clamp(min=1.0)
+    first, last = start.floor(), stop.ceil() - 1
+    # Positions in pixel indices: the centre of pixel k is k.
+    center = start + (torch.arange(out, device=start.device) + 0.5) * step - 0.5
+    pixel = torch.arange(length, device=start.device).to(start.dtype)
+    weight = (1 - (pixel - center[..., None]).abs() / reach[..., None]).clamp(min=0)
+    weight = torch.where((pixel >= first[..., None]) & (pixel <= last[..., None]), weight, 0.0)
+    total = _ramp_sum(first, last.minimum(center.floor()), center, reach)
+    total = total + _ramp_sum(-last, (-first).minimum(-center.floor() - 1), -center, reach)
+    return weight / torch.where(total > 0, total, 1.0)[..., None]
+
+
+def _ramp_sum(first: Tensor, last: Tensor, center: Tensor, reach: Tensor) -> Tensor:
+    """Sum of `max(0, 1 - (center - k)/reach)` over the whole k in [first, last], last <= center."""
+    first = first.maximum((center - reach).ceil())
+    count = (last - first + 1).clamp(min=0)
+    return count * (1 - (center - (first + last) / 2) / reach)
