@@ -9,7 +9,15 @@ from densekit.losses import (
     negative_cosine,
     symmetric_loss,
 )
-from densekit.metrics import LinearProbe, confusion_matrix, fit_linear_probe, mean_iou
+from densekit.metrics import (
+    LinearProbe,
+    SegmentationScore,
+    confusion_matrix,
+    fit_linear_probe,
+    linear_segmentation,
+    mean_iou,
+    pca_colors,
+)
 from densekit.pooling import pool_masks
 from densekit.sampling import (
     PairedFeatures,
@@ -45,6 +53,7 @@ __all__ = [
     "Overlap",
     "PairedFeatures",
     "PairedPoints",
+    "SegmentationScore",
     "View",
     "ViewPairs",
     "box_area",
@@ -70,9 +79,11 @@ __all__ = [
     "intersect_views",
     "l2_normalize",
     "linear_schedule",
+    "linear_segmentation",
     "masked_mean",
     "mean_iou",
     "negative_cosine",
+    "pca_colors",
     "pool_masks",
     "random_points",
     "sample_view_pairs",

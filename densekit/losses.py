@@ -4,7 +4,7 @@ A loss averages over the valid entries only, and is a zero that still carries th
 is valid. Half precision is widened to float32. Nothing here knows geometry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -125,7 +125,7 @@ def cross_entropy_similarity(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    r"""Cross-entropy $-\mathrm{softmax}(z) \cdot \log \mathrm{softmax}(p)$; the teacher is detached.
+    r"""Cross-entropy $-\mathrm{softmax}(z) \cdot \log \mathrm{softmax}(p)$, z detached.
 
     The d channels are pseudo-categories. The paper prints its Eq 3 the other way round; this is
     the direction that its published code runs.
@@ -160,7 +160,7 @@ def cross_entropy_similarity(
 def info_nce(
     query: Float[Tensor, "*batch n d"],
     key: Float[Tensor, "*batch n d"],
-    negatives: Float[Tensor, "*shared m d"] | None = None,
+    negatives: Float[Tensor, "*#batch m d"] | None = None,
     valid: Bool[Tensor, "*batch n"] | None = None,
     *,
     temperature: float,
@@ -217,8 +217,8 @@ def info_nce(
 @typed
 def symmetric_loss(
     loss: Callable[..., Tensor],
-    students: tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]],
-    teachers: tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
     *args,
     **kwargs,
 ) -> Float[Tensor, "*reduced"]:
@@ -235,7 +235,7 @@ def symmetric_loss(
         `loss(student1, teacher2) / 2 + loss(student2, teacher1) / 2`.
 
     Raises:
-        TypeError: The shapes differ.
+        ValueError: There are not two students and two teachers.
 
     Example:
         >>> p, z = torch.eye(2), torch.ones(2, 2)
@@ -245,6 +245,11 @@ def symmetric_loss(
     References:
         DenseSiam, Eq 1 and 5; SimSiam, Eq 2.
     """
+    if not len(students) == len(teachers) == 2:
+        raise ValueError(
+            f"densekit.symmetric_loss: {len(students)} students and {len(teachers)} teachers came; "
+            "give two of each, for view 1 and view 2."
+        )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
 

@@ -4,9 +4,31 @@ from typing import NamedTuple
 
 import torch
 
+from densekit.sampling import gridsample
 from densekit.typing import Float, Int, Tensor, typed
+from densekit.views import coordinate_map, full_view, image_to_view
 
-__all__ = ["LinearProbe", "confusion_matrix", "fit_linear_probe", "mean_iou"]
+__all__ = [
+    "LinearProbe",
+    "SegmentationScore",
+    "confusion_matrix",
+    "fit_linear_probe",
+    "linear_segmentation",
+    "mean_iou",
+    "pca_colors",
+]
+
+
+class SegmentationScore(NamedTuple):
+    """How well images are segmented, and how well without looking at them.
+
+    Attributes:
+        miou: Mean IoU, in [0, 1].
+        prior_miou: Mean IoU of saying the most frequent class everywhere.
+    """
+
+    miou: Float[Tensor, ""]
+    prior_miou: Float[Tensor, ""]
 
 
 class LinearProbe(NamedTuple):
@@ -15,10 +37,12 @@ class LinearProbe(NamedTuple):
     Attributes:
         weight: Weights; `features @ weight + bias` are the class scores.
         bias: Offsets.
+        prior: Share of each class among the rows it was fitted on.
     """
 
     weight: Float[Tensor, "d classes"]
     bias: Float[Tensor, " classes"]
+    prior: Float[Tensor, " classes"]
 
 
 @typed
@@ -147,4 +171,103 @@ def fit_linear_probe(
     prior = target.sum(0) / rows
     gram = x.mT @ x / rows + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(gram, x.mT @ (target - prior) / rows) / deviation[:, None]
-    return LinearProbe(weight.float(), (prior - mean @ weight).float())
+    return LinearProbe(weight.float(), (prior - mean @ weight).float(), prior.float())
+
+
+@typed
+def linear_segmentation(
+    features: Float[Tensor, "n d h w"],
+    test_features: Float[Tensor, "m d h w"],
+    labels: Int[Tensor, "n big_h big_w"],
+    test_labels: Int[Tensor, "m big_h big_w"],
+    *,
+    classes: int,
+    ignore: int = 255,
+    stride: int = 4,
+    penalty: float = 1e-3,
+) -> SegmentationScore:
+    """Score frozen feature maps by linear segmentation of held-out images, in closed form.
+
+    Features are resized bilinearly to every `stride`-th pixel of the label maps, `fit_linear_probe`
+    is fitted there, and the held-out images are scored at the same pixels. It takes seconds and
+    no learning rate; it is no substitute for the papers' protocol, a linear layer trained by SGD.
+
+    Args:
+        features: Feature maps to fit on.
+        test_features: Feature maps to score.
+        labels: Class maps of the images to fit on, of any size.
+        test_labels: Class maps of the images to score.
+        classes: How many classes there are.
+        ignore: Label of the pixels to leave out.
+        stride: Use every `stride`-th pixel of the labels in each direction.
+        penalty: As in `fit_linear_probe`.
+
+    Returns:
+        The mean IoU over the held-out images, and that of the most frequent class to fit on.
+
+    Raises:
+        TypeError: Counts or channels do not fit.
+        ValueError: The stride is not positive, or as `fit_linear_probe`.
+
+    Example:
+        >>> labels = torch.arange(4).repeat(2, 8, 2)
+        >>> features = torch.nn.functional.one_hot(labels).movedim(-1, 1).float()
+        >>> linear_segmentation(features, features, labels, labels, classes=4, stride=1).miou
+        tensor(1.)
+
+    References:
+        CrOC, Sec 4.2 (the protocol this stands in for).
+    """
+    if stride < 1:
+        raise ValueError(f"densekit.linear_segmentation: stride is {stride}; give 1 or more.")
+    view = full_view(labels.shape[-2:])
+    offset = stride // 2
+    points = coordinate_map(view, labels.shape[-2:])[offset::stride, offset::stride]
+    points = image_to_view(view, points.flatten(0, 1)).to(features.device)
+
+    def rows(maps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        sampled = gridsample(maps, points.expand(len(maps), *points.shape))
+        return sampled.flatten(0, 1), targets[:, offset::stride, offset::stride].flatten()
+
+    sampled, targets = rows(features, labels)
+    probe = fit_linear_probe(sampled, targets, classes=classes, ignore=ignore, penalty=penalty)
+    frequent = probe.prior.argmax()
+    sampled, targets = rows(test_features, test_labels)
+    predictions = (sampled.float() @ probe.weight + probe.bias).argmax(-1)
+    scores = (
+        mean_iou(confusion_matrix(targets, guess, classes=classes, ignore=ignore))
+        for guess in (predictions, frequent.expand_as(predictions))
+    )
+    return SegmentationScore(*scores)
+
+
+@typed
+def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Paint feature maps with their three principal components, for looking at them.
+
+    The components are those of all cells together, so that a colour means the same in every map;
+    each is stretched to [0, 1].
+
+    Args:
+        features: Feature maps.
+
+    Returns:
+        Colour maps in [0, 1], in float32; components that do not exist (fewer than three channels
+        or cells) are zero.
+
+    Example:
+        >>> pca_colors(torch.rand(2, 16, 7, 7)).shape
+        torch.Size([2, 3, 7, 7])
+
+    References:
+        Oquab et al. 2023 (DINOv2), Fig 1.
+    """
+    n, _, h, w = features.shape
+    tokens = features.float().movedim(1, -1).flatten(0, 2)
+    tokens = tokens - tokens.mean(0)
+    axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
+    colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
+    if len(tokens):
+        colors = colors - colors.amin(0)
+        colors = colors / colors.amax(0).clamp(min=1e-12)
+    return colors.unflatten(0, (n, h, w)).movedim(-1, 1)

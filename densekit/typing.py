@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -60,7 +61,6 @@ def typed(function: _Function) -> _Function:
     if not _ENABLED:
         return function
     signature = inspect.signature(function)
-    hints = {name: p.annotation for name, p in signature.parameters.items()}
     # jaxtyped reads the signature: show it one in which NamedTuples are checked field by field.
     function.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
         parameters=[
@@ -77,11 +77,11 @@ def typed(function: _Function) -> _Function:
             return function(*args, **kwargs)
         try:
             return checked(*args, **kwargs)
-        except TypeCheckError as error:
-            message = _explain(function, signature, hints, args, kwargs)
-            if message is None:  # the arguments fit: it is the result, or a nested check
+        except TypeError as error:
+            message = _explain(function, signature, error, args, kwargs)
+            if message is None:  # the arguments fit: it is the result, or an error from inside
                 raise
-            raise TypeError(message) from error
+            raise TypeError(message) from None
 
     return typing.cast("_Function", wrapper)
 
@@ -105,21 +105,28 @@ def _fits(value: Any, hint: Any) -> bool:
     return is_bearable(value, hint, conf=_CONF)
 
 
-def _explain(function, signature, hints, args, kwargs) -> str | None:
+def _explain(function, signature, error, args, kwargs) -> str | None:
     """One sentence on the first argument that does not fit; None when all fit."""
-    arguments = signature.bind(*args, **kwargs)
-    arguments.apply_defaults()
+    where = f"{function.__module__}.{function.__qualname__}"
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as reason:
+        return f"{where}: {reason}."
+    if not isinstance(error, TypeCheckError):
+        return None
+    bound.apply_defaults()
     with jaxtyped("context"):
-        for name, value in arguments.arguments.items():
-            parts = [(name, value, hints[name])]
-            if _is_record(hints[name]) and isinstance(value, hints[name]):
-                fields = typing.get_type_hints(hints[name])
-                parts = [(f"{name}.{f}", getattr(value, f), h) for f, h in fields.items()]
+        for name, value in bound.arguments.items():
+            hint = signature.parameters[name].annotation
+            parts = [(name, value, hint)]
+            if _is_record(hint) and isinstance(value, hint):
+                fields = typing.get_type_hints(hint).items()
+                parts = [(f"{name}.{f}", getattr(value, f), h) for f, h in fields]
             for label, part, hint in parts:
-                if not _fits(part, _with_fields(hint)):
+                if hint is not inspect.Parameter.empty and not _fits(part, _with_fields(hint)):
                     return (
-                        f"{function.__module__}.{function.__qualname__}: argument '{label}' should "
-                        f"be {_describe_hint(hint)}{_bound_sizes()}, but {_describe(part)} came."
+                        f"{where}: argument '{label}' should be {_describe_hint(hint)}"
+                        f"{_bound_sizes()}, but {_describe(part)} came."
                     )
     return None
 
@@ -131,12 +138,15 @@ def _describe_hint(hint: Any) -> str:
         return "None"
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
-    return hint.__name__ if type(hint) is type else str(hint).replace("typing.", "")
+    name = hint.__name__ if type(hint) is type else str(hint)
+    return re.sub(r"typing\.|\bjax(?=[A-Z])", "", name)
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
     return f"{value!r} of type {type(value).__name__}"
 
 

@@ -418,14 +418,9 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     h, w = size
     if min(size) <= 0:
         raise ValueError(f"densekit.coordinate_map: size is {size}; give a positive (h, w).")
-    centers = torch.stack(
-        torch.meshgrid(
-            (torch.arange(w, device=view.box.device) + 0.5) / w,
-            (torch.arange(h, device=view.box.device) + 0.5) / h,
-            indexing="xy",
-        ),
-        -1,
-    ).to(view.box.dtype)
+    dtype = torch.promote_types(view.box.dtype, torch.float32)
+    y, x = ((torch.arange(n, dtype=dtype, device=view.box.device) + 0.5) / n for n in size)
+    centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(view.box.dtype)
     points = view_to_image(view, centers.reshape(h * w, 2).expand(*view.flip.shape, h * w, 2))
     return points.unflatten(-2, (h, w))
 
@@ -487,7 +482,10 @@ def _affine(view: View) -> tuple[Tensor, Tensor]:
 
 def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
     corners = map_points(view, boxes.unflatten(-1, (2, 2)).flatten(-3, -2)).unflatten(-2, (-1, 2))
-    return torch.cat([corners.amin(-2), corners.amax(-2)], -1)
+    x, y = corners.unbind(-1)
+    # A flip swaps left and right; sorting instead would make a reversed box look valid.
+    x = torch.where(view.flip[..., None, None], x.flip(-1), x)
+    return torch.stack([x, y], -1).flatten(-2)
 
 
 def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int) -> Tensor:
