@@ -24,7 +24,8 @@ def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
     References:
         House convention: what makes no sense is reported through `valid`, never raised.
     """
-    return boxes.isfinite().all(-1) & (boxes[..., :2] < boxes[..., 2:]).all(-1)
+    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite when a coordinate is
+    return ((extent > 0) & (extent < torch.inf)).all(-1)
 
 
 @typed
@@ -46,8 +47,9 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     References:
         torchvision's `box_area`, which gives negative areas to reversed boxes.
     """
-    x1, y1, x2, y2 = _or_zero(boxes).unbind(-1)
-    return (x2 - x1) * (y2 - y1)
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    extent = torch.where(boxes_valid(boxes)[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
+    return extent[..., 0] * extent[..., 1]
 
 
 @typed
@@ -71,10 +73,10 @@ def intersect_boxes(
     References:
         DenseSiam, Sec 3.2 (the intersected region of two views).
     """
-    both = boxes_valid(boxes1) & boxes_valid(boxes2)
     corner = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     box = torch.cat([corner, torch.minimum(boxes1[..., 2:], boxes2[..., 2:])], -1)
-    return torch.where((both & boxes_valid(box))[..., None], box, 0.0)
+    valid = boxes_valid(torch.stack([boxes1, boxes2, box])).all(0)
+    return torch.where(valid[..., None], box, 0.0)
 
 
 @typed
@@ -100,13 +102,8 @@ def box_iou(
     References:
         torchvision's `box_iou` (all pairs; NaN for empty boxes).
     """
-    boxes1, boxes2 = _or_zero(boxes1), _or_zero(boxes2)
-    shared = box_area(intersect_boxes(boxes1, boxes2))
-    union = box_area(boxes1) + box_area(boxes2) - shared
+    area1, area2, shared = box_area(
+        torch.stack([boxes1, boxes2, intersect_boxes(boxes1, boxes2)])
+    ).unbind(0)
+    union = area1 + area2 - shared
     return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0)
-
-
-def _or_zero(boxes: Tensor) -> Tensor:
-    """The valid boxes, in at least float32; zeros in place of the others."""
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    return torch.where(boxes_valid(boxes)[..., None], boxes, 0.0)

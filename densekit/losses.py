@@ -59,7 +59,7 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
 
     Args:
-        x: Vectors.
+        x: Vectors, of lengths from 1e-19 to 1e19 in float32: a shorter or longer one becomes zero.
 
     Returns:
         Vectors of length one, in at least float32.
@@ -73,12 +73,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         DenseSiam, Eq 2.
     """
     x = _widen(x)
-    # Scaled by the largest entry first, so that the square neither overflows nor vanishes.
-    scale = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.sum(-1, keepdim=True)
-    nonzero = scale > 0
-    x = x / torch.where(nonzero, scale, 1.0)
-    square = x.square().sum(-1, keepdim=True)
-    return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, torch.inf)
 
 
 @typed
@@ -199,19 +195,19 @@ def info_nce(
     """
     if not temperature > 0:
         raise ValueError(f"densekit.info_nce: temperature is {temperature}; give one above 0.")
-    dtype = _widen(query).dtype
-    query, key = (l2_normalize(_valid_rows(x, valid)).to(dtype) for x in (query, key))
+    query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
-        positive = (query * key).sum(-1)[..., None]
-        others = query @ (key if negatives is None else l2_normalize(negatives).to(dtype)).mT
-    if negatives is None:
-        n = query.shape[-2]
-        keep = ~torch.eye(n, dtype=torch.bool, device=query.device)
-        if valid is not None:
-            keep = keep & valid[..., None, :]
-        others = torch.where(keep, others, -torch.inf)
-    logits = torch.cat([positive, others], -1) / temperature
-    return _reduce(-logits.log_softmax(-1)[..., 0], valid, reduction)
+        if negatives is None:
+            logits = query @ key.mT / temperature
+            positive = logits.diagonal(dim1=-2, dim2=-1)
+            if valid is not None:
+                own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
+                logits = torch.where(valid[..., None, :] | own, logits, -torch.inf)
+        else:
+            positive = (query * key).sum(-1) / temperature
+            others = query @ l2_normalize(negatives).to(query.dtype).mT / temperature
+            logits = torch.cat([positive[..., None], others], -1)
+    return _reduce(logits.logsumexp(-1) - positive, valid, reduction)
 
 
 @typed

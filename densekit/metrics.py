@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from densekit.sampling import gridsample
-from densekit.typing import Float, Int, Tensor, typed
+from densekit.typing import Float, Integer, Tensor, typed
 from densekit.views import coordinate_map, full_view, image_to_view
 
 __all__ = [
@@ -47,12 +47,12 @@ class LinearProbe(NamedTuple):
 
 @typed
 def confusion_matrix(
-    labels: Int[Tensor, "*shape"],
-    predictions: Int[Tensor, "*shape"],
+    labels: Integer[Tensor, "*shape"],
+    predictions: Integer[Tensor, "*shape"],
     *,
     classes: int,
     ignore: int = 255,
-) -> Int[Tensor, "classes classes"]:
+) -> Integer[Tensor, "classes classes"]:
     """Count how often each class is predicted as each; add the matrices of batches.
 
     Args:
@@ -88,7 +88,7 @@ def confusion_matrix(
 
 
 @typed
-def mean_iou(confusion: Int[Tensor, "*batch classes classes"]) -> Float[Tensor, "*batch"]:
+def mean_iou(confusion: Integer[Tensor, "*batch classes classes"]) -> Float[Tensor, "*batch"]:
     """Mean intersection over union of the classes that occur.
 
     Args:
@@ -118,7 +118,7 @@ def mean_iou(confusion: Int[Tensor, "*batch classes classes"]) -> Float[Tensor, 
 @typed
 def fit_linear_probe(
     features: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
+    labels: Integer[Tensor, " n"],
     *,
     classes: int,
     ignore: int = 255,
@@ -162,9 +162,10 @@ def fit_linear_probe(
     rows = keep.sum().clamp(min=1)
     x = torch.where(keep[:, None], features.double(), 0.0)
     mean = x.sum(0) / rows
+    rounding = 1e-12 * x.abs().amax(0) if len(x) else mean
     x = torch.where(keep[:, None], x - mean, 0.0)
     deviation = (x.square().sum(0) / rows).sqrt()
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # a constant says nothing
     x = x / deviation
     target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
     target = torch.where(keep[:, None], target, 0.0)
@@ -178,8 +179,8 @@ def fit_linear_probe(
 def linear_segmentation(
     features: Float[Tensor, "n d h w"],
     test_features: Float[Tensor, "m d h w"],
-    labels: Int[Tensor, "n big_h big_w"],
-    test_labels: Int[Tensor, "m big_h big_w"],
+    labels: Integer[Tensor, "n big_h big_w"],
+    test_labels: Integer[Tensor, "m big_h big_w"],
     *,
     classes: int,
     ignore: int = 255,
@@ -269,5 +270,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
     if len(tokens):
         colors = colors - colors.amin(0)
-        colors = colors / colors.amax(0).clamp(min=1e-12)
+        spread = colors.amax(0)
+        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # below it is rounding noise
+        colors = colors / torch.where(exists, spread, torch.inf)
     return colors.unflatten(0, (n, h, w)).movedim(-1, 1)

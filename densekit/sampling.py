@@ -108,7 +108,7 @@ def random_points(
         raise ValueError(f"densekit.random_points: count is {count}; give 0 or more.")
     shape = (*boxes.shape[:-1], count, 2)
     draws = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=boxes.device)
-    boxes = boxes.nan_to_num()[..., None, :]
+    boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
     return torch.lerp(boxes[..., :2].expand(shape), boxes[..., 2:].expand(shape), draws)
 
 
@@ -166,8 +166,10 @@ def gridsample(
     """Features at points, bilinear between the four nearest cell centres.
 
     Cell centres stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
-    than half a cell, and outside the map, the outermost cells are repeated. Differentiable twice
-    in features and points; weights are computed in float32.
+    than half a cell, and outside the map, the outermost cells are repeated. Computed as one matrix
+    product with n x hw weights, made in float32: deterministic on every device and differentiable
+    twice in features and points. To resample a whole large map use `crop_views`, whose weights are
+    separable. A NaN in a map reaches all of its points.
 
     Args:
         features: One feature map for each batch entry.
@@ -192,26 +194,19 @@ def gridsample(
     if h * w == 0:
         raise ValueError(f"densekit.gridsample: the map is {h} x {w}; it needs at least one cell.")
     points = points.to(torch.promote_types(points.dtype, torch.float32)).nan_to_num()
-    x = (points[..., 0] * w - 0.5).clamp(0, w - 1)
-    y = (points[..., 1] * h - 0.5).clamp(0, h - 1)
-    left, top = (
-        x.detach().floor().clamp(max=max(w - 2, 0)),
-        y.detach().floor().clamp(max=max(h - 2, 0)),
-    )
-    x, y = x - left, y - top
-    corner = (top * w + left).long()
-    right, down = min(w - 1, 1), w * min(h - 1, 1)
-    tokens = features.flatten(-2).mT
-    result = torch.zeros((), dtype=features.dtype, device=features.device)
-    for index, weight in (
-        (corner, (1 - x) * (1 - y)),
-        (corner + right, x * (1 - y)),
-        (corner + down, (1 - x) * y),
-        (corner + right + down, x * y),
-    ):
-        rows = index[..., None].expand(*index.shape, tokens.shape[-1])
-        result = result + tokens.gather(-2, rows) * weight[..., None].to(features.dtype)
-    return result
+    x, y = (_hat(points[..., axis], length) for axis, length in ((0, w), (1, h)))
+    weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        return weights @ features.flatten(-2).mT
+
+
+def _hat(position: Tensor, length: int) -> Tensor:
+    """Linear interpolation along one axis: the weight of each of `length` cells, for each point."""
+    center = (position * length - 0.5).clamp(0, length - 1)[..., None]
+    left = center.detach().floor().clamp(max=max(length - 2, 0))  # so that slopes are one-sided
+    cells = torch.arange(length, dtype=position.dtype, device=position.device)
+    right = torch.where(cells == left + 1, center - left, 0.0)
+    return torch.where(cells == left, 1 - (center - left), right)
 
 
 @typed

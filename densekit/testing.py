@@ -1,14 +1,15 @@
 """Procedural scenes of many objects, with ground truth, for tests, demos and documentation."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from densekit.metrics import SegmentationScore, linear_segmentation
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
-__all__ = ["CLASS_NAMES", "Scenes", "scenes"]
+__all__ = ["CLASS_NAMES", "Scenes", "probe_scenes", "scenes"]
 
 _SLOTS = 8  # object slots of a scene
 _GROUNDS = 2  # background regions of a scene; regions 0, 1 are grounds, 2 ... 9 the object slots
@@ -73,15 +74,20 @@ def scenes(
         (torch.Size([4, 3, 48, 64]), torch.Size([4, 8, 4]))
         >>> bool((batch.labels[batch.instances == 0] < 4).all())  # the stuff classes
         True
+
+    References:
+        House data: every class is told by texture and shape, never by colour.
     """
     height, width = size
     if count < 0:
-        raise ValueError(f"scenes: count should be 0 or more, but it is {count}.")
+        raise ValueError(f"densekit.testing.scenes: count should be 0 or more, but it is {count}.")
     if height < 1 or width < 1:
-        raise ValueError(f"scenes: size should be (height, width), each >= 1, but it is {size}.")
+        raise ValueError(
+            f"densekit.testing.scenes: size should be (height, width), each >= 1, but it is {size}."
+        )
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(
-            f"scenes: objects should be (fewest, most) with 0 <= fewest <= most <= {_SLOTS}, "
+            f"densekit.testing.scenes: objects should be (fewest, most) with 0 <= fewest <= most <= {_SLOTS}, "
             f"but it is {objects}."
         )
     # Everything random is drawn here for all scenes at once, so chunks cannot change the result.
@@ -103,6 +109,45 @@ def scenes(
     instances = regions.sub_(_GROUNDS - 1).clamp_(min=0)
     classes = plan.classes[:, _GROUNDS:].clamp(min=0)
     return Scenes(images, labels, instances, boxes, classes, valid)
+
+
+@typed
+def probe_scenes(
+    encode: Callable[[Tensor], Tensor], count: int = 512, size: Size = (64, 64), *, seed: int = 0
+) -> SegmentationScore:
+    """Score an encoder by linear segmentation of scenes that it has never seen.
+
+    A quick yardstick for demos and for following a training: frozen features, a linear classifier
+    fitted on `count` scenes in closed form and scored on as many others.
+
+    Args:
+        encode: Maps images `(b, 3, h, w)` in [0, 1] to feature maps `(b, d, h', w')`; put the
+            network into evaluation mode and normalise the images inside.
+        count: Scenes to fit on, and to score.
+        size: Height and width of the scenes in pixels.
+        seed: Fixes both sets.
+
+    Returns:
+        The mean IoU over the classes of the scenes, and that of always saying the class that is
+        most frequent.
+
+    Example:
+        >>> score = probe_scenes(lambda images: images, count=16)  # raw colours
+        >>> bool(score.miou < 0.3)
+        True
+
+    References:
+        CrOC, Sec 4.2 (linear segmentation, there with SGD).
+    """
+    rows = []
+    for part in (2 * seed, 2 * seed + 1):
+        drawn = scenes(count, size, generator=torch.Generator().manual_seed(part))
+        maps = [encode(images).float().cpu() for images in drawn.images.split(64)]
+        rows.append((torch.cat(maps), drawn.labels))
+    (features, labels), (test_features, test_labels) = rows
+    return linear_segmentation(
+        features, test_features, labels, test_labels, classes=len(CLASS_NAMES)
+    )
 
 
 class _Plan(NamedTuple):

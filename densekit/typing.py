@@ -15,10 +15,19 @@ import torch
 from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
 from beartype.vale import Is
-from jaxtyping import AbstractArray, Bool, Float, Int, TypeCheckError, jaxtyped, print_bindings
+from jaxtyping import (
+    AbstractArray,
+    Bool,
+    Float,
+    Int,
+    Integer,
+    TypeCheckError,
+    jaxtyped,
+    print_bindings,
+)
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Size", "Tensor", "typed"]
+__all__ = ["Bool", "Float", "Int", "Integer", "Size", "Tensor", "typed"]
 
 Size = tuple[int, int]
 """A size in pixels or cells, height first: `(h, w)`."""

@@ -268,8 +268,7 @@ def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
     References:
         DenseSiam, Sec 3.2, Fig 3.
     """
-    origin, extent = _affine(view)
-    return (points - origin[..., None, :]) / extent[..., None, :]
+    return _image_to_view(view, points)
 
 
 @typed
@@ -296,8 +295,7 @@ def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
     References:
         DenseSiam, Sec 3.2, Fig 3.
     """
-    origin, extent = _affine(view)
-    return origin[..., None, :] + points * extent[..., None, :]
+    return _view_to_image(view, points)
 
 
 @typed
@@ -326,7 +324,7 @@ def boxes_image_to_view(
     References:
         DUPR, Sec 3.2 (boxes of the intersection in each view).
     """
-    return _map_boxes(image_to_view, view, boxes)
+    return _map_boxes(_image_to_view, view, boxes)
 
 
 @typed
@@ -353,7 +351,7 @@ def boxes_view_to_image(
     References:
         DUPR, Sec 3.2.
     """
-    return _map_boxes(view_to_image, view, boxes)
+    return _map_boxes(_view_to_image, view, boxes)
 
 
 @typed
@@ -385,7 +383,9 @@ def intersect_views(view1: View, view2: View) -> Overlap:
     box = intersect_boxes(view1.box, view2.box)
     valid = boxes_valid(box)
     box1, box2 = (
-        torch.where(valid[..., None], boxes_image_to_view(v, box[..., None, :])[..., 0, :], 0.0)
+        torch.where(
+            valid[..., None], _map_boxes(_image_to_view, v, box[..., None, :])[..., 0, :], 0.0
+        )
         for v in (view1, view2)
     )
     return Overlap(box, box1, box2, box_iou(view1.box, view2.box), valid)
@@ -421,7 +421,7 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     dtype = torch.promote_types(view.box.dtype, torch.float32)
     y, x = ((torch.arange(n, dtype=dtype, device=view.box.device) + 0.5) / n for n in size)
     centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(view.box.dtype)
-    points = view_to_image(view, centers.reshape(h * w, 2).expand(*view.flip.shape, h * w, 2))
+    points = _view_to_image(view, centers.reshape(h * w, 2).expand(*view.flip.shape, h * w, 2))
     return points.unflatten(-2, (h, w))
 
 
@@ -478,6 +478,16 @@ def _affine(view: View) -> tuple[Tensor, Tensor]:
     origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
     extent = torch.stack([torch.where(view.flip, x1 - x2, x2 - x1), y2 - y1], -1)
     return torch.where(valid, origin, 0.0), torch.where(valid, extent, 1.0)
+
+
+def _image_to_view(view: View, points: Tensor) -> Tensor:
+    origin, extent = _affine(view)
+    return (points - origin[..., None, :]) / extent[..., None, :]
+
+
+def _view_to_image(view: View, points: Tensor) -> Tensor:
+    origin, extent = _affine(view)
+    return origin[..., None, :] + points * extent[..., None, :]
 
 
 def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:

@@ -1,0 +1,511 @@
+"""What every public function shows, in one table: a row for each function, a column for each law.
+
+The columns:
+
+* `vmap`: torch.vmap over one axis is the stack of the single results;
+* `batched`: leading axes of the arguments are the stack of the single results;
+* `compile`: `torch.compile(fullgraph=True)` is eager, gradients too;
+* `dynamic`: the same with dynamic shapes, on a second shape;
+* `gradcheck`, `gradgradcheck`: against finite differences in float64;
+* `bfloat16`, `float16`: finite, and close to the float32 result of the same numbers;
+* `pure`: no argument is modified;
+* `empty`: axes of size 0 give finite results of the right shape;
+* `single`: an axis of size 1 is the single result;
+* `cuda`: the GPU gives what the CPU gives, where there is one.
+
+A row names the columns that its function cannot pass, each with the reason.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from strategies import flips, uniform
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+import densekit as dk
+from densekit import View
+
+COLUMNS = (
+    *("vmap", "batched", "compile", "dynamic", "gradcheck", "gradgradcheck"),
+    *("bfloat16", "float16", "pure", "empty", "single", "cuda"),
+)
+GRADIENTS = ("gradcheck", "gradgradcheck")
+HALVES = ("bfloat16", "float16")
+
+
+class Row(NamedTuple):
+    """One function under test.
+
+    Attributes:
+        name: The public name.
+        call: The function with its hyperparameters bound: trees of tensors in and out.
+        build: `(batch, n, dtype, generator)` to arguments; n is the size of every free axis.
+        smooth: Which arguments the gradient checks move.
+        without: Columns that do not apply, and why.
+        close: Half precision's allowed distance, in machine epsilons of the largest result.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    build: Callable[..., tuple]
+    smooth: tuple[int, ...]
+    without: dict[str, str]
+    close: float
+
+
+def row(name, build, smooth=(), *, close=2.0, without=None, call=None, **options):
+    call = partial(call or getattr(dk, name), **options)
+    reasons = {}
+    for columns, reason in (without or {}).items():
+        reasons |= dict.fromkeys(columns.split(), reason)
+    return Row(name, call, build, smooth, reasons, close)
+
+
+# --------------------------------------------------------------------------- the arguments
+
+
+def box(batch, dtype, generator):
+    """Boxes that all hold [3, 5] x [3, 5], inside 8 x 8."""
+    low = uniform(generator, *batch, 2, high=3)
+    return torch.cat([low, uniform(generator, *batch, 2, low=5, high=8)], -1).to(dtype)
+
+
+def view(batch, dtype, generator):
+    return View(box(batch, dtype, generator), flips(generator, *batch))
+
+
+def at_least_float32(dtype):
+    """Views stay in float32 when features are half: a mixed-precision program's dtypes."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def one_box(batch, n, dtype, generator):
+    return (box(batch, dtype, generator),)
+
+
+def two_boxes(batch, n, dtype, generator):
+    return tuple(box(batch, dtype, generator) for _ in range(2))
+
+
+def one_view(batch, n, dtype, generator):
+    return (view(batch, dtype, generator),)
+
+
+def two_views(batch, n, dtype, generator):
+    return tuple(view(batch, dtype, generator) for _ in range(2))
+
+
+def view_and_points(batch, n, dtype, generator):
+    points = uniform(generator, *batch, n, 2, high=8).to(dtype)
+    return view(batch, dtype, generator), points
+
+
+def view_and_boxes(batch, n, dtype, generator):
+    return view(batch, dtype, generator), box((*batch, n), dtype, generator)
+
+
+def images_and_view(batch, n, dtype, generator):
+    images = uniform(generator, *batch, n, 8, 8).to(dtype)
+    return images, view(batch, at_least_float32(dtype), generator)
+
+
+def maps(batch, n, dtype, generator, size=(3, 4)):
+    return uniform(generator, *batch, n, *size, low=-1).to(dtype)
+
+
+def map_and_points(batch, n, dtype, generator):
+    points = uniform(generator, *batch, n, 2).to(at_least_float32(dtype))
+    return maps(batch, n, dtype, generator), points
+
+
+def two_maps_and_views(batch, n, dtype, generator):
+    features = (maps(batch, n, dtype, generator), maps(batch, n, dtype, generator, (5, 2)))
+    return (*features, *two_views(batch, n, at_least_float32(dtype), generator))
+
+
+def hard_choice(batch, n, dtype, generator):
+    candidates = uniform(generator, *batch, 2 * n, 2).to(dtype)
+    # Whole numbers, all different: no ties in any dtype.
+    order = torch.rand(*batch, 2 * n, generator=generator).argsort(-1).to(dtype)
+    return candidates, order, uniform(generator, *batch, n, 2).to(dtype)
+
+
+def rows(batch, n, dtype, generator, d=4):
+    return uniform(generator, *batch, n, d, low=-1).to(dtype)
+
+
+def one_set(batch, n, dtype, generator):
+    return (rows(batch, n, dtype, generator),)
+
+
+def pair_and_valid(batch, n, dtype, generator):
+    pair = (rows(batch, n, dtype, generator) for _ in range(2))
+    return *pair, flips(generator, *batch, n)
+
+
+def pair_negatives_valid(batch, n, dtype, generator):
+    query, key, valid = pair_and_valid(batch, n, dtype, generator)
+    return query, key, rows(batch, n + 1, dtype, generator), valid
+
+
+def students_and_teachers(batch, n, dtype, generator):
+    return tuple(tuple(rows(batch, n, dtype, generator) for _ in range(2)) for _ in range(2))
+
+
+def features_masks_valid(batch, n, dtype, generator):
+    masks = uniform(generator, *batch, n, n + 1).to(dtype)
+    return rows(batch, n, dtype, generator), masks, flips(generator, *batch, n)
+
+
+def values_and_valid(batch, n, dtype, generator):
+    return uniform(generator, *batch, n).to(dtype), flips(generator, *batch, n)
+
+
+def image_sizes(batch, n, dtype, generator):
+    return (torch.randint(1, 9, (*batch, 2), generator=generator),)
+
+
+def labels_and_predictions(batch, n, dtype, generator):
+    return tuple(torch.randint(0, 4, (*batch, n), generator=generator) for _ in range(2))
+
+
+def confusion(batch, n, dtype, generator):
+    return (torch.randint(0, 9, (*batch, n, n), generator=generator),)
+
+
+def features_and_labels(batch, n, dtype, generator):
+    labels = torch.randint(0, 4, (*batch, 4 * n), generator=generator)
+    return rows(batch, 4 * n, dtype, generator), labels
+
+
+def segmentation(batch, n, dtype, generator):
+    features = (maps((*batch, n), 4, dtype, generator) for _ in range(2))
+    labels = (torch.randint(0, 4, (*batch, n, 7, 8), generator=generator) for _ in range(2))
+    return *features, *labels
+
+
+def map_set(batch, n, dtype, generator):
+    return (maps((*batch, n), 4, dtype, generator),)
+
+
+def nothing(batch, n, dtype, generator):
+    return ()
+
+
+# -------------------------------------------------------------------------------- the table
+
+TRUTH = {"gradcheck gradgradcheck": "true or false has no gradient"}
+COUNTS = {
+    "gradcheck gradgradcheck": "counts have no gradient",
+    "bfloat16 float16": "counts are whole numbers",
+}
+DRAWS = {
+    "vmap": "random: torch asks of vmap whether the copies share their draws",
+    "batched": "random: a batch is drawn in one go, with other numbers than one by one",
+    "cuda": "random: each device has its own stream of numbers",
+}
+SYMBOLIC = {"dynamic": "random: torch.rand takes no symbolic size beside `generator=None`"}
+VIEWS_DRAWN = DRAWS | {
+    "gradcheck gradgradcheck": "takes whole numbers, the sizes of images",
+    "bfloat16 float16": "takes whole numbers, the sizes of images",
+}
+NUMBERS = {
+    " ".join(COLUMNS): "takes and gives Python numbers: there is no tensor to stack, move or change"
+}
+ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
+SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
+WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
+
+TABLE = [
+    row("box_area", one_box, (0,)),
+    row("box_iou", two_boxes, (0, 1)),
+    row("boxes_valid", one_box, without=TRUTH),
+    row("intersect_boxes", two_boxes, (0, 1)),
+    row("boxes_image_to_view", view_and_boxes, (0, 1), close=8),
+    row("boxes_view_to_image", view_and_boxes, (0, 1)),
+    row("image_to_view", view_and_points, (0, 1), close=8),
+    row("view_to_image", view_and_points, (0, 1)),
+    row("intersect_views", two_views, (0, 1), close=8),
+    row("coordinate_map", one_view, (0,), size=(2, 3)),
+    row("crop_views", images_and_view, (0, 1), size=(3, 5)),
+    row(
+        "full_view",
+        nothing,
+        size=(3, 5),
+        batch=(2,),
+        without={
+            "vmap batched single empty": "takes a size and batch in Python numbers",
+            "pure": "takes no tensor",
+            "gradcheck gradgradcheck": "takes no tensor",
+            "bfloat16 float16": "takes no tensor; the result is float32",
+            "cuda": "takes no tensor; `device` says where",
+        },
+    ),
+    row("sample_views", image_sizes, without=VIEWS_DRAWN),
+    row(
+        "sample_view_pairs",
+        image_sizes,
+        min_overlap=0.3,
+        attempts=3,
+        without=VIEWS_DRAWN | SYMBOLIC,
+    ),
+    row("grid_points", one_box, (0,), size=(2, 3)),
+    row("grid_pairs", two_views, (0, 1), size=2, close=8),
+    row("random_points", one_box, (0,), count=3, without=DRAWS | SYMBOLIC),
+    row("hard_points", hard_choice, (0, 2), beta=0.5),
+    row("gridsample", map_and_points, (0, 1)),
+    row("gridsample_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
+    row("pool_masks", features_masks_valid, (0, 1)),
+    row("pool_masks", features_masks_valid, (0, 1), average=True),
+    row(
+        "masked_mean",
+        values_and_valid,
+        (0,),
+        without={"batched": "the mean over all the axes together is what it is for"},
+    ),
+    row("l2_normalize", one_set, (0,)),
+    # The teacher is detached: its finite differences are not zero, its gradient is none.
+    row("negative_cosine", pair_and_valid, (0,), reduction="none"),
+    row("cross_entropy_similarity", pair_and_valid, (0,), reduction="none"),
+    row(
+        "symmetric_loss",
+        students_and_teachers,
+        (0,),
+        call=partial(dk.symmetric_loss, dk.negative_cosine, reduction="none"),
+    ),
+    row(
+        "info_nce",
+        pair_and_valid,
+        (0, 1),
+        call=lambda q, k, valid: dk.info_nce(q, k, None, valid, temperature=0.5, reduction="none"),
+    ),
+    row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
+    row(
+        "confusion_matrix",
+        labels_and_predictions,
+        classes=4,
+        without=COUNTS | {"batched": "the counts of all the axes together are what it is for"},
+    ),
+    row("mean_iou", confusion, without=COUNTS),
+    row("fit_linear_probe", features_and_labels, classes=4, without=SINGLE_SET | WEIGHTS),
+    row(
+        "linear_segmentation",
+        segmentation,
+        classes=4,
+        stride=2,
+        without=SINGLE_SET | {"gradcheck gradgradcheck": "the best class has no gradient"},
+    ),
+    row("pca_colors", map_set, without=SINGLE_SET | WEIGHTS),
+    row("cosine_schedule", nothing, without=NUMBERS),
+    row("linear_schedule", nothing, without=NUMBERS),
+    row("warmup_cosine", nothing, without=NUMBERS),
+]
+
+
+def cells(*columns):
+    """The table's cells in some columns, as pytest parameters."""
+    seen, found = {}, []
+    for entry in TABLE:
+        seen[entry.name] = seen.get(entry.name, 0) + 1
+        again = f"-{seen[entry.name]}" if seen[entry.name] > 1 else ""
+        for column in columns:
+            if column not in entry.without:
+                suffix = f"-{column}" if len(columns) > 1 else ""
+                values = (entry, column) if len(columns) > 1 else (entry,)
+                found.append(pytest.param(*values, id=f"{entry.name}{again}{suffix}"))
+    return found
+
+
+def test_every_public_function_has_a_row():
+    functions = {name for name in dk.__all__ if inspect.isfunction(getattr(dk, name))}
+    assert {entry.name for entry in TABLE} == functions
+
+
+def test_reasons_name_columns_of_the_table():
+    for entry in TABLE:
+        assert set(entry.without) <= set(COLUMNS), entry.name
+        assert all(entry.without.values()), entry.name
+        assert entry.smooth or set(GRADIENTS) <= set(entry.without), entry.name
+
+
+# --------------------------------------------------------------------------------- the laws
+
+
+def build(entry, batch=(), n=3, dtype=torch.float64, seed=0):
+    return entry.build(batch, n, dtype, torch.Generator().manual_seed(seed))
+
+
+def run(entry, arguments, call=None):
+    """The function on the arguments, random numbers always the same."""
+    torch.manual_seed(0)
+    return (call or entry.call)(*arguments)
+
+
+def loop(entry, arguments, axes=1):
+    """The stack of the single results along some leading axes."""
+    size = tree_leaves(arguments)[0].shape[0]
+    singles = []
+    for i in range(size):
+        one = tree_map(lambda x, i=i: x[i], arguments)
+        singles.append(run(entry, one) if axes == 1 else loop(entry, one, axes - 1))
+    return tree_map(lambda *parts: torch.stack(parts), *singles)
+
+
+def assert_same(got, want):
+    """The same tree, up to the rounding of sums in another order."""
+    assert tree_flatten(got)[1] == tree_flatten(want)[1]
+    for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        close = 1e-12 if one.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(one, other, rtol=close, atol=close, check_stride=False)
+
+
+def differentiable(entry, arguments):
+    """The leaves that the gradient checks move, and a way to put others in their place."""
+    flat, spec = tree_flatten(arguments)
+    first = [len(tree_leaves(arguments[:i])) for i in range(len(arguments) + 1)]
+    moved = [
+        k
+        for i in entry.smooth
+        for k in range(first[i], first[i + 1])
+        if flat[k].is_floating_point()
+    ]
+
+    def insert(leaves):
+        placed = list(flat)
+        for k, leaf in zip(moved, leaves, strict=True):
+            placed[k] = leaf
+        return tree_unflatten(placed, spec)
+
+    return [flat[k].clone().requires_grad_() for k in moved], insert
+
+
+def floats(tree):
+    return [x for x in tree_leaves(tree) if x.is_floating_point()]
+
+
+def gradients(entry, arguments, call=None):
+    """Gradients of a weighted sum of the results."""
+    leaves, insert = differentiable(entry, arguments)
+    results = floats(run(entry, insert(leaves), call))
+    generator = torch.Generator().manual_seed(1)
+    total = sum((x * uniform(generator, *x.shape).to(x.dtype)).sum() for x in results)
+    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("entry", cells("vmap"))
+def test_vmap_is_a_loop(entry):
+    arguments = build(entry, (4,))
+    assert_same(run(entry, arguments, torch.vmap(entry.call)), loop(entry, arguments))
+
+
+@pytest.mark.parametrize("entry", cells("batched"))
+def test_leading_axes_are_a_loop(entry):
+    arguments = build(entry, (2, 3))
+    assert_same(run(entry, arguments), loop(entry, arguments, axes=2))
+
+
+@pytest.mark.parametrize("entry", cells("compile"))
+def test_compiled_is_eager(entry):
+    torch._dynamo.reset()
+    compiled = torch.compile(entry.call, fullgraph=True, backend="aot_eager")
+    arguments = build(entry, () if "batched" in entry.without else (2,))
+    assert_same(run(entry, arguments, compiled), run(entry, arguments))
+    if entry.smooth:
+        assert_same(gradients(entry, arguments, compiled), gradients(entry, arguments))
+
+
+@pytest.mark.parametrize("entry", cells("dynamic"))
+def test_compiled_with_dynamic_shapes_is_eager(entry):
+    torch._dynamo.reset()
+    compiled = torch.compile(entry.call, fullgraph=True, backend="aot_eager", dynamic=True)
+    # Sizes that no other axis has: equal sizes would be taken for the same axis.
+    for size, n, stance in ((11, 6, "default"), (13, 10, "fail_on_recompile")):
+        arguments = build(entry, () if "batched" in entry.without else (size,), n)
+        with torch.compiler.set_stance(stance):
+            assert_same(run(entry, arguments, compiled), run(entry, arguments))
+
+
+@pytest.mark.parametrize(("entry", "column"), cells(*GRADIENTS))
+def test_gradients_are_finite_differences(entry, column):
+    leaves, insert = differentiable(entry, build(entry, n=2))
+    assert leaves
+
+    def call(*leaves):
+        return tuple(floats(run(entry, insert(leaves))))
+
+    assert getattr(torch.autograd, column)(call, leaves)
+
+
+@pytest.mark.parametrize(("entry", "column"), cells(*HALVES))
+def test_half_precision_is_close_to_float32(entry, column):
+    dtype = getattr(torch, column)
+    half = build(entry, () if "batched" in entry.without else (2,), dtype=dtype)
+    assert any(x.dtype == dtype for x in tree_leaves(half))
+    single = tree_map(lambda x: x.float() if x.dtype == dtype else x, half)
+    got, want = run(entry, half), run(entry, single)
+    for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        if one.is_floating_point():
+            assert one.dtype in (dtype, torch.float32)
+            assert one.isfinite().all()
+            bound = entry.close * torch.finfo(dtype).eps * max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one.float(), other, rtol=0, atol=bound)
+        else:
+            assert torch.equal(one, other)
+    if entry.smooth:
+        assert all(grad.isfinite().all() for grad in gradients(entry, half))
+
+
+@pytest.mark.parametrize("entry", cells("pure"))
+def test_arguments_are_not_modified(entry):
+    arguments = build(entry, () if "batched" in entry.without else (2,))
+    before = tree_map(torch.clone, arguments)
+    versions = [x._version for x in tree_leaves(arguments)]
+    run(entry, arguments)
+    assert tree_leaves(arguments)
+    for one, other in zip(tree_leaves(arguments), tree_leaves(before), strict=True):
+        assert torch.equal(one, other)
+    assert [x._version for x in tree_leaves(arguments)] == versions
+
+
+@pytest.mark.parametrize("entry", cells("empty"))
+@pytest.mark.parametrize(("batch", "n"), [((), 0), ((2,), 0), ((0,), 3), ((2, 0), 3), ((0,), 0)])
+def test_empty_axes_give_finite_results(entry, batch, n):
+    if batch and "batched" in entry.without and "single" in entry.without:
+        batch = ()
+    result = run(entry, build(entry, batch, n))
+    assert all(x.isfinite().all() for x in floats(result))
+    if "batched" not in entry.without:
+        one = run(entry, build(entry, (), n))
+        for part, single in zip(tree_leaves(result), tree_leaves(one), strict=True):
+            assert part.shape == (*batch, *single.shape)
+            assert part.dtype == single.dtype
+    if entry.smooth:
+        assert all(grad.isfinite().all() for grad in gradients(entry, build(entry, batch, n)))
+
+
+@pytest.mark.parametrize("entry", cells("single"))
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_axis_of_size_one_is_the_single_result(entry, n):
+    result = run(entry, build(entry, (), n))
+    batched = run(entry, build(entry, (1,), n))
+    if "batched" not in entry.without or "random" in entry.without["batched"]:
+        batched = tree_map(lambda x: x[0], batched)
+    assert all(x.isfinite().all() for x in floats(result))
+    assert_same(batched, result)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("entry", cells("cuda"))
+def test_the_gpu_gives_what_the_cpu_gives(entry):
+    arguments = build(entry, () if "batched" in entry.without else (2,))
+    there = tree_map(lambda x: x.cuda(), arguments)
+    result = run(entry, there)
+    assert all(x.is_cuda for x in tree_leaves(result))
+    assert_same(tree_map(lambda x: x.cpu(), result), run(entry, arguments))
+    if entry.smooth:
+        grads = [grad.cpu() for grad in gradients(entry, there)]
+        assert_same(grads, list(gradients(entry, arguments)))

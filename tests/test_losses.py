@@ -1,0 +1,532 @@
+"""Losses against closed forms, torch's own, and the authors' numbers; and what `valid` promises."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BATCHES, batches, generators, tensors, uniform, valid_rows
+
+from densekit import (
+    cross_entropy_similarity,
+    gridsample_pairs,
+    info_nce,
+    l2_normalize,
+    masked_mean,
+    negative_cosine,
+    pool_masks,
+    sample_view_pairs,
+    symmetric_loss,
+)
+
+DATA = Path(__file__).parent / "data"
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+HALVES = [torch.float16, torch.bfloat16]
+SIMILARITIES = [negative_cosine, cross_entropy_similarity]
+
+
+def in_set(query, key, valid=None, **options):
+    return info_nce(query, key, valid=valid, temperature=0.2, **options)
+
+
+LOSSES = [*SIMILARITIES, in_set]
+losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+similarities = pytest.mark.parametrize("loss", SIMILARITIES, ids=lambda f: f.__name__)
+halves = pytest.mark.parametrize("dtype", HALVES)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def pairs(draw, batch=None, rows=None):
+    """Student, teacher and valid, `(*batch, n, d)`."""
+    batch = draw(batches()) if batch is None else batch
+    n = draw(st.integers(0, 5)) if rows is None else rows
+    shape = (*batch, n, draw(st.integers(1, 5)))
+    return draw(tensors(shape)), draw(tensors(shape)), draw(valid_rows(shape[:-1]))
+
+
+def mean_of_valid(values, valid):
+    return values[valid].mean() if valid.any() else values.new_zeros(())
+
+
+# ------------------------------------------------------------------------------ masked mean
+
+
+@given(st.data())
+def test_masked_mean_is_the_mean_of_the_valid(data):
+    shape = data.draw(batches(), label="shape")
+    values, valid = data.draw(tensors(shape)), data.draw(valid_rows(shape), label="valid")
+    torch.testing.assert_close(masked_mean(values, valid), mean_of_valid(values, valid), **CLOSE)
+    everything = values.mean() if values.numel() else values.sum()
+    torch.testing.assert_close(masked_mean(values), everything, **CLOSE)
+
+
+@given(st.data())
+def test_one_valid_for_many_values_is_broadcast(data):
+    values = data.draw(tensors((3, 4)), label="values")
+    for shape in ((), (4,), (1, 4), (3, 1), (1, 1)):
+        valid = data.draw(valid_rows(shape), label="valid")
+        want = mean_of_valid(values, valid.expand(3, 4))
+        torch.testing.assert_close(masked_mean(values, valid), want, **CLOSE)
+
+
+def test_an_empty_mean_is_a_zero_with_a_graph():
+    values = torch.full((3,), torch.nan, requires_grad=True)
+    mean = masked_mean(values, torch.zeros(3, dtype=torch.bool))
+    assert mean == 0
+    assert torch.equal(torch.autograd.grad(mean, values)[0], torch.zeros(3))
+    nothing = torch.zeros(0, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(masked_mean(nothing), nothing)[0], nothing)
+
+
+@halves
+def test_a_mean_of_many_half_values_does_not_overflow(dtype):
+    values = torch.full((1000,), 1000.0, dtype=dtype)
+    assert masked_mean(values) == 1000
+    assert masked_mean(values, torch.ones(1000, dtype=torch.bool)).dtype == torch.float32
+
+
+def test_valid_of_another_shape_is_refused():
+    for bad in (torch.ones(2).bool(), torch.ones(3), torch.ones(2, 3).bool()):
+        with pytest.raises(TypeError, match=r"masked_mean: argument 'valid'.*batch="):
+            masked_mean(torch.zeros(3), bad)
+
+
+# ---------------------------------------------------------------------------- normalization
+
+
+@given(st.data())
+def test_normalized_vectors_are_torchs(data):
+    x = data.draw(tensors((*data.draw(batches()), data.draw(st.integers(1, 5)))), label="x")
+    torch.testing.assert_close(l2_normalize(x), F.normalize(x, dim=-1), **CLOSE)
+
+
+@given(st.data())
+def test_length_is_one_at_any_scale(data):
+    x = data.draw(tensors((3, 4), 0.5, 1.0, torch.float32), label="x")
+    scale = 10.0 ** data.draw(st.integers(-18, 18), label="exponent")
+    got = l2_normalize(x * scale)
+    torch.testing.assert_close(got, l2_normalize(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.norm(dim=-1), torch.ones(3), rtol=1e-5, atol=1e-6)
+
+
+@given(st.data())
+def test_vectors_whose_square_overflows_or_vanishes_stay_finite(data):
+    x = data.draw(tensors((3, 4), 0.5, 1.0, torch.float32), label="x")
+    exponent = data.draw(st.sampled_from([-38, -30, -22, 20, 30, 38]), label="exponent")
+    x = (x * 10.0**exponent).requires_grad_()
+    got = l2_normalize(x)
+    assert got.isfinite().all()
+    assert torch.autograd.grad(got.sum(), x)[0].isfinite().all()
+
+
+def test_a_zero_vector_stays_zero_with_zero_gradient():
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    got = l2_normalize(x)
+    assert torch.equal(got[0], torch.zeros(2))
+    (grad,) = torch.autograd.grad((got * got.new_tensor([1.0, 2.0])).sum(), x)
+    assert torch.equal(grad[0], torch.zeros(2))
+    assert (grad[1] != 0).all()
+
+
+def test_vectors_without_components_are_normal():
+    assert l2_normalize(torch.zeros(3, 0)).shape == (3, 0)
+
+
+# ----------------------------------------------------------------------- closed forms, torch
+
+
+@given(pairs())
+def test_negative_cosine_is_torchs(pair):
+    student, teacher, valid = pair
+    want = -F.cosine_similarity(student, teacher, dim=-1)
+    torch.testing.assert_close(negative_cosine(student, teacher, reduction="none"), want, **CLOSE)
+    torch.testing.assert_close(negative_cosine(*pair), mean_of_valid(want, valid), **CLOSE)
+
+
+@given(pairs())
+def test_cross_entropy_is_torchs_with_soft_targets(pair):
+    student, teacher, valid = pair
+    d = student.shape[-1]
+    want = F.cross_entropy(
+        student.reshape(-1, d), teacher.reshape(-1, d).softmax(-1), reduction="none"
+    ).reshape(valid.shape)
+    got = cross_entropy_similarity(student, teacher, reduction="none")
+    torch.testing.assert_close(got, want, **CLOSE)
+    got = cross_entropy_similarity(*pair)
+    torch.testing.assert_close(got, mean_of_valid(want, valid), **CLOSE)
+
+
+@given(pairs(), st.floats(0.05, 5))
+def test_in_set_info_nce_is_torchs_cross_entropy_on_the_matrix(pair, temperature):
+    query, key, valid = pair
+    n = query.shape[-2]
+    logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT / temperature
+    target = torch.arange(n).expand(logits.shape[:-1]).reshape(-1)
+    want = F.cross_entropy(logits.reshape(len(target), n), target, reduction="none")
+    got = info_nce(query, key, temperature=temperature, reduction="none")
+    torch.testing.assert_close(got, want.reshape(valid.shape), rtol=1e-11, atol=1e-11)
+    got = info_nce(query, key, temperature=temperature)
+    want = want.mean() if want.numel() else want.sum()
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@given(st.data())
+def test_given_negatives_are_torchs_cross_entropy_with_the_key_first(data):
+    query, key, valid = data.draw(pairs(), label="pair")
+    m = data.draw(st.integers(0, 4), label="m")
+    shared = data.draw(st.booleans(), label="shared")
+    shape = (m, query.shape[-1]) if shared else (*query.shape[:-2], m, query.shape[-1])
+    negatives = data.draw(tensors(shape), label="negatives")
+    q, k, others = (F.normalize(x, dim=-1) for x in (query, key, negatives))
+    logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ others.mT], -1) / 0.2
+    rows = logits.reshape(math.prod(valid.shape), m + 1)
+    want = F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long), reduction="none")
+    want = want.reshape(valid.shape)
+    got = info_nce(query, key, negatives, temperature=0.2, reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    got = info_nce(query, key, negatives, valid, temperature=0.2)
+    torch.testing.assert_close(got, mean_of_valid(want, valid), rtol=1e-11, atol=1e-11)
+
+
+def test_closed_forms():
+    eye = torch.eye(3, dtype=torch.float64)
+    assert negative_cosine(eye, eye) == -1
+    assert negative_cosine(eye, -eye) == 1
+    assert negative_cosine(eye, eye.roll(1, 0)) == 0
+    zeros = torch.zeros(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(cross_entropy_similarity(zeros, zeros).item(), math.log(5))
+    # Orthogonal rows: one cosine of 1 against n - 1 of 0.
+    want = math.log(1 + 2 * math.exp(-1 / 0.1))
+    torch.testing.assert_close(info_nce(eye, eye, temperature=0.1).item(), want)
+    # All alike: each of the n is as likely.
+    same = torch.ones(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(info_nce(same, same, temperature=0.1).item(), math.log(7))
+    torch.testing.assert_close(info_nce(same, same, same, temperature=0.1).item(), math.log(8))
+
+
+def test_temperature_divides_the_cosine():
+    query = key = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    negative = key.flip(-1)
+    for temperature in (0.07, 0.5, 2.0):
+        want = math.log1p(math.exp(-1 / temperature))
+        got = info_nce(query, key, negative, temperature=temperature)
+        assert got.item() == pytest.approx(want, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------- properties
+
+
+@given(pairs())
+def test_losses_stay_in_their_bounds(pair):
+    student, teacher, _ = pair
+    cosine = negative_cosine(student, teacher, reduction="none")
+    assert ((cosine >= -1 - 1e-12) & (cosine <= 1 + 1e-12)).all()
+    assert (cross_entropy_similarity(student, teacher, reduction="none") >= 0).all()
+    contrast = in_set(student, teacher, reduction="none")
+    assert (contrast >= 0).all()
+    assert (contrast <= math.log(max(student.shape[-2], 1)) + 2 / 0.2 + 1e-9).all()
+
+
+@given(pairs(rows=3), st.floats(-100, 100), st.floats(-100, 100))
+def test_cross_entropy_does_not_see_a_shift(pair, one, two):
+    student, teacher, valid = pair
+    got = cross_entropy_similarity(student + one, teacher + two, valid)
+    want = cross_entropy_similarity(student, teacher, valid)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@given(pairs(rows=3), st.floats(0.01, 100))
+def test_cosine_and_info_nce_do_not_see_a_scale(pair, scale):
+    student, teacher, valid = pair
+    for loss in (negative_cosine, in_set):
+        got = loss(scale * student, teacher, valid)
+        torch.testing.assert_close(got, loss(student, teacher, valid), rtol=0, atol=1e-11)
+
+
+@losses
+@given(pair=pairs(), generator=generators())
+def test_the_order_of_the_rows_does_not_matter(loss, pair, generator):
+    order = torch.randperm(pair[0].shape[-2], generator=generator)
+    student, teacher, valid = pair[0][..., order, :], pair[1][..., order, :], pair[2][..., order]
+    torch.testing.assert_close(loss(student, teacher, valid), loss(*pair), **CLOSE)
+    got = loss(student, teacher, valid, reduction="none")
+    torch.testing.assert_close(got, loss(*pair, reduction="none")[..., order], **CLOSE)
+
+
+@losses
+@given(pair=pairs())
+def test_the_mean_is_that_of_the_valid_entries(loss, pair):
+    values = loss(*pair, reduction="none")
+    assert values.shape == pair[2].shape
+    assert (values[~pair[2]] == 0).all()
+    torch.testing.assert_close(loss(*pair), mean_of_valid(values, pair[2]), **CLOSE)
+
+
+@losses
+@given(pair=pairs(()))
+def test_a_masked_set_is_the_compacted_set(loss, pair):
+    student, teacher, valid = pair
+    got, want = loss(*pair), loss(student[valid], teacher[valid])
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@given(pairs((2,)))
+def test_masked_entries_are_no_negatives_of_their_set(pair):
+    query, key, valid = pair
+    got = in_set(*pair, reduction="none")
+    for b in range(2):
+        keep = valid[b]
+        want = in_set(query[b][keep], key[b][keep], reduction="none")
+        torch.testing.assert_close(got[b][keep], want, **CLOSE)
+
+
+@losses
+@given(pair=pairs())
+def test_nan_in_rows_that_are_not_valid_reaches_neither_loss_nor_gradient(loss, pair):
+    student, teacher, valid = pair
+    bad = [torch.where(valid[..., None], x, torch.nan).requires_grad_() for x in (student, teacher)]
+    for reduction in ("mean", "none"):
+        got = loss(*bad, valid, reduction=reduction)
+        assert torch.equal(got, loss(student, teacher, valid, reduction=reduction))
+        grads = torch.autograd.grad(got.sum(), bad, allow_unused=True, materialize_grads=True)
+        for grad in grads:
+            assert grad.isfinite().all()
+            assert (grad[~valid] == 0).all()
+
+
+@losses
+@given(pair=pairs((2,)), data=st.data())
+def test_adding_an_empty_pair_changes_nothing(loss, pair, data):
+    shape = pair[0][:1].shape
+    extra = [data.draw(tensors(shape), label="extra") for _ in range(2)]
+    grown = [torch.cat([x, y]) for x, y in zip(pair[:2], extra, strict=True)]
+    valid = torch.cat([pair[2], torch.zeros(shape[:-1], dtype=torch.bool)])
+    grads = []
+    for inputs, mask in ((pair[:2], pair[2]), (grown, valid)):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        total = loss(*inputs, mask)
+        grad = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+        grads.append((total, *grad))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other[:2] if other.ndim else other, one, **CLOSE)
+        assert not other.ndim or (other[2] == 0).all()
+
+
+@losses
+@pytest.mark.parametrize("batch", BATCHES)
+def test_nothing_valid_is_a_zero_with_a_graph(loss, batch):
+    student = uniform(seeded(), *batch, 3, 2).requires_grad_()
+    total = loss(student, student.detach() + 1, torch.zeros(*batch, 3, dtype=torch.bool))
+    assert total == 0
+    assert total.requires_grad
+    assert torch.equal(torch.autograd.grad(total, student)[0], torch.zeros_like(student))
+
+
+@losses
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 2, 3), (3, 0), (1, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_empty_and_single_sets_are_finite(loss, shape, masked):
+    student = torch.ones(shape, requires_grad=True)
+    valid = torch.ones(shape[:-1], dtype=torch.bool) if masked else None
+    total = loss(student, torch.ones(shape), valid)
+    assert total.isfinite()
+    assert torch.autograd.grad(total, student)[0].isfinite().all()
+
+
+@similarities
+@given(pair=pairs(rows=3))
+def test_the_teacher_gets_no_gradient(loss, pair):
+    student, teacher = (x.requires_grad_() for x in pair[:2])
+    total = loss(student, teacher, pair[2])
+    grads = torch.autograd.grad(total, [student, teacher], allow_unused=True)
+    assert grads[0] is not None
+    assert grads[1] is None
+
+
+def test_keys_and_negatives_of_info_nce_get_a_gradient():
+    inputs = [uniform(seeded(i), 3, 4).requires_grad_() for i in range(3)]
+    for grad in torch.autograd.grad(info_nce(*inputs, temperature=0.5), inputs):
+        assert (grad != 0).any()
+
+
+@losses
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_zero_vectors_have_finite_gradients(loss, dtype):
+    student = torch.zeros(4, 3, dtype=dtype, requires_grad=True)
+    for teacher in (torch.zeros(4, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)):
+        total = loss(student, teacher)
+        assert total.isfinite()
+        assert torch.autograd.grad(total, student)[0].isfinite().all()
+
+
+@losses
+@halves
+@given(generator=generators(), exponent=st.integers(-3, 3))
+def test_half_precision_is_finite_and_that_of_the_widened_numbers(loss, dtype, generator, exponent):
+    student, teacher = (
+        (uniform(generator, 6, 8, low=-1) * 10.0**exponent).to(dtype) for _ in range(2)
+    )
+    got = loss(student.requires_grad_(), teacher)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, loss(student.float(), teacher.float()), rtol=0, atol=0)
+    assert torch.autograd.grad(got, student)[0].isfinite().all()
+
+
+@losses
+def test_large_logits_are_finite(loss):
+    student = torch.tensor([[6e4, -6e4, 0.0]], dtype=torch.float16, requires_grad=True)
+    total = loss(student, -student.detach())
+    assert total.isfinite()
+    assert torch.autograd.grad(total, student)[0].isfinite().all()
+
+
+def test_info_nce_ignores_autocast():
+    query, key = (uniform(seeded(i), 5, 4, dtype=torch.float32) for i in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [info_nce(query, key, n, temperature=0.1) for n in (None, key)]
+    want = [info_nce(query, key, n, temperature=0.1) for n in (None, key)]
+    assert got == want
+
+
+def test_one_valid_for_each_image_serves_all_of_its_rows():
+    student, teacher = (uniform(seeded(i), 3, 5, 4) for i in range(2))
+    valid = torch.tensor([[True], [False], [True]])
+    for loss in SIMILARITIES:
+        want = loss(student[[0, 2]], teacher[[0, 2]])
+        torch.testing.assert_close(loss(student, teacher, valid), want, **CLOSE)
+        each = loss(student, teacher, valid, reduction="none")
+        assert each.shape == (3, 5)
+        assert (each[1] == 0).all()
+
+
+# ------------------------------------------------------------------------------- symmetric
+
+
+@losses
+@given(one=pairs(), data=st.data())
+def test_the_symmetric_loss_is_the_mean_of_both_directions(loss, one, data):
+    two = [data.draw(tensors(one[0].shape), label="view 2") for _ in range(2)]
+    students, teachers = (one[0], two[0]), (one[1], two[1])
+    got = symmetric_loss(loss, students, teachers, valid=one[2])
+    forth, back = loss(one[0], two[1], one[2]), loss(two[0], one[1], one[2])
+    torch.testing.assert_close(got, forth / 2 + back / 2, **CLOSE)
+    swapped = symmetric_loss(loss, students[::-1], teachers[::-1], valid=one[2])
+    torch.testing.assert_close(got, swapped, **CLOSE)
+    each = symmetric_loss(loss, students, teachers, valid=one[2], reduction="none")
+    assert each.shape == one[2].shape
+
+
+def test_the_symmetric_loss_hands_positional_arguments_on():
+    students, teachers = (torch.eye(2), torch.eye(2)), (torch.eye(2), torch.eye(2))
+    off = torch.zeros(2, dtype=torch.bool)
+    assert symmetric_loss(negative_cosine, students, teachers) == -1
+    assert symmetric_loss(negative_cosine, students, teachers, off) == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_symmetric_loss_wants_two_of_each(count):
+    with pytest.raises(ValueError, match=f"{count} students and 2 teachers"):
+        symmetric_loss(negative_cosine, (torch.eye(2),) * count, (torch.eye(2),) * 2)
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+@losses
+def test_a_teacher_of_another_shape_is_refused(loss):
+    with pytest.raises(TypeError, match=r"n=4|batch=\(4\)|d=3"):
+        loss(torch.zeros(4, 3), torch.zeros(4, 2))
+    with pytest.raises(TypeError, match=r"argument '(teacher|key)'"):
+        loss(torch.zeros(4, 3), torch.zeros(3, 3))
+    with pytest.raises(TypeError, match=r"argument '(student|query)'.*int64"):
+        loss(torch.zeros(4, 3).long(), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="argument 'valid'"):
+        loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(3).bool())
+    with pytest.raises(TypeError, match=r"argument 'reduction'.*'sum' of type str"):
+        loss(torch.zeros(4, 3), torch.zeros(4, 3), reduction="sum")
+
+
+def test_negatives_that_do_not_fit_are_refused():
+    query = torch.zeros(2, 4, 3)
+    for bad in (torch.zeros(5, 6, 3), torch.zeros(6, 2), torch.zeros(3), torch.zeros(6, 3).long()):
+        with pytest.raises(TypeError, match="info_nce: argument 'negatives'"):
+            info_nce(query, query, bad, temperature=0.1)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"densekit.info_nce: temperature is {temperature}"):
+        info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
+
+
+# --------------------------------------------------------------------- the authors' numbers
+
+
+def golden_tokens(file, *names):
+    golden = np.load(DATA / file)
+    tokens = [torch.from_numpy(golden[n]).double().flatten(2).mT for n in names]
+    return golden, [x.requires_grad_() for x in tokens]
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"), [(cross_entropy_similarity, "ce"), (negative_cosine, "cos")]
+)
+def test_pixsim_of_the_authors_program(loss, name):
+    golden, (p1, p2, z1, z2) = golden_tokens("pixsim_0_B2_C27_5x5.npz", "p1", "p2", "z1", "z2")
+    total = symmetric_loss(loss, (p1, p2), (z1, z2))
+    torch.testing.assert_close(total.item(), golden[f"loss_{name}"].item(), rtol=0, atol=1e-10)
+    for view, grad in zip("12", torch.autograd.grad(total, [p1, p2]), strict=True):
+        want = torch.from_numpy(golden[f"grad_{name}_p{view}"]).flatten(2).mT
+        torch.testing.assert_close(grad, want, rtol=0, atol=1e-10)
+
+
+def test_the_cross_entropy_map_of_the_authors_program():
+    golden, (p1, z2) = golden_tokens("pixsim_0_B2_C27_5x5.npz", "p1", "z2")
+    got = cross_entropy_similarity(p1, z2, reduction="none").unflatten(-1, (5, 5))
+    torch.testing.assert_close(got, torch.from_numpy(golden["ce_map12"]), rtol=0, atol=1e-10)
+    literal = golden["loss_ce_paper_eq3_literal"].item()
+    assert abs(got.mean().item() - literal) > 0.1  # Eq 3 as printed is another loss
+
+
+def test_regionsim_of_the_authors_program():
+    golden, (f1, f2, z1, z2) = golden_tokens(
+        "regionsim_0_B2_N6_C16_identity.npz", "f1", "f2", "z1", "z2"
+    )
+    e1, e2 = (pool_masks(f, z.softmax(-1)) for f, z in ((f1, z1), (f2, z2)))
+    nce = partial(info_nce, temperature=golden["temp"].item())
+    total = symmetric_loss(nce, (e1, e2), (e1, e2))
+    want = golden["loss_official"].item()
+    torch.testing.assert_close(total.item(), want, rtol=0, atol=1e-9)
+    for name, grad in zip(
+        ("f1", "f2", "z1", "z2"), torch.autograd.grad(total, [f1, f2, z1, z2]), strict=True
+    ):
+        want = torch.from_numpy(golden[f"grad_{name}"]).flatten(2).mT
+        torch.testing.assert_close(grad, want, rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------- views to a loss
+
+
+@losses
+def test_disjoint_views_in_a_batch_leave_the_loss_as_it_is(loss):
+    pairs = sample_view_pairs((48, 64), (64,), scale=(0.05, 0.2), generator=seeded())
+    valid = pairs.valid
+    assert 0 < valid.sum() < 64
+    maps = [uniform(seeded(i), 64, 4, 5, 5).requires_grad_() for i in range(2)]
+    sampled = gridsample_pairs(*maps, pairs.view1, pairs.view2, 3)
+    rows = valid[:, None].expand(64, 9)
+    total = loss(sampled.features1, sampled.features2, rows)
+    want = loss(sampled.features1[valid], sampled.features2[valid])
+    torch.testing.assert_close(total, want, **CLOSE)
+    (grad,) = torch.autograd.grad(total, maps[:1])
+    assert (grad[~valid] == 0).all()
+    assert (grad[valid] != 0).any()

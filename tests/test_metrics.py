@@ -1,0 +1,350 @@
+"""Metrics against scikit-learn, and the authors' numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import jaccard_score
+from sklearn.preprocessing import StandardScaler
+from strategies import generators, tensors, uniform
+
+from densekit import (
+    confusion_matrix,
+    fit_linear_probe,
+    linear_segmentation,
+    mean_iou,
+    pca_colors,
+)
+
+DATA = Path(__file__).parent / "data"
+CLASSES = 4
+
+
+@st.composite
+def segmentations(draw, low=0, high=CLASSES):
+    """Labels and predictions of one shape."""
+    shape = draw(st.sampled_from([(), (0,), (1,), (20,), (2, 3, 4)]))
+    generator = draw(generators())
+    return tuple(torch.randint(low, high, shape, generator=generator) for _ in range(2))
+
+
+# ------------------------------------------------------------------------- confusion matrix
+
+
+@given(segmentations())
+def test_the_confusion_matrix_is_scikit_learns(maps):
+    got = confusion_matrix(*maps, classes=CLASSES)
+    if maps[0].numel():
+        want = sklearn_confusion(*(x.flatten() for x in maps), labels=range(CLASSES))
+        assert torch.equal(got, torch.from_numpy(want))
+    else:
+        assert torch.equal(got, torch.zeros(CLASSES, CLASSES, dtype=torch.long))
+
+
+@given(segmentations(-2, CLASSES + 3), st.integers(-2, CLASSES + 2))
+def test_what_is_no_class_is_left_out(maps, ignore):
+    labels, predictions = maps
+    real = range(CLASSES)
+    keep = [
+        (a, b)
+        for a, b in zip(labels.flatten().tolist(), predictions.flatten().tolist(), strict=True)
+        if a in real and b in real and a != ignore
+    ]
+    want = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
+    for a, b in keep:
+        want[a, b] += 1
+    assert torch.equal(confusion_matrix(*maps, classes=CLASSES, ignore=ignore), want)
+
+
+@given(segmentations(), segmentations())
+def test_matrices_of_batches_add_up(one, two):
+    joined = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(one, two, strict=True)]
+    want = confusion_matrix(*joined, classes=CLASSES)
+    got = confusion_matrix(*one, classes=CLASSES) + confusion_matrix(*two, classes=CLASSES)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_few_bits_do_not_wrap_around(dtype):
+    labels = torch.tensor([0, 100, 100], dtype=dtype)
+    got = confusion_matrix(labels, labels.flip(0), classes=101)
+    assert got.nonzero().tolist() == [[0, 100], [100, 0], [100, 100]]
+
+
+def test_the_confusion_matrix_refuses_what_does_not_fit():
+    labels = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"argument 'predictions'.*shape=\(3\).*\(4,\)"):
+        confusion_matrix(labels, torch.zeros(4, dtype=torch.long), classes=2)
+    with pytest.raises(TypeError, match=r"argument 'predictions'.*float32"):
+        confusion_matrix(labels, torch.zeros(3), classes=2)
+    with pytest.raises(ValueError, match=r"densekit.confusion_matrix: classes is 0"):
+        confusion_matrix(labels, labels, classes=0)
+
+
+# --------------------------------------------------------------------------------- mean IoU
+
+
+@given(segmentations())
+def test_mean_iou_is_scikit_learns_jaccard_score(maps):
+    got = mean_iou(confusion_matrix(*maps, classes=CLASSES))
+    if maps[0].numel():
+        # Of the classes that occur, as scikit-learn picks them when left to itself.
+        want = jaccard_score(*(x.flatten() for x in maps), average="macro")
+        assert got.item() == pytest.approx(want, abs=1e-6)
+    else:
+        assert got == 0
+
+
+@given(segmentations())
+def test_mean_iou_does_not_depend_on_the_names_of_the_classes(maps):
+    order = torch.tensor([2, 0, 3, 1])
+    got = mean_iou(confusion_matrix(*(order[x] for x in maps), classes=CLASSES))
+    torch.testing.assert_close(got, mean_iou(confusion_matrix(*maps, classes=CLASSES)))
+
+
+def test_mean_iou_of_many_matrices():
+    confusion = torch.randint(0, 9, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    got = mean_iou(confusion)
+    want = torch.stack([mean_iou(c) for c in confusion.flatten(0, 1)]).unflatten(0, (2, 3))
+    assert torch.equal(got, want)
+
+
+def test_mean_iou_is_exact_for_counts_that_float32_cannot_hold():
+    count = 2**24 + 1
+    assert mean_iou(torch.tensor([[count, 0], [0, 1]])) == 1
+
+
+def test_mean_iou_refuses_what_is_not_square_or_not_counted():
+    with pytest.raises(TypeError, match="mean_iou: argument 'confusion'"):
+        mean_iou(torch.zeros(3, 4, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"mean_iou: argument 'confusion'.*float32"):
+        mean_iou(torch.zeros(3, 3))
+
+
+def test_the_scores_of_the_authors_program():
+    golden = np.load(DATA / "cluster_iou_0_nc5.npz")
+    logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["label"])
+    up = torch.nn.functional.interpolate(logits, labels.shape[-2:], mode="bilinear")
+    confusion = confusion_matrix(labels, up.argmax(1), classes=5)
+    assert torch.equal(confusion, torch.from_numpy(golden["conf"]).long())
+    matched = confusion[:, torch.from_numpy(golden["match"])]  # the cluster of each class
+    want = golden["official_mIoU"].item() / 100
+    assert mean_iou(matched).item() == pytest.approx(want, abs=1e-7)
+    assert mean_iou(confusion).item() != pytest.approx(want, abs=1e-2)
+
+
+# ------------------------------------------------------------------------------ linear probe
+
+
+@st.composite
+def probes(draw):
+    """Features with a spread in each channel, labels with rows to leave out, a penalty."""
+    n, d = draw(st.integers(8, 20)), draw(st.integers(1, 4))
+    generator = draw(generators())
+    features = uniform(generator, n, d) * 10 ** uniform(generator, d, low=-2, high=2)
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    labels[3:][torch.rand(n - 3, generator=generator) < 0.3] = 255
+    return features, labels, draw(st.sampled_from([1e-3, 0.1, 10.0]))
+
+
+@given(probes())
+def test_the_probe_is_scikit_learns_ridge_on_one_hot_labels(case):
+    features, labels, penalty = case
+    keep = labels != 255
+    scaler = StandardScaler().fit(features[keep])
+    target = torch.nn.functional.one_hot(labels[keep], CLASSES).double()
+    ridge = Ridge(alpha=penalty * int(keep.sum()), solver="cholesky")
+    ridge.fit(scaler.transform(features[keep]), target)
+    want = torch.from_numpy(ridge.predict(scaler.transform(features)))
+    probe = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
+    got = features @ probe.weight.double() + probe.bias.double()
+    # The weights are float32, and the scores are of the order of one.
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@given(probes(), st.floats(0.01, 100), st.floats(-5, 5))
+def test_the_scores_do_not_depend_on_the_scale_of_the_features(case, scale, shift):
+    features, labels, penalty = case
+    scores = []
+    for x in (features, features * scale + shift * scale):
+        probe = fit_linear_probe(x, labels, classes=CLASSES, penalty=penalty)
+        scores.append(x @ probe.weight.double() + probe.bias.double())
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3, 123.456])
+def test_a_constant_feature_gets_no_weight(value):
+    # Its mean rounds at some of the counts, and leaves a deviation that is not zero.
+    for count in range(5, 30):
+        features = uniform(torch.Generator().manual_seed(count), count, 2)
+        features[:, 1] = value
+        labels = (torch.arange(count) % 3 == 0).long()
+        probe = fit_linear_probe(features, labels, classes=2)
+        assert (probe.weight[0] != 0).all()
+        torch.testing.assert_close(probe.weight[1], torch.zeros(2), rtol=0, atol=1e-6)
+
+
+@given(probes())
+def test_rows_to_ignore_may_hold_anything(case):
+    features, labels, penalty = case
+    want = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
+    poisoned = torch.where((labels == 255)[:, None], torch.nan, features)
+    got = fit_linear_probe(poisoned, labels, classes=CLASSES, penalty=penalty)
+    assert torch.equal(got.weight, want.weight)
+    assert torch.equal(got.bias, want.bias)
+
+
+@given(probes())
+def test_the_prior_is_the_share_of_each_class(case):
+    features, labels, _ = case
+    counts = torch.bincount(labels[labels != 255], minlength=CLASSES).float()
+    got = fit_linear_probe(features, labels, classes=CLASSES).prior
+    torch.testing.assert_close(got, counts / counts.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features_are_fitted_as_the_numbers_they_are(dtype):
+    features = uniform(torch.Generator().manual_seed(0), 30, 3).to(dtype)
+    labels = torch.arange(30) % CLASSES
+    got = fit_linear_probe(features, labels, classes=CLASSES)
+    want = fit_linear_probe(features.double(), labels, classes=CLASSES)
+    assert torch.equal(got.weight, want.weight)
+
+
+def test_a_probe_of_nothing_is_finite():
+    for features, labels in (
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
+        (torch.rand(4, 3), torch.full((4,), 255)),
+        (torch.rand(1, 3), torch.zeros(1, dtype=torch.long)),
+        (torch.rand(4, 0), torch.arange(4)),
+    ):
+        probe = fit_linear_probe(features, labels, classes=CLASSES)
+        assert probe.weight.isfinite().all()
+        assert probe.bias.isfinite().all()
+
+
+def test_classes_that_a_line_can_tell_apart_are_told_apart():
+    labels = torch.arange(60) % 3
+    corners = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    features = corners[labels] + uniform(
+        torch.Generator().manual_seed(0), 60, 2, dtype=torch.float32
+    )
+    probe = fit_linear_probe(features, labels, classes=3)
+    assert torch.equal((features @ probe.weight + probe.bias).argmax(-1), labels)
+
+
+@pytest.mark.parametrize("options", [{"classes": 0}, {"classes": 2, "penalty": 0.0}])
+def test_the_probe_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=f"fit_linear_probe: classes is {options['classes']}"):
+        fit_linear_probe(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), **options)
+
+
+def test_the_probe_wants_a_label_for_each_row():
+    with pytest.raises(TypeError, match=r"argument 'labels' should be .* n=3"):
+        fit_linear_probe(torch.rand(3, 2), torch.zeros(4, dtype=torch.long), classes=2)
+
+
+# ----------------------------------------------------------------------- linear segmentation
+
+
+def stripes(generator, count, stride):
+    """Label maps of blocks of `stride` pixels, and features at a block a cell that tell them."""
+    cells = torch.randint(0, CLASSES, (count, 6, 6), generator=generator)
+    labels = cells.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+    return torch.nn.functional.one_hot(cells, CLASSES).movedim(-1, 1).float(), labels
+
+
+def test_features_that_tell_the_classes_score_one_and_noise_scores_little():
+    generator = torch.Generator().manual_seed(0)
+    # The middle of each block of 3 pixels is the centre of its cell.
+    (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))
+    options = {"classes": CLASSES, "stride": 3}
+    assert linear_segmentation(train, test, labels, test_labels, **options).miou == 1
+    noise = [torch.rand(x.shape, generator=generator) for x in (train, test)]
+    assert linear_segmentation(*noise, labels, test_labels, **options).miou < 0.5
+
+
+def test_linear_segmentation_is_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(n, 5, 4, 3, generator=generator) for n in (3, 2))
+    labels, test_labels = (
+        torch.randint(0, CLASSES, (n, 9, 7), generator=generator) for n in (3, 2)
+    )
+    labels[0, :4] = 255
+
+    def rows(maps, targets):
+        # torch's own resize holds the feature at every pixel centre; every second is used.
+        up = torch.nn.functional.interpolate(maps, (9, 7), mode="bilinear")[:, :, 1::2, 1::2]
+        return up.movedim(1, -1).flatten(0, 2), targets[:, 1::2, 1::2].flatten()
+
+    x, y = rows(train, labels)
+    probe = fit_linear_probe(x, y, classes=CLASSES, penalty=0.1)
+    x, y = rows(test, test_labels)
+    frequent = torch.tensor([int((labels[:, 1::2, 1::2] == c).sum()) for c in range(CLASSES)])
+    guesses = (x @ probe.weight + probe.bias).argmax(-1), torch.full_like(y, frequent.argmax())
+    want = [mean_iou(confusion_matrix(y, guess, classes=CLASSES)) for guess in guesses]
+    got = linear_segmentation(
+        train, test, labels, test_labels, classes=CLASSES, stride=2, penalty=0.1
+    )
+    torch.testing.assert_close(list(got), want)
+
+
+def test_linear_segmentation_refuses_what_does_not_fit():
+    maps, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"densekit.linear_segmentation: stride is 0"):
+        linear_segmentation(maps, maps, labels, labels, classes=2, stride=0)
+    with pytest.raises(ValueError, match="classes is 0"):
+        linear_segmentation(maps, maps, labels, labels, classes=0)
+    with pytest.raises(TypeError, match=r"argument 'labels'.*n=2"):
+        linear_segmentation(maps, maps, labels[:1], labels, classes=2)
+    with pytest.raises(TypeError, match=r"argument 'test_features'.*d=3"):
+        linear_segmentation(maps, maps[:, :1], labels, labels, classes=2)
+
+
+# --------------------------------------------------------------------------------------- PCA
+
+
+def test_colours_are_the_stretched_components_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([5.0, 3.0, 2.0, 0.5, 0.1])[:, None, None]
+    maps = torch.randn(2, 5, 4, 3, generator=generator) * scale
+    got = pca_colors(maps).movedim(1, -1).reshape(-1, 3).double()
+    want = torch.from_numpy(PCA(3).fit_transform(maps.movedim(1, -1).reshape(-1, 5)))
+    want = (want - want.amin(0)) / (want.amax(0) - want.amin(0))
+    for one, other in zip(got.T, want.T, strict=True):
+        # The sign of a component is free.
+        off = min((one - other).abs().max(), (1 - one - other).abs().max())
+        assert off < 1e-4
+
+
+@given(st.data())
+def test_colours_are_between_zero_and_one(data):
+    shape = data.draw(st.sampled_from([(1, 1, 2, 2), (2, 3, 3, 2), (1, 5, 2, 4), (3, 2, 1, 1)]))
+    got = pca_colors(data.draw(tensors(shape, dtype=torch.float32), label="maps"))
+    assert got.shape == (shape[0], 3, *shape[2:])
+    assert ((got >= 0) & (got <= 1)).all()
+
+
+@given(tensors((1, 5, 1, 2), dtype=torch.float32))
+def test_components_that_do_not_exist_are_zero(maps):
+    got = pca_colors(maps)  # two cells lie on one line
+    assert got[0, 0, 0].sort().values.tolist() == [0, 1]
+    assert (got[0, 1:] == 0).all()
+
+
+@given(st.floats(-10, 10, width=32))
+def test_constant_features_have_one_colour(value):
+    assert (pca_colors(torch.full((2, 4, 3, 3), value)) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 0, 2, 2), (2, 4, 0, 2), (1, 1, 1, 1)])
+def test_nothing_to_paint_is_black(shape):
+    got = pca_colors(torch.zeros(shape))
+    assert got.shape == (shape[0], 3, *shape[2:])
+    assert (got == 0).all()
