@@ -1,7 +1,6 @@
 """Box algebra. Boxes are `xyxy`, half-open, in continuous pixels; never of negative size."""
 
 import torch
-
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["box_area", "box_iou", "boxes_valid", "intersect_boxes"]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = [

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-
 from densekit.sampling import gridsample
 from densekit.typing import Float, Integer, Tensor, typed
 from densekit.views import coordinate_map, full_view, image_to_view

@@ -1,7 +1,6 @@
 """Regions from cells: pooled features of soft masks."""
 
 import torch
-
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["pool_masks"]

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-
 from densekit.typing import Bool, Float, Size, Tensor, typed
 from densekit.views import View, coordinate_map, image_to_view, intersect_views
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-
 from densekit.metrics import SegmentationScore, linear_segmentation
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
@@ -87,8 +86,8 @@ def scenes(
         )
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(
-            f"densekit.testing.scenes: objects should be (fewest, most) with 0 <= fewest <= most <= {_SLOTS}, "
-            f"but it is {objects}."
+            "densekit.testing.scenes: objects should be (fewest, most) with "
+            f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
     # Everything random is drawn here for all scenes at once, so chunks cannot change the result.
     plan = _draw_plan(count, size, generator, objects)

@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-
 from densekit.boxes import box_iou, boxes_valid, intersect_boxes
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 

@@ -6,7 +6,6 @@ overlap) holds by construction. Sizes stay at 8 a side, so that an example takes
 
 import torch
 from hypothesis import strategies as st
-
 from densekit import View
 
 BATCHES = ((), (1,), (2,), (2, 3), (0,), (2, 0))

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, boxes, degenerate_boxes, disjoint_views, overlapping_views
 from torchvision import ops
-
 from densekit import box_area, box_iou, boxes_valid, intersect_boxes
 
 

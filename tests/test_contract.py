@@ -25,7 +25,6 @@ import pytest
 import torch
 from strategies import flips, uniform
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-
 import densekit as dk
 from densekit import View
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BATCHES, batches, generators, tensors, uniform, valid_rows
-
 from densekit import (
     cross_entropy_similarity,
     gridsample_pairs,

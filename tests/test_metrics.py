@@ -13,7 +13,6 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
 from strategies import generators, tensors, uniform
-
 from densekit import (
     confusion_matrix,
     fit_linear_probe,

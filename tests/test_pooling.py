@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, tensors, valid_rows
-
 from densekit import pool_masks
 
 DATA = Path(__file__).parent / "data"

@@ -21,7 +21,6 @@ from strategies import (
     tensors,
     uniform,
 )
-
 from densekit import (
     View,
     boxes_valid,

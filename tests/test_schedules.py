@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
-
 from densekit import cosine_schedule, linear_schedule, warmup_cosine
 
 values = st.floats(-10, 10)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generators, sizes
-
 from densekit import testing
 from densekit.testing import CLASS_NAMES, scenes
 

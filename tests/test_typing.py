@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import jaxtyping
 import pytest
 import torch
-
 import densekit
 from densekit import View, ViewPairs
 from densekit.typing import Bool, Float, Integer, Size, Tensor, typed

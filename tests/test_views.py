@@ -27,7 +27,6 @@ from strategies import (
 from torchvision import ops
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
-
 from densekit import (
     View,
     box_area,

@@ -1,0 +1,210 @@
+"""Every public name is exported once, documented in full, and shown by an example that runs."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+import densekit
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    info.name: importlib.import_module(f"densekit.{info.name}")
+    for info in pkgutil.iter_modules(densekit.__path__)
+}
+NOT_FLAT = {"testing", "typing"}  # imported by their own names: no part of a training program
+SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Examples", "References")
+PUBLIC = {
+    f"{module}.{name}": getattr(MODULES[module], name)
+    for module in MODULES
+    for name in MODULES[module].__all__
+    if getattr(getattr(MODULES[module], name), "__module__", "") == f"densekit.{module}"
+}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+RECORDS = {name: value for name, value in PUBLIC.items() if hasattr(value, "_fields")}
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+
+
+# ---- exports ---------------------------------------------------------------------------------
+
+
+def test_the_flat_package_lists_every_public_name_once():
+    homes = {}
+    for module in MODULES.keys() - NOT_FLAT:
+        for name in MODULES[module].__all__:
+            homes.setdefault(name, []).append(module)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+    assert sorted(homes) == sorted(densekit.__all__)
+    assert len(set(densekit.__all__)) == len(densekit.__all__)
+    for name, (module,) in homes.items():
+        assert getattr(densekit, name) is getattr(MODULES[module], name)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_lists_what_it_defines(module):
+    defined = {
+        name
+        for name, value in vars(MODULES[module]).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == f"densekit.{module}"
+    }
+    assert defined <= set(MODULES[module].__all__)
+
+
+# ---- docstrings ------------------------------------------------------------------------------
+
+
+def sections(docstring):
+    """The sections of a Google-style docstring, in order: name -> text; "" is what precedes."""
+    parts = re.split(rf"^({'|'.join(SECTIONS)}):\n", inspect.cleandoc(docstring), flags=re.M)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def entries(text):
+    """Names that a section explains: the lines of its first indentation, up to the colon."""
+    return [name.lstrip("*") for name in re.findall(r"^ {4}([\w*]+)(?: \(.*?\))?:", text, re.M)]
+
+
+def raised(function):
+    """Names of the errors that the body of a function raises itself."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    nodes = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc]
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return {node.id for node in calls if isinstance(node, ast.Name)}
+
+
+def shortcomings(function):
+    """What the docstring of a public function lacks."""
+    found = sections(function.__doc__ or "")
+    signature = inspect.signature(function)
+    if not re.fullmatch(r"\S[^\n]*[.?!]", found[""].split("\n\n")[0].strip()):
+        yield "its first paragraph is not one line that ends in a stop"
+    if [*found][1:] != [name for name in SECTIONS if name in found]:
+        yield f"its sections {[*found][1:]} are not in the order {SECTIONS}"
+    if entries(found.get("Args", "")) != [*signature.parameters]:
+        yield f"Args explains {entries(found.get('Args', ''))}, not {[*signature.parameters]}"
+    if signature.return_annotation is not None and not found.get("Returns", "").strip():
+        yield "Returns is missing"
+    if missing := raised(function) - set(entries(found.get("Raises", ""))):
+        yield f"Raises leaves out {sorted(missing)}"
+    lines = re.findall(r"^ *(?:>>>|\.\.\.) ", found.get("Examples", ""), re.M)
+    if not 1 <= len(lines) <= 6:
+        yield f"Examples has {len(lines)} lines of code, not 1 to 6"
+    if function.__module__ != "densekit.testing" and not found.get("References", "").strip():
+        yield "References is missing"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_is_documented_in_full(name):
+    assert list(shortcomings(FUNCTIONS[name])) == []
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_explains_every_field(name):
+    assert RECORDS[name].__doc__.count("\n") > 1  # not the one that NamedTuple writes
+    found = sections(RECORDS[name].__doc__)
+    assert entries(found.get("Attributes", "")) == list(RECORDS[name]._fields)
+
+
+def test_every_public_name_is_a_function_or_a_record():
+    assert PUBLIC.keys() == FUNCTIONS.keys() | RECORDS.keys()
+
+
+def _bad(x, y: int = 0) -> int:
+    """Two lines
+    and no stop
+
+    Args:
+        x: A number.
+
+    Examples:
+        No code.
+
+    Returns:
+        A number.
+    """
+    if y:
+        raise ValueError("y")
+    return x
+
+
+def test_the_check_sees_each_shortcoming():
+    found = " | ".join(shortcomings(_bad))
+    for word in ("one line", "order", "Args explains", "Raises", "Examples", "References"):
+        assert word in found
+    found = " | ".join(shortcomings(lambda: None))
+    for word in ("one line", "Returns", "Examples", "References"):
+        assert word in found
+
+
+# ---- examples --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_example_of_a_docstring_runs(name):
+    # What a reader has who imported torch, the flat package and the module of the page.
+    flat = {key: getattr(densekit, key) for key in densekit.__all__}
+    own = MODULES[name.split(".")[0]]
+    names = {"torch": torch, **flat, **{key: getattr(own, key) for key in own.__all__}}
+    test = doctest.DocTestParser().get_doctest(PUBLIC[name].__doc__, names, name, None, None)
+    report = []
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(test, out=report.append).failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for example in Sybil([PythonCodeBlockParser()]).parse(page).examples():
+        example.evaluate()
+
+
+# ---- pages -----------------------------------------------------------------------------------
+
+
+def nav_pages(entry):
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from nav_pages(part)
+
+
+def nav():
+    return list(nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_a_page(module):
+    page = ROOT / "docs" / "api" / f"{module}.md"
+    assert f"::: densekit.{module}" in page.read_text().splitlines()
+    assert f"api/{module}.md" in nav()
+
+
+def test_a_recipe_has_a_page():
+    names = {path.stem for path in ROOT.glob("recipes/*.py")} - {"harness"}
+    assert names
+    assert {f"recipes/{name}.md" for name in names} <= set(nav())
+
+
+def test_the_pages_and_the_navigation_name_each_other():
+    pages = [str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(nav()) == sorted(pages)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_to_a_file_finds_it(page):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []

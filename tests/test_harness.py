@@ -1,0 +1,1077 @@
+"""The harness, with real files, real processes (two of them, over gloo) and real signals."""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import harness
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # in the parent, or DDP in each forked process imports it for 20 s
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+CPU = torch.device("cpu")
+ALONE = harness.World(0, 1, CPU)
+
+
+def _child(rank, size, port, folder, function, args):
+    torch.set_num_threads(1)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **place}
+    with harness.process_group("cpu") as world:
+        result = function(world, *args)
+    torch.save(result, folder / f"result-{rank}")
+
+
+def on_processes(size, folder, function, *args):
+    """What `function(world, *args)` returns on each of `size` processes; one runs right here."""
+    gc.collect()  # a dead process group, collected in a fork, waits for threads that are not there
+    if size == 1:
+        with harness.process_group("cpu") as world:
+            return [function(world, *args)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _child, (size, port, folder, function, args), nprocs=size, start_method="fork"
+    )
+    return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(size)]
+
+
+@pytest.fixture
+def world():
+    with harness.process_group("cpu") as world:
+        yield world
+
+
+# ---- a small training to interrupt -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: str = "sgd"
+    lr: float = 0.05
+
+
+@dataclass(frozen=True)
+class Config:
+    optim: Optim = field(default_factory=Optim)
+    scale: tuple[float, float] = (0.2, 1.0)
+    data: Path | None = Path("photos")
+    workers: int = 0
+
+
+class Noise:
+    """Batches whose values depend on (seed, epoch, indices) through torch's global generator."""
+
+    def __init__(self, count=22):
+        self.count, self.epoch, self.read = count, None, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, indices):
+        self.read.append(indices)
+        with harness.seeded(3, self.epoch, *indices):
+            return indices, torch.randn(len(indices), 4)
+
+
+class Queue(NamedTuple):
+    bank: Tensor
+    position: Tensor
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+        self.late = nn.Linear(8, 4)  # without gradient, hence without moments, until step 4
+
+    def forward(self, x, late):
+        x = self.body(x)
+        return self.head(x) + self.late(x) if late else self.head(x)
+
+
+class KilledError(Exception):
+    pass
+
+
+def build(name, lr):
+    with harness.seeded(0):
+        net = Net()
+    kinds = {
+        "sgd": lambda p: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, lr, weight_decay=0.1),
+    }
+    return net, kinds[name](net.parameters())
+
+
+def train(world, folder, config, killed_after=None, steps=12):
+    """Eight images a step; checkpoints after steps 3, 7, 11 and the last."""
+    net, optimizer = build(config.optim.name, config.optim.lr)
+    teacher = copy.deepcopy(net)
+    queue = Queue(torch.zeros(16, 4), torch.tensor(0))
+    ddp = DistributedDataParallel(net, find_unused_parameters=True)
+    with harness.Run(folder, config, world) as run:
+        step = run.resume(ddp, optimizer, teacher=teacher, queue=queue)
+        for _, x in harness.batches(
+            Noise(), 8, world, seed=1, start=step, stop=steps, workers=config.workers
+        ):
+            y = ddp(x, late=step >= 4)
+            with torch.no_grad():
+                target = teacher(x, late=True) + queue.bank.mean(0)
+            loss = (y - target - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            values = run.reduce(step, {"loss": loss, "size": y.abs().mean()})
+            optimizer.step()
+            with torch.no_grad():
+                for old, new in zip(teacher.parameters(), net.parameters(), strict=True):
+                    old.lerp_(new, 0.1)
+                mean = y.detach().mean(0)
+                dist.all_reduce(mean)
+                queue.bank[queue.position] = mean
+                queue.position.add_(1).remainder_(16)
+            step += 1
+            run.log(step, **values)
+            if step % 4 == 3 or step == steps:
+                run.save(step, ddp, optimizer, teacher=teacher, queue=queue)
+            if step == killed_after:
+                raise KilledError
+    return net.state_dict(), teacher.state_dict(), tuple(queue)
+
+
+def train_killed(world, folder, config, after):
+    with pytest.raises(KilledError):
+        train(world, folder, config, killed_after=after)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The rows and the final state of a whole run, by optimizer and number of processes."""
+    made = {}
+
+    def get(name, size):
+        if (name, size) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            config = Config(Optim(name))
+            results = on_processes(size, folder, train, folder / "run", config)
+            made[name, size] = (folder / "run" / "metrics.jsonl").read_text(), results[0]
+        return made[name, size]
+
+    return get
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, name, size, workers):
+    """KilledError after step 9, resumed mid-epoch from step 7, killed again after 10, finished."""
+    folder, config = tmp_path / "run", Config(Optim(name), workers=workers)
+    on_processes(size, tmp_path, train_killed, folder, config, 9)
+    assert [row["step"] for row in rows(folder)] == [*range(1, 10)]
+    on_processes(size, tmp_path, train_killed, folder, config, 10)
+    state = on_processes(size, tmp_path, train, folder, dataclasses.replace(config, workers=0))[0]
+    whole_rows, whole_state = uninterrupted(name, size)
+    assert (folder / "metrics.jsonl").read_text() == whole_rows
+    for ours, theirs in zip(state, whole_state, strict=True):
+        if isinstance(ours, dict):
+            ours, theirs = ours.values(), theirs.values()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_losses_of_the_toy_depend_on_everything_that_is_resumed(uninterrupted):
+    """The test above proves something only where losses move and differ."""
+    losses = [json.loads(line)["loss"] for line in uninterrupted("adamw", 1)[0].splitlines()]
+    assert len(losses) == 12 == len(set(losses))
+    assert losses != [json.loads(x)["loss"] for x in uninterrupted("sgd", 1)[0].splitlines()]
+
+
+def test_finished_run_stays_as_it_is(tmp_path, world):
+    train(world, tmp_path / "run", Config())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    train(world, tmp_path / "run", Config())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_number_of_processes_may_change(tmp_path):
+    on_processes(2, tmp_path, train_killed, tmp_path / "run", Config(), 9)
+    on_processes(1, tmp_path, train, tmp_path / "run", Config())
+    assert [row["step"] for row in rows(tmp_path / "run")] == [*range(1, 13)]
+
+
+def test_curves_hold_each_step_once(tmp_path, world):
+    train_killed(world, tmp_path / "run", Config(), 9)
+    train(world, tmp_path / "run", Config())
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "size"}
+    for name in ("loss", "size"):
+        curve = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(row["step"], pytest.approx(row[name])) for row in rows(tmp_path / "run")]
+        assert curve == expected
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path, world):
+    train(world, tmp_path / "run", Config())
+    assert checkpoints(tmp_path / "run") == ["step-00000011", "step-00000012"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_save_killed_half_way_is_not_picked_up(tmp_path, half):
+    folder, config = tmp_path / "run", Config()
+
+    def dies_in_its_second_save():
+        save, count = harness.dcp.save, iter(range(2))
+
+        def dying(state, checkpoint_id, planner):
+            if next(count):
+                if half:
+                    checkpoint_id.mkdir()
+                    (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+                else:  # all is written, only the name is not yet given
+                    save(state, checkpoint_id=checkpoint_id, planner=planner)
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, checkpoint_id=checkpoint_id, planner=planner)
+
+        harness.dcp.save = dying
+        on_processes(1, tmp_path, train, folder, config)
+
+    process = multiprocessing.get_context("fork").Process(target=dies_in_its_second_save)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoints(folder) == [".step-00000007", "step-00000003"]
+    with harness.process_group("cpu") as world:
+        net, optimizer = build("sgd", 0.1)
+        with harness.Run(folder, config, world) as run:
+            state = {
+                "teacher": copy.deepcopy(net),
+                "queue": Queue(torch.zeros(16, 4), torch.tensor(0)),
+            }
+            assert run.resume(net, optimizer, **state) == 3
+    assert checkpoints(folder) == ["step-00000003"]
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
+
+
+def test_extras_come_back_in_place(tmp_path, world):
+    net, optimizer = build("sgd", 0.1)
+    nested = {"queues": {"a": Queue(torch.arange(6.0).view(2, 3), torch.tensor(4))}}
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)
+        run.save(5, net, optimizer, teacher=net.head, nested=nested, centre=torch.ones(3))
+    empty = {"queues": {"a": Queue(torch.zeros(2, 3), torch.tensor(0))}}
+    teacher, centre = nn.Linear(8, 4), torch.zeros(3)
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(net, optimizer, teacher=teacher, nested=empty, centre=centre) == 5
+    assert torch.equal(teacher.weight, net.head.weight)
+    assert torch.equal(empty["queues"]["a"].bank, torch.arange(6.0).view(2, 3))
+    assert empty["queues"]["a"].position == 4
+    assert torch.equal(centre, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_saving_before_the_first_step_changes_nothing(tmp_path, world, name):
+    net, optimizer = build(name, 0.1)
+    before = copy.deepcopy(net.state_dict())
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(net, optimizer) == 0
+        run.save(0, net, optimizer)
+    assert not optimizer.state
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(net, optimizer) == 0
+    assert not optimizer.state
+
+
+def test_leftover_gradients_do_not_hide_the_moments(tmp_path, world):
+    net, optimizer = build("adamw", 0.1)
+    net(torch.randn(3, 4), late=True).sum().backward()
+    optimizer.step()
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)  # there is none, so the moments stay
+        run.save(1, net, optimizer)
+    fresh, other = build("adamw", 0.1)
+    fresh(torch.randn(3, 4), late=True).sum().backward()
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(fresh, other)
+    moment = optimizer.state[net.late.weight]["exp_avg"]
+    assert moment.abs().sum() > 0
+    assert torch.equal(other.state[fresh.late.weight]["exp_avg"], moment)
+
+
+@pytest.mark.parametrize("wrapped", ["bare", "ddp", "compiled", "ddp of compiled"])
+def test_wrapped_and_bare_models_read_each_others_checkpoints(tmp_path, world, wrapped):
+    net, optimizer = build("adamw", 0.1)
+    model = torch.compile(net) if "compiled" in wrapped else net
+    model = DistributedDataParallel(model) if "ddp" in wrapped else model
+    net(torch.randn(3, 4), late=True).sum().backward()
+    optimizer.step()
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(model, optimizer)
+        run.save(1, model, optimizer)
+    saved = harness.dcp.FileSystemReader(tmp_path / "run/checkpoints/step-00000001").read_metadata()
+    keys = " ".join(saved.state_dict_metadata)
+    assert "model.body.0.weight" in keys
+    assert "module." not in keys
+    assert "_orig_mod" not in keys
+    other, optimizer = build("adamw", 0.1)
+    with torch.no_grad():
+        other.head.weight.zero_()
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(other, optimizer) == 1
+    assert torch.equal(other.head.weight, net.head.weight)
+    assert optimizer.state[other.head.weight]["step"] == 1
+
+
+def test_another_model_is_not_loaded_in_part(tmp_path, world):
+    net, optimizer = build("sgd", 0.1)
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)
+        run.save(1, net, optimizer)
+    net.extra = nn.Linear(2, 2)
+    with (
+        harness.Run(tmp_path / "run", Config(), world) as run,
+        pytest.raises(harness.dcp.api.CheckpointException, match=r"model\.extra\.weight"),
+    ):
+        run.resume(net, torch.optim.SGD(net.parameters(), 0.1))
+
+
+# ---- the log ---------------------------------------------------------------------------------
+
+
+def test_log_takes_numbers_and_tensors(tmp_path, world):
+    net, optimizer = build("sgd", 0.1)
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)
+        run.log(0, loss=torch.tensor(0.5), lr=1)
+        assert rows(tmp_path / "run") == [{"step": 0, "loss": 0.5, "lr": 1.0}]  # at once
+        run.log(0, **{"probe/miou": 0.25})
+    assert rows(tmp_path / "run")[1] == {"step": 0, "probe/miou": 0.25}
+
+
+def test_rows_without_a_checkpoint_and_half_rows_are_dropped(tmp_path, world):
+    net, optimizer = build("sgd", 0.1)
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)
+        run.log(0, probe=1.0)
+        run.log(1, loss=1.0)
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(net, optimizer) == 0
+        assert rows(tmp_path / "run") == []  # the run begins anew, and logs step 0 anew
+        run.log(0, probe=1.0)
+        run.save(1, net, optimizer)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.resume(net, optimizer)
+    assert rows(tmp_path / "run") == [{"step": 0, "probe": 1.0}]
+
+
+def reduce_here(world, folder):
+    with harness.Run(folder, Config(), world) as run:
+        one = torch.tensor(1.0 + world.rank, requires_grad=True)
+        return run.reduce(3, {"loss": one, "half": one.half() / 2})
+
+
+@pytest.mark.parametrize(("size", "mean"), [(1, 1.0), (2, 1.5)])
+def test_reduce_is_the_mean_over_the_processes(tmp_path, size, mean):
+    for values in on_processes(size, tmp_path, reduce_here, tmp_path / "run"):
+        assert values == {"loss": mean, "half": mean / 2}
+
+
+def fail_on_rank_one(world, folder, bad):
+    net, optimizer = build("adamw", 0.1)
+    with harness.Run(folder, Config(), world) as run:
+        run.resume(net, optimizer)
+        run.save(4, net, optimizer)
+        terms = {"loss": torch.tensor(1.0), "dense": torch.tensor(2.0)}
+        run.reduce(4, terms)
+        if world.rank == 1:
+            terms["dense"] = torch.tensor(bad)
+        with pytest.raises(harness.NonFiniteError) as error:
+            run.reduce(5, terms)
+    with harness.Run(folder, Config(), world) as run:
+        assert run.resume(net, optimizer) == 4
+    return str(error.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_loss_stops_all_and_keeps_the_checkpoint(tmp_path, bad):
+    folder = tmp_path / "run"
+    messages = on_processes(2, tmp_path, fail_on_rank_one, folder, bad)
+    assert messages[0] == messages[1]
+    assert "step 5" in messages[0]
+    assert f"dense = {bad}" in messages[0]
+    assert "loss = " not in messages[0]
+    assert str(folder / "checkpoints" / "step-00000004") in messages[0]
+
+
+def test_bad_loss_before_any_checkpoint(tmp_path, world):
+    with (
+        harness.Run(tmp_path / "run", Config(), world) as run,
+        pytest.raises(harness.NonFiniteError, match="none is saved"),
+    ):
+        run.reduce(0, {"loss": torch.tensor(torch.nan)})
+
+
+# ---- the run folder --------------------------------------------------------------------------
+
+
+def open_run(world, folder, config, **options):
+    try:
+        with harness.Run(folder, config, world, **options):
+            return None
+    except harness.UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_another_configuration_is_refused_by_name(tmp_path, size):
+    folder = tmp_path / "run"
+    on_processes(1, tmp_path, open_run, folder, Config())
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["optim"] == {"name": "sgd", "lr": 0.05}
+    assert stored["scale"] == [0.2, 1.0]
+    assert stored["data"] == "photos"
+    other = Config(Optim(lr=0.1), data=None)
+    for message in on_processes(size, tmp_path, open_run, folder, other):
+        assert "optim.lr = 0.05, now 0.1" in message
+        assert "data = 'photos', now None" in message
+        assert "scale" not in message
+        assert "name" not in message
+        assert str(folder) in message
+    assert json.loads((folder / "config.json").read_text()) == stored
+
+
+def test_ignored_fields_may_change(tmp_path, world):
+    assert open_run(world, tmp_path / "run", Config()) is None
+    assert open_run(world, tmp_path / "run", Config(workers=3)) is None
+    other = Config(Optim(lr=0.1))
+    assert open_run(world, tmp_path / "run", other, ignore=("optim.lr", "workers")) is None
+    assert "workers" in open_run(world, tmp_path / "run", Config(workers=3), ignore=("lr",))
+
+
+def test_foreign_folder_is_refused(tmp_path, world):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "neither empty nor" in open_run(world, tmp_path, Config())
+    assert "neither empty nor" in open_run(world, tmp_path / "thesis.tex", Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    hidden = tmp_path / "empty but for hidden files"
+    hidden.mkdir()
+    (hidden / ".gitkeep").touch()
+    assert open_run(world, hidden, Config()) is None
+
+
+# ---- signals ---------------------------------------------------------------------------------
+
+
+def signal_rank_one(world, folder, number):
+    with harness.Run(folder, Config(), world) as run:
+        answers = [run.stop_requested()]
+        if world.rank == 1:
+            os.kill(os.getpid(), number)
+        return [*answers, run.stop_requested(), run.stop_requested()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_to_one_process_stops_all(tmp_path, number):
+    answers = on_processes(2, tmp_path, signal_rank_one, tmp_path / "run", number)
+    assert answers == [[False, True, True]] * 2
+
+
+def test_second_interrupt_is_at_once_and_handlers_are_restored(tmp_path, world):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def signalled_with_workers(world, folder, number):
+    os.setpgrp()  # the signal must not reach the tests
+    with harness.Run(folder, Config(), world) as run:
+        loader = harness.batches(Noise(128), 2, world, seed=0, start=0, stop=64, workers=2)
+        seen = 0
+        for _ in loader:
+            if seen == 3:
+                os.killpg(0, number)  # as schedulers and terminals do: to all of the job
+            seen += 1
+        return seen, run.stop_requested()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_loader_processes_outlive_a_stop_request(tmp_path, number):
+    def child():
+        result = on_processes(1, tmp_path, signalled_with_workers, tmp_path / "run", number)
+        torch.save(result, tmp_path / "result")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert torch.load(tmp_path / "result") == [(64, True)]
+
+
+# ---- processes -------------------------------------------------------------------------------
+
+
+def test_one_process_is_a_group_of_one():
+    with harness.process_group("cpu") as world:
+        assert world == (0, 1, CPU)
+        assert world.is_main
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
+    with pytest.raises(KilledError), harness.process_group("cpu"):
+        raise KilledError
+    assert not dist.is_initialized()
+    with harness.process_group("cpu"):
+        pass
+
+
+def describe(world):
+    return world.rank, world.size, world.is_main, dist.get_rank(), dist.get_world_size()
+
+
+def test_group_of_the_environment(tmp_path):
+    expected = [(0, 2, True, 0, 2), (1, 2, False, 1, 2)]
+    assert on_processes(2, tmp_path, describe) == expected
+
+
+def leave_by_error(world):
+    if world.rank == 1:
+        raise harness.UserError("only here")
+    with contextlib.suppress(RuntimeError):  # the peer is gone: an error, not a wait
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_error_on_one_process_does_not_hang(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="only here"):
+        on_processes(2, tmp_path, leave_by_error)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    with harness.process_group() as world, harness.Run(tmp_path / "run", Config(), world) as run:
+        assert world.device == torch.device("cuda", 0)
+        net, _ = build("adamw", 0.1)
+        net.to(world.device)
+        optimizer = torch.optim.AdamW(net.parameters())
+        net(torch.randn(3, 4, device=world.device), late=True).sum().backward()
+        optimizer.step()
+        assert run.resume(net, optimizer) == 0
+        run.save(1, net, optimizer)
+        assert run.reduce(1, {"loss": torch.tensor(2.0, device=world.device)}) == {"loss": 2.0}
+        assert not run.stop_requested()
+        other, _ = build("adamw", 0.1)
+        other.to(world.device)
+    with harness.process_group() as world, harness.Run(tmp_path / "run", Config(), world) as run:
+        assert run.resume(other, torch.optim.AdamW(other.parameters())) == 1
+        assert torch.equal(other.head.weight, net.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (harness.UserError("Give a folder."), 2, "error: Give a folder.\n"),
+        (harness.NonFiniteError("Not finite at step 3."), 3, "error: Not finite at step 3.\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_main_says_one_sentence(capsys, error, code, text):
+    def function(config):
+        assert config == "config"
+        raise error
+
+    with pytest.raises(SystemExit) as leaving:
+        harness.main(function, "config")
+    assert leaving.value.code == code
+    assert capsys.readouterr().err == text
+
+
+def test_main_lets_success_and_defects_through():
+    seen = []
+    harness.main(seen.append, "config")
+    assert seen == ["config"]
+    with pytest.raises(ZeroDivisionError):
+        harness.main(lambda _: 1 // 0, None)
+
+
+# ---- randomness ------------------------------------------------------------------------------
+
+keys = st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=4).map(tuple)
+
+
+def draw(key):
+    return torch.rand(8, generator=harness.generator(*key)).tolist()
+
+
+@given(keys, keys)
+def test_streams_are_equal_only_for_equal_keys(first, second):
+    assert (draw(first) == draw(second)) == (first == second)
+    assert draw(first) == draw(first)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((1,), (1, 0)), ((0, 1), (1, 0)), ((1, 23), (12, 3)), ((0,), (2**32,)), ((1,), (-1,))],
+)
+def test_streams_of_neighbouring_keys_differ(first, second):
+    assert draw(first) != draw(second)
+
+
+def test_streams_of_an_epoch_are_independent():
+    values = torch.stack(
+        [torch.randn(256, generator=harness.generator(0, 0, i)) for i in range(64)]
+    )
+    correlation = torch.corrcoef(values) - torch.eye(64)
+    assert correlation.abs().max() < 0.35  # five standard deviations of 1 / 16, and a little
+
+
+def test_seeded_leaves_the_global_stream_as_it_was():
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    with harness.seeded(1, 2):
+        first = torch.rand(3)
+        with contextlib.suppress(KilledError), harness.seeded(9):
+            torch.rand(1)
+            raise KilledError
+        second = torch.rand(3)
+    assert torch.equal(torch.rand(4), expected)
+    with harness.seeded(1, 2):
+        assert torch.equal(torch.cat([first, second]), torch.rand(6))
+    with harness.seeded(1, 3):
+        assert not torch.equal(first, torch.rand(3))
+
+
+# ---- batches ---------------------------------------------------------------------------------
+
+
+class Indices:
+    """A dataset whose batches are the indices asked for, with the epoch."""
+
+    def __init__(self, count):
+        self.count, self.epoch = count, None
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, indices):
+        return self.epoch, indices
+
+
+def dealt(count, batch, size, start, stop, seed=0):
+    """For each process, the epoch and the indices of each batch."""
+    worlds = [harness.World(rank, size, CPU) for rank in range(size)]
+    return [
+        list(harness.batches(Indices(count), batch, w, seed=seed, start=start, stop=stop))
+        for w in worlds
+    ]
+
+
+@given(st.integers(1, 4), st.integers(2, 4), st.integers(1, 5), st.integers(0, 15), st.data())
+def test_each_epoch_deals_each_image_once(size, each, whole, rest, data):
+    batch = each * size
+    count = batch * whole + rest % batch
+    assert harness.batches_per_epoch(count, batch, harness.World(0, size, CPU)) == whole
+    shares = dealt(count, batch, size, 0, 2 * whole)
+    for share in shares:
+        assert [epoch for epoch, _ in share] == [0] * whole + [1] * whole
+        assert {len(indices) for _, indices in share} == {each}
+    for epoch in (0, 1):
+        steps = slice(epoch * whole, (epoch + 1) * whole)
+        seen = [index for share in shares for _, indices in share[steps] for index in indices]
+        assert len(seen) == len(set(seen)) == batch * whole
+        assert set(seen) <= set(range(count))
+    # the same images at each step as one process with the whole batch would take
+    together = [sorted(chain(*(i for _, i in parts))) for parts in zip(*shares, strict=True)]
+    assert together == [sorted(i) for _, i in dealt(count, batch, 1, 0, 2 * whole)[0]]
+    start = data.draw(st.integers(0, 2 * whole), label="start")
+    stop = data.draw(st.integers(start, 2 * whole), label="stop")
+    assert dealt(count, batch, size, start, stop) == [share[start:stop] for share in shares]
+
+
+def test_order_depends_on_seed_and_epoch():
+    first, second = dealt(50, 5, 1, 0, 20)[0], dealt(50, 5, 1, 0, 20, seed=1)[0]
+    orders = [[i for _, i in run[at : at + 10]] for run in (first, second) for at in (0, 10)]
+    assert all(a != b for n, a in enumerate(orders) for b in orders[:n])
+    assert first == dealt(50, 5, 1, 0, 20)[0]
+    assert list(chain(*orders[0])) != [*range(50)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_same_whatever_the_workers(workers):
+    """Steps 7 to 13 with 5 steps in an epoch: from the midst of epoch 1 to that of epoch 2."""
+    dataset, options = Noise(23), {"seed": 1, "start": 7, "stop": 13}
+    torch.manual_seed(0)
+    made = list(harness.batches(dataset, 4, ALONE, workers=workers, **options))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))  # the loader took nothing from the global stream
+    assert len(made) == 6
+    expected = Noise(23)
+    for step, (indices, values) in enumerate(made, 7):
+        expected.epoch = step // 5
+        assert torch.equal(values, expected[indices][1])
+    if workers == 0:
+        assert len(dataset.read) == 6  # the batches before the start were not loaded
+    whole = list(harness.batches(Noise(23), 4, ALONE, seed=1, start=0, stop=13))[7:]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(made, whole, strict=True))
+
+
+def test_tensors_of_a_batch_come_in_their_records():
+    class Records(Indices):
+        def __getitem__(self, indices):
+            return Queue(torch.ones(2), torch.tensor(1)), ["a: broken"], [torch.zeros(3)]
+
+    ((record, names, tensors),) = harness.batches(Records(4), 4, ALONE, seed=0, start=0, stop=1)
+    assert isinstance(record, Queue)
+    assert record.bank.tolist() == [1, 1]
+    assert names == ["a: broken"]
+    assert tensors[0].shape == (3,)
+
+
+def test_batch_larger_than_the_data():
+    match = "Only 5 images for a batch of 6: lower --batch"
+    with pytest.raises(harness.UserError, match=match):
+        harness.batches_per_epoch(5, 6, ALONE)
+    with pytest.raises(harness.UserError, match=match):
+        next(harness.batches(Indices(5), 6, ALONE, seed=0, start=0, stop=1))
+
+
+@pytest.mark.parametrize(("batch", "size"), [(0, 1), (1, 1), (2, 2), (9, 2), (7, 3)])
+def test_batch_that_the_processes_cannot_share(batch, size):
+    match = f"--batch {batch} must be a multiple of {size}"
+    with pytest.raises(harness.UserError, match=match):
+        harness.batches_per_epoch(100, batch, harness.World(0, size, CPU))
+
+
+# ---- images ----------------------------------------------------------------------------------
+
+
+def picture(height=6, width=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save_png(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed=seed)).save(path, "PNG")
+
+
+def read(path):
+    image = harness.read_image(path)
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    assert image.is_contiguous()
+    return image.permute(1, 2, 0).numpy()
+
+
+def test_rgb_is_read_exactly(tmp_path):
+    save_png(tmp_path / "a.png")
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), picture())
+
+
+def test_grayscale_and_black_and_white(tmp_path):
+    gray = picture()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    np.testing.assert_array_equal(read(tmp_path / "gray.png"), np.stack([gray] * 3, -1))
+    Image.fromarray(gray > 127).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read(tmp_path / "bits.png")[..., 1], (gray > 127) * 255)
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
+    red, green, blue = read(tmp_path / "red.jpg")[8, 8].astype(int)
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
+    values = np.array([[0, 257, 1000, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    np.testing.assert_array_equal(read(tmp_path / name)[0, :, 0], [0, 1, 4, 128, 255])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.float32([[0, 0.5, 1]]), [0, 128, 255]),
+        (np.float32([[0, 10, 20]]), [0, 128, 255]),
+        (np.float32([[-1, 0, 1]]), [0, 128, 255]),
+        (np.float32([[np.nan, 0.2, np.inf]]), [0, 0, 255]),
+        (np.int32([[0, 257, 65535]]), [0, 1, 255]),
+        (np.int32([[0, 65535, 131070]]), [0, 128, 255]),
+    ],
+)
+def test_float_and_wide_integer_tiffs(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "wide.tiff")
+    np.testing.assert_array_equal(read(tmp_path / "wide.tiff")[0, :, 0], expected)
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    expected = [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]]
+    np.testing.assert_array_equal(read(tmp_path / "rgba.png"), expected)
+    Image.fromarray(np.array([[[90, 255], [90, 0]]], dtype=np.uint8)).save(tmp_path / "la.png")
+    np.testing.assert_array_equal(read(tmp_path / "la.png")[0], [[90] * 3, [255] * 3])
+    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "p.png", transparency=1)
+    np.testing.assert_array_equal(read(tmp_path / "p.png"), [[[10, 20, 30], [255] * 3]])
+
+
+def test_palette(tmp_path):
+    Image.fromarray(picture()).quantize(16).save(tmp_path / "p.gif")
+    with Image.open(tmp_path / "p.gif") as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(read(tmp_path / "p.gif"), expected)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    array = np.zeros((16, 32, 3), dtype=np.uint8)
+    array[:, :16] = 255  # the left half as stored is the top half when turned to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(array).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image = read(tmp_path / "turned.jpg")
+    assert image.shape == (32, 16, 3)
+    assert image[:14].min() > 240
+    assert image[-14:].max() < 15
+
+
+def test_any_tree_in_sorted_order(tmp_path):
+    names = ["b/2.PNG", "b/1.jpeg", "a/deep/er/3.Jpg", "0.webp", "c.with.dots/x.tif"]
+    for number, name in enumerate(names):
+        save_png(tmp_path / "tree" / name, seed=number)
+    skipped = [".hidden.png", ".cache/4.png", "notes.txt", "b/._1.png"]
+    for name in skipped:
+        save_png(tmp_path / "tree" / name)
+    save_png(tmp_path / "elsewhere" / "5.png", seed=5)
+    (tmp_path / "tree" / "linked").symlink_to(tmp_path / "elsewhere")
+    source = harness.FolderImages(tmp_path / "tree")
+    order = [3, 2, 1, 0, 4, 5]  # seeds of 0.webp, a/, b/1, b/2, c/, linked/
+    assert len(source) == 6
+    for index, seed in enumerate(order):
+        image, unreadable = source[index]
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture(seed=seed))
+        assert unreadable == ()
+    assert len(list(source)) == 6  # iteration ends
+    assert len(harness.FolderImages(str(tmp_path / "tree"), limit=2)) == 2
+    assert torch.equal(harness.FolderImages(tmp_path / "tree", limit=2)[1][0], source[1][0])
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Good files 0, 2 and 9; everything that can be wrong between and after."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    Image.fromarray(picture(64, 64)).save(folder / "0.jpg")
+    Image.fromarray(picture(64, 64, seed=2)).save(folder / "2.png")
+    Image.fromarray(picture(64, 64, seed=9)).save(folder / "9.png")
+    (folder / "1-truncated.jpg").write_bytes((folder / "0.jpg").read_bytes()[:1500])
+    (folder / "3-truncated.png").write_bytes((folder / "2.png").read_bytes()[:3000])
+    (folder / "4-empty.jpg").touch()
+    (folder / "5-text.jpg").write_text("no image\n" * 20)
+    (folder / "6-dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "7-folder.jpg").mkdir()
+    (folder / os.fsdecode(b"8-\xff.jpg")).write_bytes(b"\xff\xd8\xff\xe0")
+    return folder
+
+
+def test_unreadable_files_are_replaced_and_named(broken):
+    source = harness.FolderImages(broken)
+    assert len(source) == 10
+    image, unreadable = source[1]
+    assert torch.equal(image, source[2][0])
+    assert len(unreadable) == 1
+    assert unreadable[0].startswith(f"{broken / '1-truncated.jpg'}: ")
+    image, unreadable = source[3]
+    assert torch.equal(image, source[9][0])
+    assert [name.split(": ")[0].rsplit("/", 1)[1][0] for name in unreadable] == [*"345678"]
+    assert all(len(name.split(": ", 1)[1]) > 3 and "\n" not in name for name in unreadable)
+    (broken / "9.png").write_bytes(b"")  # the last one wraps to the first
+    assert torch.equal(source[9][0], source[0][0])
+
+
+def test_all_unreadable_is_one_sentence(tmp_path, capsys):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    source = harness.FolderImages(tmp_path)
+    with pytest.raises(harness.UserError, match=rf"No image below {tmp_path} is readable"):
+        source[1]
+
+    class Source(Indices):
+        def __getitem__(self, indices):
+            return [source[i] for i in indices]
+
+    def read_in_a_worker(workers):
+        next(harness.batches(Source(2), 2, ALONE, seed=0, start=0, stop=1, workers=workers))
+
+    with pytest.raises(SystemExit):
+        harness.main(read_in_a_worker, 1)
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: No image below {tmp_path} is readable")
+    assert message.count("\n") == 1
+
+
+def test_wrong_folders_are_one_sentence_each(tmp_path):
+    with pytest.raises(harness.UserError, match=r"nowhere does not exist or is not a folder\.$"):
+        harness.FolderImages(tmp_path / "nowhere")
+    save_png(tmp_path / "a" / "file.png")
+    with pytest.raises(harness.UserError, match=r"file\.png does not exist or is not a folder\.$"):
+        harness.FolderImages(tmp_path / "a" / "file.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(harness.UserError, match=r"No image file \(\.jpg .*\) lies below .*empty"):
+        harness.FolderImages(tmp_path / "empty")
+
+
+def note(world, folder, broken):
+    with harness.Run(folder, Config(), world) as run:
+        run.note_unreadable(())
+        before = run.unreadable
+        if world.rank == world.size - 1:
+            for index in (1, 3, 4, 1, 3):
+                run.note_unreadable(harness.FolderImages(broken)[index][1])
+        dist.barrier()
+        run.note_unreadable(name for name in ())
+        return before, run.unreadable
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_unreadable_files_are_counted_and_named_once(tmp_path, broken, size):
+    folder = tmp_path / "run"
+    assert on_processes(size, tmp_path, note, folder, broken) == [(0, 7)] * size
+    assert on_processes(1, tmp_path, note, folder, broken) == [(7, 7)]  # resumed
+    lines = (folder / "unreadable.txt").read_bytes().splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith(bytes(broken / "1-truncated.jpg"))
+    assert any(b"8-\xff.jpg" in line for line in lines)
+
+
+def test_scenes_are_a_fixed_pool(monkeypatch):
+    source = harness.image_source(None, scenes=70)
+    assert len(source) == 70
+    image, unreadable = source[69]
+    assert image.shape == (3, 64, 64)
+    assert image.dtype == torch.uint8
+    assert unreadable == ()
+    again = harness.image_source(None, scenes=70)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(source, again, strict=True))
+    assert len({image.numpy().tobytes() for image, _ in source}) == 70  # the chunks differ too
+    pixels = torch.stack([image for image, _ in source]).float()
+    assert pixels.max() > 200  # in [0, 255], not in [0, 1]
+    assert pixels.min() < 50
+    asked = []
+
+    def fake(count, size, *, generator):
+        asked.append(count)
+        return type("Scenes", (), {"images": torch.full((count, 3, *size), 0.5)})
+
+    monkeypatch.setattr(harness, "draw", fake)
+    assert harness.image_source(None, scenes=130)[0][0].unique().tolist() == [128]
+    assert sum(asked) == 130
+    assert max(asked) <= 64
+
+
+def test_source_is_a_folder_or_scenes(tmp_path):
+    save_png(tmp_path / "a.png")
+    assert len(harness.image_source(tmp_path, scenes=9)) == 1
+    assert len(harness.image_source(tmp_path, scenes=0)) == 1
+    with pytest.raises(harness.UserError, match="--data"):
+        harness.image_source(None, scenes=0)
+
+
+# ---- the result ------------------------------------------------------------------------------
+
+
+def facts(path):
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def test_encoder_goes_into_torchvision_strictly(tmp_path):
+    from torchvision.models import resnet18
+
+    encoder = resnet18(num_classes=3)
+    with torch.no_grad():
+        for value in encoder.state_dict().values():
+            value.copy_(torch.randint(0, 9, value.shape))
+    expected = copy.deepcopy(encoder.state_dict())
+    path = tmp_path / "encoder.safetensors"
+    wrapped = torch.compile(encoder.to(memory_format=torch.channels_last))
+    harness.save_encoder(
+        path, wrapped, architecture="resnet18", mean=(0.5, 0.4, 0.3), std=[0.2, 0.2, 0.2],
+        method="densesiam", step=7,
+    )  # fmt: skip
+    weights = load_file(path)
+    resnet18(num_classes=3).load_state_dict(weights, strict=True)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    found = facts(path)
+    assert found.pop("densekit")
+    assert found == {
+        "architecture": "resnet18", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2],
+        "colour_order": "RGB", "method": "densesiam", "step": 7,
+    }  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
+
+
+def test_encoder_is_saved_in_single_precision_and_left_alone(tmp_path):
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
+    options = {"architecture": "tiny", "mean": [0], "std": [1], "method": "none"}
+    harness.save_encoder(tmp_path / "a.safetensors", encoder, **options)
+    weights = load_file(tmp_path / "a.safetensors")
+    assert {key: value.dtype for key, value in weights.items()} == {
+        "0.weight": torch.float32, "0.bias": torch.float32, "1.weight": torch.float32,
+        "1.bias": torch.float32, "1.running_mean": torch.float32, "1.running_var": torch.float32,
+        "1.num_batches_tracked": torch.int64,
+    }  # fmt: skip
+    assert encoder[0].weight.dtype == torch.bfloat16
+    assert torch.equal(weights["0.weight"], encoder[0].weight.float())
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    harness._write(tmp_path / "a", b"old")
+    monkeypatch.setattr(Path, "replace", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+        harness._write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
