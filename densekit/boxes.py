@@ -16,7 +16,7 @@ def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
     Returns:
         True where all four numbers are finite and `x1 < x2` and `y1 < y2`.
 
-    Example:
+    Examples:
         >>> boxes_valid(torch.tensor([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 0.0, 1.0]]))
         tensor([ True, False])
 
@@ -39,7 +39,7 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     Returns:
         `(x2 - x1)(y2 - y1)` in the squared unit of the boxes' frame.
 
-    Example:
+    Examples:
         >>> box_area(torch.tensor([[1.0, 1.0, 3.0, 2.0], [2.0, 0.0, 0.0, 1.0]]))
         tensor([2., 0.])
 
@@ -65,7 +65,7 @@ def intersect_boxes(
         The box of the points inside both; all zeros where the two share no area or one of them
         is not valid, so that `boxes_valid` of the result tells which exist.
 
-    Example:
+    Examples:
         >>> intersect_boxes(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, -1, 3, 1]))
         tensor([1., 0., 2., 1.])
 
@@ -94,7 +94,7 @@ def box_iou(
         Area of the intersection over area of the union, in [0, 1]; zero where they share no area
         or one of them is not valid.
 
-    Example:
+    Examples:
         >>> box_iou(torch.tensor([0.0, 0, 2, 1]), torch.tensor([1.0, 0, 3, 1]))
         tensor(0.3333)
 

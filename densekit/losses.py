@@ -24,7 +24,7 @@ Reduction = Literal["mean", "none"]
 
 @typed
 def masked_mean(
-    values: Float[Tensor, "*batch"], valid: Bool[Tensor, "*#batch"] | None = None
+    values: Float[Tensor, "*batch"], valid: Bool[Tensor, "*valid"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean of the valid entries; zero, with a graph and zero gradients, when there are none.
 
@@ -37,17 +37,16 @@ def masked_mean(
     Returns:
         A scalar, in at least float32.
 
-    Example:
+    Examples:
         >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
         tensor(2.)
 
     References:
         House convention: an empty pair changes nothing.
     """
-    values = _widen(values)
+    values, valid = _widen(values), _fit_valid("masked_mean", valid, values.shape)
     if valid is None:
         return values.sum() / max(values.numel(), 1)
-    valid = valid.expand(values.shape)
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
 
 
@@ -63,7 +62,7 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     Returns:
         Vectors of length one, in at least float32.
 
-    Example:
+    Examples:
         >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
@@ -80,11 +79,11 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
 def negative_cosine(
     student: Float[Tensor, "*batch d"],
     teacher: Float[Tensor, "*batch d"],
-    valid: Bool[Tensor, "*#batch"] | None = None,
+    valid: Bool[Tensor, "*valid"] | None = None,
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    r"""Negative cosine similarity $-\hat p \cdot \hat z$; the teacher is detached.
+    """Negative cosine similarity `-p z / (|p| |z|)`; the teacher is detached.
 
     Args:
         student: Predictions p; gradient flows here only.
@@ -99,7 +98,7 @@ def negative_cosine(
     Raises:
         TypeError: The shapes differ.
 
-    Example:
+    Examples:
         >>> p = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
         >>> negative_cosine(p, torch.tensor([[2.0, 0.0], [0.0, 1.0]]), reduction="none")
         tensor([-1.0000, -0.7071])
@@ -107,6 +106,7 @@ def negative_cosine(
     References:
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
+    valid = _fit_valid("negative_cosine", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
     cosine = (l2_normalize(student) * l2_normalize(teacher.detach())).sum(-1)
     return _reduce(-cosine, valid, reduction)
@@ -116,11 +116,11 @@ def negative_cosine(
 def cross_entropy_similarity(
     student: Float[Tensor, "*batch d"],
     teacher: Float[Tensor, "*batch d"],
-    valid: Bool[Tensor, "*#batch"] | None = None,
+    valid: Bool[Tensor, "*valid"] | None = None,
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    r"""Cross-entropy $-\mathrm{softmax}(z) \cdot \log \mathrm{softmax}(p)$, z detached.
+    """Cross-entropy `-softmax(z) . log softmax(p)`; the teacher z is detached.
 
     The d channels are pseudo-categories. The paper prints its Eq 3 the other way round; this is
     the direction that its published code runs.
@@ -138,7 +138,7 @@ def cross_entropy_similarity(
     Raises:
         TypeError: The shapes differ.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(3, 4)
         >>> cross_entropy_similarity(logits, logits)  # log 4
         tensor(1.3863)
@@ -146,6 +146,7 @@ def cross_entropy_similarity(
     References:
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
+    valid = _fit_valid("cross_entropy_similarity", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
     entropy = -(_widen(teacher.detach()).softmax(-1) * _widen(student).log_softmax(-1)).sum(-1)
     return _reduce(entropy, valid, reduction)
@@ -155,24 +156,25 @@ def cross_entropy_similarity(
 def info_nce(
     query: Float[Tensor, "*batch n d"],
     key: Float[Tensor, "*batch n d"],
-    negatives: Float[Tensor, "*#batch m d"] | None = None,
-    valid: Bool[Tensor, "*batch n"] | None = None,
+    negatives: Float[Tensor, "*shared m d"] | None = None,
+    valid: Bool[Tensor, "*valid"] | None = None,
     *,
     temperature: float,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    r"""InfoNCE: tell each query's own key from the others.
+    """InfoNCE: tell each query's own key from the others.
 
-    $-\log \frac{\exp(q_n k_n / \tau)}{\exp(q_n k_n / \tau) + \sum_j \exp(q_n k^-_j / \tau)}$ on
-    L2-normalised vectors. Without `negatives` the other keys of the same set are the negatives;
-    with them only those are. Gradient flows to queries, keys and negatives: detach what comes
-    from a momentum encoder or a bank.
+    `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with its key k and
+    the negatives k_j, on L2-normalised vectors. Without `negatives` the other keys of the same set
+    are the negatives; with them only those are. Gradient flows to queries, keys and negatives:
+    detach what comes from a momentum encoder or a bank.
 
     Args:
         query: n queries in each set.
         key: Their keys: row n of both belong together.
         negatives: m negatives, shared by all sets or broadcast against them.
-        valid: Entries to use; the others are neither queries nor, as keys, negatives.
+        valid: Entries to use, of shape `*batch n` or broadcast to it; the others are neither
+            queries nor, as keys, negatives.
         temperature: Divides the cosine.
         reduction: "mean" over the valid queries, or "none" for one value a query (0 where not
             valid).
@@ -184,7 +186,7 @@ def info_nce(
         TypeError: The shapes differ.
         ValueError: The temperature is not positive.
 
-    Example:
+    Examples:
         >>> x = torch.eye(4)
         >>> info_nce(x, x, temperature=0.1)
         tensor(0.0001)
@@ -194,6 +196,12 @@ def info_nce(
     """
     if not temperature > 0:
         raise ValueError(f"densekit.info_nce: temperature is {temperature}; give one above 0.")
+    if negatives is not None and not _broadcasts(negatives.shape[:-2], query.shape[:-2]):
+        raise TypeError(
+            "densekit.losses.info_nce: argument 'negatives' should be (m, d), or broadcast to "
+            f"batch={tuple(query.shape[:-2])}, but a tensor of shape {tuple(negatives.shape)} came."
+        )
+    valid = _fit_valid("info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
         if negatives is None:
@@ -232,7 +240,7 @@ def symmetric_loss(
     Raises:
         ValueError: There are not two students and two teachers.
 
-    Example:
+    Examples:
         >>> p, z = torch.eye(2), torch.ones(2, 2)
         >>> symmetric_loss(negative_cosine, (p, p), (z, z))
         tensor(-0.7071)
@@ -251,6 +259,20 @@ def symmetric_loss(
 
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
+
+
+def _fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    if valid is not None and not _broadcasts(valid.shape, shape):
+        raise TypeError(
+            f"densekit.losses.{function}: argument 'valid' should broadcast to "
+            f"batch={tuple(shape)}, but a tensor of shape {tuple(valid.shape)} came."
+        )
+    return None if valid is None else valid.expand(shape)
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

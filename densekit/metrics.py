@@ -68,7 +68,7 @@ def confusion_matrix(
         TypeError: The shapes differ, or a number is not an integer.
         ValueError: There is no class.
 
-    Example:
+    Examples:
         >>> confusion_matrix(torch.tensor([0, 0, 1, 255]), torch.tensor([0, 1, 1, 1]), classes=2)
         tensor([[1, 1],
                 [0, 1]])
@@ -100,7 +100,7 @@ def mean_iou(confusion: Integer[Tensor, "*batch classes classes"]) -> Float[Tens
     Raises:
         TypeError: The matrix is not square.
 
-    Example:
+    Examples:
         >>> mean_iou(torch.tensor([[1, 1], [0, 1]]))
         tensor(0.5000)
 
@@ -142,7 +142,7 @@ def fit_linear_probe(
         TypeError: The counts of features and labels differ.
         ValueError: There is no class, or the penalty is not positive.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
         >>> probe = fit_linear_probe(features, torch.tensor([0, 0, 1, 1]), classes=2)
         >>> (features @ probe.weight + probe.bias).argmax(-1)
@@ -209,7 +209,7 @@ def linear_segmentation(
         TypeError: Counts or channels do not fit.
         ValueError: The stride is not positive, or as `fit_linear_probe`.
 
-    Example:
+    Examples:
         >>> labels = torch.arange(4).repeat(2, 8, 2)
         >>> features = torch.nn.functional.one_hot(labels).movedim(-1, 1).float()
         >>> linear_segmentation(features, features, labels, labels, classes=4, stride=1).miou
@@ -220,12 +220,13 @@ def linear_segmentation(
     """
     if stride < 1:
         raise ValueError(f"densekit.linear_segmentation: stride is {stride}; give 1 or more.")
-    view = full_view(labels.shape[-2:])
+    h, w = labels.shape[-2:]
+    view = full_view((h, w))
     offset = stride // 2
-    points = coordinate_map(view, labels.shape[-2:])[offset::stride, offset::stride]
+    points = coordinate_map(view, (h, w))[offset::stride, offset::stride]
     points = image_to_view(view, points.flatten(0, 1)).to(features.device)
 
-    def rows(maps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(maps: Tensor, targets: Tensor):
         sampled = gridsample(maps, points.expand(len(maps), *points.shape))
         return sampled.flatten(0, 1), targets[:, offset::stride, offset::stride].flatten()
 
@@ -255,7 +256,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         Colour maps in [0, 1], in float32; components that do not exist (fewer than three channels
         or cells) are zero.
 
-    Example:
+    Examples:
         >>> pca_colors(torch.rand(2, 16, 7, 7)).shape
         torch.Size([2, 3, 7, 7])
 

@@ -1,6 +1,7 @@
 """Regions from cells: pooled features of soft masks."""
 
 import torch
+from einops import einsum
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["pool_masks"]
@@ -14,10 +15,10 @@ def pool_masks(
     *,
     average: bool = False,
 ) -> Float[Tensor, "*batch k d"]:
-    r"""Embed k regions as sums of features, weighted by soft masks.
+    """Embed k regions as sums of features, weighted by soft masks.
 
-    $e_k = \sum_n m_{nk} f_n$, as the paper has it; with `average` divided by the region's mass
-    $\sum_n m_{nk}$.
+    `e_k = sum_n m_nk f_n`, as the paper has it; with `average` divided by the region's mass,
+    `sum_n m_nk`.
 
     Args:
         features: Features of n cells or points.
@@ -28,7 +29,7 @@ def pool_masks(
     Returns:
         One row of features a region, in at least float32 (a sum of half precision overflows).
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
         >>> pool_masks(features, torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]))
         tensor([[1.0000, 0.5000],
@@ -43,7 +44,7 @@ def pool_masks(
         values = torch.where(valid[..., None], values, 0.0)
         weights = torch.where(valid[..., None], weights, 0.0)
     with torch.autocast(features.device.type, enabled=False):
-        regions = weights.mT @ values
+        regions = einsum(weights, values, "... n k, ... n d -> ... k d")
     if average:
         mass = weights.sum(-2)[..., None]
         regions = torch.where(mass > 0, regions / torch.where(mass > 0, mass, 1.0), 0.0)

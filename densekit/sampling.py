@@ -65,7 +65,7 @@ def grid_points(
     Raises:
         ValueError: The size is not positive.
 
-    Example:
+    Examples:
         >>> grid_points(torch.tensor([0.0, 0.0, 4.0, 8.0]), (2, 1))
         tensor([[2., 2.],
                 [2., 6.]])
@@ -96,7 +96,7 @@ def random_points(
     Raises:
         ValueError: The count is negative.
 
-    Example:
+    Examples:
         >>> random_points(torch.tensor([[0.0, 0.0, 4.0, 8.0]]), 49).shape
         torch.Size([1, 49, 2])
 
@@ -106,9 +106,11 @@ def random_points(
     if count < 0:
         raise ValueError(f"densekit.random_points: count is {count}; give 0 or more.")
     shape = (*boxes.shape[:-1], count, 2)
-    draws = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=boxes.device)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
+    draws = torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
-    return torch.lerp(boxes[..., :2].expand(shape), boxes[..., 2:].expand(shape), draws)
+    corners = boxes.to(dtype).unflatten(-1, (2, 2)).expand(*shape[:-1], 2, 2)
+    return torch.lerp(corners[..., 0, :], corners[..., 1, :], draws).to(boxes.dtype)
 
 
 @typed
@@ -136,7 +138,7 @@ def hard_points(
     Raises:
         ValueError: `beta` is outside [0, 1], or there are fewer candidates than `round(beta n)`.
 
-    Example:
+    Examples:
         >>> candidates, rest = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.zeros(2, 2)
         >>> hard_points(candidates, torch.tensor([0.1, 0.9]), rest, beta=0.5)
         tensor([[2., 2.],
@@ -180,7 +182,7 @@ def gridsample(
     Raises:
         ValueError: The map has no cell.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
         >>> gridsample(features, torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
         tensor([[1.5000],
@@ -224,7 +226,7 @@ def grid_pairs(view1: View, view2: View, size: int | Size = 7) -> PairedPoints:
     Raises:
         ValueError: The size is not positive.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([0.0, 0.0, 4.0, 4.0]), torch.tensor(False))
         >>> pairs = grid_pairs(view, View(view.box, torch.tensor(True)), 1)
         >>> pairs.points, pairs.points2
@@ -267,7 +269,7 @@ def gridsample_pairs(
         TypeError: The maps differ in channels, or the leading axes differ.
         ValueError: The size is not positive, or a map has no cell.
 
-    Example:
+    Examples:
         >>> pairs = sample_view_pairs((480, 640), (2,))
         >>> maps = torch.rand(2, 16, 7, 7)
         >>> gridsample_pairs(maps, maps, pairs.view1, pairs.view2).features1.shape

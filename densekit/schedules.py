@@ -23,7 +23,7 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
     Raises:
         ValueError: `steps` is negative.
 
-    Example:
+    Examples:
         >>> linear_schedule(5, 10, start=0.0, end=1.0)
         0.5
 
@@ -35,9 +35,9 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
 
 @typed
 def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
-    r"""Half a cosine from `start` at step 0 to `end` at `steps`, constant outside.
+    """Half a cosine from `start` at step 0 to `end` at `steps`, constant outside.
 
-    $end + (start - end)(1 + \cos(\pi \, step / steps))/2$.
+    `end + (start - end) (1 + cos(pi step / steps)) / 2`.
 
     Args:
         step: The step; fractions are fine.
@@ -51,7 +51,7 @@ def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0
     Raises:
         ValueError: `steps` is negative.
 
-    Example:
+    Examples:
         >>> cosine_schedule(5, 10, start=1.0)
         0.5
 
@@ -87,7 +87,7 @@ def warmup_cosine(
     Raises:
         ValueError: The warm-up is negative or longer than the schedule.
 
-    Example:
+    Examples:
         >>> [warmup_cosine(step, 30, peak=1.0, warmup=10) for step in (5, 10, 20)]
         [0.5, 1.0, 0.5]
 

@@ -67,7 +67,7 @@ def scenes(
         ValueError: `count` is negative, `size` is not positive, or `objects` is not an
             ascending pair within [0, 8].
 
-    Example:
+    Examples:
         >>> batch = scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
         >>> batch.images.shape, batch.boxes.shape
         (torch.Size([4, 3, 48, 64]), torch.Size([4, 8, 4]))
@@ -130,7 +130,7 @@ def probe_scenes(
         The mean IoU over the classes of the scenes, and that of always saying the class that is
         most frequent.
 
-    Example:
+    Examples:
         >>> score = probe_scenes(lambda images: images, count=16)  # raw colours
         >>> bool(score.miou < 0.3)
         True

@@ -57,7 +57,7 @@ def typed(function: _Function) -> _Function:
             size than its annotation; names the function, the argument, what was expected with
             the sizes bound so far, and what came.
 
-    Example:
+    Examples:
         >>> @typed
         ... def inner(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         ...     return (x * y).sum(-1)

@@ -91,7 +91,7 @@ def full_view(
     Raises:
         ValueError: The size is not positive.
 
-    Example:
+    Examples:
         >>> full_view((480, 640))
         View(box=tensor([  0.,   0., 640., 480.]), flip=tensor(False))
 
@@ -135,7 +135,7 @@ def sample_views(
     Raises:
         ValueError: `scale`, `ratio` or `flip` is out of its range, or the size not positive.
 
-    Example:
+    Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
         >>> view.box.shape, view.flip.shape
         (torch.Size([8, 4]), torch.Size([8]))
@@ -215,7 +215,7 @@ def sample_view_pairs(
     Raises:
         ValueError: `min_overlap` is outside [0, 1], `attempts` below 1, or as `sample_views`.
 
-    Example:
+    Examples:
         >>> pairs = sample_view_pairs((480, 640), (8,), min_overlap=0.2, attempts=20)
         >>> pairs.view1.box.shape, pairs.valid.shape
         (torch.Size([8, 4]), torch.Size([8]))
@@ -237,9 +237,11 @@ def sample_view_pairs(
     enough = fraction >= min_overlap
     best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), fraction.argmax(0))[None]
     take = best[..., None].expand(1, *view1.box.shape[1:])
-    views = [View(v.box.gather(0, take)[0], v.flip.gather(0, best)[0]) for v in (view1, view2)]
+    view1, view2 = (
+        View(v.box.gather(0, take)[0], v.flip.gather(0, best)[0]) for v in (view1, view2)
+    )
     share = fraction.gather(0, best)[0]
-    return ViewPairs(*views, (share >= min_overlap) & (share > 0))
+    return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
 
 
 @typed
@@ -259,7 +261,7 @@ def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
     Raises:
         TypeError: The leading axes of the view and of the points differ.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
         >>> image_to_view(view, torch.tensor([[15.0, 5.0]]))
         tensor([[0.7500, 0.5000]])
@@ -286,7 +288,7 @@ def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
     Raises:
         TypeError: The leading axes of the view and of the points differ.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
         >>> view_to_image(view, torch.tensor([[0.75, 0.5]]))
         tensor([[15.,  5.]])
@@ -315,7 +317,7 @@ def boxes_image_to_view(
     Raises:
         TypeError: The leading axes of the view and of the boxes differ.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
         >>> boxes_image_to_view(view, torch.tensor([[10.0, 0.0, 15.0, 10.0]]))
         tensor([[0.7500, 0.0000, 1.0000, 1.0000]])
@@ -342,7 +344,7 @@ def boxes_view_to_image(
     Raises:
         TypeError: The leading axes of the view and of the boxes differ.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
         >>> boxes_view_to_image(view, torch.tensor([[0.75, 0.0, 1.0, 1.0]]))
         tensor([[10.,  0., 15., 10.]])
@@ -369,7 +371,7 @@ def intersect_views(view1: View, view2: View) -> Overlap:
     Raises:
         TypeError: The leading axes of the two views differ.
 
-    Example:
+    Examples:
         >>> flip = torch.tensor(False)
         >>> left = View(torch.tensor([0.0, 0, 40, 20]), flip)
         >>> overlap = intersect_views(left, View(torch.tensor([30.0, 0, 70, 20]), flip))
@@ -405,7 +407,7 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     Raises:
         ValueError: The size is not positive.
 
-    Example:
+    Examples:
         >>> view = View(torch.tensor([0.0, 0.0, 8.0, 4.0]), torch.tensor(True))
         >>> coordinate_map(view, (1, 2))
         tensor([[[6., 2.],
@@ -448,7 +450,7 @@ def crop_views(
         ValueError: The size is not positive.
         TypeError: The images are integers (divide by 255 first), or the leading axes differ.
 
-    Example:
+    Examples:
         >>> images = torch.rand(2, 3, 40, 60)
         >>> crop_views(images, sample_views((40, 60), (2,)), 24).shape
         torch.Size([2, 3, 24, 24])

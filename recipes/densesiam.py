@@ -62,8 +62,8 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", hidden=256, categories=64, batch=64, epochs=21, lr=0.8, workers=1,
-        precision="fp32", save_every=200, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", hidden=256, categories=64, batch=48, epochs=15, lr=0.8, workers=1,
+        precision="fp32", save_every=255, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
     ),
     "paper": Config("paper"),
     "simsiam": Config("simsiam", loss=Loss(dense=0.0, region=0.0)),
@@ -194,16 +194,16 @@ class DenseSiam(nn.Module):
                 dense=dk.symmetric_loss(distance, p, z, valid), overlap=valid.float().mean()
             )
             loss = loss + self.loss.dense * terms["dense"]
-        if with_region:
-            # Eq 4 is linear in f: the first layer of g' before the sum gives the same for less.
-            f = [self.region_projector[0](x) for x in map(dk.gridsample, maps, points)]
-            e = [dk.pool_masks(x, masks.softmax(-1)) for x, masks in zip(f, z, strict=True)]
-            v = [self.region_projector[1:](x.flatten(0, 1)) for x in e]
-            u = [self.region_predictor(x) for x in v]
-            v, u = ([x.unflatten(0, e[0].shape[:2]) for x in y] for y in (v, u))
-            valid, temperature = valid.expand(e[0].shape[:2]), self.loss.temperature
-            nce = dk.symmetric_loss(dk.info_nce, u, v, None, valid, temperature=temperature)
-            terms["region"], loss = nce, loss + self.loss.region * nce
+            if with_region:
+                # Eq 4 is linear in f: the first layer of g' before the sum gives the same for less.
+                f = [self.region_projector[0](x) for x in map(dk.gridsample, maps, points)]
+                e = [dk.pool_masks(x, masks.softmax(-1)) for x, masks in zip(f, z, strict=True)]
+                v = [self.region_projector[1:](x.flatten(0, 1)) for x in e]
+                u = [self.region_predictor(x) for x in v]
+                v, u = ([x.unflatten(0, e[0].shape[:2]) for x in y] for y in (v, u))
+                info_nce = partial(dk.info_nce, valid=valid, temperature=self.loss.temperature)
+                terms["region"] = dk.symmetric_loss(info_nce, u, v)
+                loss = loss + self.loss.region * terms["region"]
         return loss, terms
 
 
@@ -226,7 +226,7 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     points = (torch.cat(pairs[1:3]) * 224).int().where(pairs.valid.repeat(2)[:, None, None], 999)
     for tile, places in zip(tiles[:, 0], points.tolist(), strict=True):
         for (x, y), color in zip(places, palette, strict=False):
-            tile[:, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = color[:, None, None]
+            tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
     (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
     save_image(
         tiles.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 2), path, nrow=2 * len(panels)
@@ -292,9 +292,9 @@ def train(config: Config) -> None:
                 folder / "encoder.safetensors", model.encoder, architecture=config.arch,
                 mean=MEAN, std=STD, method="densesiam", step=step,
             )  # fmt: skip
-            line = "step {step}: probe mIoU {probe_miou:.3f} (class prior {prior_miou:.3f})".format
-            print(*(line(**row) for row in run.rows("probe_miou")), sep="\n")
+            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
+            print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")
 
 
 if __name__ == "__main__":
-    harness.main(train, CONFIG)
+    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

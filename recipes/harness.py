@@ -297,7 +297,7 @@ class Run(ExitStack):
     def log(self, step: int, **terms: float | Tensor) -> None:
         """Append one row, on the main process."""
         if self.world.is_main:
-            row = {name: float(value) for name, value in terms.items()}
+            row = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in terms.items()}
             self._metrics.write(json.dumps({"step": step, **row}) + "\n")
             for name, value in row.items():
                 self._curves.add_scalar(name, value, step)

@@ -280,8 +280,8 @@ def test_the_demo_prints_the_probe_and_the_prior(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     scores = rows(tmp_path, "probe_miou")
     assert [row["step"] for row in scores] == [0, 2]
-    assert f"step 2: probe mIoU {scores[1]['probe_miou']:.3f}" in printed
-    assert f"class prior {scores[0]['prior_miou']:.3f}" in printed
+    assert f"step    2 (0: random): probe mIoU {scores[1]['probe_miou']:.3f}" in printed
+    assert f"prior {scores[0]['prior_miou']:.3f}" in printed
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, folder, monkeypatch):

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # or `process_group` sets the number of threads
 CPU = torch.device("cpu")
 ALONE = harness.World(0, 1, CPU)
 
@@ -58,6 +59,15 @@ def on_processes(size, folder, function, *args):
         _child, (size, port, folder, function, args), nprocs=size, start_method="fork"
     )
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(size)]
+
+
+def in_a_fork(function, *args):
+    """The exit code of a process of its own that calls `function(*args)`."""
+    gc.collect()
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture
@@ -270,10 +280,7 @@ def test_save_killed_half_way_is_not_picked_up(tmp_path, half):
         harness.dcp.save = dying
         on_processes(1, tmp_path, train, folder, config)
 
-    process = multiprocessing.get_context("fork").Process(target=dies_in_its_second_save)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert in_a_fork(dies_in_its_second_save) == -signal.SIGKILL
     assert checkpoints(folder) == [".step-00000007", "step-00000003"]
     with harness.process_group("cpu") as world:
         net, optimizer = build("sgd", 0.1)
@@ -377,10 +384,12 @@ def test_log_takes_numbers_and_tensors(tmp_path, world):
     net, optimizer = build("sgd", 0.1)
     with harness.Run(tmp_path / "run", Config(), world) as run:
         run.resume(net, optimizer)
-        run.log(0, loss=torch.tensor(0.5), lr=1)
-        assert rows(tmp_path / "run") == [{"step": 0, "loss": 0.5, "lr": 1.0}]  # at once
+        run.log(0, loss=torch.tensor(0.5, requires_grad=True), lr=0.1)
+        assert rows(tmp_path / "run") == [{"step": 0, "loss": 0.5, "lr": 0.1}]  # at once
         run.log(0, **{"probe/miou": 0.25})
-    assert rows(tmp_path / "run")[1] == {"step": 0, "probe/miou": 0.25}
+        assert run.rows("probe/miou") == [{"step": 0, "probe/miou": 0.25}]
+        assert [row["loss"] for row in run.rows("loss")] == [0.5]
+        assert run.rows("other") == []
 
 
 def test_rows_without_a_checkpoint_and_half_rows_are_dropped(tmp_path, world):
@@ -483,6 +492,7 @@ def test_ignored_fields_may_change(tmp_path, world):
     other = Config(Optim(lr=0.1))
     assert open_run(world, tmp_path / "run", other, ignore=("optim.lr", "workers")) is None
     assert "workers" in open_run(world, tmp_path / "run", Config(workers=3), ignore=("lr",))
+    assert open_run(world, tmp_path / "run", Config(workers=3), ignore=("lr", "workers")) is None
 
 
 def test_foreign_folder_is_refused(tmp_path, world):
@@ -542,10 +552,7 @@ def test_loader_processes_outlive_a_stop_request(tmp_path, number):
         result = on_processes(1, tmp_path, signalled_with_workers, tmp_path / "run", number)
         torch.save(result, tmp_path / "result")
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert in_a_fork(child) == 0
     assert torch.load(tmp_path / "result") == [(64, True)]
 
 
@@ -563,6 +570,19 @@ def test_one_process_is_a_group_of_one():
     assert not dist.is_initialized()
     with harness.process_group("cpu"):
         pass
+
+
+def test_one_core_is_left_to_the_loader_unless_threads_are_set(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5))
+    with harness.process_group("cpu"):
+        assert torch.get_num_threads() == before  # OMP_NUM_THREADS is set here
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        with harness.process_group("cpu"):
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe(world):
@@ -756,6 +776,17 @@ def test_batches_are_the_same_whatever_the_workers(workers):
     assert all(torch.equal(a[1], b[1]) for a, b in zip(made, whole, strict=True))
 
 
+def test_loader_processes_let_the_garbage_of_their_parent_be():
+    """A process group that is collected in a fork waits for ever for threads it does not have."""
+
+    class Frozen(Indices):
+        def __getitem__(self, indices):
+            return gc.get_freeze_count(), torch.get_num_threads()
+
+    options = {"seed": 0, "start": 0, "stop": 1, "workers": 1}
+    assert [(n > 0, t) for n, t in harness.batches(Frozen(2), 2, ALONE, **options)] == [(True, 1)]
+
+
 def test_tensors_of_a_batch_come_in_their_records():
     class Records(Indices):
         def __getitem__(self, indices):
@@ -932,7 +963,7 @@ def test_unreadable_files_are_replaced_and_named(broken):
     assert torch.equal(source[9][0], source[0][0])
 
 
-def test_all_unreadable_is_one_sentence(tmp_path, capsys):
+def test_all_unreadable_is_one_sentence(tmp_path, capfd):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
     source = harness.FolderImages(tmp_path)
@@ -946,9 +977,8 @@ def test_all_unreadable_is_one_sentence(tmp_path, capsys):
     def read_in_a_worker(workers):
         next(harness.batches(Source(2), 2, ALONE, seed=0, start=0, stop=1, workers=workers))
 
-    with pytest.raises(SystemExit):
-        harness.main(read_in_a_worker, 1)
-    message = capsys.readouterr().err
+    assert in_a_fork(harness.main, read_in_a_worker, 1) == 2
+    message = capfd.readouterr().err
     assert message.startswith(f"error: No image below {tmp_path} is readable")
     assert message.count("\n") == 1
 

@@ -56,7 +56,7 @@ def test_the_wheel_asks_only_for_the_library_s_own_dependencies(wheel):
     fields = Parser().parsestr(wheel.read(name).decode())
     required = [Requirement(line) for line in fields.get_all("Requires-Dist")]
     needed = {r.name for r in required if r.marker is None}
-    assert needed == {"torch", "einops", "jaxtyping", "beartype", "numpy"}
+    assert needed == {"torch", "einops", "jaxtyping", "beartype"}
     assert fields["License-Expression"] == "Apache-2.0"
 
 
