@@ -57,7 +57,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
 
     Args:
-        x: Vectors, of lengths from 1e-19 to 1e19 in float32: a shorter or longer one becomes zero.
+        x: Vectors. One no longer than the root of the dtype's smallest normal number (1e-19 in
+            float32 and bfloat16, 0.008 in float16) counts as zero, one beyond 1e19 becomes zero.
 
     Returns:
         Vectors of length one, in at least float32.
@@ -70,9 +71,10 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     References:
         DenseSiam, Eq 2.
     """
+    floor = torch.finfo(x.dtype).tiny ** 0.5  # below it squares, or in float16 slopes, go wrong
     x = _widen(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, torch.inf)
+    return x / torch.where(norm > floor, norm, torch.inf)
 
 
 @typed
@@ -195,7 +197,9 @@ def info_nce(
         DenseSiam, Eq 6 (in-set, temperature 0.1, mean); MoCo, Eq 1 (given negatives).
     """
     if not temperature > 0:
-        raise ValueError(f"densekit.info_nce: temperature is {temperature}; give one above 0.")
+        raise ValueError(
+            f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
+        )
     if negatives is not None and not _broadcasts(negatives.shape[:-2], query.shape[:-2]):
         raise TypeError(
             "densekit.losses.info_nce: argument 'negatives' should be (m, d), or broadcast to "
@@ -250,8 +254,8 @@ def symmetric_loss(
     """
     if not len(students) == len(teachers) == 2:
         raise ValueError(
-            f"densekit.symmetric_loss: {len(students)} students and {len(teachers)} teachers came; "
-            "give two of each, for view 1 and view 2."
+            f"densekit.losses.symmetric_loss: {len(students)} students and {len(teachers)} "
+            "teachers came; give two of each, for view 1 and view 2."
         )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2

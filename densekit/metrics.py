@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from densekit.sampling import gridsample
+from densekit.sampling import grid_points, gridsample
 from densekit.typing import Float, Integer, Tensor, typed
-from densekit.views import coordinate_map, full_view, image_to_view
 
 __all__ = [
     "LinearProbe",
@@ -77,7 +76,9 @@ def confusion_matrix(
         Long et al. 2015 (FCN), Sec 5.
     """
     if classes < 1:
-        raise ValueError(f"densekit.confusion_matrix: classes is {classes}; give one or more.")
+        raise ValueError(
+            f"densekit.metrics.confusion_matrix: classes is {classes}; give one or more."
+        )
     labels, predictions = labels.long().flatten(), predictions.long().flatten()
     keep = (labels != ignore) & (labels >= 0) & (labels < classes)
     keep = keep & (predictions >= 0) & (predictions < classes)
@@ -153,8 +154,8 @@ def fit_linear_probe(
     """
     if classes < 1 or not penalty > 0:
         raise ValueError(
-            f"densekit.fit_linear_probe: classes is {classes} and penalty {penalty}; give at least "
-            "one class and a penalty above 0."
+            f"densekit.metrics.fit_linear_probe: classes is {classes} and penalty {penalty}; "
+            "give at least one class and a penalty above 0."
         )
     labels = labels.long()
     keep = (labels != ignore) & (labels >= 0) & (labels < classes)
@@ -219,12 +220,13 @@ def linear_segmentation(
         CrOC, Sec 4.2 (the protocol this stands in for).
     """
     if stride < 1:
-        raise ValueError(f"densekit.linear_segmentation: stride is {stride}; give 1 or more.")
+        raise ValueError(
+            f"densekit.metrics.linear_segmentation: stride is {stride}; give 1 or more."
+        )
     h, w = labels.shape[-2:]
-    view = full_view((h, w))
-    offset = stride // 2
-    points = coordinate_map(view, (h, w))[offset::stride, offset::stride]
-    points = image_to_view(view, points.flatten(0, 1)).to(features.device)
+    offset = min(stride, h, w) // 2
+    points = grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0], device=features.device), (h, w))
+    points = points.unflatten(0, (h, w))[offset::stride, offset::stride].flatten(0, 1)
 
     def rows(maps: Tensor, targets: Tensor):
         sampled = gridsample(maps, points.expand(len(maps), *points.shape))
@@ -250,7 +252,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     each is stretched to [0, 1].
 
     Args:
-        features: Feature maps.
+        features: Feature maps; what is not finite counts as 0.
 
     Returns:
         Colour maps in [0, 1], in float32; components that do not exist (fewer than three channels
@@ -264,7 +266,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         Oquab et al. 2023 (DINOv2), Fig 1.
     """
     n, _, h, w = features.shape
-    tokens = features.float().movedim(1, -1).flatten(0, 2)
+    tokens = features.float().nan_to_num().movedim(1, -1).flatten(0, 2)
     tokens = tokens - tokens.mean(0)
     axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
     colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))

@@ -104,7 +104,7 @@ def random_points(
         DenseSiam, Table A2 (k = 1, beta = 0).
     """
     if count < 0:
-        raise ValueError(f"densekit.random_points: count is {count}; give 0 or more.")
+        raise ValueError(f"densekit.sampling.random_points: count is {count}; give 0 or more.")
     shape = (*boxes.shape[:-1], count, 2)
     dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
     draws = torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
@@ -148,12 +148,12 @@ def hard_points(
         DenseSiam, App B, Table A2 (k = 3, beta = 0.75 is its "mildly biased").
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"densekit.hard_points: beta is {beta}; give a share in [0, 1].")
+        raise ValueError(f"densekit.sampling.hard_points: beta is {beta}; give a share in [0, 1].")
     count = round(beta * uniform.shape[-2])
     if count > candidates.shape[-2]:
         raise ValueError(
-            f"densekit.hard_points: {count} hard points are asked of {candidates.shape[-2]} "
-            "candidates; draw more candidates or lower beta."
+            f"densekit.sampling.hard_points: {count} hard points are asked of "
+            f"{candidates.shape[-2]} candidates; draw more candidates or lower beta."
         )
     hardness = dissimilarity.nan_to_num(nan=-torch.inf)
     hardest = hardness.topk(count).indices[..., None].expand(*hardness.shape[:-1], count, 2)
@@ -168,7 +168,8 @@ def gridsample(
 
     Cell centres stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
     than half a cell, and outside the map, the outermost cells are repeated. Computed as one matrix
-    product with n x hw weights, made in float32: deterministic on every device and differentiable
+    product with n x hw weights, made in float32 and
+    rounded to the dtype of the features: deterministic on every device and differentiable
     twice in features and points. To resample a whole large map use `crop_views`, whose weights are
     separable. A NaN in a map reaches all of its points.
 
@@ -193,7 +194,9 @@ def gridsample(
     """
     h, w = features.shape[-2:]
     if h * w == 0:
-        raise ValueError(f"densekit.gridsample: the map is {h} x {w}; it needs at least one cell.")
+        raise ValueError(
+            f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
+        )
     points = points.to(torch.promote_types(points.dtype, torch.float32)).nan_to_num()
     x, y = (_hat(points[..., axis], length) for axis, length in ((0, w), (1, h)))
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)

@@ -30,7 +30,7 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
     References:
         Goyal et al. 2017, Sec 2.2 (warm-up).
     """
-    return start + (end - start) * _progress(step, steps)
+    return start + (end - start) * _progress("linear_schedule", step, steps)
 
 
 @typed
@@ -58,7 +58,10 @@ def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0
     References:
         Loshchilov and Hutter 2017 (SGDR), Eq 5.
     """
-    return end + (start - end) * (1 + math.cos(math.pi * _progress(step, steps))) / 2
+    return (
+        end
+        + (start - end) * (1 + math.cos(math.pi * _progress("cosine_schedule", step, steps))) / 2
+    )
 
 
 @typed
@@ -96,14 +99,17 @@ def warmup_cosine(
     """
     if not 0 <= warmup <= steps:
         raise ValueError(
-            f"densekit.warmup_cosine: warmup is {warmup} of {steps} steps; give 0 up to the whole."
+            f"densekit.schedules.warmup_cosine: warmup is {warmup} of {steps} steps; "
+            "give 0 up to the whole."
         )
     if step < warmup:
         return linear_schedule(step, warmup, start=start, end=peak)
     return cosine_schedule(step - warmup, steps - warmup, start=peak, end=end)
 
 
-def _progress(step: float, steps: float) -> float:
-    if steps < 0:
-        raise ValueError(f"densekit.schedules: steps is {steps}; give the length, 0 or more.")
+def _progress(name: str, step: float, steps: float) -> float:
+    if not steps >= 0:
+        raise ValueError(
+            f"densekit.schedules.{name}: steps is {steps}; give the length, 0 or more."
+        )
     return min(max(step / steps, 0.0), 1.0) if steps else 1.0

@@ -111,8 +111,13 @@ def scenes(
 
 
 @typed
+@torch.no_grad()
 def probe_scenes(
-    encode: Callable[[Tensor], Tensor], count: int = 512, size: Size = (64, 64), *, seed: int = 0
+    encode: Callable[[Tensor], Tensor],
+    *,
+    count: int = 512,
+    size: Size = (64, 64),
+    seed: int = 0,
 ) -> SegmentationScore:
     """Score an encoder by linear segmentation of scenes that it has never seen.
 

@@ -41,8 +41,8 @@ def typed(function: _Function) -> _Function:
     """Check a function's arguments and result against its jaxtyping annotations.
 
     Every public function of densekit wears it; use it on your own functions to get the same
-    errors. Axis names are bound across all arguments of one call, the fields of `NamedTuple`
-    arguments included. The check runs in eager mode only: under `torch.compile` and
+    errors. Axis names are bound across all arguments of one call, with the fields of an argument
+    annotated as a `NamedTuple`. The check runs in eager mode only: under `torch.compile` and
     `torch.export` the bare function is traced, and with the environment variable
     `DENSEKIT_TYPECHECK=0` set before the import the decorator returns the function itself.
 
@@ -135,7 +135,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
                 if hint is not inspect.Parameter.empty and not _fits(part, _with_fields(hint)):
                     return (
                         f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                        f"{_bound_sizes()}, but {_describe(part)} came."
+                        f"{_bound_sizes()}, but {_describe(part)} came.{_advice(part, hint)}"
                     )
     return None
 
@@ -157,6 +157,13 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
     return f"{value!r} of type {type(value).__name__}"
+
+
+def _advice(value: Any, hint: Any) -> str:
+    integers = isinstance(value, Tensor) and not value.is_floating_point()
+    if integers and "Float[" in _describe_hint(hint):
+        return " Convert it first: `x.float()`, and `/ 255` for an image."
+    return ""
 
 
 def _bound_sizes() -> str:

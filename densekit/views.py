@@ -99,7 +99,9 @@ def full_view(
         D3SSL, Sec 4.1 (its first view is the whole image).
     """
     if min(size) <= 0:
-        raise ValueError(f"densekit.full_view: size is {size}; give a positive (h, w) in pixels.")
+        raise ValueError(
+            f"densekit.views.full_view: size is {size}; give a positive (h, w) in pixels."
+        )
     box = torch.tensor([0.0, 0.0, size[1], size[0]], device=device).expand(*batch, 4).contiguous()
     return View(box, torch.zeros(batch, dtype=torch.bool, device=device))
 
@@ -133,7 +135,8 @@ def sample_views(
         Views of shape `(*batch, *sizes)` in the image frame.
 
     Raises:
-        ValueError: `scale`, `ratio` or `flip` is out of its range, or the size not positive.
+        ValueError: `scale`, `ratio` or `flip` is out of its range, or a size given as a tuple
+            is not positive (sizes in a tensor are not looked at).
 
     Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
@@ -146,12 +149,14 @@ def sample_views(
     for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
         if not 0 < low <= high < math.inf:
             raise ValueError(
-                f"densekit.sample_views: {name} is {(low, high)}; give 0 < least <= largest."
+                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < least <= largest."
             )
     if not 0 <= flip <= 1:
-        raise ValueError(f"densekit.sample_views: flip is {flip}; give a probability in [0, 1].")
+        raise ValueError(
+            f"densekit.views.sample_views: flip is {flip}; give a probability in [0, 1]."
+        )
     if isinstance(size, tuple) and min(size) <= 0:
-        raise ValueError(f"densekit.sample_views: size is {size}; give a positive (h, w).")
+        raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
     device = generator.device if generator is not None else getattr(size, "device", None)
     height, width = torch.as_tensor(size, device=device).to(torch.float32).unbind(-1)
     shape = (*batch, *height.shape)
@@ -225,8 +230,8 @@ def sample_view_pairs(
     """
     if not (0 <= min_overlap <= 1 and attempts >= 1):
         raise ValueError(
-            f"densekit.sample_view_pairs: min_overlap is {min_overlap} and attempts {attempts}; "
-            "give an overlap in [0, 1] and at least one attempt."
+            f"densekit.views.sample_view_pairs: min_overlap is {min_overlap} and attempts "
+            f"{attempts}; give an overlap in [0, 1] and at least one attempt."
         )
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
@@ -418,7 +423,7 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     """
     h, w = size
     if min(size) <= 0:
-        raise ValueError(f"densekit.coordinate_map: size is {size}; give a positive (h, w).")
+        raise ValueError(f"densekit.views.coordinate_map: size is {size}; give a positive (h, w).")
     dtype = torch.promote_types(view.box.dtype, torch.float32)
     y, x = ((torch.arange(n, dtype=dtype, device=view.box.device) + 0.5) / n for n in size)
     centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(view.box.dtype)
@@ -460,7 +465,9 @@ def crop_views(
     """
     out_h, out_w = (size, size) if isinstance(size, int) else size
     if min(out_h, out_w) <= 0:
-        raise ValueError(f"densekit.crop_views: size is {size}; give a positive size in pixels.")
+        raise ValueError(
+            f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
+        )
     valid = boxes_valid(view.box)
     x1, y1, x2, y2 = torch.where(valid[..., None], view.box, 0.0).unbind(-1)
     columns = _resize_matrix(x1, x2, images.shape[-1], out_w)

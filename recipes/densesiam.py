@@ -33,7 +33,7 @@ class Loss:
     region: float = 0.1  # Weight of RegionSim.
     region_start: float = 0.5  # Share of the training after which RegionSim begins.
     grid: int = 7  # PixSim compares grid x grid points of the region that both views share.
-    distance: Literal["cross-entropy", "cosine"] = "cross-entropy"  # Distance of PixSim.
+    distance: Literal["cross_entropy_similarity", "negative_cosine"] = "cross_entropy_similarity"
     temperature: float = 0.1  # Of RegionSim's InfoNCE.
 
 
@@ -42,7 +42,7 @@ class Config:
     preset: Literal["demo", "paper", "simsiam"] = "demo"  # Where the defaults come from.
     data: Path | None = None  # Folder of images, any tree; the demo also runs without.
     run: Path | None = None  # Run folder; runs/densesiam-PRESET when left out.
-    arch: str = "resnet50"  # A network of timm, or "tiny" (64 channels, stride 8).
+    arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
     categories: int = 512  # Channels of PixSim: its pseudo-categories, the regions of RegionSim.
     batch: int = 512  # Images a step, over all processes.
@@ -127,7 +127,7 @@ class TwoViews:
             pixels = torch.stack([images[row] for row in rows]) / 255
             for crop, view in zip(crops, views, strict=True):
                 crop[rows] = dk.crop_views(pixels, dk.View(view.box[rows], view.flip[rows]), size)
-        with harness.seeded(*key):
+        with harness.seeded(*key, 1):  # other numbers than the views have
             crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
         return crops, views, [name for names in unreadable for name in names]
 
@@ -140,8 +140,8 @@ def build_encoder(arch: str) -> nn.Module:
     small = {"layers": (1,) * 4, "channels": (16, 32, 64, 64), "stem_type": "deep", "stem_width": 8}
     tiny = ("resnet18", {**small, "output_stride": 8})
     name, options = tiny if arch == "tiny" else (arch, {})
-    if not timm.is_model(name):
-        raise harness.UserError(f"There is no network {arch} in timm: try resnet50, or tiny.")
+    if "resn" not in name or not timm.is_model(name):
+        raise harness.UserError(f"There is no ResNet {arch} in timm: try resnet50, or tiny.")
     return timm.create_model(name, num_classes=0, global_pool="", **options)
 
 
@@ -188,8 +188,7 @@ class DenseSiam(nn.Module):
             z = [self.dense_projector(f) for f in maps]
             p = [self.dense_predictor(x) for x in z]  # project, predict, then sample (Table 4d)
             z, p = ([*map(dk.gridsample, x, points)] for x in (z, p))
-            cosine = self.loss.distance == "cosine"
-            distance = dk.negative_cosine if cosine else dk.cross_entropy_similarity
+            distance = getattr(dk, self.loss.distance)
             terms.update(
                 dense=dk.symmetric_loss(distance, p, z, valid), overlap=valid.float().mean()
             )
@@ -213,8 +212,6 @@ class DenseSiam(nn.Module):
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Draw views with matched points, pseudo-categories and PCA; on scenes, probe the encoder."""
-    if not run.world.is_main:
-        return
     model.eval()
     pixels, pairs = torch.cat(preview[0]), dk.grid_pairs(*preview[1], model.loss.grid)
     maps, palette = model.encoder(pixels), torch.rand(2**14, 3, generator=harness.generator(0))
@@ -242,7 +239,8 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
 
 
 def train(config: Config) -> None:
-    folder = config.run or Path("runs", f"densesiam-{config.preset}")
+    name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
+    folder = config.run or Path("runs", f"densesiam-{name}")
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
         dataset, device = TwoViews(source, config), world.device
@@ -252,8 +250,7 @@ def train(config: Config) -> None:
         torch.manual_seed(config.seed)
         model = DenseSiam(config)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        model.to(device, memory_format=torch.channels_last)
-        model.compile(disable=not config.compile)
+        model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
         late = config.loss.region > 0  # no gradient, and no weight decay, before RegionSim begins
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=late)
         groups = [{"params": []}, {"params": []}]  # the learning rate of the predictors stays
@@ -264,33 +261,36 @@ def train(config: Config) -> None:
         options = {"world": world, "seed": config.seed, "workers": config.workers}
         shown = min(6, config.batch // world.size) * world.size
         preview = next(harness.batches(dataset, shown, start=0, stop=1, **options))
-        if step == 0:
+        if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
         batches = harness.batches(dataset, config.batch, start=step, stop=steps, **options)
         bar = tqdm(batches, total=steps, initial=step, disable=not world.is_main, unit="step")
         for images, views, unreadable in bar:
-            optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
+            now = optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
             with_region = late and step >= config.loss.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms = ddp(images, views, with_region)
             optimizer.zero_grad()
             loss.backward()
-            values = run.reduce(step, {"loss": loss, **terms})  # ends the run if not finite
+            slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
+            values = run.reduce(step, {"loss": loss, "slope": slope, **terms})  # ends if not finite
             optimizer.step()
             step += 1
             run.note_unreadable(unreadable)
             bar.set_postfix(values, refresh=False)
             if step % config.log_every == 0:
-                run.log(step, **values, lr=optimizer.param_groups[0]["lr"])
-            if (stop := run.stop_requested()) or step % config.save_every == 0 or step == steps:
+                run.log(step, **values, lr=now, unreadable=run.unreadable)
+            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+            if due and world.is_main:
                 evaluate(model, preview, config, run, step)
+            if due or stop:
                 run.save(step, model, optimizer)
             if stop:
                 return
         if world.is_main:
             harness.save_encoder(
-                folder / "encoder.safetensors", model.encoder, architecture=config.arch,
-                mean=MEAN, std=STD, method="densesiam", step=step,
+                folder / "encoder.safetensors", model.encoder, architecture=config.arch, mean=MEAN,
+                std=STD, method="densesiam" if config.loss.dense else "simsiam", step=step,
             )  # fmt: skip
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
             print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")

@@ -3,14 +3,12 @@
 A run folder holds `config.json`, `metrics.jsonl` (no row lost or doubled on resume), `tensorboard`,
 `checkpoints/step-*` (the newest two, each whole or absent) and `unreadable.txt`.
 """
-# pyright: reportPrivateImportUsage=false
 
 import copy
 import dataclasses
 import gc
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -33,8 +31,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from densekit.testing import scenes as draw
+import densekit.testing
 
+PLACE = ("run", "workers", "device", "log_every", "save_every")  # may change when a run resumes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -73,10 +72,12 @@ def process_group(device: str = "auto") -> Iterator[World]:
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
     if cuda:
+        if not torch.cuda.is_available():
+            raise UserError("No GPU is visible: use --device cpu.")
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # allows TF32
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))  # one core for the loader
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core for the loader
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None, **alone)
     try:
@@ -159,15 +160,17 @@ def image_source(data: Path | None, *, scenes: int) -> Any:
         raise UserError("This preset trains on your images: name their folder with --data.")
     pool = torch.empty(scenes, 3, 64, 64, dtype=torch.uint8)
     for number, chunk in enumerate(pool.split(64)):  # bounds the memory
-        images = draw(len(chunk), (64, 64), generator=generator(0, number)).images
-        chunk.copy_((images * 255).round())
+        drawn = densekit.testing.scenes(len(chunk), (64, 64), generator=generator(0, number))
+        chunk.copy_((drawn.images * 255).round())
     return [(image, ()) for image in pool]
 
 
 def batches_per_epoch(images: int, batch: int, world: World) -> int:
     """How many whole batches an epoch of so many images has; `batch` counts all processes'."""
     if batch % world.size or batch < 2 * world.size:
-        raise UserError(f"--batch {batch} must be a multiple of {world.size}: 2 on each process.")
+        raise UserError(
+            f"--batch {batch} must give each of {world.size} processes the same 2 or more."
+        )
     if batch > images:
         raise UserError(f"Only {images} images for a batch of {batch}: lower --batch or add some.")
     return images // batch
@@ -183,8 +186,7 @@ def batches(
 ) -> Iterator[Any]:
     """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
 
-    Each epoch's order, drawn from (seed, epoch), is dealt to the processes. `dataset[indices]` is
-    a batch; what it draws should follow (seed, `dataset.epoch`, indices), whatever the `workers`.
+    `dataset[indices]` makes a batch, and should draw from (seed, `dataset.epoch`, indices) alone.
     """
     count = batches_per_epoch(len(dataset), batch, world)
     while start < stop:
@@ -229,14 +231,14 @@ class Run(ExitStack):
     on; any other content is a UserError. `resume` before the first `log`; `log`, then `save`.
     """
 
-    def __init__(self, folder: Path, config: Any, world: World, ignore=("workers", "device")):
+    def __init__(self, folder: Path, config: Any, world: World, ignore: tuple = PLACE):
         super().__init__()
         self.folder, self.world, self._stop = Path(folder), world, False
         answer: list[Any] = [*self._prepare(config, ignore)] if world.is_main else [0, 0]
         dist.broadcast_object_list(answer, src=0, device=world.device)
         problem, self._saved = answer  # the newest checkpoint is the last
         if problem:
-            raise UserError(f"The run folder {folder} {problem}: choose another.")
+            raise UserError(f"The run folder {folder} {problem}: choose another with --run.")
         self.note_unreadable(())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self.callback(signal.signal, number, signal.signal(number, self._on_signal))
@@ -342,8 +344,7 @@ def save_encoder(
 ) -> None:
     """Save the weights as safetensors (plain keys, float32) with a JSON side-car."""
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format).cpu().float()
-    versions = [d.version for d in importlib.metadata.distributions(name="densekit")]
     facts = {"architecture": architecture, "mean": mean, "std": std, "colour_order": "RGB"}
-    facts |= {"method": method, "densekit": (versions or ["unknown"])[0], **more}
+    facts |= {"method": method, "densekit": densekit.__version__, **more}
     _write(path, safetensors.torch.save(_tensors(plain)))
     _write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())

@@ -64,7 +64,7 @@ def batch(count=4, size=64):
     return [torch.rand(count, 3, size, size) for _ in range(2)], views
 
 
-@pytest.mark.parametrize("distance", ["cross-entropy", "cosine"])
+@pytest.mark.parametrize("distance", ["cross_entropy_similarity", "negative_cosine"])
 def test_the_losses_are_those_of_the_paper(distance):
     torch.manual_seed(0)
     model = DenseSiam(replace(SMALL, loss=Loss(grid=3, distance=distance))).double()
@@ -89,7 +89,7 @@ def test_the_losses_are_those_of_the_paper(distance):
     keep = slice(0, 3)  # all but the pair that shares nothing
 
     def d(a, b):
-        if distance == "cosine":
+        if distance == "negative_cosine":
             return -(normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)[keep].mean()
         return -(b.softmax(-1) * a.log_softmax(-1)).sum(-1)[keep].mean()
 
@@ -124,16 +124,30 @@ def test_regionsim_waits_and_simsiam_has_no_dense_heads():
     assert loss is terms["sim"]
 
 
-def test_the_teacher_side_gets_no_gradient_from_pixsim():
+def test_the_gradients_of_pixsim_stop_at_the_teacher():
     torch.manual_seed(0)
-    model = DenseSiam(replace(SMALL, loss=Loss(region=0.0)))
+    model = DenseSiam(replace(SMALL, loss=Loss(grid=3, region=0.0)))
     images, views = batch()
-    captured = []
-    model.dense_projector.register_forward_hook(lambda *x: captured.append(x[2].detach_()))
+    parameters = [*model.dense_projector.parameters(), *model.dense_predictor.parameters()]
     _, terms = model(images, views, False)
-    terms["dense"].backward()  # only the predictor is left on the graph
-    assert all(p.grad is None for p in model.dense_projector.parameters())
-    assert all(p.grad is not None for p in model.dense_predictor.parameters())
+    found = torch.autograd.grad(terms["dense"], parameters)
+
+    with torch.no_grad():
+        maps = [model.encoder(x) for x in images]
+    zs = [model.dense_projector(f) for f in maps]
+    ps = [model.dense_predictor(x) for x in zs]
+    zs, ps = (list(dk.gridsample_pairs(*x, *views, 3)[:2]) for x in (zs, ps))
+
+    def gradient(teachers):
+        ce = [
+            -(z.softmax(-1) * p.log_softmax(-1)).sum(-1)[:3].mean()
+            for p, z in zip(ps, teachers, strict=True)
+        ]
+        return torch.autograd.grad(sum(ce) / 2, parameters, retain_graph=True)
+
+    torch.testing.assert_close(found, gradient([zs[1].detach(), zs[0].detach()]))
+    with pytest.raises(AssertionError):  # without the stop-gradient they are others
+        torch.testing.assert_close(found, gradient([zs[1], zs[0]]))
 
 
 def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph():
@@ -189,7 +203,7 @@ def test_the_presets_are_the_papers():
     assert (paper.batch, paper.epochs, paper.lr, paper.weight_decay) == (512, 800, 0.05, 1e-4)
     assert (paper.views.size, paper.views.scale, paper.views.hue) == (224, (0.2, 1.0), 0.1)
     assert (paper.arch, paper.hidden, paper.categories) == ("resnet50", 2048, 512)
-    assert paper.loss == Loss(1.0, 0.1, 0.5, 7, "cross-entropy", 0.1)
+    assert paper.loss == Loss(1.0, 0.1, 0.5, 7, "cross_entropy_similarity", 0.1)
     assert replace(PRESETS["simsiam"], preset="paper", loss=paper.loss) == paper
 
 
@@ -227,6 +241,7 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
         patch.setattr(harness.Run, "stop_requested", lambda self: next(asked, True))
         densesiam.train(replace(config, run=tmp_path / "halted"))
         densesiam.train(replace(config, run=tmp_path / "halted"))
+    assert len(rows(tmp_path / "halted")) == 3
     assert not (tmp_path / "halted" / "encoder.json").exists()
     densesiam.train(replace(config, run=tmp_path / "halted", workers=1))
     assert rows(tmp_path / "halted") == whole
@@ -242,6 +257,39 @@ def free_port():
             return probe.getsockname()[1]
 
     return find
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}])
+def test_bf16_and_compiled_runs_stay_close(tmp_path, folder, monkeypatch, changes):
+    def compile_in_eager(self, disable):  # the graph without the minutes of code generation
+        torch.nn.Module.compile(self, backend="aot_eager", disable=disable)
+
+    monkeypatch.setattr(DenseSiam, "compile", compile_in_eager)
+    config = replace(SMALL, data=folder, epochs=1)
+    densesiam.train(replace(config, run=tmp_path / "plain"))
+    densesiam.train(replace(config, run=tmp_path / "other", **changes))
+    for plain, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "other"), strict=True):
+        assert other == pytest.approx(plain, abs=0.1)
+
+
+def test_the_baseline_says_so_beside_its_weights(tmp_path, folder):
+    config = replace(SMALL, data=folder, loss=PRESETS["simsiam"].loss, epochs=1, run=tmp_path)
+    densesiam.train(config)
+    assert json.loads((tmp_path / "encoder.json").read_text())["method"] == "simsiam"
+
+
+def test_views_and_colours_draw_other_numbers(folder, monkeypatch):
+    drawn = {}
+    generator, seeded = harness.generator, harness.seeded
+    monkeypatch.setattr(
+        harness, "generator", lambda *key: drawn.setdefault("views", key) and generator(*key)
+    )
+    monkeypatch.setattr(
+        harness, "seeded", lambda *key: drawn.setdefault("colours", key) and seeded(*key)
+    )
+    densesiam.TwoViews(harness.image_source(folder, scenes=0), SMALL)[[0, 1]]
+    first = [torch.rand(4, generator=generator(*drawn[name])) for name in ("views", "colours")]
+    assert not torch.equal(*first)
 
 
 def two_processes(rank, store, config, stop_after):

@@ -809,7 +809,7 @@ def test_batch_larger_than_the_data():
 
 @pytest.mark.parametrize(("batch", "size"), [(0, 1), (1, 1), (2, 2), (9, 2), (7, 3)])
 def test_batch_that_the_processes_cannot_share(batch, size):
-    match = f"--batch {batch} must be a multiple of {size}"
+    match = f"--batch {batch} must give each of {size} processes"
     with pytest.raises(harness.UserError, match=match):
         harness.batches_per_epoch(100, batch, harness.World(0, size, CPU))
 

@@ -442,7 +442,7 @@ def test_the_symmetric_loss_wants_two_of_each(count):
 
 @losses
 def test_a_teacher_of_another_shape_is_refused(loss):
-    with pytest.raises(TypeError, match=r"n=4|batch=\(4\)|d=3"):
+    with pytest.raises(TypeError, match=r"d=3.*shape \(4, 2\)"):
         loss(torch.zeros(4, 3), torch.zeros(4, 2))
     with pytest.raises(TypeError, match=r"argument '(teacher|key)'"):
         loss(torch.zeros(4, 3), torch.zeros(3, 3))

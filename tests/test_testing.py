@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generators, sizes
 from densekit import testing
-from densekit.testing import CLASS_NAMES, scenes
+from densekit.testing import CLASS_NAMES, probe_scenes, scenes
 
 STUFF = 4
 SLOTS = 8
@@ -201,7 +201,7 @@ def test_textures_are_weights(generator):
     ],
 )
 def test_wrong_numbers_are_named(count, size, objects, words):
-    with pytest.raises(ValueError, match=f"^scenes: {words}"):
+    with pytest.raises(ValueError, match=rf"^densekit\.testing\.scenes: {words}"):
         scenes(count, size, objects=objects)
 
 
@@ -222,3 +222,33 @@ def test_light_reaches_the_ends_of_a_long_image():
     """Expected brightness is that of the colours, 0.5, times a light between 0.43 and 1."""
     brightness = scenes(400, (4, 200), generator=seeded(0)).images.mean((0, 1, 2))
     assert ((brightness > 0.5 * 0.7) & (brightness < 0.5)).all()
+
+
+# ---- the probe -------------------------------------------------------------------------------
+
+
+def test_the_probe_scores_what_features_know_and_what_the_prior_knows():
+    size = (24, 32)
+    blind = probe_scenes(torch.zeros_like, count=24, size=size)
+    assert blind.miou == blind.prior_miou  # constants can only name the most frequent class
+    test = scenes(24, size, generator=torch.Generator().manual_seed(1)).labels
+    fit = scenes(24, size, generator=torch.Generator().manual_seed(0)).labels
+    offset = slice(2, None, 4)
+    frequent = fit[:, offset, offset].flatten().mode().values
+    truth = test[:, offset, offset]
+    classes = torch.cat([truth.flatten(), frequent[None]]).unique()
+    expected = (truth == frequent).float().mean() / len(classes)
+    torch.testing.assert_close(blind.prior_miou, expected)
+
+    calls = []
+
+    def oracle(images):
+        calls.append(images)
+        drawn = scenes(24, size, generator=torch.Generator().manual_seed(len(calls) - 1))
+        assert torch.equal(drawn.images, images)
+        return torch.nn.functional.one_hot(drawn.labels, 12).movedim(-1, 1).float()
+
+    assert probe_scenes(oracle, count=24, size=size).miou > 0.99
+    assert not torch.equal(*calls)  # it is scored on other scenes than it was fitted on
+    other = probe_scenes(lambda x: x, count=24, size=size, seed=1)
+    assert other.miou != probe_scenes(lambda x: x, count=24, size=size).miou
