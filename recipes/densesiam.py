@@ -62,8 +62,8 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", hidden=256, categories=64, batch=48, epochs=15, lr=0.8, workers=1,
-        precision="fp32", save_every=255, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", hidden=256, categories=64, batch=40, epochs=12, lr=0.8, workers=1,
+        precision="fp32", save_every=204, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
     ),
     "paper": Config("paper"),
     "simsiam": Config("simsiam", loss=Loss(dense=0.0, region=0.0)),
