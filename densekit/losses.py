@@ -57,8 +57,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
 
     Args:
-        x: Vectors. One no longer than the root of the dtype's smallest normal number (1e-19 in
-            float32 and bfloat16, 0.008 in float16) counts as zero, one beyond 1e19 becomes zero.
+        x: Vectors. One no longer than 1e-19 (1e-154 in float64, 6e-5 in float16, whose slopes would
+            overflow) counts as zero, and so does one beyond 1e19.
 
     Returns:
         Vectors of length one, in at least float32.
@@ -71,8 +71,9 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     References:
         DenseSiam, Eq 2.
     """
-    floor = torch.finfo(x.dtype).tiny ** 0.5  # below it squares, or in float16 slopes, go wrong
+    smallest = torch.finfo(x.dtype).tiny  # slopes stay below its inverse
     x = _widen(x)
+    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # below the root squares vanish
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > floor, norm, torch.inf)
 

@@ -574,7 +574,7 @@ def test_one_process_is_a_group_of_one():
 
 def test_one_core_is_left_to_the_loader_unless_threads_are_set(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5))
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
     with harness.process_group("cpu"):
         assert torch.get_num_threads() == before  # OMP_NUM_THREADS is set here
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -1037,7 +1037,7 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
         asked.append(count)
         return type("Scenes", (), {"images": torch.full((count, 3, *size), 0.5)})
 
-    monkeypatch.setattr(harness, "draw", fake)
+    monkeypatch.setattr(harness.densekit.testing, "scenes", fake)
     assert harness.image_source(None, scenes=130)[0][0].unique().tolist() == [128]
     assert sum(asked) == 130
     assert max(asked) <= 64

@@ -463,7 +463,7 @@ def test_negatives_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match=f"densekit.info_nce: temperature is {temperature}"):
+    with pytest.raises(ValueError, match=f"densekit.losses.info_nce: temperature is {temperature}"):
         info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
 
 

@@ -82,7 +82,7 @@ def test_the_confusion_matrix_refuses_what_does_not_fit():
         confusion_matrix(labels, torch.zeros(4, dtype=torch.long), classes=2)
     with pytest.raises(TypeError, match=r"argument 'predictions'.*float32"):
         confusion_matrix(labels, torch.zeros(3), classes=2)
-    with pytest.raises(ValueError, match=r"densekit.confusion_matrix: classes is 0"):
+    with pytest.raises(ValueError, match=r"densekit.metrics.confusion_matrix: classes is 0"):
         confusion_matrix(labels, labels, classes=0)
 
 
@@ -296,7 +296,7 @@ def test_linear_segmentation_is_its_parts():
 
 def test_linear_segmentation_refuses_what_does_not_fit():
     maps, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"densekit.linear_segmentation: stride is 0"):
+    with pytest.raises(ValueError, match=r"densekit.metrics.linear_segmentation: stride is 0"):
         linear_segmentation(maps, maps, labels, labels, classes=2, stride=0)
     with pytest.raises(ValueError, match="classes is 0"):
         linear_segmentation(maps, maps, labels, labels, classes=0)

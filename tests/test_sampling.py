@@ -286,7 +286,9 @@ def test_sampling_twice_is_differentiable_twice():
 
 @pytest.mark.parametrize("size", [(0, 3), (3, 0), (0, 0)])
 def test_a_map_without_cells_is_refused(size):
-    with pytest.raises(ValueError, match=f"densekit.gridsample: the map is {size[0]} x {size[1]}"):
+    with pytest.raises(
+        ValueError, match=f"densekit.sampling.gridsample: the map is {size[0]} x {size[1]}"
+    ):
         gridsample(torch.zeros(2, *size), torch.zeros(1, 2))
     maps, view = torch.zeros(2, *size), full_view((4, 4))
     with pytest.raises(ValueError, match=r"densekit.gridsample"):
@@ -355,7 +357,7 @@ def test_random_points_of_an_infinite_box_are_not_nan(dtype):
 
 
 def test_a_negative_count_is_refused():
-    with pytest.raises(ValueError, match=r"densekit.random_points: count is -1"):
+    with pytest.raises(ValueError, match=r"densekit.sampling.random_points: count is -1"):
         random_points(torch.zeros(4), -1)
 
 
@@ -406,7 +408,7 @@ def test_nan_counts_as_least_and_infinity_as_most():
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
 def test_a_share_outside_its_range_is_refused(beta):
-    with pytest.raises(ValueError, match=f"densekit.hard_points: beta is {beta}"):
+    with pytest.raises(ValueError, match=f"densekit.sampling.hard_points: beta is {beta}"):
         hard_points(torch.zeros(3, 2), torch.zeros(3), torch.zeros(2, 2), beta=beta)
 
 

@@ -554,7 +554,7 @@ def test_more_attempts_reach_more():
 
 @pytest.mark.parametrize("options", [{"min_overlap": 1.5}, {"min_overlap": -0.1}, {"attempts": 0}])
 def test_pairs_refuse_what_makes_no_sense(options):
-    with pytest.raises(ValueError, match=r"densekit.sample_view_pairs: min_overlap is"):
+    with pytest.raises(ValueError, match=r"densekit.views.sample_view_pairs: min_overlap is"):
         sample_view_pairs((8, 8), **options)
 
 
@@ -776,12 +776,12 @@ def test_one_view_for_each_image():
 
 @pytest.mark.parametrize("size", [0, (0, 4), (4, -1)])
 def test_a_size_without_pixels_is_refused(size):
-    with pytest.raises(ValueError, match=r"densekit.crop_views: size is"):
+    with pytest.raises(ValueError, match=r"densekit.views.crop_views: size is"):
         crop_views(torch.zeros(3, 4, 4), full_view((4, 4)), size)
 
 
 def test_a_map_without_cells_is_refused():
-    with pytest.raises(ValueError, match=r"densekit.coordinate_map: size is"):
+    with pytest.raises(ValueError, match=r"densekit.views.coordinate_map: size is"):
         coordinate_map(full_view((4, 4)), (0, 3))
 
 
