@@ -291,7 +291,7 @@ def test_a_map_without_cells_is_refused(size):
     ):
         gridsample(torch.zeros(2, *size), torch.zeros(1, 2))
     maps, view = torch.zeros(2, *size), full_view((4, 4))
-    with pytest.raises(ValueError, match=r"densekit.gridsample"):
+    with pytest.raises(ValueError, match=r"densekit.sampling.gridsample"):
         gridsample_pairs(maps, maps, view, view)
 
 

@@ -1,0 +1,271 @@
+"""densekit beside its rivals: one Markdown table, as ratios measured in one run.
+
+    python benchmarks/run.py                      # everything, minutes on two cores
+    python benchmarks/run.py --only geometry typed
+
+Rivals take turns within a row, and the median of the rounds counts: a noisy machine slows both.
+`memory` runs the training step on fake tensors, so that it needs neither a GPU nor the memory.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import densesiam
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
+import densekit as dk
+from densekit.testing import scenes
+from densekit.typing import Float, Tensor, typed
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def times(*functions: Callable[[], object], rounds: int = 15, calls: int = 1) -> list[float]:
+    """Median seconds of a call to each function; the functions take turns."""
+    measured: list[list[float]] = [[] for _ in functions]
+    for number in range(rounds + 1):
+        for function, seconds in zip(functions, measured, strict=True):
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds.append((time.perf_counter() - start) / calls)
+    return [statistics.median(seconds) for seconds in measured]
+
+
+def row(what: str, ours: str, rival: str, ratio: str) -> None:
+    print(f"| {what} | {ours} | {rival} | {ratio} |", flush=True)
+
+
+def against(what: str, ours: float, rival: float, name: str) -> None:
+    row(what, f"{ours * 1e3:.2f} ms", f"{rival * 1e3:.2f} ms ({name})", f"{ours / rival:.2f} x")
+
+
+def geometry() -> None:
+    """Sampling a pair of views, carrying it, mapping the grid, against loading and cropping."""
+    files = []
+    for image in scenes(8, (480, 640)).images:
+        file = io.BytesIO()
+        Image.fromarray((image * 255).byte().movedim(0, -1).numpy()).save(file, "JPEG", quality=90)
+        files.append(file)
+    size, batch = (480, 640), 64
+    pairs = dk.sample_view_pairs(size, (len(files),))
+
+    def geometric(count: int) -> None:
+        drawn = dk.sample_view_pairs(size, (count,))
+        dk.grid_pairs(drawn.view1, drawn.view2, 7)
+
+    def load_and_crop() -> None:
+        for number, file in enumerate(files):
+            pixels = torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0)
+            for view in pairs[:2]:
+                x1, y1, x2, y2 = view.box[number].int().tolist()
+                TF.resized_crop(pixels, y1, x1, y2 - y1, x2 - x1, [224, 224], antialias=True)
+
+    whole, one, loading = times(
+        lambda: geometric(batch), lambda: geometric(1), load_and_crop, rounds=40
+    )
+    loading /= len(files)
+    for what, seconds in ((f"a batch of {batch}", whole / batch), ("a single image", one)):
+        row(
+            f"geometry of {what}, each image",
+            f"{seconds * 1e6:.0f} us",
+            f"{loading * 1e6:.0f} us (decode a 480 x 640 JPEG, crop two views)",
+            f"{seconds / loading:.1%}",
+        )
+
+
+def checks() -> None:
+    """What `typed` costs a call: in eager, switched off, compiled."""
+
+    def bare(x: Float[Tensor, "n d"]) -> None:
+        return None
+
+    def bare3(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], z: Float[Tensor, "n d"]) -> None:
+        return None
+
+    x = torch.ones(2, 3)
+    one, three = typed(bare), typed(bare3)
+    t0, t1, s0, s1 = times(
+        lambda: bare(x), lambda: one(x), lambda: bare3(x, x, x), lambda: three(x, x, x), calls=2000
+    )
+    each = (s1 - s0 - t1 + t0) / 2
+    row("`typed`, eager, one array", f"{(t1 - t0) * 1e6:.1f} us more", "bare function", "")
+    row("`typed`, eager, each further array", f"{each * 1e6:.1f} us more", "bare function", "")
+    code = (
+        "import timeit, torch, densekit; from densekit.typing import typed;"
+        "f = lambda x: None; g = typed(f); x = torch.ones(2, 3); n = 50000;"
+        "a, b = (min(timeit.repeat(lambda: h(x), number=n, repeat=9)) / n for h in (g, f));"
+        "print(f is g, (a - b) * 1e6)"
+    )
+    off = {**os.environ, "DENSEKIT_TYPECHECK": "0"}
+    same, cost = subprocess.check_output([sys.executable, "-c", code], env=off, text=True).split()
+    said = "the very function" if same == "True" else "another function"
+    row("`typed`, DENSEKIT_TYPECHECK=0", f"{float(cost):.2f} us more", "bare function", said)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append([(node.op, str(node.target)) for node in graph.graph.nodes])
+        return graph.forward
+
+    for function in (dk.l2_normalize, dk.l2_normalize.__wrapped__):
+        torch._dynamo.reset()
+        torch.compile(function, backend=backend, fullgraph=True)(x)
+    equal = "same graph" if graphs[0] == graphs[1] else "another graph"
+    row("`typed`, compiled", f"{len(graphs[0])} nodes", f"{len(graphs[1])} nodes", equal)
+
+
+def primitives() -> None:
+    for d, side in ((2048, 7), (512, 7), (256, 56)):
+        features = torch.rand(16, d, side, side, device=DEVICE, requires_grad=True)
+        points = torch.rand(16, 49, 2, device=DEVICE)
+
+        def ours() -> None:
+            dk.gridsample(features, points).sum().backward()
+
+        def rival() -> None:
+            grid = points[:, :, None] * 2 - 1
+            F.grid_sample(
+                features, grid, align_corners=False, padding_mode="border"
+            ).sum().backward()
+
+        what = f"`gridsample`, 16 x {d} x {side} x {side} at 49 points, forward and backward"
+        against(what, *times(ours, rival), "F.grid_sample")
+    for (h, w), size, count in (((64, 64), 48, 64), ((480, 640), 224, 8)):
+        images, view = torch.rand(count, 3, h, w, device=DEVICE), dk.sample_views((h, w), (count,))
+        boxes = view.box.int().tolist()
+        view = dk.View(view.box.to(DEVICE), view.flip.to(DEVICE))
+
+        def ours() -> None:
+            dk.crop_views(images, view, size)
+
+        def rival() -> None:
+            for image, (x1, y1, x2, y2) in zip(images, boxes, strict=True):
+                TF.resized_crop(image, y1, x1, y2 - y1, x2 - x1, [size, size], antialias=True)
+
+        what = f"`crop_views`, {count} images {h} x {w} to {size}"
+        against(what, *times(ours, rival), "loop of torchvision's resized_crop")
+    query = torch.rand(16, 512, 128, device=DEVICE, requires_grad=True)
+
+    def ours() -> None:
+        dk.info_nce(query, query.detach(), temperature=0.1).backward()
+
+    def rival() -> None:
+        q, k = F.normalize(query, dim=-1), F.normalize(query.detach(), dim=-1)
+        target = torch.arange(512, device=DEVICE).expand(16, 512)
+        F.cross_entropy((q @ k.mT / 0.1).flatten(0, 1), target.flatten()).backward()
+
+    what = "`info_nce`, 16 sets of 512, 128-d, forward and backward"
+    against(what, *times(ours, rival), "F.cross_entropy on the matrix")
+    start = time.perf_counter()
+    scenes(2048, (64, 64))
+    seconds = time.perf_counter() - start
+    row("`testing.scenes`, 64 x 64", f"{2048 / seconds:.0f} a second", "", "")
+
+
+SETTINGS = {
+    "SimSiam": (densesiam.Loss(dense=0.0, region=0.0), False),
+    "DenseSiam without RegionSim": (densesiam.Loss(), False),
+    "DenseSiam with RegionSim": (densesiam.Loss(), True),
+}
+
+
+def build(loss: densesiam.Loss) -> torch.nn.Module:
+    return densesiam.DenseSiam(replace(densesiam.PRESETS["paper"], loss=loss))
+
+
+def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], list[dk.View]]:
+    pairs = dk.sample_view_pairs((480, 640), (batch,))
+    images = [torch.rand(batch, 3, 224, 224, device=device) for _ in range(2)]
+    views = [dk.View(view.box.to(device), view.flip.to(device)) for view in pairs[:2]]
+    return images, views
+
+
+def step() -> None:
+    """Time of a training step of each setting: ResNet-50, 224 pixels."""
+    batch = 64 if DEVICE.type == "cuda" else 8
+    images, views = inputs(batch, DEVICE)
+    images = [x.contiguous(memory_format=torch.channels_last) for x in images]
+
+    def stepper(loss: densesiam.Loss, with_region: bool) -> Callable[[], None]:
+        model = build(loss).to(DEVICE, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-4)
+
+        def function() -> None:
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+                total, _ = model(images, views, with_region)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        return function
+
+    measured = times(*(stepper(*setting) for setting in SETTINGS.values()), rounds=7)
+    for name, seconds in [*zip(SETTINGS, measured, strict=True)][1:]:
+        against(f"a step of {name}, ResNet-50, batch {batch}", seconds, measured[0], "SimSiam")
+
+
+def memory() -> None:
+    """Peak memory of a training step of each setting, counted on fake tensors: batch 64, bf16."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    peaks = []
+    for loss, with_region in SETTINGS.values():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = build(loss)
+            optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+            tracker = MemTracker()
+            tracker.track_external(model, optimizer)
+            with tracker:
+                for _ in range(2):  # the second step holds the momentum too
+                    images, views = inputs(64, torch.device("cpu"))
+                    with torch.autocast("cpu", torch.bfloat16):
+                        total, _ = model(images, views, with_region)
+                    total.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    tracker.reset_mod_stats()
+            (peak,) = tracker.get_tracker_snapshot("peak").values()
+            peaks.append(peak["Total"])
+    for name, peak in [*zip(SETTINGS, peaks, strict=True)][1:]:
+        row(
+            f"peak memory of {name}, ResNet-50, batch 64",
+            f"{peak / 1e9:.2f} GB",
+            f"{peaks[0] / 1e9:.2f} GB (SimSiam)",
+            f"{peak / peaks[0] - 1:+.1%}",
+        )
+
+
+SECTIONS = {f.__name__: f for f in (geometry, checks, primitives, step, memory)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads\n")
+    print("| what | densekit | rival | ratio |\n|---|---|---|---|")
+    for section in arguments.only:
+        SECTIONS[section]()
