@@ -23,8 +23,7 @@ def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
     References:
         House convention: what makes no sense is reported through `valid`, never raised.
     """
-    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite when a coordinate is
-    return ((extent > 0) & (extent < torch.inf)).all(-1)
+    return _valid(boxes)
 
 
 @typed
@@ -46,9 +45,7 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     References:
         torchvision's `box_area`, which gives negative areas to reversed boxes.
     """
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    extent = torch.where(boxes_valid(boxes)[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
-    return extent[..., 0] * extent[..., 1]
+    return _area(boxes)
 
 
 @typed
@@ -72,10 +69,7 @@ def intersect_boxes(
     References:
         DenseSiam, Sec 3.2 (the intersected region of two views).
     """
-    corner = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    box = torch.cat([corner, torch.minimum(boxes1[..., 2:], boxes2[..., 2:])], -1)
-    valid = boxes_valid(torch.stack([boxes1, boxes2, box])).all(0)
-    return torch.where(valid[..., None], box, 0.0)
+    return _intersection(boxes1, boxes2)
 
 
 @typed
@@ -101,8 +95,24 @@ def box_iou(
     References:
         torchvision's `box_iou` (all pairs; NaN for empty boxes).
     """
-    area1, area2, shared = box_area(
-        torch.stack([boxes1, boxes2, intersect_boxes(boxes1, boxes2)])
-    ).unbind(0)
+    area1, area2, shared = _area(torch.stack([boxes1, boxes2, _intersection(boxes1, boxes2)]))
     union = area1 + area2 - shared
     return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0)
+
+
+def _valid(boxes: Tensor) -> Tensor:
+    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite when a coordinate is
+    return ((extent > 0) & (extent < torch.inf)).all(-1)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    extent = torch.where(_valid(boxes)[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
+    return extent[..., 0] * extent[..., 1]
+
+
+def _intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    corner = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    box = torch.cat([corner, torch.minimum(boxes1[..., 2:], boxes2[..., 2:])], -1)
+    valid = _valid(torch.stack([boxes1, boxes2, box])).all(0)
+    return torch.where(valid[..., None], box, 0.0)
