@@ -41,7 +41,7 @@ class Loss:
 class Config:
     preset: Literal["demo", "paper", "simsiam"] = "demo"  # Where the defaults come from.
     data: Path | None = None  # Folder of images, any tree; the demo also runs without.
-    run: Path | None = None  # Run folder; runs/densesiam-PRESET when left out.
+    run: Path | None = None  # Run folder; else runs/densesiam-PRESET, with the data's name.
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
     categories: int = 512  # Channels of PixSim: its pseudo-categories, the regions of RegionSim.
