@@ -1,13 +1,31 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning."""
 
 from densekit.boxes import box_area, box_iou, boxes_valid, intersect_boxes
+from densekit.clustering import (
+    KMeans,
+    MergedClusters,
+    PrunedClusters,
+    centroids,
+    kmeans,
+    kmeans_plus_plus,
+    positional_cost,
+    prune_clusters,
+    sample_tokens,
+    sinkhorn,
+    sinkhorn_merge,
+    split_assignments,
+)
+from densekit.distributed import all_max, all_sum
+from densekit.ema import ema_update
 from densekit.losses import (
     cross_entropy_similarity,
     info_nce,
     l2_normalize,
     masked_mean,
     negative_cosine,
+    self_distillation,
     symmetric_loss,
+    update_center,
 )
 from densekit.metrics import (
     LinearProbe,
@@ -49,23 +67,30 @@ from densekit.views import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "KMeans",
     "LinearProbe",
+    "MergedClusters",
     "Overlap",
     "PairedFeatures",
     "PairedPoints",
+    "PrunedClusters",
     "SegmentationScore",
     "View",
     "ViewPairs",
+    "all_max",
+    "all_sum",
     "box_area",
     "box_iou",
     "boxes_image_to_view",
     "boxes_valid",
     "boxes_view_to_image",
+    "centroids",
     "confusion_matrix",
     "coordinate_map",
     "cosine_schedule",
     "crop_views",
     "cross_entropy_similarity",
+    "ema_update",
     "fit_linear_probe",
     "full_view",
     "grid_pairs",
@@ -77,6 +102,8 @@ __all__ = [
     "info_nce",
     "intersect_boxes",
     "intersect_views",
+    "kmeans",
+    "kmeans_plus_plus",
     "l2_normalize",
     "linear_schedule",
     "linear_segmentation",
@@ -85,10 +112,18 @@ __all__ = [
     "negative_cosine",
     "pca_colors",
     "pool_masks",
+    "positional_cost",
+    "prune_clusters",
     "random_points",
+    "sample_tokens",
     "sample_view_pairs",
     "sample_views",
+    "self_distillation",
+    "sinkhorn",
+    "sinkhorn_merge",
+    "split_assignments",
     "symmetric_loss",
+    "update_center",
     "view_to_image",
     "warmup_cosine",
 ]

@@ -1,7 +1,7 @@
 """Box algebra. Boxes are `xyxy`, half-open, in continuous pixels; never of negative size."""
 
 import torch
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Tensor, typed, widen
 
 __all__ = ["box_area", "box_iou", "boxes_valid", "intersect_boxes"]
 
@@ -106,7 +106,7 @@ def _valid(boxes: Tensor) -> Tensor:
 
 
 def _area(boxes: Tensor) -> Tensor:
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    boxes = widen(boxes)
     extent = torch.where(_valid(boxes)[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
     return extent[..., 0] * extent[..., 1]
 

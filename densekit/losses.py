@@ -1,4 +1,4 @@
-"""Losses on tensors: negative cosine, cross-entropy similarity, InfoNCE, and how to symmetrize.
+"""Losses on tensors: negative cosine, cross-entropy, InfoNCE, self-distillation; symmetric forms.
 
 A loss averages over the valid entries only, and is a zero that still carries the graph when none
 is valid. Half precision is widened to float32. Nothing here knows geometry.
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.distributed import Group, all_sum
+from densekit.typing import Bool, Float, Tensor, typed, widen
 
 __all__ = [
     "cross_entropy_similarity",
@@ -16,7 +17,9 @@ __all__ = [
     "l2_normalize",
     "masked_mean",
     "negative_cosine",
+    "self_distillation",
     "symmetric_loss",
+    "update_center",
 ]
 
 Reduction = Literal["mean", "none"]
@@ -44,7 +47,7 @@ def masked_mean(
     References:
         House convention: an empty pair changes nothing.
     """
-    values, valid = _widen(values), _fit_valid("masked_mean", valid, values.shape)
+    values, valid = widen(values), _fit_valid("masked_mean", valid, values.shape)
     if valid is None:
         return values.sum() / max(values.numel(), 1)
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
@@ -72,7 +75,7 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         DenseSiam, Eq 2.
     """
     smallest = torch.finfo(x.dtype).tiny  # slopes stay below its inverse
-    x = _widen(x)
+    x = widen(x)
     floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # below the root squares vanish
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > floor, norm, torch.inf)
@@ -151,7 +154,7 @@ def cross_entropy_similarity(
     """
     valid = _fit_valid("cross_entropy_similarity", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
-    entropy = -(_widen(teacher.detach()).softmax(-1) * _widen(student).log_softmax(-1)).sum(-1)
+    entropy = -(widen(teacher.detach()).softmax(-1) * widen(student).log_softmax(-1)).sum(-1)
     return _reduce(entropy, valid, reduction)
 
 
@@ -223,6 +226,108 @@ def info_nce(
 
 
 @typed
+def self_distillation(
+    student: Float[Tensor, "*batch d"],
+    teacher: Float[Tensor, "*batch d"],
+    center: Float[Tensor, " d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.07,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Cross-entropy H(P_t, P_s) between a centred, sharpened teacher and a student.
+
+    `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and
+    `H = -sum_l P_t log P_s`; the teacher is detached.
+
+    Args:
+        student: Logits of the student's head; gradient flows here only.
+        teacher: Logits of the teacher's head; detached here.
+        center: Running mean of the teacher's logits
+            ([`update_center`][densekit.losses.update_center]); it keeps one output from winning
+            everywhere, as the sharpening keeps the outputs from becoming equal.
+        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's, less than the student's.
+        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
+            valid).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats.
+
+    Raises:
+        TypeError: The shapes differ.
+        ValueError: A temperature is not positive.
+
+    Examples:
+        >>> logits = torch.zeros(3, 4)
+        >>> self_distillation(logits, logits, torch.zeros(4))  # log 4
+        tensor(1.3863)
+
+    References:
+        CrOC, Eq 3 to 6; DINO, Eq 1 to 4.
+    """
+    if not (student_temperature > 0 and teacher_temperature > 0):
+        raise ValueError(
+            f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
+            f"{teacher_temperature}; give two above 0."
+        )
+    valid = _fit_valid("self_distillation", valid, student.shape[:-1])
+    sharp = (widen(teacher.detach()) - center) / teacher_temperature
+    return cross_entropy_similarity(
+        widen(student) / student_temperature, sharp, valid, reduction=reduction
+    )
+
+
+@typed
+def update_center(
+    center: Float[Tensor, " d"],
+    teacher: Float[Tensor, "*batch d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    momentum: float = 0.9,
+    group: Group = None,
+) -> Float[Tensor, " d"]:
+    """Running mean of the teacher's logits: `m center + (1 - m) mean(teacher)`.
+
+    Args:
+        center: The mean so far; zeros at the start.
+        teacher: Logits of this step, of all views; no gradient flows.
+        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
+        momentum: Weight of the old mean.
+        group: Processes that share the mean: every valid entry counts once, however many each
+            process has. None is this process alone.
+
+    Returns:
+        The new mean, in the dtype of `center`; the old one when there is no valid entry anywhere.
+
+    Raises:
+        TypeError: The shapes differ.
+        ValueError: The momentum is outside [0, 1].
+
+    Examples:
+        >>> update_center(torch.zeros(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), momentum=0.5)
+        tensor([1.0000, 1.5000])
+
+    References:
+        DINO, Eq 4; CrOC, Sec 4.1 (one center for each head).
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"densekit.losses.update_center: momentum is {momentum}; give the old mean's weight, "
+            "from 0 to 1."
+        )
+    valid = _fit_valid("update_center", valid, teacher.shape[:-1])
+    rows = widen(_valid_rows(teacher.detach(), valid)).flatten(0, -2)
+    used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
+    total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
+    mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
+    new = momentum * center + (1 - momentum) * mean
+    return torch.where(count > 0, new, center.to(new.dtype)).to(center.dtype)
+
+
+@typed
 def symmetric_loss(
     loss: Callable[..., Tensor],
     students: Sequence[Tensor],
@@ -260,10 +365,6 @@ def symmetric_loss(
         )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.typing import Bool, Float, Size, Tensor, typed
+from densekit.typing import Bool, Float, Size, Tensor, typed, widen
 from densekit.views import View, coordinate_map, image_to_view, intersect_views
 
 __all__ = [
@@ -197,7 +197,7 @@ def gridsample(
         raise ValueError(
             f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
         )
-    points = points.to(torch.promote_types(points.dtype, torch.float32)).nan_to_num()
+    points = widen(points).nan_to_num()
     x, y = (_hat(points[..., axis], length) for axis, length in ((0, w), (1, h)))
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):

@@ -27,7 +27,7 @@ from jaxtyping import (
 )
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Integer", "Size", "Tensor", "typed"]
+__all__ = ["Bool", "Float", "Int", "Integer", "Size", "Tensor", "typed", "widen"]
 
 Size = tuple[int, int]
 """A size in pixels or cells, height first: `(h, w)`."""
@@ -93,6 +93,25 @@ def typed(function: _Function) -> _Function:
             raise TypeError(message) from None
 
     return typing.cast("_Function", wrapper)
+
+
+def widen(x: Tensor) -> Tensor:
+    """The tensor in at least float32: sums and exponentials of half precision overflow.
+
+    Args:
+        x: Any floating dtype; bfloat16 and float16 are converted.
+
+    Returns:
+        The tensor itself, or its copy in float32.
+
+    Examples:
+        >>> widen(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+
+    References:
+        House convention: half precision is widened where it would lose.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _is_record(hint: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.boxes import box_iou, boxes_valid, intersect_boxes
-from densekit.typing import Bool, Float, Int, Size, Tensor, typed
+from densekit.typing import Bool, Float, Int, Size, Tensor, typed, widen
 
 __all__ = [
     "Overlap",
@@ -512,9 +512,7 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int) -> Tensor
     A triangle around each output centre, cut at the pixels that the crop touches; its sum counts
     pixels outside the image too, which are black.
     """
-    start, stop = (
-        x.to(torch.promote_types(x.dtype, torch.float32))[..., None] for x in (start, stop)
-    )
+    start, stop = widen(start)[..., None], widen(stop)[..., None]
     step = (stop - start) / out
     reach = step.clamp(min=1.0)
     first, last = start.floor(), stop.ceil() - 1

@@ -191,6 +191,57 @@ def map_set(batch, n, dtype, generator):
     return (maps((*batch, n), 4, dtype, generator),)
 
 
+def costs_and_marginals(batch, n, dtype, generator):
+    shapes = (n, n + 1), (n,), (n + 1,)
+    return tuple(uniform(generator, *batch, *shape, low=0.5).to(dtype) for shape in shapes)
+
+
+def two_point_sets(batch, n, dtype, generator):
+    sizes = n, n + 1
+    return tuple(uniform(generator, *batch, size, 2, high=8).to(dtype) for size in sizes)
+
+
+def clustering(batch, n, dtype, generator):
+    """Two directions, exact in half precision, so that no rounding changes a choice."""
+    count = 4 * max(n, 1)
+    kinds = torch.tensor([[4, 0, 0, 1], [0, 4, 1, 0], [0, 1, 4, 0], [1, 0, 0, 4]])
+    tokens = kinds.repeat(max(n, 1), 1) + torch.arange(count)[:, None] % 7 / 4
+    places = torch.arange(2 * count).view(count, 2) % 5
+    start = torch.tensor([0, 1, 2, 3])
+    shift = torch.randint(4, (*batch, 1, 1), generator=generator)
+    tokens = (tokens + shift).to(dtype)
+    weights = torch.ones(*batch, count, dtype=dtype)
+    return tokens, places.to(dtype).expand(*batch, count, 2), weights, start.expand(*batch, 4)
+
+
+def joint_assignments(batch, n, dtype, generator):
+    return (uniform(generator, *batch, 2 * n, n + 1, low=0.1).to(dtype),)
+
+
+def view_assignments(batch, n, dtype, generator):
+    return (uniform(generator, *batch, 2, n, n + 1).to(dtype),)
+
+
+def tokens_and_assignments(batch, n, dtype, generator):
+    return features_masks_valid(batch, n, dtype, generator)[:2]
+
+
+def weights_to_draw(batch, n, dtype, generator):
+    return (uniform(generator, *batch, n + 2).to(dtype),)
+
+
+def points_to_draw(batch, n, dtype, generator):
+    return (rows(batch, n + 1, dtype, generator),)
+
+
+def points_and_start(batch, n, dtype, generator):
+    # Whole numbers on both sides of a gap: no distance is a tie.
+    points = torch.randint(8, (*batch, 2 * n, 2), generator=generator).to(dtype)
+    points[..., n:, :] += 32
+    start = torch.tensor([[1.0, 2.0], [36.0, 35.0]], dtype=dtype).expand(*batch, 2, 2)
+    return points, start, flips(generator, *batch, 2 * n)
+
+
 def nothing(batch, n, dtype, generator):
     return ()
 
@@ -217,6 +268,9 @@ NUMBERS = {
 }
 ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
 SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
+MODULES = {" ".join(COLUMNS): "takes modules and changes one: tests/test_ema.py"}
+DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
+CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
 WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
 
 TABLE = [
@@ -283,6 +337,39 @@ TABLE = [
         call=lambda q, k, valid: dk.info_nce(q, k, None, valid, temperature=0.5, reduction="none"),
     ),
     row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
+    row(
+        "self_distillation",
+        pair_and_valid,
+        (0,),
+        call=lambda s, t, valid: dk.self_distillation(
+            s,
+            t,
+            CENTER.to(s),
+            valid,
+            student_temperature=0.5,
+            teacher_temperature=0.25,
+            reduction="none",
+        ),
+    ),
+    row(
+        "update_center",
+        lambda *arguments: pair_and_valid(*arguments)[1:],
+        call=lambda t, valid: dk.update_center(CENTER.to(at_least_float32(t.dtype)), t, valid),
+        without=DETACHED | {"batched": "the mean over all the axes together is what it is for"},
+    ),
+    row("sinkhorn", costs_and_marginals, (0, 1, 2), reg=0.5, iterations=3, close=4),
+    row("positional_cost", two_point_sets, (0, 1), close=4),
+    row("sample_tokens", weights_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
+    row("sinkhorn_merge", clustering, without=DETACHED, close=8),
+    row("split_assignments", joint_assignments, (0,)),
+    row("split_assignments", joint_assignments, (0,), normalize="columns"),
+    row("prune_clusters", view_assignments, (0,)),
+    row("centroids", tokens_and_assignments, (0, 1)),
+    row("kmeans_plus_plus", points_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
+    row("kmeans", points_and_start, iterations=3, without=DETACHED),
+    row("all_max", one_set, (0,)),
+    row("all_sum", one_set, (0,)),
+    row("ema_update", nothing, without=MODULES),
     row(
         "confusion_matrix",
         labels_and_predictions,
