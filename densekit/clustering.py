@@ -57,7 +57,7 @@ class PrunedClusters(NamedTuple):
 
     Attributes:
         assignments: Weight of each token in its own cluster, zero elsewhere and in pruned clusters.
-        labels: The cluster of each token, pruned or not.
+        labels: The cluster of each token, pruned or not; -1 where it has no assignment.
         valid: Clusters with a token in every view.
     """
 
@@ -126,12 +126,15 @@ def sinkhorn(
         Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12; SwAV, Eq 3 and 5.
     """
     _check_transport("sinkhorn", reg, iterations)
-    logits = -widen(cost if group is None else cost.detach()) / reg
-    if 0 in logits.shape[-2:]:
-        return -logits
+    cost = widen(cost if group is None else cost.detach())
+    if not cost.shape[-1] or (group is None and not cost.shape[-2]):
+        return cost
     if valid is not None:
-        logits = torch.where(valid, logits, -torch.inf)
-    possible = logits > -torch.inf
+        cost = torch.where(valid, cost, torch.inf)
+    possible = cost < torch.inf
+    # Scaling the rows undoes a shift of a row, which would cost precision.
+    low = cost.detach().amin(-1, keepdim=True)
+    logits = (torch.where(low < torch.inf, low, 0.0) - cost) / reg
     rows = possible.any(-1).to(logits.dtype)
     cols = all_max(possible.any(-2).to(logits.dtype), group)
     if row is None:
@@ -139,9 +142,6 @@ def sinkhorn(
     if col is None:
         col = cols / _one_if_zero(cols.sum(-1, keepdim=True))
     log_row, col = _log(row.to(rows) * rows)[..., None], (col.to(cols) * cols)[..., None, :]
-    # Scaling the rows undoes a shift of a row, which would cost precision.
-    top = logits.detach().amax(-1, keepdim=True)
-    logits = logits - torch.where(top > -torch.inf, top, 0.0)
     g, share = torch.zeros_like(col), logits
     for _ in range(iterations):
         f = log_row - _log_sum(logits + g, -1)[0]
@@ -253,7 +253,7 @@ def sinkhorn_merge(
         positions: Their centres (x, y) in the image frame, of both views alike.
         weights: Their weights r, not negative, such as the attention of [CLS]; scaled to sum 1
             here. A token of weight 0 takes no part.
-        start: Indices of the start tokens, two or more
+        start: Indices of the start tokens, two or more, of tokens with some weight
             ([`sample_tokens`][densekit.clustering.sample_tokens]).
         reg: Strength of the entropy, `1 / lambda`; the cost has range 1.
         iterations: Of Sinkhorn, in every step.
@@ -305,8 +305,7 @@ def _merge(
 ):  # fmt: skip
     """`sinkhorn_merge` on (k, n) costs and plans: sums over tokens are then the quick ones."""
     d, k = tokens.shape[-1], start.shape[-1]
-    total = weights.sum(-1, keepdim=True)
-    row = torch.where(total > 0, weights / _one_if_zero(total), 1 / weights.shape[-1])
+    row = _distribution(weights)
     # A token without weight takes the place of a start token: the range of the cost ignores it.
     features, places = (
         torch.where(row[..., None] > 0, x, _take(x, start[..., :1]))
@@ -323,7 +322,7 @@ def _merge(
             cost = torch.add(cost, far, alpha=position_weight)
         cost = _unit_range(cost, tuple(range(cost.ndim)) if batch_range else (-2, -1))
         share = clusters[..., -1]
-        col = share / _one_if_zero(share.sum(-1, keepdim=True)) if by_mass else share.softmax(-1)
+        col = _distribution(share) if by_mass else share.softmax(-1)  # Eq 10
         plan = _transport(cost, row, col, reg, iterations)
         mass = plan.sum(-1, keepdim=True)
         means = torch.cat([plan @ x for x in tables], -1) / _one_if_zero(mass)
@@ -417,15 +416,14 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
         CrOC, Eq 15 and 16.
     """
     if not assignments.shape[-1]:
-        labels = assignments.sum(-1).long()
+        labels = assignments.sum(-1).long() - 1
         return PrunedClusters(assignments, labels, assignments.sum((-3, -2)) > 0)
     labels = assignments.max(-1).indices  # argmax takes ten times as long on a CPU
     own = labels[..., None] == torch.arange(assignments.shape[-1], device=labels.device)
     own = own & (assignments > 0)
-    valid = own.any(-2).all(-2)
-    return PrunedClusters(
-        torch.where(own & valid[..., None, None, :], assignments, 0.0), labels, valid
-    )
+    valid, labels = own.any(-2).all(-2), torch.where(own.any(-1), labels, -1)
+    kept = torch.where(own & valid[..., None, None, :], assignments, 0.0)
+    return PrunedClusters(kept, labels, valid)
 
 
 @typed
@@ -498,6 +496,7 @@ def kmeans_plus_plus(
     x = torch.where(usable[..., None], x, 0.0)
     chosen, weight = [x[..., :0, :]], usable.to(x)
     for number in range(count):
+        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
         chosen.append(_take(x, sample_tokens(weight, 1, generator=generator)))
         square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
         weight = torch.minimum(weight, square) if number else square
@@ -612,6 +611,12 @@ def _unit_range(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return (x - low) / _one_if_zero(x.amax(axes, keepdim=True) - low)
 
 
+def _distribution(x: Tensor) -> Tensor:
+    """The last axis scaled to sum 1; uniform where it is all zero."""
+    total = x.sum(-1, keepdim=True)
+    return torch.where(total > 0, x / _one_if_zero(total), 1 / max(x.shape[-1], 1))
+
+
 def _log(x: Tensor) -> Tensor:
     """Logarithm; -inf at zero, without a gradient there."""
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -torch.inf)
@@ -619,7 +624,10 @@ def _log(x: Tensor) -> Tensor:
 
 def _log_sum(x: Tensor, axis: int, group: Group = None) -> tuple[Tensor, Tensor]:
     """Log of the sum of exponentials, and each one's share; 0 and zeros where all are -inf."""
-    top = all_max(x.detach().amax(axis, keepdim=True), group)
+    peak = x.detach()
+    if group is not None:  # a process may have no rows
+        peak = torch.cat([peak, torch.full_like(peak.sum(axis, keepdim=True), -torch.inf)], axis)
+    top = all_max(peak.amax(axis, keepdim=True), group)
     top = torch.where(top > -torch.inf, top, 0.0)
     each = (x - top).exp()
     total = all_sum(each.sum(axis, keepdim=True), group)

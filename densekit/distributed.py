@@ -1,5 +1,6 @@
 """Sums and maxima over processes; without a group a tensor is its own sum."""
 
+import torch
 import torch.distributed as dist
 from densekit.typing import Float, Tensor, typed
 
@@ -54,6 +55,6 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
 def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> Tensor:
     if group is None:
         return x
-    total = x.detach().clone()
+    total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, op, group)
     return total

@@ -1,6 +1,6 @@
 """Momentum update of a teacher: an exponential moving average of a student's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -21,8 +21,8 @@ def ema_update(
 ) -> None:
     """Move a teacher's parameters towards a student's, in place: `m teacher + (1 - m) student`.
 
-    Both modules have the same parameters in the same order, such as a network and its deep copy.
-    All tensors are updated in one fused pass.
+    Both modules have parameters of the same names, such as a network and its deep copy. All
+    tensors are updated in one fused pass.
 
     Args:
         teacher: Changed in place. Its parameters are float32 or float64: in half precision an
@@ -51,10 +51,9 @@ def ema_update(
             f"densekit.ema.ema_update: momentum is {momentum}; give the old value's weight, from 0 "
             "to 1."
         )
-    kept, copied = [], []
-    kept += _pairs(list(teacher.named_parameters()), list(student.named_parameters()))
+    kept, copied = _pairs(teacher.named_parameters(), student.named_parameters()), []
     if buffers != "keep":
-        for pair in _pairs(list(teacher.named_buffers()), list(student.named_buffers())):
+        for pair in _pairs(teacher.named_buffers(), student.named_buffers()):
             averaged = buffers == "average" and pair[0].is_floating_point()
             (kept if averaged else copied).append(pair)
     for old, new in copied:
@@ -71,14 +70,13 @@ def ema_update(
 
 
 def _pairs(
-    olds: Sequence[tuple[str, Tensor]], news: Sequence[tuple[str, Tensor]]
+    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    found = {name: tuple(x.shape) for name, x in olds}
-    given = {name: tuple(x.shape) for name, x in news}
-    if found != given:
-        name, shape = sorted(set(found.items()) ^ set(given.items()))[0]
+    olds, news = dict(teacher), dict(student)
+    shapes = [{(name, tuple(x.shape)) for name, x in tensors.items()} for tensors in (olds, news)]
+    for name, shape in sorted(shapes[0] ^ shapes[1]):
         raise TypeError(
             f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; make "
             "the teacher a deep copy of the student."
         )
-    return [(old, new) for (_, old), (_, new) in zip(olds, news, strict=True)]
+    return [(old, news[name]) for name, old in olds.items()]

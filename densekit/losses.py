@@ -319,7 +319,7 @@ def update_center(
             "from 0 to 1."
         )
     valid = _fit_valid("update_center", valid, teacher.shape[:-1])
-    rows = widen(_valid_rows(teacher.detach(), valid)).flatten(0, -2)
+    rows = widen(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
     mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]

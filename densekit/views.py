@@ -7,6 +7,7 @@ Two frames. **Image frame**: continuous pixels of the source image, x right and 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -433,7 +434,7 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
 
 @typed
 def crop_views(
-    images: Float[Tensor, "*batch c h w"], view: View, size: int | Size
+    images: Float[Tensor, "*batch c h w"] | Sequence[Tensor], view: View, size: int | Size
 ) -> Float[Tensor, "*batch c out_h out_w"]:
     """Crop, resize and mirror a batch of images, each by its own view, with antialiasing.
 
@@ -443,7 +444,8 @@ def crop_views(
     inside a pixel. Outside the image there is black (zeros).
 
     Args:
-        images: Images, any number of channels.
+        images: Images, any number of channels; a list of images `(c, h, w)` of any sizes, which
+            are cropped together where they are of one size.
         view: One view for each image.
         size: Size `(h, w)` of the crops in pixels; a number for square crops.
 
@@ -453,7 +455,7 @@ def crop_views(
 
     Raises:
         ValueError: The size is not positive.
-        TypeError: The images are integers (divide by 255 first), or the leading axes differ.
+        TypeError: The images are integers (divide by 255 first), or are not one for each view.
 
     Examples:
         >>> images = torch.rand(2, 3, 40, 60)
@@ -468,6 +470,20 @@ def crop_views(
         raise ValueError(
             f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
         )
+    if not isinstance(images, Tensor):
+        if not images or view.flip.shape != (len(images),):
+            raise TypeError(
+                f"densekit.views.crop_views: {len(images)} images came with views of shape "
+                f"{tuple(view.flip.shape)}; give one view for each image of the list."
+            )
+        crops: list[Tensor] = [view.box.new_empty(0)] * len(images)
+        for shape in {image.shape for image in images}:
+            rows = [row for row, image in enumerate(images) if image.shape == shape]
+            same = torch.stack([images[row] for row in rows])
+            found = crop_views(same, View(view.box[rows], view.flip[rows]), size)
+            for row, crop in zip(rows, found, strict=True):
+                crops[row] = crop
+        return torch.stack(crops)
     valid = boxes_valid(view.box)
     x1, y1, x2, y2 = torch.where(valid[..., None], view.box, 0.0).unbind(-1)
     columns = _resize_matrix(x1, x2, images.shape[-1], out_w)

@@ -115,18 +115,13 @@ class TwoViews:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
-        """A whole batch: its views are drawn together, images of one size are cropped together."""
+        """A whole batch: its views are drawn together."""
         images, unreadable = zip(*(self.source[i] for i in indices), strict=True)
-        sizes, size = [tuple(image.shape[-2:]) for image in images], self.config.size
-        key = self.seed, self.epoch, indices[0]
+        key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
         scale, generator = self.config.scale, harness.generator(*key)
         *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
-        crops = torch.empty(2, len(images), 3, size, size)
-        for shape in set(sizes):
-            rows = [row for row, other in enumerate(sizes) if other == shape]
-            pixels = torch.stack([images[row] for row in rows]) / 255
-            for crop, view in zip(crops, views, strict=True):
-                crop[rows] = dk.crop_views(pixels, dk.View(view.box[rows], view.flip[rows]), size)
+        pixels = [image / 255 for image in images]
+        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
         with harness.seeded(*key, 1):  # other numbers than the views have
             crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
         return crops, views, [name for names in unreadable for name in names]

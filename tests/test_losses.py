@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import on_processes
 from strategies import BATCHES, batches, generators, tensors, uniform, valid_rows
 from densekit import (
     cross_entropy_similarity,
@@ -20,8 +21,13 @@ from densekit import (
     negative_cosine,
     pool_masks,
     sample_view_pairs,
+    self_distillation,
     symmetric_loss,
+    update_center,
 )
+
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 DATA = Path(__file__).parent / "data"
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -33,7 +39,12 @@ def in_set(query, key, valid=None, **options):
     return info_nce(query, key, valid=valid, temperature=0.2, **options)
 
 
-LOSSES = [*SIMILARITIES, in_set]
+def distillation(student, teacher, valid=None, **options):
+    center = torch.linspace(-1, 1, student.shape[-1], dtype=torch.float32)
+    return self_distillation(student, teacher, center, valid, **options)
+
+
+LOSSES = [*SIMILARITIES, in_set, distillation]
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 similarities = pytest.mark.parametrize("loss", SIMILARITIES, ids=lambda f: f.__name__)
 halves = pytest.mark.parametrize("dtype", HALVES)
@@ -529,3 +540,178 @@ def test_disjoint_views_in_a_batch_leave_the_loss_as_it_is(loss):
     (grad,) = torch.autograd.grad(total, maps[:1])
     assert (grad[~valid] == 0).all()
     assert (grad[valid] != 0).any()
+
+
+# ------------------------------------------------------------------- self-distillation, centers
+
+
+@st.composite
+def distillations(draw):
+    """Student, teacher, center and valid."""
+    student, teacher, valid = draw(pairs())
+    return student, teacher, draw(tensors(student.shape[-1:])), valid
+
+
+temperatures = st.floats(0.02, 2)
+
+
+@given(distillations(), temperatures, temperatures)
+def test_self_distillation_is_torchs_cross_entropy_with_soft_targets(problem, hot, cold):
+    student, teacher, center, valid = problem
+    options = {"student_temperature": hot, "teacher_temperature": cold}
+    d = student.shape[-1]
+    target = ((teacher - center) / cold).softmax(-1)
+    want = F.cross_entropy((student / hot).reshape(-1, d), target.reshape(-1, d), reduction="none")
+    want = want.reshape(valid.shape)
+    tolerance = {"rtol": 1e-11, "atol": 1e-11}
+    got = self_distillation(student, teacher, center, reduction="none", **options)
+    torch.testing.assert_close(got, want, **tolerance)
+    got = self_distillation(student, teacher, center, valid, **options)
+    torch.testing.assert_close(got, mean_of_valid(want, valid), **tolerance)
+
+
+@given(distillations())
+def test_the_default_temperatures_are_the_papers(problem):
+    want = self_distillation(*problem, student_temperature=0.1, teacher_temperature=0.07)
+    assert torch.equal(self_distillation(*problem), want)
+
+
+@given(distillations(), st.floats(-100, 100))
+def test_the_center_is_taken_from_the_teacher(problem, shift):
+    student, teacher, center, valid = problem
+    got = self_distillation(student, teacher, center, valid)
+    want = self_distillation(student, teacher - center, torch.zeros_like(center), valid)
+    torch.testing.assert_close(got, want, **CLOSE)
+    moved = self_distillation(student, teacher + center + shift, 2 * center + shift, valid)
+    torch.testing.assert_close(moved, got, rtol=1e-9, atol=1e-9)
+
+
+def test_distillation_closed_forms():
+    eye = torch.eye(2, dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    # A teacher at the limit of sharpness asks the student for its own category.
+    got = self_distillation(eye, eye, zero, student_temperature=0.5, teacher_temperature=1e-3)
+    assert got.item() == pytest.approx(math.log1p(math.exp(-1 / 0.5)), rel=1e-12)
+    # With the center at the teacher's logits nothing is left to tell.
+    got = self_distillation(eye[:1], eye[:1], eye[0], student_temperature=1.0)
+    assert got.item() == pytest.approx(math.log1p(math.e) - 0.5, rel=1e-12)
+
+
+@given(distillations())
+def test_only_the_student_of_a_distillation_gets_a_gradient(problem):
+    leaves = [x.requires_grad_() for x in problem[:3]]
+    total = self_distillation(*leaves, problem[3])
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    assert grads[0] is not None
+    assert grads[1:] == (None, None)
+
+
+@given(distillations(), temperatures, temperatures)
+def test_the_gradient_of_a_distillation_is_the_difference_of_the_distributions(problem, hot, cold):
+    student, teacher, center, _ = problem
+    total = self_distillation(
+        student.requires_grad_(),
+        teacher,
+        center,
+        student_temperature=hot,
+        teacher_temperature=cold,
+        reduction="none",
+    ).sum()
+    (grad,) = torch.autograd.grad(total, student)
+    want = ((student / hot).softmax(-1) - ((teacher - center) / cold).softmax(-1)) / hot
+    torch.testing.assert_close(grad, want.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
+@pytest.mark.parametrize("which", ["student_temperature", "teacher_temperature"])
+def test_a_distillation_temperature_that_is_not_positive_is_refused(which, temperature):
+    with pytest.raises(ValueError, match=f"losses.self_distillation: .*{temperature}"):
+        self_distillation(torch.eye(2), torch.eye(2), torch.zeros(2), **{which: temperature})
+
+
+def test_a_center_of_another_length_is_refused():
+    for bad in (torch.zeros(3), torch.zeros(2, 2), torch.zeros(2).long()):
+        with pytest.raises(TypeError, match="self_distillation: argument 'center'"):
+            self_distillation(torch.eye(2), torch.eye(2), bad)
+        with pytest.raises(TypeError, match=r"update_center: argument '(center|teacher)'"):
+            update_center(bad, torch.eye(2))
+
+
+@pytest.mark.parametrize("momentum", [0, 0.5, 0.9])
+@given(generator=generators())
+def test_the_center_moves_to_the_mean_of_the_valid(momentum, generator):
+    teacher, center = uniform(generator, 2, 4, 3), uniform(generator, 3)
+    valid = uniform(generator, 2, 4) < 0.5
+    valid[0, 0] = True
+    before = center.clone()
+    filled = torch.where(valid[..., None], teacher, torch.nan).requires_grad_()
+    got = update_center(center, filled, valid, momentum=momentum)
+    want = momentum * center + (1 - momentum) * teacher[valid].mean(0)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert not got.requires_grad
+    assert torch.equal(center, before)
+    want = momentum * center + (1 - momentum) * teacher.mean((0, 1))
+    torch.testing.assert_close(update_center(center, teacher, momentum=momentum), want, **CLOSE)
+
+
+def test_the_center_of_nothing_stays_to_the_bit():
+    center = uniform(seeded(), 3, dtype=torch.float32)
+    for teacher, valid in (
+        (torch.ones(4, 3), torch.zeros(4, dtype=torch.bool)),
+        (torch.ones(0, 3), None),
+    ):
+        assert torch.equal(update_center(center, teacher, valid), center)
+
+
+def test_a_single_vector_is_a_mean_too():
+    got = update_center(torch.zeros(2), torch.tensor([1.0, 3.0]), momentum=0.5)
+    assert torch.equal(got, torch.tensor([0.5, 1.5]))
+
+
+def test_one_valid_serves_all_rows_of_an_image_in_the_center():
+    teacher, center = uniform(seeded(0), 2, 3, 4), uniform(seeded(1), 4)
+    got = update_center(center, teacher, torch.tensor([[True], [False]]))
+    assert torch.equal(got, update_center(center, teacher[0]))
+
+
+@halves
+def test_the_center_keeps_its_dtype_and_sums_do_not_overflow(dtype):
+    teacher = torch.full((100, 2), 3000.0, dtype=dtype)
+    got = update_center(torch.zeros(2), teacher, momentum=0.0)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, teacher[0].float())
+    assert update_center(torch.zeros(2, dtype=dtype), teacher).dtype == dtype
+
+
+def test_the_center_settles_on_the_mean():
+    teacher = uniform(seeded(), 50, 3)
+    center = torch.zeros(3, dtype=torch.float64)
+    for _ in range(300):
+        center = update_center(center, teacher)
+    torch.testing.assert_close(center, teacher.mean(0), **CLOSE)
+
+
+def center_of_a_part(rank, group, center, problems, bounds):
+    part = slice(*bounds[rank : rank + 2])
+    return [
+        update_center(center, x[part], None if valid is None else valid[part], group=group)
+        for x, valid in problems
+    ]
+
+
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9)])
+def test_every_valid_row_counts_once_on_any_number_of_processes(bounds):
+    teacher, center = uniform(seeded(0), 9, 3), uniform(seeded(1), 3)
+    some = torch.tensor([False, True, False, True, True, True, False, True, True])
+    first = torch.arange(9) > 1  # the first process of two has none
+    none = torch.zeros(9, dtype=torch.bool)
+    problems = [(teacher, valid) for valid in (None, some, first, none)]
+    for results in on_processes(len(bounds) - 1, center_of_a_part, center, problems, bounds):
+        for got, problem in zip(results, problems, strict=True):
+            torch.testing.assert_close(got, update_center(center, *problem), **CLOSE)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan])
+def test_a_momentum_of_the_center_outside_the_unit_range_is_refused(momentum):
+    with pytest.raises(ValueError, match=f"update_center: momentum is {momentum}"):
+        update_center(torch.zeros(2), torch.eye(2), momentum=momentum)

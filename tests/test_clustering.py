@@ -1,0 +1,1177 @@
+"""Clustering against POT, scikit-learn, the authors' numbers and slow loops; and its promises."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import ot
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import on_processes
+from scipy.spatial.distance import cdist
+from sklearn.cluster import KMeans
+from strategies import batches, flips, generators, tensors, uniform
+from densekit import (
+    centroids,
+    kmeans,
+    kmeans_plus_plus,
+    positional_cost,
+    prune_clusters,
+    sample_tokens,
+    sinkhorn,
+    sinkhorn_merge,
+    split_assignments,
+)
+
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+DATA = Path(__file__).parent / "data"
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+HALVES = [torch.float16, torch.bfloat16]
+halves = pytest.mark.parametrize("dtype", HALVES)
+precisions = pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)]
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def shares(generator, *shape, dtype=torch.float64, zeros=False):
+    """Masses of sum 1, all positive, or with zeros but for the first."""
+    mass = uniform(generator, *shape, low=0.1)
+    if zeros:
+        mass[..., 1:] = torch.where(flips(generator, *mass[..., 1:].shape), mass[..., 1:], 0.0)
+    return (mass / mass.sum(-1, keepdim=True)).to(dtype)
+
+
+@st.composite
+def transports(draw, batch=None, dtype=torch.float64, zeros=None, high=2.0):
+    """Cost in [0, high) and marginals of sum 1."""
+    batch = draw(batches()) if batch is None else batch
+    zeros = draw(st.booleans()) if zeros is None else zeros
+    n, k, generator = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(generators())
+    cost = uniform(generator, *batch, n, k, high=high).to(dtype)
+    row, col = (shares(generator, *batch, x, dtype=dtype, zeros=zeros) for x in (n, k))
+    return cost, row, col
+
+
+def chi_square(counts, chances):
+    """How far counts are from their expectation, in standard deviations of that distance."""
+    possible = chances > 0
+    assert (counts[~possible] == 0).all()
+    expected = chances[possible] * counts.sum()
+    distance = ((counts[possible] - expected) ** 2 / expected).sum()
+    degrees = possible.sum() - 1
+    return ((distance - degrees) / math.sqrt(2 * degrees)).item()
+
+
+# ---------------------------------------------------------------------------------- sinkhorn
+
+
+@precisions
+@given(data=st.data())
+def test_the_columns_have_their_mass_exactly(dtype, atol, data):
+    cost, row, col = data.draw(transports(dtype=dtype), label="problem")
+    reg = data.draw(st.sampled_from([0.02, 0.3, 5.0]), label="reg")
+    plan = sinkhorn(cost, row, col, reg=reg, iterations=data.draw(st.integers(1, 4)))
+    assert plan.dtype == dtype
+    assert (plan >= 0).all()
+    torch.testing.assert_close(plan.sum(-2), col, rtol=0, atol=atol)
+    assert (plan[(row == 0)[..., None].expand_as(plan)] == 0).all()
+    uniform_plan = sinkhorn(cost, reg=reg, iterations=1)
+    want = torch.full_like(col, 1 / col.shape[-1])
+    torch.testing.assert_close(uniform_plan.sum(-2), want, rtol=0, atol=atol)
+
+
+@precisions
+@given(data=st.data())
+def test_the_rows_have_their_mass_in_the_limit(dtype, atol, data):
+    cost, row, col = data.draw(transports(dtype=dtype), label="problem")
+    plan = sinkhorn(cost, row, col, reg=1.0, iterations=50)
+    torch.testing.assert_close(plan.sum(-1), row, rtol=0, atol=atol)
+    plan = sinkhorn(cost, reg=1.0, iterations=50)
+    want = torch.full_like(row, 1 / row.shape[-1])
+    torch.testing.assert_close(plan.sum(-1), want, rtol=0, atol=atol)
+
+
+@given(transports(zeros=False))
+def test_the_limit_is_the_regularised_optimum(problem):
+    """There the logarithm of the plan is the cost's, but for a term a row and one a column."""
+    cost, row, col = problem
+    rest = sinkhorn(cost, row, col, reg=1.0, iterations=50).log() + cost
+    rest = rest - rest[..., :1] - rest[..., :1, :] + rest[..., :1, :1]
+    torch.testing.assert_close(rest, torch.zeros_like(rest), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@given(data=st.data())
+def test_a_shift_of_a_row_or_of_all_changes_nothing(dtype, atol, data):
+    cost, row, col = data.draw(transports(dtype=dtype), label="problem")
+    cost = (cost * 64).round() / 64  # so that the shifted cost is exact
+    options = {"reg": data.draw(st.floats(0.5, 2), label="reg"), "iterations": 3}
+    want = sinkhorn(cost, row, col, **options)
+    shift = (uniform(data.draw(generators()), *row.shape, 1, low=-999, high=999)).round()
+    for moved in (cost + 1000, cost - 1000, cost + shift.to(dtype)):
+        got = sinkhorn(moved, row, col, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+@given(transports(), st.data())
+def test_permuted_rows_and_columns_permute_the_plan(problem, data):
+    cost, row, col = problem
+    i, j = (torch.randperm(x.shape[-1], generator=data.draw(generators())) for x in (row, col))
+    got = sinkhorn(cost[..., i, :][..., j], row[..., i], col[..., j], reg=0.3, iterations=3)
+    want = sinkhorn(cost, row, col, reg=0.3, iterations=3)[..., i, :][..., j]
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@given(transports(zeros=False), st.sampled_from([0.05, 0.3, 2.0]), st.integers(1, 12))
+def test_plans_are_pots_at_every_number_of_iterations(problem, reg, iterations):
+    cost, row, col = problem
+    plan = sinkhorn(*problem, reg=reg, iterations=iterations)
+    sizes = (-1, *cost.shape[-2:])
+    parts = cost.reshape(sizes), row.reshape(-1, sizes[1]), col.reshape(-1, sizes[2])
+    for got, c, r, b in zip(plan.reshape(sizes), *(x.numpy() for x in parts), strict=True):
+        for method in ("sinkhorn", "sinkhorn_log"):
+            # POT ends on the rows; ours on the columns.
+            want = ot.sinkhorn(
+                b, r, c.T, reg, method=method, numItermax=iterations, stopThr=0, warn=False
+            )
+            np.testing.assert_allclose(got.numpy(), want.T, rtol=0, atol=1e-12)
+
+
+@given(transports((), zeros=True))
+def test_plans_are_pots_of_what_has_mass(problem):
+    cost, row, col = problem
+    plan = sinkhorn(*problem, reg=1.0, iterations=50)
+    i, j = row > 0, col > 0
+    part = (x.numpy() for x in (col[j], row[i], cost[i][:, j].mT))
+    want = ot.sinkhorn(*part, 1.0, numItermax=50, stopThr=0, warn=False)
+    np.testing.assert_allclose(plan[i][:, j].numpy(), want.T, rtol=0, atol=1e-11)
+    assert (plan[~i] == 0).all()
+    assert (plan[:, ~j] == 0).all()
+
+
+def ragged(generator, batch, n, k):
+    """Rows and columns in use, of each problem, and the entries where both are."""
+    rows, cols = flips(generator, *batch, n), flips(generator, *batch, k)
+    return rows, cols, rows[..., None] & cols[..., None, :]
+
+
+@given(transports((3,)), st.data())
+def test_a_masked_problem_is_the_smaller_one_alone(problem, data):
+    cost, row, col = problem
+    rows, cols, valid = ragged(data.draw(generators()), (3,), row.shape[-1], col.shape[-1])
+    filled = torch.where(valid, cost, torch.nan).requires_grad_()
+    options = {"reg": 0.3, "iterations": 3}
+    for marginals in ((), (row, col)):
+        got = sinkhorn(filled, *marginals, valid=valid, **options)
+        assert (got[~valid] == 0).all()
+        assert got.isfinite().all()
+        for b in range(3):
+            r, c = rows[b], cols[b]
+            masses = (x[b][keep] for x, keep in zip(marginals, (r, c), strict=False))
+            want = sinkhorn(cost[b][r][:, c], *masses, **options)
+            torch.testing.assert_close(got[b][r][:, c], want, **CLOSE)
+        weights = uniform(seeded(), *got.shape)
+        (grad,) = torch.autograd.grad((got * weights).sum(), filled)
+        assert grad.isfinite().all()
+        assert (grad[~valid] == 0).all()
+
+
+def test_a_problem_without_valid_entries_has_an_empty_plan():
+    cost = uniform(seeded(), 2, 3, 4).requires_grad_()
+    valid = torch.tensor([False, True])[:, None, None].expand(2, 3, 4)
+    plan = sinkhorn(cost, reg=0.1, iterations=3, valid=valid)
+    assert (plan[0] == 0).all()
+    assert torch.equal(plan[1], sinkhorn(cost[1], reg=0.1, iterations=3))
+    (grad,) = torch.autograd.grad(plan.square().sum(), cost)
+    assert (grad[0] == 0).all()
+    assert grad.isfinite().all()
+    assert (grad[1] != 0).any()
+
+
+def test_scattered_forbidden_entries_carry_nothing():
+    cost = uniform(seeded(), 4, 4)
+    valid = ~torch.eye(4, dtype=torch.bool)
+    got = sinkhorn(cost, reg=0.5, iterations=200, valid=valid)
+    assert torch.equal(got == 0, ~valid)
+    torch.testing.assert_close(got.sum(-1), torch.full((4,), 0.25).double(), rtol=0, atol=1e-9)
+    forbidden = torch.where(valid, cost, torch.inf)
+    assert torch.equal(got, sinkhorn(forbidden, reg=0.5, iterations=200))
+
+
+@given(transports(zeros=True))
+def test_masses_of_zero_have_finite_gradients(problem):
+    inputs = [x.requires_grad_() for x in problem]
+    plan = sinkhorn(*inputs, reg=0.3, iterations=3)
+    weights = uniform(seeded(), *plan.shape)
+    for grad in torch.autograd.grad((plan * weights).sum(), inputs):
+        assert grad.isfinite().all()
+
+
+WILD = {
+    "logits of std 50": torch.randn(8, 6, generator=seeded()) * 50,
+    "one dead column": torch.rand(8, 6, generator=seeded()) + 1e6 * (torch.arange(6) == 2),
+    "one dead row": torch.rand(8, 6, generator=seeded()) + 1e6 * (torch.arange(8) == 2)[:, None],
+    "all dead but one column": torch.rand(8, 6, generator=seeded()) + 1e6 * (torch.arange(6) != 2),
+    "one row": torch.randn(1, 6, generator=seeded()) * 50,
+    "one column": torch.randn(8, 1, generator=seeded()) * 50,
+    "one entry": torch.full((1, 1), -300.0),
+    "all alike": torch.full((8, 6), 7.0),
+    "a shift of 5 at std 3": torch.randn(8, 6, generator=seeded()) * 3 + 5,
+}
+
+
+@pytest.mark.parametrize("name", WILD)
+@pytest.mark.parametrize("reg", [1.0, 0.05, 1e-3])
+def test_wild_costs_are_finite_and_fill_the_columns(name, reg):
+    cost = WILD[name].clone().requires_grad_()
+    plan = sinkhorn(cost, reg=reg, iterations=3)
+    k = cost.shape[1]
+    torch.testing.assert_close(plan.sum(0), torch.full((k,), 1 / k), rtol=0, atol=1e-6)
+    assert torch.autograd.grad((plan * torch.arange(k)).sum(), cost)[0].isfinite().all()
+
+
+@halves
+def test_half_precision_costs_are_widened(dtype):
+    cost = (torch.randn(8, 6, generator=seeded()) * 20).to(dtype)
+    plan = sinkhorn(cost, reg=0.05, iterations=3)
+    assert plan.dtype == torch.float32
+    assert torch.equal(plan, sinkhorn(cost.float(), reg=0.05, iterations=3))
+    row, col = (shares(seeded(i), n, dtype=dtype) for i, n in enumerate((8, 6)))
+    plan = sinkhorn(cost, row, col, reg=0.05, iterations=3)
+    torch.testing.assert_close(plan.sum(0), col.float(), rtol=0, atol=1e-6)
+
+
+BOUNDS = [(0, 11), (0, 3, 11), (0, 1, 4, 6, 11), (0, 0, 11)]  # rows of each process
+
+
+def plans_of_a_part(rank, group, problems, bounds):
+    part, plans = slice(*bounds[rank : rank + 2]), []
+    for cost, row, col, valid in problems:
+        here = cost[..., part, :].clone().requires_grad_()
+        plan = sinkhorn(
+            here,
+            None if row is None else row[..., part],
+            col,
+            reg=0.3,
+            iterations=4,
+            valid=None if valid is None else valid[..., part, :],
+            group=group,
+        )
+        assert not plan.requires_grad
+        plans.append(plan)
+    return plans
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_rows_spread_over_processes_have_the_plan_of_one(bounds):
+    generator = seeded()
+    cost = uniform(generator, 2, 11, 5, high=2.0)
+    row, col = shares(generator, 2, 11), shares(generator, 2, 5)
+    rows, _, valid = ragged(generator, (2,), 11, 5)
+    rows[:, :3] = False  # the first process of two has no valid row
+    valid = valid & rows[..., None]
+    lonely = torch.ones(2, 11, 5, dtype=torch.bool)
+    lonely[0, 1:, 2] = False  # a column that only the first process can fill
+    problems = [
+        (cost, None, None, None),
+        (cost, row, col, None),
+        (cost, None, None, valid),
+        (cost, row, col, valid),
+        (cost, None, None, lonely),
+        (cost, None, None, torch.zeros_like(lonely)),
+        (1000 + cost, None, col, None),
+    ]
+    parts = on_processes(len(bounds) - 1, plans_of_a_part, problems, bounds)
+    for number, (cost, row, col, valid) in enumerate(problems):
+        got = torch.cat([plans[number] for plans in parts], -2)
+        want = sinkhorn(cost, row, col, reg=0.3, iterations=4, valid=valid)
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{"reg": 0.0}, {"reg": -1.0}, {"reg": math.nan}, {}])
+def test_transport_without_strength_or_iterations_is_refused(options):
+    options = {"reg": 0.1, "iterations": 0 if not options else 3} | options
+    found = re.escape(f"reg is {options['reg']} and iterations is {options['iterations']}")
+    with pytest.raises(ValueError, match=f"clustering.sinkhorn: {found}"):
+        sinkhorn(torch.zeros(2, 2), **options)
+    problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(2)
+    with pytest.raises(ValueError, match=f"clustering.sinkhorn_merge: {found}"):
+        sinkhorn_merge(*problem, **options)
+
+
+def test_transport_of_nothing_is_nothing():
+    for shape in ((0, 3), (3, 0), (2, 0, 0)):
+        assert sinkhorn(torch.zeros(shape), reg=0.1, iterations=1).shape == shape
+
+
+# --------------------------------------------------------------------------- positional cost
+
+
+@st.composite
+def places(draw):
+    batch, generator = draw(batches()), draw(generators())
+    sizes = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    return tuple(uniform(generator, *batch, n, 2, high=224.0) for n in sizes)
+
+
+@given(places())
+def test_positional_cost_is_scipys_distance_over_its_largest(points):
+    got = positional_cost(*points)
+    assert ((got >= 0) & (got <= 1)).all()
+    flat = (x.reshape(-1, *x.shape[-2:]).numpy() for x in points)
+    for one, tokens, centers in zip(got.reshape(-1, *got.shape[-2:]), *flat, strict=True):
+        want = cdist(tokens, centers)
+        np.testing.assert_allclose(one.numpy(), want / want.max(), rtol=0, atol=1e-12)
+
+
+@given(places(), st.floats(0.01, 100), st.floats(-1000, 1000), st.floats(-1000, 1000))
+def test_positional_cost_does_not_see_scale_and_place(points, scale, x, y):
+    moved = (scale * p + p.new_tensor([x, y]) for p in points)
+    got, want = positional_cost(*moved), positional_cost(*points)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_that_coincide_have_cost_zero_and_finite_gradients(dtype):
+    inputs = [torch.full((n, 2), 3.0, dtype=dtype, requires_grad=True) for n in (4, 2)]
+    got = positional_cost(*inputs)
+    assert torch.equal(got, torch.zeros(4, 2))
+    points = uniform(seeded(), 4, 2, dtype=dtype)
+    mixed = [points.requires_grad_(), points.detach()[:2].clone().requires_grad_()]
+    cost = positional_cost(*mixed)
+    assert torch.equal(cost[[0, 1], [0, 1]], torch.zeros(2))
+    for result, leaves in ((got, inputs), (cost, mixed)):
+        for grad in torch.autograd.grad(result.sum(), leaves):
+            assert grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------ sample tokens
+
+
+@given(st.data())
+def test_drawn_tokens_are_different_and_weighted_ones_come_first(data):
+    batch, n = data.draw(batches(), label="batch"), data.draw(st.integers(1, 8), label="n")
+    weights = data.draw(tensors((*batch, n), 0.0, 1.0), label="weights")
+    weights = torch.where(flips(data.draw(generators()), *batch, n), weights, 0.0)
+    count = data.draw(st.integers(0, n), label="count")
+    seed = data.draw(st.integers(0, 999), label="seed")
+    drawn = sample_tokens(weights, count, generator=seeded(seed))
+    assert drawn.shape == (*batch, count)
+    assert torch.equal(drawn, sample_tokens(weights, count, generator=seeded(seed)))
+    assert ((drawn >= 0) & (drawn < n)).all()
+    assert (drawn.sort().values.diff() > 0).all()
+    weighted = weights.gather(-1, drawn) > 0
+    assert (weighted.sum(-1) == (weights > 0).sum(-1).clamp(max=count)).all()
+    assert (weighted[..., 1:] <= weighted[..., :-1]).all()
+
+
+WEIGHTS = torch.tensor([0.5, 3.0, 0.0, 1.0, 2.5, 0.25], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_draws_follow_the_law_of_draws_without_replacement(dtype, scale):
+    weights = (WEIGHTS * scale).to(dtype).expand(20_000, 6)
+    first, second, third = sample_tokens(weights, 3, generator=seeded()).unbind(-1)
+    p = WEIGHTS / WEIGHTS.sum()
+    assert chi_square(first.bincount(minlength=6), p) < 4
+    left = 1 - p[:, None]
+    pairs = torch.where(torch.eye(6, dtype=torch.bool), 0.0, p[:, None] * p / left)
+    assert chi_square((6 * first + second).bincount(minlength=36), pairs.flatten()) < 4
+    after = left - p
+    i, j, k = torch.meshgrid(*[torch.arange(6)] * 3, indexing="ij")
+    different = (i != j) & (j != k) & (i != k)
+    triples = torch.where(different, pairs[..., None] * p / after[..., None], 0.0)
+    counts = (36 * first + 6 * second + third).bincount(minlength=216)
+    assert chi_square(counts, triples.flatten()) < 4
+
+
+def test_draws_are_distributed_as_those_of_torch():
+    weights = WEIGHTS.expand(20_000, 6)
+    drawn = torch.multinomial(weights, 2, generator=seeded())
+    p = drawn.mul(torch.tensor([6, 1])).sum(-1).bincount(minlength=36) / 20_000
+    got = sample_tokens(weights, 2, generator=seeded()).mul(torch.tensor([6, 1])).sum(-1)
+    assert (got.bincount(minlength=36) / 20_000 - p).abs().max() < 0.02
+
+
+def test_more_tokens_than_there_are_is_refused():
+    for count in (4, -1):
+        with pytest.raises(ValueError, match=f"sample_tokens: count is {count}, but there are 3"):
+            sample_tokens(torch.ones(2, 3), count)
+
+
+# ------------------------------------------------------- merging: the authors' program and CrOC
+
+
+GOLDEN = sorted(path.name for path in DATA.glob("croc_*.npz"))
+NUMBERS = re.compile(r"_B(\d+)_H(\d+)_N(\d+)_d(\d+)_K(\d+)_ncm(\d+)_lp(\d+)_lam(\d+)_it(\d+)_")
+
+
+def golden_run(name, dtype, cost_range):
+    """The vectors, the result on them, and it as hard clusters; `(b h)` problems, views joined."""
+    golden = dict(np.load(DATA / name))
+    b, h, n, d, _, most, position_weight, strength, iterations = map(
+        int, NUMBERS.search(name).groups()
+    )
+    tokens = torch.from_numpy(golden["tokens"]).to(dtype).view(2, b, h, n + 1, d)[..., 1:, :]
+    places = torch.from_numpy(golden["positions"]).to(dtype)[:, None].expand(b, h, 2 * n, 2)
+    found = sinkhorn_merge(
+        tokens.permute(1, 2, 0, 3, 4).reshape(b * h, 2 * n, d),
+        places.reshape(b * h, 2 * n, 2),
+        torch.from_numpy(golden["r"]).to(dtype),
+        torch.from_numpy(golden["init_idx"]),
+        reg=1 / strength,
+        iterations=iterations,
+        position_weight=position_weight,
+        max_clusters=most,
+        similarity="dot",
+        merge="mass",
+        cost_range=cost_range,
+    )
+    soft = split_assignments(found.assignments, normalize="columns")
+    return golden, found, soft, prune_clusters(soft)
+
+
+def padded(x, k):
+    """At least k columns: the program keeps as many as an image of the batch has clusters."""
+    return torch.nn.functional.pad(x, (0, max(k - x.shape[-1], 0)))
+
+
+def assert_soft(soft, want, atol):
+    k = want.shape[-1]
+    soft = padded(soft.flatten(-3, -2), k)
+    np.testing.assert_allclose(soft[..., :k].numpy(), want, rtol=0, atol=atol)
+    assert (soft[..., k:] == 0).all()
+
+
+golden_runs = pytest.mark.parametrize("name", GOLDEN)
+golden_precisions = pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)]
+)
+
+
+def test_there_are_golden_vectors():
+    assert len(GOLDEN) == 3
+
+
+@golden_runs
+@golden_precisions
+def test_clusters_of_the_authors_program(name, dtype, atol):
+    golden, found, soft, hard = golden_run(name, dtype, "batch")
+    assert min(golden["gap_K"].min(), golden["gap_merge"].min(), golden["gap_hard"].min()) > atol
+    assert found.assignments.dtype == dtype
+    np.testing.assert_allclose(found.costs.numpy(), golden["costs"], rtol=0, atol=atol)
+    np.testing.assert_array_equal(found.clusters.numpy(), golden["chosen_K"])
+    np.testing.assert_array_equal(found.merges.numpy(), golden["merges"])
+    assert_soft(soft, golden["soft"], atol)
+    np.testing.assert_array_equal(hard.labels.flatten(1).numpy(), golden["hard_idx"])
+    k = golden["soft"].shape[-1]
+    valid = padded(hard.valid, k)
+    assert not valid[:, k:].any()
+    np.testing.assert_array_equal(valid[:, :k].flatten().nonzero()[:, 0].numpy(), golden["valid"])
+
+
+@golden_runs
+@golden_precisions
+def test_clusters_of_the_authors_program_for_each_image_alone(name, dtype, atol):
+    golden, found, soft, _ = golden_run(name, dtype, "problem")
+    np.testing.assert_allclose(found.costs.numpy(), golden["img_costs"], rtol=0, atol=atol)
+    np.testing.assert_array_equal(found.clusters.numpy(), golden["img_chosen_K"])
+    assert_soft(soft, golden["img_soft"], atol)
+
+
+@golden_runs
+@golden_precisions
+@pytest.mark.parametrize(("features", "key"), [("last_tokens", "c"), ("student_last_tokens", "s")])
+def test_centroids_of_the_authors_program(name, dtype, atol, features, key):
+    golden, _, _, hard = golden_run(name, dtype, "batch")
+    b, h = (int(x) for x in NUMBERS.search(name).groups()[:2])
+    tokens = torch.from_numpy(golden[features]).to(dtype).unflatten(0, (2, b))
+    length = tokens[..., 0, :].norm(dim=-1).mean()  # of [CLS], over all images and views
+    for view in range(2):
+        own = hard.assignments[:, view].unflatten(0, (b, h))
+        each = centroids(tokens[view, :, None, 1:].expand(-1, h, -1, -1), own)
+        each = torch.nn.functional.normalize(each, dim=-1) * length
+        got = each[hard.valid.unflatten(0, (b, h))]
+        want = golden[f"{key}{view + 1}"]
+        np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=atol)
+
+
+def slow_merge(tokens, positions, weights, start, *, reg, iterations, position_weight):
+    """One problem of tokens with weights above 0, as the paper has it, number by number."""
+    n, d = tokens.shape
+    z = np.array([[x / math.sqrt(sum(y * y for y in token)) for x in token] for token in tokens])
+    r = np.array([w / sum(weights) for w in weights])
+    y = np.zeros((n, len(start)))
+    for column, token in enumerate(start):
+        y[token, column] = 1
+    c, e = y.T @ z, y.T @ positions  # Eq 8
+    costs, merges, steps = [], [], []
+    while True:
+        k = y.shape[1]
+        t = np.zeros((n, k))
+        distance = np.array([[math.dist(positions[i], e[j]) for j in range(k)] for i in range(n)])
+        for i in range(n):
+            for j in range(k):
+                length = math.sqrt(sum(x * x for x in c[j]))
+                semantic = -sum(z[i, m] * c[j, m] for m in range(d)) / length  # Eq 9
+                t[i, j] = semantic + position_weight * distance[i, j] / distance.max()  # 17, 18
+        t = (t - t.min()) / (t.max() - t.min())
+        share = y.T @ r
+        marginal = np.exp(share) / np.exp(share).sum()  # Eq 10
+        q = np.exp(-t / reg)  # Eq 11 and 12
+        for _ in range(iterations):
+            for i in range(n):
+                q[i] *= r[i] / q[i].sum()
+            for j in range(k):
+                q[:, j] *= marginal[j] / q[:, j].sum()
+        costs.append((q * t).sum())  # Eq 13
+        a = q / q.sum(0)
+        c, e = a.T @ z, a.T @ positions
+        steps.append((q, c))
+        if k == 2:
+            best = min(range(len(costs)), key=lambda step: costs[step])
+            return *steps[best], costs, merges
+        pair, alike = None, -math.inf  # Eq 14
+        for i in range(k):
+            for j in range(i + 1, k):
+                cosine = c[i] @ c[j] / math.sqrt((c[i] @ c[i]) * (c[j] @ c[j]))
+                if cosine > alike:
+                    pair, alike = (i, j), cosine
+        merges.append(pair)
+        keep = [j for j in range(k) if j not in pair]
+        c, e = (np.vstack([x[keep], x[list(pair)].mean(0)]) for x in (c, e))
+        y = np.hstack([y[:, keep], y[:, list(pair)].mean(1, keepdims=True)])
+
+
+@st.composite
+def problems(draw, batch=None, dtype=torch.float64):
+    """Tokens, positions, weights and start tokens."""
+    batch, generator = draw(batches()) if batch is None else batch, draw(generators())
+    n, d = draw(st.integers(3, 8)), draw(st.integers(2, 4))
+    start = torch.rand(*batch, n, generator=generator).argsort(-1)
+    return (
+        uniform(generator, *batch, n, d, low=-1).to(dtype),
+        uniform(generator, *batch, n, 2, high=16.0).to(dtype),
+        uniform(generator, *batch, n, low=0.05).to(dtype),
+        start[..., : draw(st.integers(2, min(n, 6)))],
+    )
+
+
+OPTIONS = {"reg": 0.05, "iterations": 5, "position_weight": 4.0}  # the defaults
+
+
+def assert_same(got, want, **tolerance):
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, **(tolerance or CLOSE))
+
+
+def assert_slow(problem, found, **options):
+    plan, means, costs, merges = slow_merge(*(x.numpy() for x in problem), **options)
+    k = plan.shape[1]
+    assert found.clusters == k
+    np.testing.assert_allclose(found.costs.numpy(), costs, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(found.merges.numpy(), np.array(merges).reshape(-1, 2))
+    np.testing.assert_allclose(found.assignments[:, :k].numpy(), plan, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.centroids[:k].numpy(), means, rtol=0, atol=1e-10)
+    assert (found.assignments[:, k:] == 0).all()
+    assert (found.centroids[k:] == 0).all()
+
+
+@given(problems(()))
+def test_merging_is_the_papers(problem):
+    assert_slow(problem, sinkhorn_merge(*problem), **OPTIONS)
+
+
+# A strength below 1/30 takes another way, through logarithms.
+@given(
+    problems(()),
+    st.sampled_from([1.0, 0.2, 1 / 30, 0.0333, 0.01, 0.004]),
+    st.integers(1, 7),
+    st.sampled_from([0.0, 0.5, 4.0]),
+)
+def test_merging_is_the_papers_for_other_options(problem, reg, iterations, position_weight):
+    options = {"reg": reg, "iterations": iterations, "position_weight": position_weight}
+    assert_slow(problem, sinkhorn_merge(*problem, **options), **options)
+
+
+@pytest.mark.parametrize("reg", [1 / 30, 0.0333, 0.01, 1e-3])
+@given(problem=problems(()))
+def test_sharp_plans_of_single_precision_are_those_of_double(reg, problem):
+    got = sinkhorn_merge(*(x.float() for x in problem[:3]), problem[3], reg=reg)
+    want = sinkhorn_merge(*problem, reg=reg)
+    assert all(x.isfinite().all() for x in got)
+    torch.testing.assert_close(got.costs[:1].double(), want.costs[:1], rtol=0, atol=1e-4)
+    assert got.assignments.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# -------------------------------------------------------------------------- merging: promises
+
+
+VARIANTS = [{}, {"similarity": "dot", "merge": "mass"}, {"reg": 0.02}]
+variants = pytest.mark.parametrize("options", VARIANTS, ids=["paper", "program", "logarithms"])
+
+
+@variants
+@given(problem=problems((3,)))
+def test_clusters_of_an_image_do_not_depend_on_its_neighbours(options, problem):
+    together = sinkhorn_merge(*problem, **options)
+    for b in range(3):
+        alone = sinkhorn_merge(*(x[b] for x in problem), **options)
+        assert_same([x[b] for x in together], alone)
+
+
+def test_clusters_depend_on_the_neighbours_when_asked():
+    problem = [
+        uniform(seeded(0), 2, 8, 3, low=-1),
+        uniform(seeded(1), 2, 8, 2),
+        torch.ones(2, 8).double(),
+        torch.arange(4).expand(2, 4),
+    ]
+    problem[0][1] = problem[0][1, :1]  # the neighbour's cost has another range
+    together = sinkhorn_merge(*problem, cost_range="batch")
+    alone = sinkhorn_merge(*(x[:1] for x in problem), cost_range="batch")
+    assert (together.costs[:1] - alone.costs).abs().max() > 1e-3
+    assert_same(alone, sinkhorn_merge(*(x[:1] for x in problem)))
+
+
+@variants
+@given(problem=problems(), data=st.data())
+def test_the_order_of_the_tokens_does_not_matter(options, problem, data):
+    tokens, positions, weights, start = problem
+    order = torch.randperm(tokens.shape[-2], generator=data.draw(generators()))
+    got = sinkhorn_merge(
+        tokens[..., order, :],
+        positions[..., order, :],
+        weights[..., order],
+        order.argsort()[start],
+        **options,
+    )
+    want = sinkhorn_merge(*problem, **options)
+    want = want._replace(assignments=want.assignments[..., order, :])
+    assert_same(got, want, rtol=0, atol=1e-10)
+
+
+@variants
+@given(
+    problem=problems(),
+    scale=st.floats(0.01, 100),
+    shift=st.floats(-1000, 1000),
+    weight=st.floats(1e-6, 1e6),
+)
+def test_place_scale_lengths_and_total_weight_do_not_matter(options, problem, scale, shift, weight):
+    tokens, positions, weights, start = problem
+    moved = scale * positions + positions.new_tensor([shift, -shift / 2])
+    got = sinkhorn_merge(tokens * scale, moved, weights * weight, start, **options)
+    assert_same(got, sinkhorn_merge(*problem, **options), rtol=0, atol=1e-8)
+
+
+@variants
+@given(problem=problems(), data=st.data())
+def test_a_token_of_weight_zero_takes_no_part(options, problem, data):
+    """Not in the plan, in the centroids, nor in the range of the cost."""
+    n, batch = problem[0].shape[-2], problem[2].shape[:-1]
+    extra, generator = data.draw(st.integers(1, 4), label="extra"), data.draw(generators())
+    grown = (
+        torch.cat([problem[0], uniform(generator, *batch, extra, problem[0].shape[-1])], -2),
+        torch.cat([problem[1], uniform(generator, *batch, extra, 2, high=500.0)], -2),
+        torch.cat([problem[2], torch.zeros(*batch, extra, dtype=torch.float64)], -1),
+        problem[3],
+    )
+    got, want = sinkhorn_merge(*grown, **options), sinkhorn_merge(*problem, **options)
+    assert (got.assignments[..., n:, :] == 0).all()
+    got = got._replace(assignments=got.assignments[..., :n, :])
+    assert_same(got, want, rtol=0, atol=1e-10)
+
+
+@variants
+@given(problem=problems(), data=st.data())
+def test_the_plan_of_the_cheapest_step_comes_back(options, problem, data):
+    tokens, _, weights, start = problem
+    most = data.draw(st.sampled_from([None, 2, 3, 9]), label="most")
+    found = sinkhorn_merge(*problem, max_clusters=most, **options)
+    k = start.shape[-1]
+    width = min(k, most or k)
+    assert found.assignments.shape == (*weights.shape, width)
+    assert found.centroids.shape == (*weights.shape[:-1], width, tokens.shape[-1])
+    assert found.costs.shape == (*weights.shape[:-1], k - 1)
+    assert found.merges.shape == (*weights.shape[:-1], k - 2, 2)
+    assert (found.merges[..., 0] < found.merges[..., 1]).all()
+    assert (found.merges[..., 1] < torch.arange(k, 2, -1)).all()
+    allowed = found.costs[..., k - width :]
+    best = (allowed == allowed.amin(-1, keepdim=True)).int().argmax(-1)  # the first minimum
+    assert torch.equal(found.clusters, width - best)
+    used = torch.arange(width) < found.clusters[..., None]
+    assert torch.equal(found.assignments.sum(-2) > 0, used)
+    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    want = centroids(unit, found.assignments)
+    torch.testing.assert_close(found.centroids, want, rtol=0, atol=1e-12)
+    assert (found.centroids.abs().sum(-1) > 0).equal(used)
+    torch.testing.assert_close(found.assignments.sum((-2, -1)), torch.ones_like(weights[..., 0]))
+    assert_same((found.costs, found.merges), sinkhorn_merge(*problem, **options)[-2:])
+
+
+@pytest.mark.parametrize("options", VARIANTS[:2], ids=["paper", "program"])
+@given(problem=problems())
+def test_tokens_have_their_weight_at_convergence(options, problem):
+    weights = problem[2]
+    plan = sinkhorn_merge(*problem, reg=0.5, iterations=60, **options).assignments
+    want = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(plan.sum(-1), want, rtol=0, atol=1e-6)
+
+
+@variants
+@given(problem=problems(dtype=torch.float32))
+def test_merging_has_no_gradient_and_ignores_autocast(options, problem):
+    before = [x.clone() for x in problem]
+    want = sinkhorn_merge(*problem, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = [x.clone().requires_grad_() for x in problem[:3]]
+        got = sinkhorn_merge(*leaves, problem[3], **options)
+    assert not any(x.requires_grad for x in got)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(problem, before, strict=True))
+
+
+@variants
+@halves
+@given(generator=generators())
+def test_half_precision_clusters_are_those_of_the_widened_numbers(options, dtype, generator):
+    problem = [
+        (uniform(generator, 12, 4, low=-1) * 100).to(dtype),
+        uniform(generator, 12, 2, high=224.0).to(dtype),
+        uniform(generator, 12).to(dtype),
+    ]
+    start = torch.arange(5)
+    got = sinkhorn_merge(*problem, start, **options)
+    assert got.assignments.dtype == torch.float32
+    assert all(x.isfinite().all() for x in got)
+    assert_same(got, sinkhorn_merge(*(x.float() for x in problem), start, **options))
+
+
+SOME, WHERE = uniform(seeded(0), 6, 3).float(), uniform(seeded(1), 6, 2).float()
+EQUAL, ALIKE = torch.ones(6, 3), torch.ones(6)
+ODD = {
+    "all tokens equal": (EQUAL, WHERE, ALIKE),
+    "all tokens equal in one place": (EQUAL, torch.zeros(6, 2), ALIKE),
+    "all tokens in one place": (SOME, torch.zeros(6, 2), ALIKE),
+    "all tokens zero": (torch.zeros(6, 3), WHERE, ALIKE),
+    "opposite tokens": (torch.tensor([[1.0], [-1.0]] * 3), WHERE, ALIKE),
+    "large tokens": (SOME * 1e15, WHERE, ALIKE),
+    "all weights zero": (SOME, WHERE, torch.zeros(6)),
+    "one weight": (SOME, WHERE, torch.eye(6)[2]),
+    "one weight, of no start token": (SOME, WHERE, torch.eye(6)[5]),
+    "tiny weights": (SOME, WHERE, torch.full((6,), 1e-30)),
+    "uneven weights": (SOME, WHERE, 10.0 ** -torch.arange(0, 36, 6)),
+}
+
+
+@variants
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("count", [2, 4])
+def test_odd_problems_are_finite(options, name, count):
+    found = sinkhorn_merge(*ODD[name], torch.arange(count), **options)
+    assert all(x.isfinite().all() for x in found)
+    assert ((found.clusters >= 2) & (found.clusters <= count)).all()
+    assert found.assignments.sum().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_tokens_without_any_weight_count_alike():
+    tokens, positions = uniform(seeded(0), 6, 3), uniform(seeded(1), 6, 2)
+    none, all_alike = torch.zeros(6).double(), torch.ones(6).double()
+    start = torch.arange(3)
+    got = sinkhorn_merge(tokens, positions, none, start)
+    assert_same(got, sinkhorn_merge(tokens, positions, all_alike, start))
+
+
+def test_a_start_token_may_come_twice():
+    tokens, positions = uniform(seeded(0), 6, 3), uniform(seeded(1), 6, 2)
+    found = sinkhorn_merge(tokens, positions, torch.ones(6).double(), torch.tensor([1, 1, 4]))
+    assert found.merges.tolist() == [[0, 1]]
+    assert all(x.isfinite().all() for x in found)
+
+
+def blobs(counts, spread=0.05):
+    """Noisy tokens around as many orthogonal directions, and the blob of each."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    noise = torch.randn(len(labels), len(counts), generator=seeded())
+    return torch.eye(len(counts))[labels] + spread * noise, labels
+
+
+@variants
+def test_blobs_are_found_exactly_from_a_token_of_each(options):
+    tokens, labels = blobs([10, 9, 11, 10])
+    order = torch.randperm(40, generator=seeded(1))
+    tokens, labels = tokens[order], labels[order]
+    start = torch.stack([(labels == blob).nonzero()[0, 0] for blob in (2, 0, 3, 1)])
+    anywhere = 100 * uniform(seeded(2), 40, 2, dtype=torch.float32)
+    options = {"position_weight": 0.0, **options}
+    found = sinkhorn_merge(tokens, anywhere, torch.ones(40), start, **options)
+    assert found.clusters == 4
+    assert torch.equal(labels[start][found.assignments.argmax(-1)], labels)
+    # Two tokens of each: those of one blob merge first.
+    pairs = torch.cat([(labels == blob).nonzero()[:2, 0] for blob in range(4)])
+    found = sinkhorn_merge(tokens, anywhere, torch.ones(40), pairs, max_clusters=4, **options)
+    assert found.clusters == 4
+    hard = found.assignments.argmax(-1)
+    assert len({*zip(hard.tolist(), labels.tolist(), strict=True)}) == 4
+
+
+def test_positions_tell_tokens_apart_that_look_alike():
+    tokens = torch.ones(8, 2) + 0.01 * torch.randn(8, 2, generator=seeded())
+    positions = torch.tensor([[0.0, 0.0]] * 4 + [[9.0, 9.0]] * 4) + SOME[:1, :2]
+    found = sinkhorn_merge(tokens, positions, torch.ones(8), torch.tensor([1, 6]))
+    assert found.assignments.argmax(-1).tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, None), (0, None), (3, 1), (1, 5), (3, -2)])
+def test_fewer_than_two_clusters_are_refused(count, most):
+    problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(count)
+    with pytest.raises(ValueError, match=rf"sinkhorn_merge: {count} start.*max_clusters={most} "):
+        sinkhorn_merge(*problem, max_clusters=most)
+
+
+def test_variants_of_another_name_are_refused():
+    problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(2)
+    for option in ("similarity", "merge", "cost_range"):
+        with pytest.raises(TypeError, match=f"sinkhorn_merge: argument '{option}'"):
+            sinkhorn_merge(*problem, **{option: "other"})
+
+
+# ------------------------------------------------------------------- splitting, pruning, means
+
+
+@st.composite
+def soft_assignments(draw, shape, zeros=True):
+    """Soft assignments, at times with tokens and clusters that are all zero."""
+    generator = draw(generators())
+    soft = uniform(generator, *shape, low=0.01)
+    if zeros and draw(st.booleans()):
+        soft = torch.where(flips(generator, *shape[:-1], 1), soft, 0.0)
+        soft = torch.where(flips(generator, *shape[:-2], 1, shape[-1]), soft, 0.0)
+    return soft
+
+
+@given(st.data())
+def test_split_assignments_are_each_views_and_sum_to_one(data):
+    batch, views = data.draw(batches()), data.draw(st.integers(1, 3))
+    m, k = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 5))
+    joint = data.draw(soft_assignments((*batch, views * m, k)), label="joint")
+    for normalize, axis in (("rows", -1), ("columns", -2)):
+        got = split_assignments(joint, views=views, normalize=normalize)
+        assert got.shape == (*batch, views, m, k)
+        for view in range(views):
+            own = joint[..., view * m : (view + 1) * m, :]
+            mass = own.sum(axis, keepdim=True)
+            torch.testing.assert_close(got[..., view, :, :] * mass, own, **CLOSE)
+            want = (mass > 0).double()
+            torch.testing.assert_close(got[..., view, :, :].sum(axis, keepdim=True), want, **CLOSE)
+    assert torch.equal(
+        split_assignments(joint, views=views),
+        split_assignments(joint, views=views, normalize="rows"),
+    )
+
+
+@pytest.mark.parametrize("views", [2, 4, 0, -1])
+def test_tokens_that_do_not_divide_into_the_views_are_refused(views):
+    with pytest.raises(ValueError, match=f"split_assignments: 3 tokens .* into {views} views"):
+        split_assignments(torch.ones(3, 2), views=views)
+
+
+@given(st.data())
+def test_pruning_is_that_of_a_loop(data):
+    batch, views = data.draw(batches()), data.draw(st.integers(1, 3))
+    m, k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    soft = data.draw(soft_assignments((*batch, views, m, k)), label="soft")
+    got = prune_clusters(soft)
+    flat = soft.reshape(-1, views, m, k)
+    hard, labels = got.assignments.reshape(flat.shape), got.labels.reshape(-1, views, m)
+    for b, valid in enumerate(got.valid.reshape(-1, k)):
+        members = [[set() for _ in range(views)] for _ in range(k)]
+        for view in range(views):
+            for token, row in enumerate(flat[b, view].tolist()):
+                if max(row) > 0:
+                    best = row.index(max(row))
+                    assert labels[b, view, token] == best
+                    members[best][view].add(token)
+        assert valid.tolist() == [all(each) for each in members]
+        for view in range(views):
+            for token in range(m):
+                for cluster in range(k):
+                    kept = valid[cluster] and token in members[cluster][view]
+                    want = flat[b, view, token, cluster] if kept else 0
+                    assert hard[b, view, token, cluster] == want
+
+
+def test_a_cluster_of_one_view_is_dropped_for_both():
+    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]], [[0.6, 0.4, 0.0], [0.1, 0.0, 0.9]]])
+    got = prune_clusters(soft)
+    assert got.valid.tolist() == [True, False, False]
+    assert got.labels.tolist() == [[0, 1], [0, 2]]
+    assert got.assignments[..., 1:].eq(0).all()
+    torch.testing.assert_close(got.assignments[..., 0], torch.tensor([[0.9, 0.0], [0.6, 0.0]]))
+
+
+def test_no_cluster_left_is_a_normal_case():
+    soft = torch.eye(2)[:, None].expand(2, 3, 2).clone().requires_grad_()
+    got = prune_clusters(soft)  # view 1 has only cluster 0, view 2 only cluster 1
+    assert got.valid.tolist() == [False, False]
+    assert got.labels.tolist() == [[0] * 3, [1] * 3]
+    means = centroids(torch.ones(2, 3, 4), got.assignments)
+    assert torch.equal(means, torch.zeros(2, 2, 4))
+    (grad,) = torch.autograd.grad(means.sum(), soft)
+    assert torch.equal(grad, torch.zeros_like(soft))
+
+
+def test_tokens_without_assignments_keep_no_cluster_alive():
+    got = prune_clusters(torch.zeros(2, 3, 4))
+    assert not got.valid.any()
+    assert (got.assignments == 0).all()
+
+
+def test_pruning_of_nothing_is_nothing():
+    for shape in ((2, 0, 3), (2, 3, 0), (0, 2, 3, 4)):
+        got = prune_clusters(torch.zeros(shape))
+        assert got.assignments.shape == shape
+        assert got.labels.shape == shape[:-1]
+        assert not got.valid.any()
+
+
+@given(st.data())
+def test_centroids_are_the_weighted_means_of_a_loop(data):
+    batch, n, k, d = data.draw(batches()), *(data.draw(st.integers(0, 6)) for _ in range(3))
+    tokens = data.draw(tensors((*batch, n, d)), label="tokens").requires_grad_()
+    soft = data.draw(soft_assignments((*batch, n, k)), label="assignments")
+    got = centroids(tokens, soft)
+    want = torch.zeros(*batch, k, d, dtype=torch.float64)
+    for cluster in range(k):
+        mass = soft[..., cluster].sum(-1)[..., None]
+        for token in range(n):
+            share = soft[..., token, cluster, None] / torch.where(mass > 0, mass, 1.0)
+            want[..., cluster, :] += share * tokens.detach()[..., token, :]
+    torch.testing.assert_close(got.detach(), want, **CLOSE)
+    (grad,) = torch.autograd.grad(got.sum(), tokens)
+    share = soft / torch.where(soft.sum(-2, keepdim=True) > 0, soft.sum(-2, keepdim=True), 1.0)
+    torch.testing.assert_close(grad, share.sum(-1)[..., None].expand_as(grad), **CLOSE)
+
+
+def test_a_cluster_without_mass_is_zero_with_zero_gradient():
+    tokens = torch.ones(3, 2, requires_grad=True)
+    got = centroids(tokens, torch.zeros(3, 4))
+    assert torch.equal(got, torch.zeros(4, 2))
+    assert torch.equal(torch.autograd.grad(got.sum(), tokens)[0], torch.zeros(3, 2))
+
+
+# ------------------------------------------------------------------------------------- k-means
+
+
+def slow_kmeans(points, start, iterations):
+    """Lloyd's algorithm, point by point; empty clusters start again at the farthest points."""
+    centers = start.copy()
+
+    def nearest():
+        distance = cdist(points, centers, "sqeuclidean")
+        return distance.argmin(1), distance.min(1)
+
+    for _ in range(iterations):
+        labels, square = nearest()
+        farthest = iter(np.argsort(-square, kind="stable"))
+        for cluster in range(len(centers)):
+            own = points[labels == cluster]
+            if len(own):
+                centers[cluster] = own.mean(0)
+            elif (far := next(farthest, None)) is not None and square[far] > 0:
+                centers[cluster] = points[far]
+    labels, square = nearest()
+    return centers, labels, square.sum()
+
+
+@st.composite
+def clouds(draw, batch=()):
+    """Points, start centroids of which some may be far from all points, and valid points.
+
+    There are as many valid points as centroids, or more: else it is a matter of rounding whether a
+    spare centroid goes to a point that has one.
+    """
+    generator, n = draw(generators()), draw(st.integers(5, 8))
+    d, k = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    points = uniform(generator, *batch, n, d, low=-1)
+    start = uniform(generator, *batch, k, d, low=-1)
+    useless = flips(generator, *batch, k, 1) & draw(st.booleans())
+    rank = torch.rand(*batch, n, generator=generator).argsort(-1)
+    return points, torch.where(useless, 50 + start, start), rank < draw(st.integers(5, n))
+
+
+@given(clouds(), st.integers(0, 4))
+def test_kmeans_is_that_of_a_loop(problem, iterations):
+    points, start, _ = problem
+    got = kmeans(points, start, iterations=iterations)
+    want = slow_kmeans(points.numpy(), start.numpy(), iterations)
+    np.testing.assert_allclose(got.centroids.numpy(), want[0], rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(got.labels.numpy(), want[1])
+    assert got.inertia.item() == pytest.approx(want[2], rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_kmeans_is_scikit_learns(seed, iterations):
+    generator = seeded(seed)
+    points = torch.randn(120, 3, generator=generator, dtype=torch.float64)
+    start = kmeans_plus_plus(points, 6, generator=generator)
+    got = kmeans(points, start, iterations=iterations)
+    oracle = KMeans(6, init=start.numpy(), n_init=1, max_iter=iterations, tol=0)
+    oracle.fit(points.numpy())
+    np.testing.assert_allclose(got.centroids.numpy(), oracle.cluster_centers_, atol=1e-12)
+    np.testing.assert_array_equal(got.labels.numpy(), oracle.labels_)
+    assert got.inertia.item() == pytest.approx(oracle.inertia_, rel=1e-12)
+
+
+@given(clouds())
+def test_masked_points_are_as_if_they_were_not_there(problem):
+    points, start, valid = problem
+    filled = torch.where(valid[:, None], points, torch.nan)
+    got = kmeans(filled, start, valid, iterations=3)
+    assert all(x.isfinite().all() for x in got)
+    assert (got.labels[~valid] == -1).all()
+    want = kmeans(points[valid], start, iterations=3)
+    assert torch.equal(got.labels[valid], want.labels)
+    assert_same((got.centroids, got.inertia), (want.centroids, want.inertia), rtol=0, atol=1e-10)
+
+
+@given(clouds((3,)))
+def test_batched_kmeans_is_that_of_each_problem(problem):
+    got = kmeans(*problem, iterations=3)
+    for b in range(3):
+        alone = kmeans(*(x[b] for x in problem), iterations=3)
+        assert_same([x[b] for x in got], alone, rtol=0, atol=1e-10)
+
+
+@given(clouds())
+def test_inertia_never_increases(problem):
+    points, start, _ = problem
+    runs = [kmeans(points, start, iterations=i) for i in range(6)]
+    inertia = torch.stack([run.inertia for run in runs])
+    assert (inertia.diff() <= 1e-12).all()
+    for run in runs:
+        distance = torch.cdist(points, run.centroids).square()
+        torch.testing.assert_close(run.inertia, distance.min(-1).values.sum())
+
+
+def test_empty_clusters_get_the_farthest_points():
+    points = torch.tensor([[0.0], [0.1], [5.0], [9.0]])
+    start = torch.tensor([[0.0], [1e3], [-1e3]])
+    got = kmeans(points, start, iterations=1)
+    torch.testing.assert_close(got.centroids[1:], torch.tensor([[9.0], [5.0]]))
+    got = kmeans(points, start)
+    assert sorted(got.labels.bincount(minlength=3).tolist()) == [1, 1, 2]
+    torch.testing.assert_close(got.inertia, torch.tensor(0.005))
+
+
+def test_clusters_beyond_the_different_points_stay_empty_and_finite():
+    points, start = torch.ones(4, 2), torch.tensor([[1.0, 1.0], [7.0, 7.0], [8.0, 8.0]])
+    got = kmeans(points, start)
+    assert got.labels.tolist() == [0] * 4
+    assert got.inertia == 0
+    torch.testing.assert_close(got.centroids, start)
+
+
+def test_kmeans_far_from_the_origin_is_as_precise():
+    points = torch.randn(100, 2, generator=seeded()) * 0.1
+    points[50:] += 0.5
+    points = points + 1e4
+    start = points[[0, 60]]
+    got = kmeans(points, start)
+    want = kmeans(points.double(), start.double())
+    assert torch.equal(got.labels, want.labels)
+    torch.testing.assert_close(got.inertia.double(), want.inertia, rtol=1e-4, atol=0)
+    torch.testing.assert_close(got.centroids.double(), want.centroids, rtol=0, atol=2e-3)
+
+
+@halves
+def test_half_precision_kmeans_is_widened_and_without_gradient(dtype):
+    points = torch.randn(20, 3, generator=seeded()).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kmeans(points, points[:4], iterations=3)
+    want = kmeans(points.detach().float(), points[:4].detach().float(), iterations=3)
+    assert got.centroids.dtype == torch.float32
+    assert not got.centroids.requires_grad
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_no_points_leave_the_centroids_where_they_are():
+    start = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    for points, valid in (
+        (torch.zeros(0, 2), None),
+        (torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.bool)),
+    ):
+        got = kmeans(points, start, valid)
+        assert torch.equal(got.centroids, start)
+        assert got.inertia == 0
+        assert (got.labels == -1).all()
+
+
+@pytest.mark.parametrize(("count", "iterations"), [(0, 5), (2, -1)])
+def test_kmeans_without_centroids_or_with_negative_iterations_is_refused(count, iterations):
+    with pytest.raises(ValueError, match=f"kmeans: {count} centroids and iterations={iterations} "):
+        kmeans(torch.zeros(3, 2), torch.zeros(count, 2), iterations=iterations)
+
+
+@given(st.data())
+def test_drawn_centroids_are_different_valid_points(data):
+    batch, n, d = data.draw(batches()), data.draw(st.integers(1, 8)), data.draw(st.integers(1, 3))
+    points = data.draw(tensors((*batch, n, d)), label="points").requires_grad_()
+    valid = flips(data.draw(generators()), *batch, n)
+    valid[..., 0] = True
+    count = data.draw(st.integers(0, 8), label="count")
+    filled = torch.where(valid[..., None], points, torch.nan)
+    seed = data.draw(st.integers(0, 999), label="seed")
+    drawn = kmeans_plus_plus(filled, count, valid, generator=seeded(seed))
+    assert drawn.shape == (*batch, count, d)
+    assert not drawn.requires_grad
+    assert torch.equal(drawn, kmeans_plus_plus(filled, count, valid, generator=seeded(seed)))
+    same = (drawn[..., :, None, :] == filled[..., None, :, :]).all(-1)  # none is NaN's
+    assert same.any(-1).all()
+    assert torch.equal(same.any(-2).sum(-1), valid.sum(-1).clamp(max=count))
+
+
+def test_drawn_centroids_repeat_valid_points_when_there_are_too_few():
+    valid = torch.tensor([[False, True, True], [True, False, True]])
+    points = torch.where(valid, 5.0, 9.0)[..., None]
+    for v, x in ((valid, points), (valid[0], points[0]), (valid[1], points[1])):
+        drawn = kmeans_plus_plus(x, 3, v, generator=seeded())
+        assert torch.equal(drawn, torch.full_like(drawn, 5.0))
+
+
+def test_centroids_drawn_from_nothing_are_zero():
+    drawn = kmeans_plus_plus(torch.full((2, 3), torch.nan), 2, torch.zeros(2, dtype=torch.bool))
+    assert torch.equal(drawn, torch.zeros(2, 3))
+
+
+def test_centroids_are_drawn_by_their_squared_distance():
+    points = torch.tensor([[0.0], [1.0], [3.0], [3.5]], dtype=torch.float64)
+    drawn = kmeans_plus_plus(points.expand(20_000, 4, 1), 3, generator=seeded())[..., 0]
+    first, second, third = (drawn[..., None] == points[:, 0]).int().argmax(-1).unbind(-1)
+    square = (points - points.mT).square()
+    pairs = square / square.sum(-1, keepdim=True) / 4
+    left = torch.minimum(square[:, None], square[None, :])  # from the nearest of i and j
+    left = left / left.sum(-1, keepdim=True)
+    assert chi_square(first.bincount(minlength=4), torch.full((4,), 0.25)) < 4
+    assert chi_square((4 * first + second).bincount(minlength=16), pairs.flatten()) < 4
+    counts = (16 * first + 4 * second + third).bincount(minlength=64)
+    assert chi_square(counts, (pairs[..., None] * left).flatten()) < 4
+
+
+@pytest.mark.parametrize(("n", "count"), [(3, -1), (0, 2)])
+def test_centroids_that_cannot_be_drawn_are_refused(n, count):
+    with pytest.raises(ValueError, match=f"kmeans_plus_plus: count is {count} of {n} points"):
+        kmeans_plus_plus(torch.zeros(n, 2), count)
+    assert kmeans_plus_plus(torch.zeros(0, 2), 0).shape == (0, 2)

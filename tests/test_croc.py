@@ -1,0 +1,264 @@
+"""The CrOC recipe: its losses against the paper's formulas. Its runs: test_recipes.py."""
+
+import math
+from dataclasses import replace
+
+import croc
+import pytest
+import timm
+import torch
+from croc import PRESETS, CrOC, Views
+from torch.nn.functional import cross_entropy, normalize
+import densekit as dk
+
+SMALL = replace(
+    PRESETS["demo"], head=(32, 24, 16), start=4, batch=8, epochs=2, warmup=0.5, workers=0,
+    log_every=1, save_every=3, views=Views(size=32), device="cpu",
+)  # fmt: skip
+
+
+def batch(count=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    pairs = dk.sample_view_pairs((64, 64), (count,), generator=generator)
+    views = [dk.View(view.box.to(dtype), view.flip) for view in pairs[:2]]
+    return [torch.rand(count, 3, 32, 32, generator=generator, dtype=dtype) for _ in "12"], views
+
+
+def distillation(student, teacher, center, tau):
+    """Eq 4 and 6 of one pair of rows."""
+    return cross_entropy(student / 0.1, ((teacher - center) / tau).softmax(-1))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_losses_are_those_of_the_paper(alpha):
+    torch.manual_seed(0)
+    model = CrOC(replace(SMALL, alpha=alpha)).double()
+    images, views = batch(dtype=torch.float64)
+    with torch.no_grad():  # a teacher of its own, and centers that are not zero
+        for parameter in model.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) / 50)
+    centers = {kind: torch.randn_like(model.get_buffer(kind)) / 10 for kind in ("image", "cluster")}
+    for kind, center in centers.items():
+        model.get_buffer(kind).copy_(center)
+    torch.manual_seed(1)  # of the start tokens
+    loss, terms = model(images, views, 0.05)
+
+    def head(network, kind, x):
+        prototypes = normalize(network["last"][kind].weight, dim=-1)
+        return normalize(network["mlp"](x), dim=-1) @ prototypes.T
+
+    tokens = {}
+    for name in ("student", "teacher"):
+        network = getattr(model, name)
+        features = [network["encoder"].forward_features(x) for x in images]
+        tokens[name] = features
+    (s1, s2), (t1, t2) = tokens["student"], tokens["teacher"]
+
+    image = 0
+    for s, t in ((s1, t2), (s2, t1)):
+        s, t = head(model.student, "image", s[:, 0]), head(model.teacher, "image", t[:, 0])
+        image += distillation(s, t, centers["image"], 0.05) / 2
+    torch.testing.assert_close(terms["image"], image)
+
+    # Values, keys and queries of the last block, by a hook; each image and head by itself.
+    last, seen = model.teacher["encoder"].blocks[-1].attn, []
+    handle = last.qkv.register_forward_hook(lambda *x: seen.append(x[-1]))
+    for x in images:
+        model.teacher["encoder"](x)
+    handle.remove()
+    q, k, v = torch.stack(seen).view(2, 3, 17, 3, 3, 32).unbind(3)  # view, image, token, head
+    attention = torch.einsum("vihd,vinhd->vihn", q[:, :, 0], k) / 32**0.5
+    weights = attention.softmax(-1)[..., 1:].permute(1, 2, 0, 3).flatten(2)
+    torch.manual_seed(1)
+    starts = dk.sample_tokens(weights.float(), 4)  # the recipe's attention is in float32
+    lengths = [torch.cat([x[0], x[1]])[:, 0].norm(dim=-1).mean() for x in tokens.values()]
+    rows, found = [], 0
+    for i in range(3):
+        where = [dk.coordinate_map(dk.View(x.box[i], x.flip[i]), (4, 4)) for x in views]
+        for h in range(3):
+            z = torch.cat([v[0, i, 1:, h], v[1, i, 1:, h]])
+            merged = dk.sinkhorn_merge(
+                z, torch.cat(where).view(32, 2), weights[i, h].float().double(), starts[i, h]
+            )
+            plan = merged.assignments / merged.assignments.sum(1, keepdim=True)
+            labels = plan.argmax(1).view(2, 16)
+            found += merged.clusters.item()
+            for c in set(labels[0].tolist()) & set(labels[1].tolist()):
+                pooled = {}
+                for name, length in zip(tokens, lengths, strict=True):
+                    for view in range(2):
+                        own = labels[view] == c
+                        weight = plan.view(2, 16, -1)[view, own, c, None]
+                        mean = (weight * tokens[name][view][i, 1:][own]).sum(0) / weight.sum()
+                        pooled[name, view] = normalize(mean, dim=0) * length
+                rows.append(pooled)
+    cluster = 0
+    for one, other in ((0, 1), (1, 0)):
+        s = torch.stack([row["student", one] for row in rows])
+        t = torch.stack([row["teacher", other] for row in rows])
+        s, t = head(model.student, "cluster", s), head(model.teacher, "cluster", t)
+        cluster += distillation(s, t, centers["cluster"], 0.05) / 2
+    torch.testing.assert_close(terms["cluster"], cluster)
+    torch.testing.assert_close(loss, image + alpha * cluster)
+    assert terms["clusters"] == found / 9
+    assert terms["valid"] == len(rows) / 3
+    for kind in centers:
+        entropy, kl = terms[f"{kind}_entropy"], terms[f"{kind}_kl"]
+        torch.testing.assert_close(entropy + kl, terms[kind].detach())
+        assert 0 <= entropy <= math.log(len(centers[kind]))
+        assert kl >= 0
+        assert not torch.equal(model.get_buffer(kind), centers[kind])
+
+
+def test_only_the_student_learns_and_only_it_drops_paths():
+    torch.manual_seed(0)
+    model = CrOC(replace(SMALL, drop_path=0.5))
+    loss, _ = model(*batch(), 0.07)
+    loss.backward()
+    for name, parameter in model.student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    first, second = (
+        [croc.encode(network["encoder"], batch()[0][0])[0] for _ in "12"]
+        for network in (model.student, model.teacher)
+    )
+    assert not torch.equal(*first)
+    assert torch.equal(*second)
+
+
+def test_without_any_valid_cluster_the_loss_is_finite_and_carries_the_graph(monkeypatch):
+    torch.manual_seed(0)
+    prune = dk.prune_clusters
+
+    def none(assignments):
+        found = prune(assignments)
+        return found._replace(assignments=found.assignments * 0, valid=found.valid & False)
+
+    monkeypatch.setattr(dk, "prune_clusters", none)
+    model = CrOC(SMALL)
+    loss, terms = model(*batch(), 0.07)
+    loss.backward()
+    assert all(torch.as_tensor(term).isfinite() for term in terms.values())
+    assert terms["cluster"] == terms["valid"] == 0
+    assert torch.equal(model.cluster, torch.zeros(16))  # the center stays
+    for name, parameter in model.student.named_parameters():
+        assert parameter.grad is not None, name  # DDP waits for every one
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_an_images_clusters_do_not_depend_on_its_neighbours(monkeypatch):
+    torch.manual_seed(0)
+    model, (images, views) = CrOC(SMALL), batch()
+    starts = torch.rand(3, 3, 32).argsort(-1)[..., :4]
+    x, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: starts)
+    found, pruned = model.locate(x, qkv, views)
+    for i in range(3):
+        rows, own = [i, 3 + i], [dk.View(y.box[i : i + 1], y.flip[i : i + 1]) for y in views]
+        monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, i=i: starts[i : i + 1])
+        alone, clusters = model.locate(x[rows], qkv[:, rows], own)
+        assert torch.equal(alone[0], found[i])
+        torch.testing.assert_close(clusters.assignments[0], pruned.assignments[i])
+
+
+@pytest.mark.parametrize("tokens", ["values", "keys", "queries", "last"])
+@pytest.mark.parametrize("weights", ["attention", "cosine"])
+def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
+    torch.manual_seed(0)
+    model, (images, views) = CrOC(replace(SMALL, tokens=tokens, weights=weights)), batch()
+    x, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+    given = {}
+
+    def record(*arguments, **options):
+        given["tokens"], given["weights"] = arguments[0], arguments[2]
+        return merge(*arguments, **options)
+
+    merge = dk.sinkhorn_merge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dk, "sinkhorn_merge", record)
+        clusters, pruned = model.locate(x, qkv, views)
+    heads = 1 if tokens == "last" else 3
+    assert clusters.shape == (3, heads)
+    assert pruned.labels.shape == (3, heads, 2, 16)
+    chosen = x[:, None] if tokens == "last" else qkv[("queries", "keys", "values").index(tokens)]
+    first = torch.cat([chosen[1, :, 1:], chosen[4, :, 1:]], 1)  # image 1 in both views
+    torch.testing.assert_close(given["tokens"][1], first)
+    r = given["weights"] / given["weights"].sum(-1, keepdim=True)
+    if weights == "cosine":
+        patches, cls = normalize(chosen[:, :, 1:], dim=-1), normalize(chosen[:, :, :1], dim=-1)
+        cosine = (patches * cls).sum(-1)
+        r0 = (torch.cat([cosine[1], cosine[4]], 1) / 2).softmax(-1)
+    else:
+        scores = (qkv[0][:, :, :1] * qkv[1]).sum(-1) / 32**0.5
+        scores = scores.softmax(-1)[:, :, 1:]
+        scores = scores.mean(1, keepdim=True) if tokens == "last" else scores
+        r0 = torch.cat([scores[1], scores[4]], 1)
+        r0 = r0 / r0.sum(-1, keepdim=True)
+    torch.testing.assert_close(r[1], r0)
+
+
+def test_the_encoder_is_timms():
+    encoder = croc.build_encoder("vit_small_patch16_224", 0.1)
+    plain = timm.create_model("vit_small_patch16_224", num_classes=0)
+    plain.load_state_dict(encoder.state_dict())
+    images = torch.rand(2, 3, 224, 224)
+    tokens, qkv = croc.encode(encoder.eval(), images)
+    torch.testing.assert_close(tokens, plain.eval().forward_features(images))
+    assert qkv.shape == (3, 2, 6, 197, 64)
+    assert croc.to_map(tokens).shape == (2, 384, 14, 14)
+    torch.testing.assert_close(croc.to_map(tokens)[0, :, 2, 5], tokens[0, 1 + 2 * 14 + 5])
+
+
+def test_the_presets_are_the_papers():
+    coco = PRESETS["coco"]
+    assert (coco.batch, coco.epochs, coco.lr, coco.warmup) == (256, 300, 5e-4, 10)
+    assert (coco.weight_decay, coco.momentum, coco.drop_path) == ((0.04, 0.4), 0.996, 0.1)
+    assert (coco.clip, coco.freeze, coco.sharpening[:2]) == (3.0, 1.0, (0.07, 0.07))
+    assert (coco.arch, coco.head) == ("vit_small_patch16_224", (2048, 65536, 8192))
+    assert (coco.alpha, coco.tokens, coco.weights) == (1.0, "values", "attention")
+    assert (coco.start, coco.position) == (12, 4.0)
+    assert coco.views == Views(224, (0.25, 1.0), 0.1, (0.1, 2.0))
+    imagenet = replace(coco, preset="imagenet", tokens="keys", position=3.0, batch=1024)
+    assert PRESETS["imagenet"] == imagenet
+    assert PRESETS["dino"] == replace(coco, preset="dino", alpha=0.0)
+
+
+def test_the_schedules_reach_the_optimizer_and_the_teacher(tmp_path, monkeypatch):
+    seen, updates = [], []
+    step, update = torch.optim.AdamW.step, dk.ema_update
+
+    def record(self, *arguments, **options):
+        heads = [name for name, x in models[0].student["last"].named_parameters() if x.grad is None]
+        seen.append([(g["lr"], g["weight_decay"]) for g in self.param_groups] + [len(heads)])
+        sizes = [{x.ndim for x in group["params"]} for group in self.param_groups]
+        assert min(sizes[0]) > 1
+        assert sizes[1] == {1}
+        return step(self, *arguments, **options)
+
+    def follow(teacher, student, *, momentum):
+        updates.append(momentum)
+        return update(teacher, student, momentum=momentum)
+
+    models = []
+    monkeypatch.setattr(CrOC, "compile", lambda self, disable: models.append(self))
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    monkeypatch.setattr(dk, "ema_update", follow)
+    source = croc.harness.image_source
+    monkeypatch.setattr(croc.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(croc, "evaluate", lambda *arguments: None)
+    config = replace(
+        SMALL, run=tmp_path, epochs=4, warmup=1.0, lr=0.32, weight_decay=(0.04, 0.4), momentum=0.9
+    )
+    croc.train(config)  # two steps an epoch: eight; lr 0.01
+    lr = [row[0][0] for row in seen]
+    assert lr[:3] == pytest.approx([0.0, 0.005, 0.01])
+    assert lr[-1] < lr[3] < 0.01
+    assert [row[1][0] for row in seen] == lr
+    assert all(row[1][1] == 0 for row in seen)
+    decay = [0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert [row[0][1] for row in seen] == pytest.approx(decay)
+    assert [row[2] for row in seen] == [2, 2] + [0] * 6  # both last layers wait for an epoch
+    assert updates == pytest.approx(
+        [1 - (1 - 0.9) * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    )

@@ -1,0 +1,282 @@
+"""What every recipe's run shows, as a user sees it. The methods: test_<recipe>.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import croc
+import densesiam
+import harness
+import pytest
+import torch
+import torch._dynamo  # before any fork: importing it in the children takes long
+from PIL import Image
+from safetensors.torch import load_file
+from test_croc import SMALL as CROC
+from test_densesiam import SMALL as DENSESIAM
+import densekit as dk
+from densekit.testing import scenes
+
+FOLDER = Path(harness.__file__).parent
+# The module, the model, a small configuration, the baseline's name and how to get it, another
+# preset, an architecture that does not exist, and how many pictures a view has.
+RECIPES = {
+    "croc": SimpleNamespace(
+        module=croc, model=croc.CrOC, small=CROC, preset="coco", wrong="vit_smal", panels=5,
+        baseline=("dino", {"alpha": 0.0}), encoder=lambda: croc.build_encoder("tiny", 0.0),
+    ),
+    "densesiam": SimpleNamespace(
+        module=densesiam, model=densesiam.DenseSiam, small=DENSESIAM, preset="paper",
+        wrong="resnet5", panels=3,
+        baseline=("simsiam", {"loss": densesiam.PRESETS["simsiam"].loss}),
+        encoder=lambda: densesiam.build_encoder("tiny"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(RECIPES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def recipe(name):
+    return RECIPES[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty images of two sizes."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, size in enumerate(((40, 48), (48, 40))):
+        drawn = scenes(10, size, generator=torch.Generator().manual_seed(number)).images
+        for index, image in enumerate((drawn * 255).byte().movedim(1, -1).numpy()):
+            Image.fromarray(image).save(folder / f"{number}-{index}.png")
+    return folder
+
+
+def rows(run, name="loss"):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if name in row]
+
+
+def command(recipe, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, FOLDER / f"{recipe}.py", *map(str, arguments)],
+        capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
+    dataset = recipe.module.TwoViews(harness.image_source(folder, scenes=0), recipe.small)
+    state = torch.get_rng_state()
+    indices = [12, 3, 7, 19]  # of both sizes
+    images, views, unreadable = dataset[indices]
+    again = dataset[indices]
+    assert unreadable == []
+    assert all(torch.equal(a, b) for a, b in zip(images, again[0], strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    dataset.epoch = 1
+    assert not torch.equal(dataset[indices][0][0], images[0])
+    # Without photometric noise a crop is the crop of its own image by its own view.
+    plain = recipe.module.TwoViews(dataset.source, recipe.small)
+    nothing = torch.nn.Identity()
+    plain.photometric = [nothing, nothing] if isinstance(plain.photometric, list) else nothing
+    crops, views, _ = plain[indices]
+    for row, index in enumerate(indices):
+        pixels = dataset.source[index][0] / 255
+        for crop, view in zip(crops, views, strict=True):
+            alone = dk.crop_views(pixels, dk.View(view.box[row], view.flip[row]), 32)
+            torch.testing.assert_close(crop[row], alone)
+
+
+def test_views_and_colours_draw_other_numbers(recipe, folder, monkeypatch):
+    drawn = {}
+    generator, seeded = harness.generator, harness.seeded
+    monkeypatch.setattr(
+        harness, "generator", lambda *key: drawn.setdefault("views", key) and generator(*key)
+    )
+    monkeypatch.setattr(
+        harness, "seeded", lambda *key: drawn.setdefault("colours", key) and seeded(*key)
+    )
+    recipe.module.TwoViews(harness.image_source(folder, scenes=0), recipe.small)[[0, 1]]
+    first = [torch.rand(4, generator=generator(*drawn[name])) for name in ("views", "colours")]
+    assert not torch.equal(*first)
+
+
+def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
+    name, recipe, tmp_path, folder, monkeypatch
+):
+    train = recipe.module.train
+    config = replace(recipe.small, data=folder, epochs=3)  # 2 batches an epoch, 6 steps
+    train(replace(config, run=tmp_path / "whole"))
+    whole = rows(tmp_path / "whole")
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "pictures"} <= {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    pictures = sorted((tmp_path / "whole" / "pictures").iterdir())
+    assert [path.stem[-1] for path in pictures] == ["0", "3", "6"]
+    with Image.open(pictures[-1]) as picture:  # six rows of two views
+        assert picture.size == (2 * recipe.panels * 226 + 2, 6 * 226 + 2)
+    sidecar = json.loads((tmp_path / "whole" / "encoder.json").read_text())
+    assert (sidecar["architecture"], sidecar["method"]) == ("tiny", name)
+    assert (sidecar["step"], sidecar["colour_order"]) == (6, "RGB")
+    recipe.encoder().load_state_dict(load_file(tmp_path / "whole" / "encoder.safetensors"))
+
+    asked = iter([False, True])  # stopped after the second step... and again after the third
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "stop_requested", lambda self: next(asked, True))
+        train(replace(config, run=tmp_path / "halted"))
+        train(replace(config, run=tmp_path / "halted"))
+    assert len(rows(tmp_path / "halted")) == 3
+    assert not (tmp_path / "halted" / "encoder.json").exists()
+    train(replace(config, run=tmp_path / "halted", workers=1))
+    assert rows(tmp_path / "halted") == whole
+    train(replace(config, run=tmp_path / "halted"))  # finished: nothing more happens
+    assert rows(tmp_path / "halted") == whole
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # says nothing of the result
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}])
+def test_bf16_and_compiled_runs_stay_close(recipe, tmp_path, folder, monkeypatch, changes):
+    def compile_in_eager(self, disable):  # the graph without the minutes of code generation
+        torch.nn.Module.compile(self, backend="aot_eager", disable=disable)
+
+    monkeypatch.setattr(recipe.model, "compile", compile_in_eager)
+    config = replace(recipe.small, data=folder, epochs=1)
+    recipe.module.train(replace(config, run=tmp_path / "plain"))
+    recipe.module.train(replace(config, run=tmp_path / "other", **changes))
+    for plain, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "other"), strict=True):
+        assert other == pytest.approx(plain, rel=0.1, abs=0.1)
+
+
+def test_the_baseline_says_so_beside_its_weights(recipe, tmp_path, folder):
+    method, changes = recipe.baseline
+    config = replace(recipe.small, data=folder, epochs=1, run=tmp_path, **changes)
+    recipe.module.train(config)
+    assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
+
+
+def two_processes(rank, name, port, config, stop_after):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=port)
+    if stop_after:
+        asked = iter([False] * (stop_after - 1) + [True])
+        harness.Run.stop_requested = lambda self: next(asked)
+    RECIPES[name].module.train(config)
+
+
+def test_two_processes_train_and_resume_alike(name, recipe, tmp_path, folder):
+    config = replace(recipe.small, data=folder)
+
+    def launch(run, stop_after=0):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        torch.multiprocessing.start_processes(
+            two_processes, (name, port, replace(config, run=tmp_path / run), stop_after), nprocs=2,
+            start_method="fork",
+        )  # fmt: skip
+
+    launch("whole")
+    launch("halted", stop_after=1)
+    launch("halted")
+    assert len(rows(tmp_path / "whole")) == 4
+    assert rows(tmp_path / "whole") == rows(tmp_path / "halted")
+
+
+def test_the_demo_prints_the_probe_and_the_prior(recipe, tmp_path, monkeypatch, capsys):
+    source = harness.image_source
+    monkeypatch.setattr(harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    probe = dk.testing.probe_scenes
+    monkeypatch.setattr(recipe.module, "probe_scenes", lambda encode: probe(encode, count=16))
+    recipe.module.train(replace(recipe.small, run=tmp_path, epochs=1))
+    printed = capsys.readouterr().out
+    scores = rows(tmp_path, "probe_miou")
+    assert [row["step"] for row in scores] == [0, 2]
+    assert f"step    2 (0: random): probe mIoU {scores[1]['probe_miou']:.3f}" in printed
+    assert f"prior {scores[0]['prior_miou']:.3f}" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, folder, monkeypatch):
+    config = replace(recipe.small, data=folder, run=tmp_path, save_every=1)
+    forward, calls = recipe.model.forward, []
+
+    def broken(self, *arguments):
+        loss, terms = forward(self, *arguments)
+        calls.append(1)
+        return (loss * torch.nan if len(calls) == 3 else loss), terms
+
+    monkeypatch.setattr(recipe.model, "forward", broken)
+    with pytest.raises(harness.NonFiniteError, match=r"step 2.*loss = nan.*step-00000002"):
+        recipe.module.train(config)
+    monkeypatch.undo()
+    recipe.module.train(config)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_unreadable_files_are_named_and_the_run_goes_on(recipe, tmp_path, folder):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in folder.iterdir():
+        (mixed / path.name).write_bytes(path.read_bytes())
+    (mixed / "0-5.png").write_bytes((folder / "0-5.png").read_bytes()[:200])
+    (mixed / "1-0.png").write_text("no image")
+    recipe.module.train(replace(recipe.small, data=mixed, run=tmp_path / "run", epochs=3))
+    named = (tmp_path / "run" / "unreadable.txt").read_text()
+    assert "0-5.png" in named
+    assert "1-0.png" in named
+    assert len(named.splitlines()) == 2
+    assert len(rows(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"preset": "preset"}, "--data"),
+        ({"data": Path("nowhere")}, "nowhere"),
+        ({"data": Path(__file__)}, "test_recipes.py"),
+        ({"data": "folder", "batch": 1}, "--batch 1"),
+        ({"data": "folder", "batch": 64}, "20 images"),
+        ({"data": "folder", "arch": "wrong"}, "There is no"),
+    ],
+)
+def test_bad_input_gets_one_sentence(recipe, tmp_path, folder, changes, sentence):
+    known = {"folder": folder, "preset": recipe.preset, "wrong": recipe.wrong}
+    changes = {key: known.get(value, value) for key, value in changes.items()}
+    with pytest.raises(harness.UserError, match=sentence) as error:
+        recipe.module.train(replace(recipe.small, run=tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_folder_ends_the_command_with_one_sentence(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = command(name, "--data", tmp_path / "empty", "--run", tmp_path / "run", "--device", "cpu")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No image" in done.stderr
+    assert "empty" in done.stderr
+
+
+def test_help_answers_without_importing_torch(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    done = command(name, "--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "--views.size" in done.stdout
+    wrong = command(name, "--views.sise", "3", PYTHONPATH=str(tmp_path))
+    assert wrong.returncode == 2
+    assert "--views.size" in wrong.stdout + wrong.stderr  # the nearest option is named
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)
+def test_the_files_stay_short(path):
+    limit = 350 if path.name == "harness.py" else 300
+    assert len(path.read_text().splitlines()) <= limit
