@@ -46,10 +46,12 @@ def merge_loop(tokens, positions, weights, start, reg=0.05, iterations=5, positi
         if k == 2:
             break
         similarity = centroids @ centroids.transpose(1, 2)
-        similarity = similarity.masked_fill(torch.eye(k, dtype=torch.bool), -torch.inf)
+        similarity = similarity.masked_fill(
+            torch.eye(k, dtype=torch.bool, device=tokens.device), -torch.inf
+        )
         flat = similarity.flatten(1).argmax(1)
         i, j = flat // k, flat % k
-        keep = torch.ones(b, k, dtype=torch.bool)
+        keep = torch.ones(b, k, dtype=torch.bool, device=tokens.device)
         keep[torch.arange(b), i] = False
         keep[torch.arange(b), j] = False
         gone = F.one_hot(torch.stack([i, j], 1), k).to(tokens.dtype)  # (b, 2, k)
@@ -81,9 +83,9 @@ def prune(plan, views=2):
     soft = soft / (soft.sum(2, keepdim=True) + 1e-12)
     labels = soft.argmax(3)
     hard = F.one_hot(labels, k).to(plan.dtype)
-    offset = torch.arange(b)[:, None] * k
+    offset = torch.arange(b, device=plan.device)[:, None] * k
     present = [set((labels[:, view] + offset).flatten().tolist()) for view in range(views)]
-    valid = torch.tensor(sorted(set.intersection(*present)), dtype=torch.long)
+    valid = torch.tensor(sorted(set.intersection(*present)), device=plan.device)
     return soft * hard, valid
 
 
@@ -99,9 +101,9 @@ def view_centroids(tokens, weights, valid, heads):
 
 
 def cluster(tokens, positions, weights, start, last):
-    """From the tokens of all heads to the centroids of both views."""
+    """From the tokens of all heads to the centroids of both views, and the chosen K."""
     heads = tokens.shape[1]
     flat = [x.flatten(0, 1) for x in (tokens, positions, weights, start)]
-    plan, _ = merge_loop(*flat)
+    plan, clusters = merge_loop(*flat)
     weights, valid = prune(plan)
-    return view_centroids(last, weights, valid, heads)
+    return view_centroids(last, weights, valid, heads), clusters

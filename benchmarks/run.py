@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+import croc
+import croc_loop
 import densesiam
 import numpy as np
 import torch
@@ -252,7 +254,101 @@ def memory() -> None:
         )
 
 
-SECTIONS = {f.__name__: f for f in (geometry, checks, primitives, step, memory)}
+def problem(images: int = 16, heads: int = 6, tokens: int = 392) -> tuple[Tensor, ...]:
+    """Tokens, positions, weights and start tokens of both views, as a ViT-S/16 gives them."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(images, heads, 5, 64, generator=generator)
+    kind = torch.randint(5, (images, heads, tokens), generator=generator)
+    noise = torch.randn(images, heads, tokens, 64, generator=generator)
+    z = kinds.gather(2, kind[..., None].expand(*kind.shape, 64)) + noise
+    places = 224 * torch.rand(images, 1, tokens, 2, generator=generator)
+    weights = torch.rand(images, heads, tokens, generator=generator)
+    start = dk.sample_tokens(weights, 12, generator=generator)
+    places = places.expand(images, heads, tokens, 2)
+    return tuple(x.to(DEVICE) for x in (z, places, weights, start))
+
+
+PROGRAM = {"similarity": "dot", "merge": "mass"}  # what the loop does
+
+
+def view_centroids(z: Tensor, places: Tensor, weights: Tensor, start: Tensor, last: Tensor):
+    """From the tokens of all heads to masked centroids of both views, in fixed shapes."""
+    found = dk.sinkhorn_merge(z, places, weights, start, **PROGRAM)
+    split = dk.split_assignments(found.assignments, normalize="columns")
+    pruned = dk.prune_clusters(split)
+    assignments = pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2)
+    return dk.centroids(last, assignments), pruned.valid, found.clusters
+
+
+def clustering() -> None:
+    """CrOC's clustering at 16 images x 6 heads, 392 tokens, K 12 to 2, against a plain loop."""
+    given = problem()
+    last = torch.randn(16, 2, 196, 384, device=DEVICE)
+    flat = [x.flatten(0, 1) for x in given]
+    start = time.perf_counter()
+    compiled = torch.compile(view_centroids, fullgraph=True)
+    ours, valid, clusters = compiled(*given, last)
+    seconds = time.perf_counter() - start
+    loop, rival_clusters = croc_loop.cluster(*given, last)
+    assert torch.equal(clusters.flatten(), rival_clusters), "another K"
+    # The loop lists the valid clusters by image and head; ours lie side by side in each image.
+    same = ours.unflatten(2, (6, 12)).movedim(1, 0)[:, valid]
+    torch.testing.assert_close(
+        F.normalize(same, dim=-1), F.normalize(torch.stack(loop), dim=-1), rtol=0, atol=1e-4
+    )
+    measured = times(
+        lambda: view_centroids(*given, last),
+        lambda: compiled(*given, last),
+        lambda: croc_loop.cluster(*given, last),
+        lambda: dk.sinkhorn_merge(*given, **PROGRAM),
+        lambda: croc_loop.merge_loop(*flat),
+    )
+    eager, quick, whole, merging, merge_loop = measured
+    shape = "16 images x 6 heads, 392 tokens"
+    against(f"clusters and view centroids, {shape}, eager", eager, whole, "plain loop")
+    against(f"the same, compiled in {seconds:.0f} s", quick, whole, "plain loop")
+    against(f"`sinkhorn_merge` alone, {shape}, eager", merging, merge_loop, "plain loop")
+    found = dk.sinkhorn_merge(*given, **PROGRAM)
+    pruned = dk.prune_clusters(dk.split_assignments(found.assignments))
+    assignments = pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2)
+    weights, indices = croc_loop.prune(found.assignments.flatten(0, 1))
+    product, gather = times(
+        lambda: [dk.centroids(last, assignments) for _ in range(2)],
+        lambda: [croc_loop.view_centroids(last, weights, indices, 6) for _ in range(2)],
+    )
+    against("view centroids of teacher and student", product, gather, "gather for each head")
+    batch = 64 if DEVICE.type == "cuda" else 4
+    model = croc.CrOC(croc.PRESETS["coco"]).to(DEVICE)
+    images, views = inputs(batch, DEVICE)
+    tokens, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+
+    def train() -> None:
+        loss, _ = model(images, views, 0.07)
+        loss.backward()
+
+    step, locate = times(train, lambda: model.locate(tokens, qkv, views), rounds=5)
+    row(
+        f"clustering in a step of CrOC, ViT-S/16, batch {batch}",
+        f"{locate * 1e3:.1f} ms",
+        f"{step * 1e3:.0f} ms (forward and backward)",
+        f"{locate / step:.1%}",
+    )
+
+
+def growth() -> None:
+    """Time of `sinkhorn_merge` against the number of tokens and of images."""
+    sizes = [{"tokens": n} for n in (98, 196, 392, 784)] + [{"images": b} for b in (4, 8, 32)]
+    problems = [problem(**size) for size in sizes]
+    measured = times(*(lambda x=x: dk.sinkhorn_merge(*x) for x in problems))
+    for (z, *_), seconds in zip(problems, measured, strict=True):
+        b, h, n, _ = z.shape
+        each = seconds / (b * h * n)
+        what = f"`sinkhorn_merge`, {b} images x {h} heads, {n} tokens"
+        row(what, f"{seconds * 1e3:.1f} ms", "", f"{each * 1e9:.0f} ns a token")
+
+
+FUNCTIONS = (geometry, checks, primitives, clustering, growth, step, memory)
+SECTIONS = {function.__name__: function for function in FUNCTIONS}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -8,7 +8,7 @@ Two frames. **Image frame**: continuous pixels of the source image, x right and 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_iou, boxes_valid, intersect_boxes
@@ -434,20 +434,26 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
 
 @typed
 def crop_views(
-    images: Float[Tensor, "*batch c h w"] | Sequence[Tensor], view: View, size: int | Size
+    images: Float[Tensor, "*batch c h w"] | Sequence[Tensor],
+    view: View,
+    size: int | Size,
+    *,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Float[Tensor, "*batch c out_h out_w"]:
     """Crop, resize and mirror a batch of images, each by its own view, with antialiasing.
 
-    Two small matrix products an image, differentiable in the images. Bilinear with the filter
-    widened by the shrinking factor; the filter never looks outside the crop. For boxes in whole
-    pixels this is torchvision's `resized_crop(antialias=True)` on tensors; a box may also end
-    inside a pixel. Outside the image there is black (zeros).
+    Two small matrix products an image, differentiable in the images. The filter is widened by the
+    shrinking factor, and never looks outside the crop. For boxes in whole pixels this is
+    torchvision's `resized_crop(antialias=True)` on tensors; a box may also end inside a pixel.
+    Outside the image there is black (zeros).
 
     Args:
         images: Images, any number of channels; a list of images `(c, h, w)` of any sizes, which
             are cropped together where they are of one size.
         view: One view for each image.
         size: Size `(h, w)` of the crops in pixels; a number for square crops.
+        interpolation: The filter. "bicubic" leaves the range of the images at edges, by up to a
+            fifth of a step (clamp it), and fades to black only where no pixel is near.
 
     Returns:
         The crops, of the images' dtype (half precision is computed in float32); black where the
@@ -480,15 +486,18 @@ def crop_views(
         for shape in {image.shape for image in images}:
             rows = [row for row, image in enumerate(images) if image.shape == shape]
             same = torch.stack([images[row] for row in rows])
-            found = crop_views(same, View(view.box[rows], view.flip[rows]), size)
+            found = crop_views(
+                same, View(view.box[rows], view.flip[rows]), size, interpolation=interpolation
+            )
             for row, crop in zip(rows, found, strict=True):
                 crops[row] = crop
         return torch.stack(crops)
     valid = boxes_valid(view.box)
     x1, y1, x2, y2 = torch.where(valid[..., None], view.box, 0.0).unbind(-1)
-    columns = _resize_matrix(x1, x2, images.shape[-1], out_w)
+    cubic = interpolation == "bicubic"
+    columns = _resize_matrix(x1, x2, images.shape[-1], out_w, cubic)
     columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
-    rows = _resize_matrix(y1, y2, images.shape[-2], out_h)
+    rows = _resize_matrix(y1, y2, images.shape[-2], out_h, cubic)
     dtype = torch.promote_types(images.dtype, torch.float32)
     with torch.autocast(images.device.type, enabled=False):
         wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
@@ -522,11 +531,11 @@ def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
     return torch.stack([x, y], -1).flatten(-2)
 
 
-def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int) -> Tensor:
+def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bool) -> Tensor:
     """Weights `(*batch, out, length)` that resize `[start, stop)` of a line of pixels to `out`.
 
-    A triangle around each output centre, cut at the pixels that the crop touches; its sum counts
-    pixels outside the image too, which are black.
+    A triangle (or Keys' cubic, a = -1/2) around each output centre, cut at the pixels that the crop
+    touches; a triangle's sum counts pixels outside the image too, which are black.
     """
     start, stop = widen(start)[..., None], widen(stop)[..., None]
     step = (stop - start) / out
@@ -535,8 +544,15 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int) -> Tensor
     # Positions in pixel indices: the centre of pixel k is k.
     center = start + (torch.arange(out, device=start.device) + 0.5) * step - 0.5
     pixel = torch.arange(length, device=start.device).to(start.dtype)
-    weight = (1 - (pixel - center[..., None]).abs() / reach[..., None]).clamp(min=0)
+    x = (pixel - center[..., None]).abs() / reach[..., None]
+    weight = (1 - x).clamp(min=0)
+    if cubic:
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+        weight = torch.where(x < 2, weight, 0.0)
     weight = torch.where((pixel >= first[..., None]) & (pixel <= last[..., None]), weight, 0.0)
+    if cubic:
+        total = weight.sum(-1, keepdim=True)
+        return weight / torch.where(total > 0, total, 1.0)
     total = _ramp_sum(first, last.minimum(center.floor()), center, reach)
     total = total + _ramp_sum(-last, (-first).minimum(-center.floor() - 1), -center, reach)
     return weight / torch.where(total > 0, total, 1.0)[..., None]

@@ -60,9 +60,9 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", head=(256, 512, 512), batch=40, epochs=10, lr=3e-3, warmup=1.0,
-        momentum=0.98, workers=1, precision="fp32", save_every=204, drop_path=0.0,
-        views=Views(size=64, hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", head=(256, 512, 512), batch=40, epochs=8, lr=8e-3, warmup=1.0, momentum=0.97,
+        sharpening=(0.04, 0.04, 0.0), weight_decay=(0.04, 0.04), drop_path=0.0, workers=1,
+        precision="fp32", save_every=136, views=Views(64, (0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
     ),
     "coco": Config("coco"),
     "imagenet": Config("imagenet", tokens="keys", batch=1024, position=3.0),
@@ -73,9 +73,8 @@ PRESETS = {
 if __name__ == "__main__":  # the arguments before torch: --help answers at once
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    CONFIG = tyro.cli(
-        Config, default=PRESETS[first.parse_known_args()[0].preset], description=__doc__
-    )
+    default = PRESETS[first.parse_known_args()[0].preset]
+    CONFIG = tyro.cli(Config, default=default, description=__doc__)
 
 import harness
 import timm
@@ -121,11 +120,11 @@ class TwoViews:
         scale, generator = self.config.scale, harness.generator(*key)
         *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
         pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
+        crop = partial(dk.crop_views, pixels, size=self.config.size, interpolation="bicubic")
+        crops = [crop(view).clamp(0, 1) for view in views]
         with harness.seeded(*key, 1):  # other numbers than the views have
-            both = zip(self.photometric, crops, strict=True)
-            crops = [torch.stack([*map(change, crop)]) for change, crop in both]
-        return crops, views, [name for names in unreadable for name in names]
+            both = [torch.stack([*map(f, x)]) for f, x in zip(self.photometric, crops, strict=True)]
+        return both, views, [name for names in unreadable for name in names]
 
 
 # ==== model =======================================================================================
@@ -167,8 +166,7 @@ class CrOC(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # drops no path
 
     def head(self, network: nn.ModuleDict, x: Tensor, kind: str) -> Tensor:
-        x, prototypes = (network["mlp"](x), network["last"][kind].weight)
-        return dk.l2_normalize(x) @ dk.l2_normalize(prototypes).mT
+        return dk.l2_normalize(network["mlp"](x)) @ dk.l2_normalize(network["last"][kind].weight).mT
 
     @torch.no_grad()
     def locate(self, x: Tensor, qkv: Tensor, views: list[dk.View]):
@@ -217,11 +215,11 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
     """Draw both views with their clusters, pruned ones black, and PCA; on scenes, probe."""
     pixels, vit = torch.cat(preview[0]), model.teacher["encoder"]
     _, pruned = model.locate(*(found := encode(vit, pixels)), preview[1])
-    maps, palette = to_map(found[0]).cpu(), torch.rand(99, 3, generator=harness.generator(0))
+    palette, maps = torch.rand(99, 3, generator=harness.generator(1493)), to_map(found[0]).cpu()
     colors = palette[pruned.labels.cpu()] * (pruned.assignments.sum(-1, keepdim=True).cpu() > 0)
-    panels = [pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)]
     heads = rearrange(colors, "b k v (h w) c -> k (v b) c h w", h=maps.shape[-2])[:3]
-    panels = [*panels, *heads, dk.pca_colors(maps)]
+    panels = [pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)]
+    panels += [*heads, dk.pca_colors(maps)]
     panels = [nn.functional.interpolate(x.clamp(0, 1), 224) for x in panels]
     tiles = rearrange(panels, "p (v b) c h w -> (b v p) c h w", v=2)
     (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)

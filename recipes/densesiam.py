@@ -16,9 +16,8 @@ from typing import Literal
 
 import tyro
 
+
 # ==== configuration ===============================================================================
-
-
 @dataclass(frozen=True)
 class Views:
     size: int = 224  # Side of the square views, in pixels.
@@ -73,14 +72,13 @@ PRESETS = {
 if __name__ == "__main__":  # the arguments before torch: --help answers at once
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    CONFIG = tyro.cli(
-        Config, default=PRESETS[first.parse_known_args()[0].preset], description=__doc__
-    )
+    default = PRESETS[first.parse_known_args()[0].preset]
+    CONFIG = tyro.cli(Config, default=default, description=__doc__)
 
 import harness
 import timm
 import torch
-from PIL import Image, ImageFilter
+from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
@@ -90,32 +88,27 @@ from tqdm import tqdm
 import densekit as dk
 from densekit.testing import probe_scenes
 
+
 # ==== views =======================================================================================
-
-
 class TwoViews:
     """Two augmented crops of each image, and the views they are."""
 
     def __init__(self, source, config: Config):
         self.source, self.seed, self.config, self.epoch = source, config.seed, config.views, 0
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
+        std = torch.distributions.Uniform(*map(torch.tensor, config.views.blur))
         self.photometric = transforms.Compose([
             transforms.ToPILImage(),  # the quickest on a CPU, and the blur of SimSiam
-            transforms.RandomApply([transforms.ColorJitter(*[0.4] * 3, config.views.hue)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([transforms.Lambda(self.blur)], p=0.5),
+            transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
             transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
             transforms.Normalize(MEAN, STD),
         ])  # fmt: skip
-
-    def blur(self, image: Image.Image) -> Image.Image:
-        sigma = torch.empty(()).uniform_(*self.config.blur)
-        return image.filter(ImageFilter.GaussianBlur(float(sigma)))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
-        """A whole batch: its views are drawn together."""
         images, unreadable = zip(*(self.source[i] for i in indices), strict=True)
         key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
         scale, generator = self.config.scale, harness.generator(*key)
@@ -123,13 +116,11 @@ class TwoViews:
         pixels = [image / 255 for image in images]
         crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
         with harness.seeded(*key, 1):  # other numbers than the views have
-            crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+            crops = [torch.stack([*map(self.photometric, crop)]) for crop in crops]
         return crops, views, [name for names in unreadable for name in names]
 
 
 # ==== model =======================================================================================
-
-
 def build_encoder(arch: str) -> nn.Module:
     """A network that returns its last feature map; a ResNet's weights have torchvision's names."""
     small = {"layers": (1,) * 4, "channels": (16, 32, 64, 64), "stem_type": "deep", "stem_width": 8}
@@ -169,7 +160,6 @@ class DenseSiam(nn.Module):
             self.region_predictor = head(VECTORS, dense, dense, dense, projector=False)
 
     # ==== loss ====================================================================================
-
     def forward(self, images: list[Tensor], views: list[dk.View], with_region: bool):
         maps = [self.encoder(x) for x in images]
         z = [self.projector(f.mean((-2, -1))) for f in maps]  # of the whole views (Table 4e)
@@ -202,8 +192,6 @@ class DenseSiam(nn.Module):
 
 
 # ==== evaluation ==================================================================================
-
-
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Draw views with matched points, pseudo-categories and PCA; on scenes, probe the encoder."""
@@ -231,14 +219,12 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
 
 
 # ==== loop ========================================================================================
-
-
 def train(config: Config) -> None:
     name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
     folder = config.run or Path("runs", f"densesiam-{name}")
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
-        dataset, device = TwoViews(source, config), world.device
+        device = world.device
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
         lr = config.lr * config.batch / 256
 
@@ -254,12 +240,14 @@ def train(config: Config) -> None:
         optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=config.weight_decay)
         step = run.resume(model, optimizer)
         options = {"world": world, "seed": config.seed, "workers": config.workers}
-        shown = min(6, config.batch // world.size) * world.size
-        preview = next(harness.batches(dataset, shown, start=0, stop=1, **options))
+        batches = partial(harness.batches, TwoViews(source, config), **options)
+        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
-        batches = harness.batches(dataset, config.batch, start=step, stop=steps, **options)
-        bar = tqdm(batches, total=steps, initial=step, disable=not world.is_main, unit="step")
+        images_and_views = batches(config.batch, start=step, stop=steps)
+        bar = tqdm(
+            images_and_views, total=steps, initial=step, disable=not world.is_main, unit="step"
+        )
         for images, views, unreadable in bar:
             now = optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
             with_region = late and step >= config.loss.region_start * steps

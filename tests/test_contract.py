@@ -285,6 +285,7 @@ TABLE = [
     row("intersect_views", two_views, (0, 1), close=8),
     row("coordinate_map", one_view, (0,), size=(2, 3)),
     row("crop_views", images_and_view, (0, 1), size=(3, 5)),
+    row("crop_views", images_and_view, (0, 1), size=(3, 5), interpolation="bicubic", close=4),
     row(
         "full_view",
         nothing,

@@ -24,15 +24,16 @@ from densekit.testing import scenes
 
 FOLDER = Path(harness.__file__).parent
 # The module, the model, a small configuration, the baseline's name and how to get it, another
-# preset, an architecture that does not exist, and how many pictures a view has.
+# preset, an architecture that does not exist, a view's pictures, the filter that resizes it.
 RECIPES = {
     "croc": SimpleNamespace(
         module=croc, model=croc.CrOC, small=CROC, preset="coco", wrong="vit_smal", panels=5,
+        filter="bicubic",
         baseline=("dino", {"alpha": 0.0}), encoder=lambda: croc.build_encoder("tiny", 0.0),
     ),
     "densesiam": SimpleNamespace(
         module=densesiam, model=densesiam.DenseSiam, small=DENSESIAM, preset="paper",
-        wrong="resnet5", panels=3,
+        wrong="resnet5", panels=3, filter="bilinear",
         baseline=("simsiam", {"loss": densesiam.PRESETS["simsiam"].loss}),
         encoder=lambda: densesiam.build_encoder("tiny"),
     ),
@@ -92,7 +93,8 @@ def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
     for row, index in enumerate(indices):
         pixels = dataset.source[index][0] / 255
         for crop, view in zip(crops, views, strict=True):
-            alone = dk.crop_views(pixels, dk.View(view.box[row], view.flip[row]), 32)
+            alone = dk.View(view.box[row], view.flip[row])
+            alone = dk.crop_views(pixels, alone, 32, interpolation=recipe.filter).clamp(0, 1)
             torch.testing.assert_close(crop[row], alone)
 
 
@@ -143,7 +145,9 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
     assert rows(tmp_path / "halted") == whole
 
 
-@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # says nothing of the result
+# Neither says anything of the result; the second is of a break in CrOC's graph, at `[valid]`.
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}])
 def test_bf16_and_compiled_runs_stay_close(recipe, tmp_path, folder, monkeypatch, changes):
     def compile_in_eager(self, disable):  # the graph without the minutes of code generation

@@ -603,6 +603,38 @@ def test_crops_of_whole_pixels_are_torchvisions(case):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@given(st.data())
+def test_bicubic_crops_of_whole_pixels_inside_the_image_are_torchvisions(data):
+    h, w = data.draw(sizes(2, 12), label="size")  # torch repeats a row of a single pixel
+    image = data.draw(tensors((2, h, w), 0.0, 1.0), label="image")
+    left, top = data.draw(st.integers(0, w - 2)), data.draw(st.integers(0, h - 2))
+    x2, y2 = data.draw(st.integers(left + 2, w)), data.draw(st.integers(top + 2, h))
+    box, flip = torch.tensor([left, top, x2, y2], dtype=torch.float64), data.draw(st.booleans())
+    out = data.draw(sizes(2, 8), label="out")
+    cubic = tv.InterpolationMode.BICUBIC
+    want = tv.resized_crop(image, top, left, y2 - top, x2 - left, list(out), cubic, antialias=True)
+    want = want.flip(-1) if flip else want
+    got = crop_views(image, View(box, torch.tensor(flip)), out, interpolation="bicubic")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@given(st.data())
+def test_a_list_of_images_of_any_sizes_is_cropped_one_by_one(data):
+    shapes = data.draw(st.lists(sizes(2, 4), min_size=1, max_size=5), label="sizes")
+    images = [data.draw(tensors((2, *size)), label="image") for size in shapes]
+    drawn = [data.draw(views((), size), label="view") for size in shapes]
+    view = View(torch.stack([x.box for x in drawn]), torch.stack([x.flip for x in drawn]))
+    alone = [crop_views(*pair, (3, 2)) for pair in zip(images, drawn, strict=True)]
+    torch.testing.assert_close(crop_views(images, view, (3, 2)), torch.stack(alone), **CLOSE)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_list_of_images_needs_a_view_each(count):
+    view = View(torch.tensor([[0.0, 0, 2, 2]] * 2), torch.tensor([False, True]))
+    with pytest.raises(TypeError, match=f"{count} images came with views of shape"):
+        crop_views([torch.rand(3, 4, 4)] * count, view, 2)
+
+
 def test_crops_of_photographic_size_are_torchvisions_in_float32():
     images = torch.rand(4, 3, 120, 90, generator=seeded())
     view = sample_views((120, 90), (4,), generator=seeded())
