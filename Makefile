@@ -19,8 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
-demo: $(VENV)/.demo ## pre-train DenseSiam on procedural scenes (CPU, a few minutes)
-	$(BIN)/python recipes/densesiam.py $(ARGS)
+RECIPE ?= densesiam
+
+demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc for another method
+	$(BIN)/python recipes/$(RECIPE).py $(ARGS)
 
 test: $(VENV)/.dev ## run the tests and report coverage
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)

@@ -323,7 +323,8 @@ def clustering() -> None:
     tokens, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
 
     def train() -> None:
-        loss, _ = model(images, views, 0.07)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss, _ = model(images, views, 0.07)
         loss.backward()
 
     step, locate = times(train, lambda: model.locate(tokens, qkv, views), rounds=5)

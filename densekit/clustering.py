@@ -246,7 +246,8 @@ def sinkhorn_merge(
 
     Join both views along n, and give each attention head an entry of `*batch`: one call clusters
     all. A problem's result depends on no other, unless `cost_range="batch"` asks for it. No
-    gradient flows.
+    gradient flows. On a GPU leave `torch.set_float32_matmul_precision` at "highest": rounded to
+    TF32, products choose another K now and then.
 
     Args:
         tokens: n tokens; L2-normalised here.
@@ -265,7 +266,8 @@ def sinkhorn_merge(
             marginal is `softmax(Y^T r)` (the paper). "mass" weights both by their mass in the plan,
             and the marginal is each centroid's mean token weight, scaled to sum 1 (the program).
         cost_range: What the range of the cost is taken over: each "problem" alone, or the whole
-            "batch" (the program), which makes an image's clusters depend on its neighbours.
+            "batch" (the program), which makes an image's clusters depend on its neighbours. Under
+            `vmap` the batch is what the function sees: one problem.
 
     Returns:
         Assignments, centroids, K, costs and merges, in at least float32.
@@ -320,7 +322,8 @@ def _merge(
         if position_weight:  # Eq 18
             far = positional_cost(clusters[..., d:-1], places)
             cost = torch.add(cost, far, alpha=position_weight)
-        cost = _unit_range(cost, tuple(range(cost.ndim)) if batch_range else (-2, -1))
+        every = batch_range and cost.numel() > 0
+        cost = _unit_range(cost, tuple(range(cost.ndim)) if every else (-2, -1))
         share = clusters[..., -1]
         col = _distribution(share) if by_mass else share.softmax(-1)  # Eq 10
         plan = _transport(cost, row, col, reg, iterations)

@@ -15,7 +15,7 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     """Sum of a tensor over the processes of a group; itself without one.
 
     Args:
-        x: The same shape on every process. No gradient flows through the sum.
+        x: The same shape on every process. No gradient flows through the sum of a group.
         group: The processes; None leaves the tensor as it is.
 
     Returns:
@@ -36,7 +36,7 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     """Elementwise maximum of a tensor over the processes of a group; itself without one.
 
     Args:
-        x: The same shape on every process. No gradient flows through the maximum.
+        x: The same shape on every process. No gradient flows through the maximum of a group.
         group: The processes; None leaves the tensor as it is.
 
     Returns:

@@ -3,12 +3,12 @@
     python recipes/croc.py                      # the demo: CPU, minutes; --data FOLDER: your images
     torchrun --nproc-per-node 8 recipes/croc.py --preset coco --data coco/train2017
 
-The same command run again resumes. `--preset dino` is the baseline: the clusters weigh 0.
-Logged values, deviations from the paper, time and results: docs/recipes/croc.md.
+The same command run again resumes; `dino` is the baseline. More: docs/recipes/croc.md.
 """
 
 import argparse
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,10 @@ class Config:
     head: tuple[int, int, int] = (2048, 65536, 8192)  # Width, outputs for images, for clusters.
     alpha: float = 1.0  # Weight of the clusters' loss.
     tokens: Literal["values", "keys", "queries", "last"] = "values"  # What is clustered.
-    weights: Literal["attention", "cosine"] = "attention"  # Of the tokens: to [CLS], by either.
+    token_weights: Literal["attention", "cosine"] = "attention"  # To [CLS], by either.
     start: int = 12  # Tokens that the clusters start from, K_start.
     position: float = 4.0  # Weight of the positional cost, lambda_pos.
-    sharpening: tuple[float, float, float] = (0.07, 0.07, 30.0)  # Teacher's: start, end, epochs.
+    teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)  # From, to, epochs.
     batch: int = 256  # Images a step, over all processes.
     epochs: int = 300
     lr: float = 5e-4  # For a batch of 256: scaled with the batch.
@@ -60,9 +60,9 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", head=(256, 512, 512), batch=40, epochs=8, lr=8e-3, warmup=1.0, momentum=0.97,
-        sharpening=(0.04, 0.04, 0.0), weight_decay=(0.04, 0.04), drop_path=0.0, workers=1,
-        precision="fp32", save_every=136, views=Views(64, (0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", head=(256, 512, 512), tokens="keys", batch=40, epochs=7, lr=4e-3, warmup=1.0,
+        momentum=0.99, teacher_temperature=(0.02, 0.02, 0.0), weight_decay=(0.04, 0.04), workers=1,
+        drop_path=0.0, precision="fp32", save_every=119, views=Views(64, (0.5, 1), 0.5, (0.1, 1)),
     ),
     "coco": Config("coco"),
     "imagenet": Config("imagenet", tokens="keys", batch=1024, position=3.0),
@@ -83,7 +83,7 @@ from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
-from timm.models.vision_transformer import init_weights_vit_timm
+from timm.models.vision_transformer import Attention, init_weights_vit_timm
 from torch import Tensor, nn
 from torchvision.ops import MLP
 from torchvision.transforms import v2 as transforms
@@ -94,9 +94,7 @@ from densekit.testing import probe_scenes
 
 
 # ==== views =======================================================================================
-class TwoViews:
-    """Two augmented crops of each image, and the views they are."""
-
+class TwoViews:  # two augmented crops of each image, and the views they are
     def __init__(self, source, config: Config):
         self.source, self.seed, self.config, self.epoch = source, config.seed, config.views, 0
         jitter = transforms.ColorJitter(0.4, 0.4, 0.2, config.views.hue)
@@ -121,7 +119,7 @@ class TwoViews:
         *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
         pixels = [image / 255 for image in images]
         crop = partial(dk.crop_views, pixels, size=self.config.size, interpolation="bicubic")
-        crops = [crop(view).clamp(0, 1) for view in views]
+        crops = [(crop(view).clamp(0, 1) * 255).round().byte() for view in views]
         with harness.seeded(*key, 1):  # other numbers than the views have
             both = [torch.stack([*map(f, x)]) for f, x in zip(self.photometric, crops, strict=True)]
         return both, views, [name for names in unreadable for name in names]
@@ -131,10 +129,13 @@ class TwoViews:
 def build_encoder(arch: str, drop_path: float) -> nn.Module:
     tiny = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
     name, options = ("vit_tiny_patch16_224", tiny) if arch == "tiny" else (arch, {})
-    if "vit" not in name or not timm.is_model(name):
-        raise harness.UserError(f"There is no ViT {arch} in timm: try vit_small_patch16_224.")
-    options |= {"dynamic_img_size": True, "drop_path_rate": drop_path}
-    return timm.create_model(name, num_classes=0, **options)
+    options |= {"dynamic_img_size": True, "drop_path_rate": drop_path, "num_classes": 0}
+    with suppress(AttributeError, RuntimeError, TypeError):  # unknown, or no such options or parts
+        attn = (vit := timm.create_model(name, **options)).blocks[-1].attn
+        kinds, prefix = (type(attn), type(attn.q_norm)), vit.num_prefix_tokens
+        if kinds == (Attention, nn.Identity) and prefix == 1 and vit.cls_token is not None:
+            return vit
+    raise harness.UserError(f"{arch} is no plain ViT of timm: try vit_small_patch16_224.")
 
 
 def encode(vit, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,13 +151,14 @@ def to_map(tokens: Tensor) -> Tensor:  # of a square view, without [CLS]
     return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=round(tokens.shape[1] ** 0.5))
 
 
-class CrOC(nn.Module):
-    """Student and teacher: each an encoder f and DINO's head, its MLP shared by both losses."""
-
+class CrOC(nn.Module):  # student and teacher: each an encoder f and DINO's head (Fig 2)
     def __init__(self, config: Config):
         super().__init__()
         self.config, (wide, *counts) = config, config.head[: 3 if config.alpha else 2]
         encoder, last = build_encoder(config.arch, config.drop_path), nn.ModuleDict()
+        patch, size = encoder.patch_embed.patch_size[0], config.views.size
+        if size % patch or config.start not in range(2, 2 * (size // patch) ** 2 + 1):
+            raise harness.UserError(f"--views.size: multiples of {patch}; --start: 2 to all tokens")
         for kind, count in zip(("image", "cluster"), counts, strict=False):
             last[kind] = nn.Linear(wide // 8, count, bias=False)
             self.register_buffer(kind, torch.zeros(count))  # center of the teacher's outputs
@@ -166,14 +168,15 @@ class CrOC(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()  # drops no path
 
     def head(self, network: nn.ModuleDict, x: Tensor, kind: str) -> Tensor:
-        return dk.l2_normalize(network["mlp"](x)) @ dk.l2_normalize(network["last"][kind].weight).mT
+        x, prototypes = network["mlp"](x), network["last"][kind].weight
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse to be sharpened
+            return dk.l2_normalize(x) @ dk.l2_normalize(prototypes).mT
 
-    @torch.no_grad()
     def locate(self, x: Tensor, qkv: Tensor, views: list[dk.View]):
         """K and the clusters of both views together, for each attention head (Sec 3.3)."""
         names, config = ("queries", "keys", "values", "last"), self.config
         z = (*qkv, x[:, None])[names.index(config.tokens)]
-        if config.weights == "attention":
+        if config.token_weights == "attention":
             r = (qkv[0, :, :, :1] @ qkv[1].mT / qkv.shape[-1] ** 0.5).float().softmax(-1)[:, :, 0]
             r = r if r.shape[1] == z.shape[1] else r.mean(1, keepdim=True)
         else:  # the authors' program
@@ -210,20 +213,18 @@ class CrOC(nn.Module):
 
 
 # ==== evaluation ==================================================================================
-@torch.no_grad()
 def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Draw both views with their clusters, pruned ones black, and PCA; on scenes, probe."""
     pixels, vit = torch.cat(preview[0]), model.teacher["encoder"]
     _, pruned = model.locate(*(found := encode(vit, pixels)), preview[1])
-    palette, maps = torch.rand(99, 3, generator=harness.generator(1493)), to_map(found[0]).cpu()
+    maps, palette = to_map(found[0]).cpu(), torch.rand(99, 3, generator=harness.generator(1493))
     colors = palette[pruned.labels.cpu()] * (pruned.assignments.sum(-1, keepdim=True).cpu() > 0)
     heads = rearrange(colors, "b k v (h w) c -> k (v b) c h w", h=maps.shape[-2])[:3]
-    panels = [pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)]
-    panels += [*heads, dk.pca_colors(maps)]
-    panels = [nn.functional.interpolate(x.clamp(0, 1), 224) for x in panels]
-    tiles = rearrange(panels, "p (v b) c h w -> (b v p) c h w", v=2)
+    rgb = pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    panels = rgb.clamp(0, 1), *heads, dk.pca_colors(maps)
+    panels = [nn.functional.interpolate(x, 224) for x in panels]
     (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
-    save_image(tiles, path, nrow=2 * len(panels))
+    save_image(rearrange(panels, "p (v b) c h w -> (b v p) c h w", v=2), path, nrow=2 * len(panels))
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
         score = probe_scenes(lambda x: to_map(encode(vit, normalize(x).to(pixels.device))[0]))
@@ -238,6 +239,7 @@ def train(config: Config) -> None:
         source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
         epoch = harness.batches_per_epoch(len(source), config.batch, world)
         steps, lr = config.epochs * epoch, config.lr * config.batch / 256
+        warmup = min(config.warmup, config.epochs) * epoch
         torch.manual_seed(config.seed)
         model = CrOC(config).to(world.device)
         model.compile(disable=not config.compile)
@@ -256,21 +258,19 @@ def train(config: Config) -> None:
             images_and_views, total=steps, initial=step, disable=not world.is_main, unit="step"
         )
         for images, views, unreadable in bar:
-            now = dk.warmup_cosine(step, steps, peak=lr, warmup=config.warmup * epoch, end=1e-6)
-            (low, high), (first, last, warm) = config.weight_decay, config.sharpening
+            now = dk.warmup_cosine(step, steps, peak=lr, warmup=warmup, end=1e-6)
+            (low, high), (first, last, warm) = config.weight_decay, config.teacher_temperature
             decays = dk.cosine_schedule(step, steps, start=low, end=high), 0.0
             tau = dk.linear_schedule(step, warm * epoch, start=first, end=last)
             for group, decay in zip(optimizer.param_groups, decays, strict=True):
                 group.update(lr=now, weight_decay=decay)
-            # Start tokens and dropped paths of a step are the same in a run that was resumed.
-            torch.manual_seed(harness.generator(config.seed, step, world.rank).initial_seed())
+            torch.manual_seed(harness.generator(config.seed, step, world.rank, 2).initial_seed())
             with torch.autocast(world.device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms = ddp(images, views, tau)
             optimizer.zero_grad()
             loss.backward()
             norms = [nn.utils.clip_grad_norm_(x, config.clip) for x in parameters]
-            slope = torch.stack(norms).norm()  # before they were clipped
-            values = run.reduce(step, {"loss": loss, "slope": slope, **terms})  # ends if not finite
+            values = run.reduce(step, {"loss": loss, "slope": torch.stack(norms).norm(), **terms})
             if step < config.freeze * epoch:
                 model.student["last"].zero_grad()
             optimizer.step()

@@ -75,7 +75,6 @@ def process_group(device: str = "auto") -> Iterator[World]:
         if not torch.cuda.is_available():
             raise UserError("No GPU is visible: use --device cpu.")
         torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")  # allows TF32
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core for the loader
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, normalize
 import densekit as dk
 
 SMALL = replace(
-    PRESETS["demo"], head=(32, 24, 16), start=4, batch=8, epochs=2, warmup=0.5, workers=0,
-    log_every=1, save_every=3, views=Views(size=32), device="cpu",
+    PRESETS["demo"], head=(32, 24, 16), tokens="values", start=4, batch=8, epochs=2, warmup=0.5,
+    workers=0, log_every=1, save_every=3, views=Views(size=32), device="cpu",
 )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_an_images_clusters_do_not_depend_on_its_neighbours(monkeypatch):
 @pytest.mark.parametrize("weights", ["attention", "cosine"])
 def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
     torch.manual_seed(0)
-    model, (images, views) = CrOC(replace(SMALL, tokens=tokens, weights=weights)), batch()
+    model, (images, views) = CrOC(replace(SMALL, tokens=tokens, token_weights=weights)), batch()
     x, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
     given = {}
 
@@ -214,9 +214,9 @@ def test_the_presets_are_the_papers():
     coco = PRESETS["coco"]
     assert (coco.batch, coco.epochs, coco.lr, coco.warmup) == (256, 300, 5e-4, 10)
     assert (coco.weight_decay, coco.momentum, coco.drop_path) == ((0.04, 0.4), 0.996, 0.1)
-    assert (coco.clip, coco.freeze, coco.sharpening[:2]) == (3.0, 1.0, (0.07, 0.07))
+    assert (coco.clip, coco.freeze, coco.teacher_temperature[:2]) == (3.0, 1.0, (0.07, 0.07))
     assert (coco.arch, coco.head) == ("vit_small_patch16_224", (2048, 65536, 8192))
-    assert (coco.alpha, coco.tokens, coco.weights) == (1.0, "values", "attention")
+    assert (coco.alpha, coco.tokens, coco.token_weights) == (1.0, "values", "attention")
     assert (coco.start, coco.position) == (12, 4.0)
     assert coco.views == Views(224, (0.25, 1.0), 0.1, (0.1, 2.0))
     imagenet = replace(coco, preset="imagenet", tokens="keys", position=3.0, batch=1024)

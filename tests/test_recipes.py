@@ -94,7 +94,9 @@ def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
         pixels = dataset.source[index][0] / 255
         for crop, view in zip(crops, views, strict=True):
             alone = dk.View(view.box[row], view.flip[row])
-            alone = dk.crop_views(pixels, alone, 32, interpolation=recipe.filter).clamp(0, 1)
+            alone = dk.crop_views(pixels, alone, 32, interpolation=recipe.filter)
+            if crop.dtype == torch.uint8:
+                alone = (alone.clamp(0, 1) * 255).round().byte()
             torch.testing.assert_close(crop[row], alone)
 
 
@@ -178,23 +180,43 @@ def two_processes(rank, name, port, config, stop_after):
     RECIPES[name].module.train(config)
 
 
+def launch(function, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    name, *others = arguments
+    torch.multiprocessing.start_processes(
+        function, (name, port, *others), nprocs=2, start_method="fork"
+    )
+
+
 def test_two_processes_train_and_resume_alike(name, recipe, tmp_path, folder):
     config = replace(recipe.small, data=folder)
 
-    def launch(run, stop_after=0):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        torch.multiprocessing.start_processes(
-            two_processes, (name, port, replace(config, run=tmp_path / run), stop_after), nprocs=2,
-            start_method="fork",
-        )  # fmt: skip
-
-    launch("whole")
-    launch("halted", stop_after=1)
-    launch("halted")
+    for run, stop_after in (("whole", 0), ("halted", 1), ("halted", 0)):
+        launch(two_processes, name, replace(config, run=tmp_path / run), stop_after)
     assert len(rows(tmp_path / "whole")) == 4
     assert rows(tmp_path / "whole") == rows(tmp_path / "halted")
+
+
+def valid_on_the_other_process_only(rank, name, port, config):
+    prune = dk.prune_clusters
+
+    def none(assignments):
+        found = prune(assignments)
+        return found._replace(assignments=found.assignments * 0, valid=found.valid & False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(dk, "prune_clusters", none)
+        two_processes(rank, name, port, config, 0)
+
+
+def test_a_process_without_any_valid_cluster_holds_no_other_up(tmp_path, folder):
+    config = replace(CROC, data=folder, run=tmp_path)
+    launch(valid_on_the_other_process_only, "croc", config)
+    assert len(rows(tmp_path)) == 4
+    assert all(row["cluster"] > 0 for row in rows(tmp_path))
 
 
 def test_the_demo_prints_the_probe_and_the_prior(recipe, tmp_path, monkeypatch, capsys):
@@ -243,6 +265,34 @@ def test_unreadable_files_are_named_and_the_run_goes_on(recipe, tmp_path, folder
 
 
 @pytest.mark.parametrize(
+    "arch",
+    [
+        "davit_tiny", "resnet18", "vit_base_patch16_siglip_224", "vit_dwee_patch16_reg1_gap_256",
+        "vit_little_patch16_reg1_gap_256", "vit_relpos_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3",
+    ],
+)  # fmt: skip
+def test_croc_takes_plain_vits_only(arch):
+    with pytest.raises(harness.UserError, match=f"{arch} is no plain ViT"):
+        croc.build_encoder(arch, 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start": 1}, {"start": 33}, {"views": croc.Views(size=36)}], ids=str
+)
+def test_croc_answers_impossible_numbers_of_tokens_with_a_sentence(changes):
+    with pytest.raises(harness.UserError, match="multiples of 8"):
+        croc.CrOC(replace(CROC, **changes))
+
+
+def test_a_warm_up_longer_than_the_run_is_the_run(tmp_path, folder):
+    croc.train(replace(CROC, data=folder, run=tmp_path, warmup=10.0))
+    lr = [row["lr"] for row in rows(tmp_path)]
+    assert lr == sorted(lr)
+    assert len(set(lr)) == 4
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"preset": "preset"}, "--data"),
@@ -250,7 +300,7 @@ def test_unreadable_files_are_named_and_the_run_goes_on(recipe, tmp_path, folder
         ({"data": Path(__file__)}, "test_recipes.py"),
         ({"data": "folder", "batch": 1}, "--batch 1"),
         ({"data": "folder", "batch": 64}, "20 images"),
-        ({"data": "folder", "arch": "wrong"}, "There is no"),
+        ({"data": "folder", "arch": "wrong"}, "timm"),
     ],
 )
 def test_bad_input_gets_one_sentence(recipe, tmp_path, folder, changes, sentence):
