@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -126,7 +126,7 @@ class TwoViews:  # two augmented crops of each image, and the views they are
 
 
 # ==== model =======================================================================================
-def build_encoder(arch: str, drop_path: float):
+def build_encoder(arch: str, drop_path: float) -> Any:
     tiny = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
     name, options = ("vit_tiny_patch16_224", tiny) if arch == "tiny" else (arch, {})
     options |= {"dynamic_img_size": True, "drop_path_rate": drop_path, "num_classes": 0}
