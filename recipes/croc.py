@@ -131,9 +131,9 @@ def build_encoder(arch: str, drop_path: float) -> Any:
     name, options = ("vit_tiny_patch16_224", tiny) if arch == "tiny" else (arch, {})
     options |= {"dynamic_img_size": True, "drop_path_rate": drop_path, "num_classes": 0}
     with suppress(AttributeError, RuntimeError, TypeError):  # unknown, or no such options or parts
-        attn = (vit := timm.create_model(name, **options)).blocks[-1].attn
-        kinds, prefix = (type(attn), type(attn.q_norm)), vit.num_prefix_tokens
-        if kinds == (Attention, nn.Identity) and prefix == 1 and vit.cls_token is not None:
+        vit: Any = timm.create_model(name, **options)
+        parts = [type(x) for x in (vit.blocks[-1].attn, vit.blocks[-1].attn.q_norm)]
+        if parts == [Attention, nn.Identity] and vit.num_prefix_tokens == 1 and vit.has_class_token:
             return vit
     raise harness.UserError(f"{arch} is no plain ViT of timm: try vit_small_patch16_224.")
 
