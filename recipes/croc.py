@@ -60,9 +60,9 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", head=(256, 512, 512), tokens="keys", batch=40, epochs=6, lr=4e-3, warmup=1.0,
+        arch="tiny", head=(256, 512, 512), tokens="keys", batch=40, epochs=5, lr=4e-3, warmup=1.0,
         momentum=0.99, teacher_temperature=(0.02, 0.02, 0.0), weight_decay=(0.04, 0.04), workers=1,
-        drop_path=0.0, precision="fp32", save_every=102, views=Views(64, (0.5, 1), 0.5, (0.1, 1)),
+        drop_path=0.0, precision="fp32", save_every=85, views=Views(64, (0.5, 1), 0.5, (0.1, 1)),
     ),
     "coco": Config("coco"),
     "imagenet": Config("imagenet", tokens="keys", batch=1024, position=3.0),
