@@ -271,13 +271,17 @@ def problem(images: int = 16, heads: int = 6, tokens: int = 392) -> tuple[Tensor
 PROGRAM = {"similarity": "dot", "merge": "mass"}  # what the loop does
 
 
+def assign(found: dk.MergedClusters) -> tuple[Tensor, Tensor]:
+    """Assignments of each view, with the clusters of all heads side by side, and the valid ones."""
+    pruned = dk.prune_clusters(dk.split_assignments(found.assignments, normalize="columns"))
+    return pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2), pruned.valid
+
+
 def view_centroids(z: Tensor, places: Tensor, weights: Tensor, start: Tensor, last: Tensor):
     """From the tokens of all heads to masked centroids of both views, in fixed shapes."""
     found = dk.sinkhorn_merge(z, places, weights, start, **PROGRAM)
-    split = dk.split_assignments(found.assignments, normalize="columns")
-    pruned = dk.prune_clusters(split)
-    assignments = pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2)
-    return dk.centroids(last, assignments), pruned.valid, found.clusters
+    assignments, valid = assign(found)
+    return dk.centroids(last, assignments), valid, found.clusters
 
 
 def clustering() -> None:
@@ -309,8 +313,7 @@ def clustering() -> None:
     against(f"the same, compiled in {seconds:.0f} s", quick, whole, "plain loop")
     against(f"`sinkhorn_merge` alone, {shape}, eager", merging, merge_loop, "plain loop")
     found = dk.sinkhorn_merge(*given, **PROGRAM)
-    pruned = dk.prune_clusters(dk.split_assignments(found.assignments))
-    assignments = pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2)
+    assignments, _ = assign(found)
     weights, indices = croc_loop.prune(found.assignments.flatten(0, 1))
     product, gather = times(
         lambda: [dk.centroids(last, assignments) for _ in range(2)],

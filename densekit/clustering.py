@@ -27,8 +27,7 @@ __all__ = [
     "split_assignments",
 ]
 
-
-_SAFE = 30  # exp(-30) to the third power is still a normal float32
+_SAFE = 30  # scaled by rows and columns, exp(-30) stays within exp(-60) and exp(60): normal numbers
 
 
 class MergedClusters(NamedTuple):
@@ -336,7 +335,7 @@ def _merge(
             means = torch.cat([means[..., :-1], share[..., None]], -1)
         if left > 2:
             pair = _most_alike(l2_normalize(means[..., :d]) if cosine else means[..., :d])
-            two, part = _take(means, pair), _take(mass if by_mass else mass * 0 + 1, pair)
+            two, part = _take(means, pair), _take(mass if by_mass else torch.ones_like(mass), pair)
             joined = (two * part).sum(-2, keepdim=True) / _one_if_zero(part.sum(-2, keepdim=True))
             others = torch.arange(left - 2, device=pair.device).expand(*pair.shape[:-1], -1)
             for gone in (pair[..., :1], pair[..., 1:]):  # in this order: the first is the smaller

@@ -56,17 +56,16 @@ def ema_update(
         for pair in _pairs(teacher.named_buffers(), student.named_buffers()):
             averaged = buffers == "average" and pair[0].is_floating_point()
             (kept if averaged else copied).append(pair)
+    if half := {old.dtype for old, _ in kept} - {torch.float32, torch.float64}:
+        raise TypeError(
+            f"densekit.ema.ema_update: the teacher is in {half.pop()}, where an update of "
+            f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy."
+        )
     for old, new in copied:
         old.copy_(new)
     if kept:
-        olds, news = zip(*kept, strict=True)
-        if half := {old.dtype for old in olds} - {torch.float32, torch.float64}:
-            raise TypeError(
-                f"densekit.ema.ema_update: the teacher is in {half.pop()}, where an update of "
-                f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy."
-            )
         news = [new.to(old.dtype) for old, new in kept]
-        torch._foreach_lerp_(list(olds), news, 1 - momentum)
+        torch._foreach_lerp_([old for old, _ in kept], news, 1 - momentum)
 
 
 def _pairs(

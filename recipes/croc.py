@@ -191,7 +191,8 @@ class CrOC(nn.Module):  # student and teacher: each an encoder f and DINO's head
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], views: list[dk.View], tau: float):
         pixels, networks, terms, loss = torch.cat(images), (self.student, self.teacher), {}, 0.0
-        (s, _), (t, qkv) = (encode(network["encoder"], pixels) for network in networks)
+        s = self.student["encoder"].forward_features(pixels)
+        t, qkv = encode(self.teacher["encoder"], pixels)
         inputs = {"image": [s[:, 0], t[:, 0]]}
         if self.config.alpha:
             clusters, pruned = self.locate(t, qkv, views)
@@ -221,8 +222,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
     colors = palette[pruned.labels.cpu()] * (pruned.assignments.sum(-1, keepdim=True).cpu() > 0)
     heads = rearrange(colors, "b k v (h w) c -> k (v b) c h w", h=maps.shape[-2])[:3]
     rgb = pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    panels = rgb.clamp(0, 1), *heads, dk.pca_colors(maps)
-    panels = [nn.functional.interpolate(x, 224) for x in panels]
+    panels = [nn.functional.interpolate(x, 224) for x in (rgb, *heads, dk.pca_colors(maps))]
     (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
     save_image(rearrange(panels, "p (v b) c h w -> (b v p) c h w", v=2), path, nrow=2 * len(panels))
     if config.data is None:

@@ -134,3 +134,11 @@ def test_modules_of_another_order_are_never_mixed_up():
 def test_a_momentum_outside_the_unit_range_is_refused(momentum):
     with pytest.raises(ValueError, match=f"ema_update: momentum is {momentum}"):
         ema_update(nn.Linear(1, 1), nn.Linear(1, 1), momentum=momentum)
+
+
+def test_a_refused_update_changes_nothing():
+    teacher, student = torch.nn.BatchNorm1d(3).bfloat16(), torch.nn.BatchNorm1d(3)
+    student.running_mean.fill_(7.0)
+    with pytest.raises(TypeError, match=r"rounds to nothing"):
+        ema_update(teacher, student, momentum=0.99)
+    assert (teacher.running_mean == 0).all()
