@@ -8,6 +8,7 @@ Rivals take turns within a row, and the median of the rounds counts: a noisy mac
 """
 
 import argparse
+import copy
 import io
 import os
 import statistics
@@ -23,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import croc
 import croc_loop
 import densesiam
+import dupr
 import numpy as np
+import timm
 import torch
+import torchvision
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
@@ -351,7 +355,73 @@ def growth() -> None:
         row(what, f"{seconds * 1e3:.1f} ms", "", f"{each * 1e9:.0f} ns a token")
 
 
-FUNCTIONS = (geometry, checks, primitives, clustering, growth, step, memory)
+def moco() -> None:
+    """What DUPR adds to MoCo v2: RoIAlign, the momentum update, a whole step."""
+    for d, side in ((1024, 14), (2048, 7)):
+        features = torch.rand(256, d, side, side, device=DEVICE, requires_grad=True)
+        low = torch.rand(256, 2, device=DEVICE) / 2
+        boxes = torch.cat([low, low + 0.2 + 0.3 * torch.rand(256, 2, device=DEVICE)], 1)
+        rois = torch.cat([torch.arange(256, device=DEVICE)[:, None], boxes * side], 1)
+        slope = torch.rand(256, d, side, side, device=DEVICE)
+
+        def ours() -> None:
+            pooled = dk.roi_align(features, boxes[:, None], side).features[:, 0]
+            torch.autograd.grad(pooled, features, slope)
+
+        def rival() -> None:
+            options = {"sampling_ratio": 2, "aligned": True}
+            pooled = torchvision.ops.roi_align(features, rois, side, **options)
+            torch.autograd.grad(pooled, features, slope)
+
+        what = f"`roi_align`, 256 boxes, {d} x {side} x {side}, forward and backward"
+        against(what, *times(ours, rival, rounds=5), "torchvision's roi_align")
+    student = timm.create_model("resnet50").to(DEVICE)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+            old.mul_(0.999).add_(new, alpha=0.001)
+        for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
+            old.copy_(new)
+
+    measured = times(lambda: dk.ema_update(teacher, student, momentum=0.999), loop)
+    against("`ema_update` of a ResNet-50", *measured, "loop over parameters and buffers")
+    keys = torch.rand(1024, 128, device=DEVICE)
+    bank = dk.push(dk.init_bank(65536, 128, device=DEVICE), keys)
+
+    def slice_assignment() -> None:
+        bank.features[1024:2048] = keys
+
+    measured = times(lambda: dk.push(bank, keys), slice_assignment)
+    against("`push`, 1024 keys to a bank of 65536 x 128", *measured, "slice assignment in place")
+    batch = 64 if DEVICE.type == "cuda" else 8
+    images, views = inputs(batch, DEVICE)
+    images = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    order = torch.arange(batch, device=DEVICE)
+
+    def stepper(preset: str) -> Callable[[], None]:
+        model = dupr.DUPR(dupr.PRESETS[preset]).to(DEVICE, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.student.parameters(), 0.06, 0.9, weight_decay=1e-4)
+        banks = model.init_banks(DEVICE)
+        full = torch.rand(65536, 128, device=DEVICE)
+        banks = {name: dk.push(bank, full) for name, bank in banks.items()}
+
+        def function() -> None:
+            dk.ema_update(model.teacher, model.student, momentum=0.999, buffers="keep")
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+                loss, *_ = model(images, views, banks, order)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return function
+
+    measured = times(stepper("paper"), stepper("mocov2"), rounds=5)
+    against(f"a step of DUPR, ResNet-50, batch {batch}, full banks", *measured, "MoCo v2")
+
+
+FUNCTIONS = (geometry, checks, primitives, clustering, growth, moco, step, memory)
 SECTIONS = {function.__name__: function for function in FUNCTIONS}
 
 if __name__ == "__main__":

@@ -1,6 +1,16 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning."""
 
-from densekit.boxes import box_area, box_iou, boxes_valid, intersect_boxes
+from densekit.bank import Bank, Negatives, init_bank, negatives, push, sample_keys
+from densekit.boxes import (
+    RoIFeatures,
+    assign_levels,
+    box_area,
+    box_iou,
+    boxes_valid,
+    intersect_boxes,
+    roi_align,
+    sample_boxes_at_iou,
+)
 from densekit.clustering import (
     KMeans,
     MergedClusters,
@@ -15,7 +25,14 @@ from densekit.clustering import (
     sinkhorn_merge,
     split_assignments,
 )
-from densekit.distributed import all_max, all_sum
+from densekit.distributed import (
+    all_gather,
+    all_max,
+    all_mean,
+    all_sum,
+    shuffle_batch,
+    unshuffle_batch,
+)
 from densekit.ema import ema_update
 from densekit.losses import (
     cross_entropy_similarity,
@@ -30,11 +47,13 @@ from densekit.losses import (
 from densekit.metrics import (
     LinearProbe,
     SegmentationScore,
+    affinity_matrix,
     confusion_matrix,
     fit_linear_probe,
     linear_segmentation,
     mean_iou,
     pca_colors,
+    similarity_iou_curve,
 )
 from densekit.pooling import pool_masks
 from densekit.sampling import (
@@ -45,6 +64,7 @@ from densekit.sampling import (
     gridsample,
     gridsample_pairs,
     hard_points,
+    patch_pairs,
     random_points,
 )
 from densekit.schedules import cosine_schedule, linear_schedule, warmup_cosine
@@ -67,18 +87,25 @@ from densekit.views import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
     "KMeans",
     "LinearProbe",
     "MergedClusters",
+    "Negatives",
     "Overlap",
     "PairedFeatures",
     "PairedPoints",
     "PrunedClusters",
+    "RoIFeatures",
     "SegmentationScore",
     "View",
     "ViewPairs",
+    "affinity_matrix",
+    "all_gather",
     "all_max",
+    "all_mean",
     "all_sum",
+    "assign_levels",
     "box_area",
     "box_iou",
     "boxes_image_to_view",
@@ -100,6 +127,7 @@ __all__ = [
     "hard_points",
     "image_to_view",
     "info_nce",
+    "init_bank",
     "intersect_boxes",
     "intersect_views",
     "kmeans",
@@ -110,19 +138,28 @@ __all__ = [
     "masked_mean",
     "mean_iou",
     "negative_cosine",
+    "negatives",
+    "patch_pairs",
     "pca_colors",
     "pool_masks",
     "positional_cost",
     "prune_clusters",
+    "push",
     "random_points",
+    "roi_align",
+    "sample_boxes_at_iou",
+    "sample_keys",
     "sample_tokens",
     "sample_view_pairs",
     "sample_views",
     "self_distillation",
+    "shuffle_batch",
+    "similarity_iou_curve",
     "sinkhorn",
     "sinkhorn_merge",
     "split_assignments",
     "symmetric_loss",
+    "unshuffle_batch",
     "update_center",
     "view_to_image",
     "warmup_cosine",

@@ -1,13 +1,53 @@
-"""Sums and maxima over processes; without a group a tensor is its own sum."""
+"""Sums, means and rows over processes, with their gradients; the identity without a group.
+
+Every process calls alike, backward passes included. The gradient is that of the sum of the losses
+of all processes: with DistributedDataParallel, which averages gradients, a loss on gathered rows
+has the gradient of one process that saw all rows.
+"""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from densekit.typing import Float, Tensor, typed
+from torch.autograd import Function
+from densekit.typing import Float, Int, Shaped, Tensor, typed
 
-__all__ = ["all_max", "all_sum"]
+__all__ = ["all_gather", "all_max", "all_mean", "all_sum", "shuffle_batch", "unshuffle_batch"]
 
 Group = dist.ProcessGroup | None
 """The processes that take part, such as `torch.distributed.group.WORLD`; None is this one alone."""
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _all_reduce(x, dist.ReduceOp.SUM, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradients[0], ctx.group), None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.detach().contiguous()
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = _Sum.apply(gradients[0], ctx.group)  # what each process's loss says of these rows
+        return total.tensor_split(ctx.group.size())[ctx.group.rank()], None
 
 
 @typed
@@ -15,11 +55,11 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     """Sum of a tensor over the processes of a group; itself without one.
 
     Args:
-        x: The same shape on every process. No gradient flows through the sum of a group.
+        x: The same shape on every process.
         group: The processes; None leaves the tensor as it is.
 
     Returns:
-        The sum, the same on every process.
+        The sum, the same on every process. Its gradient is the sum of the processes' gradients.
 
     Examples:
         >>> all_sum(torch.ones(2))
@@ -28,7 +68,31 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     References:
         House convention: a process without a group is a group of one.
     """
-    return _all_reduce(x, dist.ReduceOp.SUM, group)
+    return x if _alone(group) else _Sum.apply(x, group)
+
+
+@typed
+def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*shape"]:
+    """Mean of a tensor over the processes of a group; itself without one.
+
+    The mean of masked means is no masked mean where processes have different numbers of valid
+    entries: for that give [`masked_mean`][densekit.losses.masked_mean] the group.
+
+    Args:
+        x: The same shape on every process.
+        group: The processes; None leaves the tensor as it is.
+
+    Returns:
+        The mean, the same on every process. Its gradient is the mean of the processes' gradients.
+
+    Examples:
+        >>> all_mean(torch.ones(2))
+        tensor([1., 1.])
+
+    References:
+        House convention: a process without a group is a group of one.
+    """
+    return x if group is None else all_sum(x, group) / group.size()
 
 
 @typed
@@ -49,12 +113,121 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     References:
         House convention: a process without a group is a group of one.
     """
-    return _all_reduce(x, dist.ReduceOp.MAX, group)
+    return x if group is None or _alone(group) else _all_reduce(x, dist.ReduceOp.MAX, group)
 
 
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> Tensor:
-    if group is None:
+@typed
+def all_gather(
+    x: Shaped[Tensor, " n *row"], group: Group = None, *, ragged: bool = False
+) -> Shaped[Tensor, " m *row"]:
+    """Rows of all processes, in the order of their ranks; the tensor itself without a group.
+
+    Use it for keys that every process pushes into its bank in the same order, and for negatives
+    from the whole batch. Where the number of rows differs from process to process, carry a `valid`
+    beside padded rows, or ask for `ragged`.
+
+    Args:
+        x: Rows, of any dtype; as many on every process, unless ragged.
+        group: The processes; None leaves the tensor as it is.
+        ragged: Let the number of rows differ, at the price of one more message, which the host
+            waits for.
+
+    Returns:
+        `m` rows, the same on every process. The gradient of a row is the sum of what all
+        processes' losses say of it.
+
+    Examples:
+        >>> all_gather(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+
+    References:
+        MoCo, Algorithm 1 (keys of all processes); SimCLR, Sec 2.2 (negatives of all processes).
+    """
+    if _alone(group):
         return x
+    if not ragged:
+        return _Gather.apply(x, group)
+    counts = _Gather.apply(torch.tensor([len(x)], device=x.device), group).tolist()
+    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+    parts = _Gather.apply(padded, group).tensor_split(len(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@typed
+def shuffle_batch(
+    x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
+) -> Shaped[Tensor, " n *row"]:
+    """Deal the rows of all processes out anew, for shuffled batch normalisation.
+
+    The keys' batch statistics must not tell which key belongs to a query: shuffle the images,
+    encode them, `unshuffle_batch` the features, and only then use boxes or labels of theirs.
+
+    Args:
+        x: n rows on each process, of any dtype.
+        order: A permutation of the `m = n processes` rows, the same on every process, such as
+            `torch.randperm(m, generator=...)` with one seed for all.
+        group: The processes; None permutes the rows of this one.
+
+    Returns:
+        This process's n of the shuffled rows.
+
+    Raises:
+        ValueError: The order has another length than all rows together.
+
+    Examples:
+        >>> order = torch.tensor([2, 0, 1])
+        >>> shuffled = shuffle_batch(torch.tensor([[1.0], [2.0], [3.0]]), order)
+        >>> shuffled.flatten(), unshuffle_batch(shuffled, order).flatten()
+        (tensor([3., 1., 2.]), tensor([1., 2., 3.]))
+
+    References:
+        MoCo, Sec 3.3 (Shuffling BN); DUPR, Sec 3.2 (its key branch).
+    """
+    return _deal("shuffle_batch", x, order, group)
+
+
+@typed
+def unshuffle_batch(
+    x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
+) -> Shaped[Tensor, " n *row"]:
+    """Undo `shuffle_batch`: give each process the rows of its own images back.
+
+    Args:
+        x: n shuffled rows, or what was computed of them.
+        order: The permutation that `shuffle_batch` was given.
+        group: The processes; None permutes the rows of this one.
+
+    Returns:
+        This process's rows, in their old order.
+
+    Raises:
+        ValueError: The order has another length than all rows together.
+
+    Examples:
+        >>> unshuffle_batch(torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([2, 0, 1])).flatten()
+        tensor([1., 2., 3.])
+
+    References:
+        MoCo, Sec 3.3 (Shuffling BN).
+    """
+    return _deal("unshuffle_batch", x, order.argsort(), group)
+
+
+def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    if len(order) != len(x) * size:
+        raise ValueError(
+            f"densekit.distributed.{function}: the order has {len(order)} places for {len(x)} rows "
+            f"on each of {size} processes; give a permutation of all of them."
+        )
+    return all_gather(x, group)[order.tensor_split(size)[rank]]
+
+
+def _alone(group: Group) -> bool:
+    return group is None or group.size() == 1
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, op, group)
     return total

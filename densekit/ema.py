@@ -1,81 +1,151 @@
 """Momentum update of a teacher: an exponential moving average of a student's weights."""
 
-from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from densekit.typing import Tensor, typed
 
 __all__ = ["ema_update"]
+
+Tree = nn.Module | dict | list | tuple
 
 
 @typed
 @torch.no_grad()
 def ema_update(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: Tree,
+    student: Tree,
     *,
     momentum: float,
     buffers: Literal["copy", "average", "keep"] = "copy",
-) -> None:
-    """Move a teacher's parameters towards a student's, in place: `m teacher + (1 - m) student`.
+    inplace: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tree:
+    """Move a teacher's tensors towards a student's: `m teacher + (1 - m) student`.
 
-    Both modules have parameters of the same names, such as a network and its deep copy. All
-    tensors are updated in one fused pass.
+    Both are modules with parameters of the same names, such as a network and its deep copy, or
+    state dicts, or other trees of dicts, lists and (named) tuples alike. All tensors are updated
+    in one fused pass.
 
     Args:
-        teacher: Changed in place. Its parameters are float32 or float64: in half precision an
-            update by 1 - m rounds to nothing.
-        student: Left as it is; in any floating dtype.
+        teacher: Changed in place, or left as it is. In half precision an update by 1 - m rounds
+            to nothing: keep it in float32, or in bfloat16 and give a generator.
+        student: Left as it is; in any floating dtype, on any device.
         momentum: Weight of the old value m.
-        buffers: "copy" the student's, such as batch-norm statistics, "average" the floating ones
-            and copy the others, or "keep" the teacher's.
+        buffers: "copy" a module's buffers from the student, such as batch-norm statistics,
+            "average" the floating ones and copy the others, or "keep" the teacher's. In a tree a
+            floating tensor is always averaged; fixed numbers are copied or kept.
+        inplace: Change the teacher's own tensors, or leave them and return new ones.
+        generator: Source of the stochastic rounding of a bfloat16 teacher, on its device: the mean
+            goes up or down by chance, so that its expectation is exact. Seed it alike on all
+            processes.
+
+    Returns:
+        The teacher itself; or, not in place, a new tree, for a module a dict of its parameters
+        and buffers as `torch.func.functional_call` takes it.
 
     Raises:
-        TypeError: The modules' parameters or buffers do not correspond, or the teacher is in half
-            precision.
+        TypeError: The two do not correspond, or the teacher is in half precision (for bfloat16:
+            without a generator). Nothing has changed then.
         ValueError: The momentum is outside [0, 1].
 
     Examples:
         >>> teacher, student = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-        >>> ema_update(teacher, student, momentum=0.0)
+        >>> _ = ema_update(teacher, student, momentum=0.0)
         >>> bool(teacher.weight == student.weight)
         True
+        >>> ema_update({"w": torch.zeros(1)}, {"w": torch.ones(1)}, momentum=0.75, inplace=False)
+        {'w': tensor([0.2500])}
 
     References:
-        CrOC, Sec 3.2 (teacher); MoCo, Eq 2; DINO, Sec 3.1.
+        MoCo, Eq 2; DINO, Sec 3.1; CrOC, Sec 3.2; DUPR, Sec 3.2 (momentum backbone and heads).
     """
     if not 0 <= momentum <= 1:
         raise ValueError(
             f"densekit.ema.ema_update: momentum is {momentum}; give the old value's weight, from 0 "
             "to 1."
         )
-    kept, copied = _pairs(teacher.named_parameters(), student.named_parameters()), []
-    if buffers != "keep":
-        for pair in _pairs(teacher.named_buffers(), student.named_buffers()):
-            averaged = buffers == "average" and pair[0].is_floating_point()
-            (kept if averaged else copied).append(pair)
-    if half := {old.dtype for old, _ in kept} - {torch.float32, torch.float64}:
-        raise TypeError(
-            f"densekit.ema.ema_update: the teacher is in {half.pop()}, where an update of "
-            f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy."
-        )
-    for old, new in copied:
-        old.copy_(new)
-    if kept:
-        news = [new.to(old.dtype) for old, new in kept]
-        torch._foreach_lerp_([old for old, _ in kept], news, 1 - momentum)
+    (olds, fixed), (news, _) = _tensors(teacher), _tensors(student)
+    _check_alike(olds, news)
+    averaged, copied = [], []
+    for name, old in olds.items():
+        floating = old.is_floating_point() or old.is_complex()
+        if floating and (buffers == "average" or name not in fixed):
+            averaged.append(name)
+        elif buffers != "keep":
+            copied.append(name)
+    narrow = [name for name in averaged if olds[name].dtype in (torch.bfloat16, torch.float16)]
+    for dtype in {olds[name].dtype for name in narrow}:
+        if dtype == torch.float16 or generator is None:
+            raise TypeError(
+                f"densekit.ema.ema_update: the teacher is in {dtype}, where an update of "
+                f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy, or give "
+                "a bfloat16 teacher a generator."
+            )
+    if not inplace:
+        copies = {_place(x): x.clone() for x in olds.values()}  # one for both names of tied weights
+        olds = {name: copies[_place(x)] for name, x in olds.items()}
+    averaged = [*{_place(olds[name]): name for name in averaged}.values()]
+    means = [olds[name].float() if name in narrow else olds[name] for name in averaged]
+    if means:
+        targets = [news[name].to(mean) for name, mean in zip(averaged, means, strict=True)]
+        torch._foreach_lerp_(means, targets, 1 - momentum)
+    if copied:
+        torch._foreach_copy_([olds[name] for name in copied], [news[name] for name in copied])
+    for name, mean in zip(averaged, means, strict=True):
+        if name in narrow:
+            olds[name].copy_(_round_stochastically(mean, generator))
+    if inplace:
+        return teacher
+    return olds if isinstance(teacher, nn.Module) else _rebuild(teacher, olds)
 
 
-def _pairs(
-    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    olds, news = dict(teacher), dict(student)
+def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of a tree by name, and which are a module's buffers; in one quick pass."""
+    if not isinstance(tree, nn.Module):
+        leaves, _ = tree_flatten_with_path(tree)
+        if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
+            raise TypeError(
+                "densekit.ema.ema_update: a module is inside of a tree; give each module, or a "
+                "tree of their state dicts."
+            )
+        return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}, set()
+    tensors, buffers, modules = {}, {}, [("", tree)]
+    for prefix, module in modules:  # which grows; named_modules() takes as long as the update
+        for name, x in module._parameters.items():
+            tensors[prefix + name] = x
+        for name, x in module._buffers.items():
+            buffers[prefix + name] = x
+        modules += [(f"{prefix}{name}.", x) for name, x in module._modules.items() if x is not None]
+    tensors |= buffers
+    return {name: x for name, x in tensors.items() if x is not None}, {*buffers}
+
+
+def _place(x: Tensor) -> tuple:
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+def _rebuild(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    leaves, structure = tree_flatten_with_path(tree)
+    return tree_unflatten([tensors.get(keystr(path), leaf) for path, leaf in leaves], structure)
+
+
+def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
+    if olds.keys() == news.keys() and all(x.shape == news[name].shape for name, x in olds.items()):
+        return
     shapes = [{(name, tuple(x.shape)) for name, x in tensors.items()} for tensors in (olds, news)]
-    for name, shape in sorted(shapes[0] ^ shapes[1]):
-        raise TypeError(
-            f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; make "
-            "the teacher a deep copy of the student."
-        )
-    return [(old, news[name]) for name, old in olds.items()]
+    name, shape = min(shapes[0] ^ shapes[1])
+    raise TypeError(
+        f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; give "
+        "two of one kind, the teacher a copy of the student."
+    )
+
+
+def _round_stochastically(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Float32 to bfloat16, up or down with the probability that makes the mean exact."""
+    size, device = x.shape, x.device
+    noise = torch.randint(2**16, size, generator=generator, dtype=torch.int32, device=device)
+    rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

@@ -4,10 +4,13 @@ A loss averages over the valid entries only, and is a zero that still carries th
 is valid. Half precision is widened to float32. Nothing here knows geometry.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.autograd import Function
+from densekit.bank import Negatives
 from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed, widen
 
@@ -27,7 +30,10 @@ Reduction = Literal["mean", "none"]
 
 @typed
 def masked_mean(
-    values: Float[Tensor, "*batch"], valid: Bool[Tensor, "*valid"] | None = None
+    values: Float[Tensor, "*batch"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    group: Group = None,
 ) -> Float[Tensor, ""]:
     """Mean of the valid entries; zero, with a graph and zero gradients, when there are none.
 
@@ -36,6 +42,9 @@ def masked_mean(
     Args:
         values: Any values; those that are not valid may be NaN.
         valid: Entries to use, of the values' shape or broadcast to it; all when left out.
+        group: Processes that share the mean: every valid entry of any of them counts once, and the
+            averaged gradients are those of one process that had them all. None is this process
+            alone.
 
     Returns:
         A scalar, in at least float32.
@@ -48,9 +57,14 @@ def masked_mean(
         House convention: an empty pair changes nothing.
     """
     values, valid = widen(values), _fit_valid("masked_mean", valid, values.shape)
-    if valid is None:
-        return values.sum() / max(values.numel(), 1)
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+    if group is None:
+        if valid is None:
+            return values.sum() / max(values.numel(), 1)
+        return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
+    total = all_sum(total, group)  # both in one message
+    return total[0] / total[1].clamp(min=1)
 
 
 @typed
@@ -162,7 +176,7 @@ def cross_entropy_similarity(
 def info_nce(
     query: Float[Tensor, "*batch n d"],
     key: Float[Tensor, "*batch n d"],
-    negatives: Float[Tensor, "*shared m d"] | None = None,
+    negatives: Float[Tensor, "*shared m d"] | Negatives | None = None,
     valid: Bool[Tensor, "*valid"] | None = None,
     *,
     temperature: float,
@@ -172,13 +186,16 @@ def info_nce(
 
     `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with its key k and
     the negatives k_j, on L2-normalised vectors. Without `negatives` the other keys of the same set
-    are the negatives; with them only those are. Gradient flows to queries, keys and negatives:
-    detach what comes from a momentum encoder or a bank.
+    are the negatives; with them only those are. In its dense form a query is a cell or patch of
+    one view, its key the same place of the other view, and the negatives come from a bank:
+    `info_nce(query, key, negatives(bank), temperature=0.2)`. Gradient flows to queries, keys and
+    negatives: detach what comes from a momentum encoder.
 
     Args:
         query: n queries in each set.
         key: Their keys: row n of both belong together.
-        negatives: m negatives, shared by all sets or broadcast against them.
+        negatives: m negatives, shared by all sets or broadcast against them, or such with their
+            `valid`, as a bank gives them; without any valid one the loss is zero.
         valid: Entries to use, of shape `*batch n` or broadcast to it; the others are neither
             queries nor, as keys, negatives.
         temperature: Divides the cosine.
@@ -198,31 +215,53 @@ def info_nce(
         tensor(0.0001)
 
     References:
-        DenseSiam, Eq 6 (in-set, temperature 0.1, mean); MoCo, Eq 1 (given negatives).
+        DenseSiam, Eq 6 (in-set, temperature 0.1, mean); MoCo, Eq 1, and DUPR, Eq 1, 5 and 6 (given
+        negatives).
     """
     if not temperature > 0:
         raise ValueError(
             f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
         )
-    if negatives is not None and not _broadcasts(negatives.shape[:-2], query.shape[:-2]):
+    others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
+    if isinstance(negatives, Negatives) and (
+        negatives.features.ndim < 2
+        or not negatives.features.is_floating_point()
+        or negatives.valid.dtype != torch.bool
+        or negatives.valid.shape != negatives.features.shape[:-1]
+    ):
         raise TypeError(
-            "densekit.losses.info_nce: argument 'negatives' should be (m, d), or broadcast to "
-            f"batch={tuple(query.shape[:-2])}, but a tensor of shape {tuple(negatives.shape)} came."
+            "densekit.losses.info_nce: argument 'negatives' should have floating features (m, d) "
+            f"and Boolean valid (m), but {tuple(negatives.features.shape)} of "
+            f"{negatives.features.dtype} and {tuple(negatives.valid.shape)} of "
+            f"{negatives.valid.dtype} came."
+        )
+    if others is not None and not (
+        _broadcasts(others.shape[:-2], query.shape[:-2]) and others.shape[-1] == query.shape[-1]
+    ):
+        raise TypeError(
+            f"densekit.losses.info_nce: argument 'negatives' should be (m, {query.shape[-1]}), or "
+            f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
+            f"{tuple(others.shape)} came."
         )
     valid = _fit_valid("info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
-        if negatives is None:
+        if others is None:
             logits = query @ key.mT / temperature
             positive = logits.diagonal(dim1=-2, dim2=-1)
             if valid is not None:
                 own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
                 logits = torch.where(valid[..., None, :] | own, logits, -torch.inf)
-        else:
-            positive = (query * key).sum(-1) / temperature
-            others = query @ l2_normalize(negatives).to(query.dtype).mT / temperature
-            logits = torch.cat([positive[..., None], others], -1)
-    return _reduce(logits.logsumexp(-1) - positive, valid, reduction)
+            return _reduce(logits.logsumexp(-1) - positive, valid, reduction)
+        others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
+        positive = (query * key).sum(-1) / temperature
+        bias = others.new_zeros(others.shape[:-1])
+        if use is not None:  # a finite number, or no valid one at all would be NaN
+            bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
+        rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
+        total = _LogSumExp.apply(rows / temperature, others, bias).view(positive.shape)
+        loss = torch.logaddexp(positive, total) - positive
+    return _reduce(loss, valid, reduction)
 
 
 @typed
@@ -365,6 +404,52 @@ def symmetric_loss(
         )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
+
+
+class _LogSumExp(Function):
+    """`logsumexp(query @ others.mT + bias)`, some columns at a time, here and in the backward pass.
+
+    49 patches of 256 images against a bank of 65,536 would be an array of 3 GB, several times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+        query = _append(query, torch.ones_like(query[..., 0]))
+        total = query.new_full(query.shape[:-1], -torch.inf)
+        for keys in _some_at_a_time(query, others, bias):
+            total = torch.logaddexp(total, (query @ keys.mT).logsumexp(-1))
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        query, others, bias, total = ctx.saved_tensors
+        slope, d, of_query, of_others = gradients[0][..., None], others.shape[-1], 0.0, []
+        biased = _append(query, torch.ones_like(query[..., 0]))
+        for keys in _some_at_a_time(query, others, bias):
+            share = (biased @ keys.mT).sub_(total[..., None]).exp_()
+            of_query = of_query + share @ keys[..., :d]
+            if ctx.needs_input_grad[1]:
+                of_others.append(share.mT @ (query * slope))
+        of_others = torch.cat(of_others, -2).sum_to_size(others.shape) if of_others else None
+        return of_query * slope, of_others, None
+
+
+def _append(x: Tensor, last: Tensor) -> Tensor:
+    return torch.cat([x, last[..., None]], -1)
+
+
+def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]:
+    """Rows of `others` with their bias, which the product adds without a pass of its own."""
+    most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; on a CPU the cache holds them
+    count = max(256, most // max(1, math.prod(query.shape[:-1])))
+    parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
+    return [_append(rows, last) for rows, last in parts]
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

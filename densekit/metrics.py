@@ -1,19 +1,24 @@
-"""Measures of dense features: confusion matrix, mean IoU, a closed-form linear probe."""
+"""Measures of dense features: mean IoU, linear probes, affinity, similarity against IoU."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from densekit.boxes import roi_align, sample_boxes_at_iou
+from densekit.losses import l2_normalize, masked_mean
 from densekit.sampling import grid_points, gridsample
-from densekit.typing import Float, Integer, Tensor, typed
+from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
 
 __all__ = [
     "LinearProbe",
     "SegmentationScore",
+    "affinity_matrix",
     "confusion_matrix",
     "fit_linear_probe",
     "linear_segmentation",
     "mean_iou",
     "pca_colors",
+    "similarity_iou_curve",
 ]
 
 
@@ -242,6 +247,97 @@ def linear_segmentation(
         for guess in (predictions, frequent.expand_as(predictions))
     )
     return SegmentationScore(*scores)
+
+
+@typed
+def affinity_matrix(
+    features1: Float[Tensor, "*batch n d"],
+    features2: Float[Tensor, "*batch m d"],
+    *,
+    temperature: float = 0.001,
+) -> Float[Tensor, "*batch n m"]:
+    """Tell how well each row of one view is found again in the other.
+
+    `A_ij = exp(sim(f1_i, f2_j) / t) / sum_k exp(sim(f1_k, f2_j) / t)` with the cosine as sim. For
+    the same patches of two views, in the same order, the ideal is the identity.
+
+    Args:
+        features1: Rows of the first view, such as the patches of `patch_pairs`.
+        features2: Rows of the second view.
+        temperature: Divides the cosine; the smaller, the nearer to a hard choice.
+
+    Returns:
+        Shares, in at least float32: each column sums to 1 over the rows.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The temperature is not positive.
+
+    Examples:
+        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0., 1.],
+                [1., 0.]])
+
+    References:
+        DUPR, Eq 9, Fig 9.
+    """
+    if not temperature > 0:
+        raise ValueError(
+            f"densekit.metrics.affinity_matrix: temperature is {temperature}; give one above 0."
+        )
+    with torch.autocast(features1.device.type, enabled=False):
+        similarity = l2_normalize(features1) @ l2_normalize(features2).mT
+    return (similarity / temperature).softmax(-2)
+
+
+@typed
+def similarity_iou_curve(
+    features: Float[Tensor, "*batch d h w"],
+    boxes: Float[Tensor, "*batch n 4"],
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    ious: Sequence[float],
+    size: int = 7,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, " k"]:
+    """Measure how the similarity of a box to a moved copy falls with their overlap.
+
+    Both boxes are pooled to S x S, and the cosine is averaged over the S x S places. A detector
+    wants a steep curve: near 1 for boxes that overlap much, low for those that overlap little.
+    A moved copy that leaves the map is left out.
+
+    Args:
+        features: Feature maps.
+        boxes: Boxes `(x1, y1, x2, y2)` in the maps' frame, in [0, 1], such as those of objects.
+        valid: Boxes to use; all when left out.
+        ious: The k intersections over union to measure at, each in [0, 1].
+        size: Bins S of the pooled boxes along each axis.
+        generator: Source of the random moves, on the boxes' device.
+
+    Returns:
+        Mean cosine at each IoU, in at least float32; 0 where no box is left.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: An IoU is outside [0, 1], or as `roi_align`.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
+        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.0, 1.0))[1]
+        tensor(1.)
+
+    References:
+        DUPR, Eq 8, Fig 5.
+    """
+    query, similarities = roi_align(features, boxes, size, valid), []
+    for iou in ious:
+        moved = sample_boxes_at_iou(boxes, iou, generator=generator)
+        inside = ((moved >= -1e-4) & (moved <= 1 + 1e-4)).all(-1)
+        key = roi_align(features, moved, size, query.valid & inside)
+        pair = (l2_normalize(x.features.movedim(-3, -1)) for x in (query, key))
+        cosine = torch.mul(*pair).sum(-1).mean((-2, -1))
+        similarities.append(masked_mean(cosine, key.valid))
+    return torch.stack(similarities) if similarities else widen(features).new_zeros(0)
 
 
 @typed

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from densekit.boxes import _interpolation_weights, _pool_bins
 from densekit.typing import Bool, Float, Size, Tensor, typed, widen
 from densekit.views import View, coordinate_map, image_to_view, intersect_views
 
@@ -14,6 +15,7 @@ __all__ = [
     "gridsample",
     "gridsample_pairs",
     "hard_points",
+    "patch_pairs",
     "random_points",
 ]
 
@@ -198,19 +200,10 @@ def gridsample(
             f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
         )
     points = widen(points).nan_to_num()
-    x, y = (_hat(points[..., axis], length) for axis, length in ((0, w), (1, h)))
+    x, y = (_interpolation_weights(points[..., axis], length) for axis, length in ((0, w), (1, h)))
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return weights @ features.flatten(-2).mT
-
-
-def _hat(position: Tensor, length: int) -> Tensor:
-    """Linear interpolation along one axis: the weight of each of `length` cells, for each point."""
-    center = (position * length - 0.5).clamp(0, length - 1)[..., None]
-    left = center.detach().floor().clamp(max=max(length - 2, 0))  # so that slopes are one-sided
-    cells = torch.arange(length, dtype=position.dtype, device=position.device)
-    right = torch.where(cells == left + 1, center - left, 0.0)
-    return torch.where(cells == left, 1 - (center - left), right)
 
 
 @typed
@@ -285,3 +278,62 @@ def gridsample_pairs(
     return PairedFeatures(
         gridsample(features1, pairs.points1), gridsample(features2, pairs.points2), pairs.valid
     )
+
+
+@typed
+def patch_pairs(
+    features1: Float[Tensor, "*batch d h1 w1"],
+    features2: Float[Tensor, "*batch d h2 w2"],
+    view1: View,
+    view2: View,
+    size: int | Size = 7,
+    *,
+    sampling_ratio: int = 2,
+) -> PairedFeatures:
+    """Features of the S x S patches of the region that two views share.
+
+    RoIAlign of the shared region in each view, in the order of the image, row by row: patch (i, j)
+    of both is the same piece of the image, also where a view is mirrored. `gridsample_pairs` takes
+    the features at the patches' centres alone.
+
+    Args:
+        features1: Feature maps of the first views.
+        features2: Feature maps of the second views, of any size.
+        view1: First views.
+        view2: Second views of the same images.
+        size: Patches `(rows, columns)`; a number S for S x S.
+        sampling_ratio: Points of a patch along each axis, as in `roi_align`.
+
+    Returns:
+        Two rows of features for each patch, `n = S S`; `valid` is False where the views do not
+        overlap (the features are finite there: pass `valid` on to the loss).
+
+    Raises:
+        TypeError: The maps differ in channels, or the leading axes differ.
+        ValueError: The size is not positive, the ratio negative, or a map has no cell.
+
+    Examples:
+        >>> pairs = sample_view_pairs((480, 640), (2,))
+        >>> maps = torch.rand(2, 16, 7, 7)
+        >>> patch_pairs(maps, maps, pairs.view1, pairs.view2).features1.shape
+        torch.Size([2, 49, 16])
+
+    References:
+        DUPR, Sec 3.2, Eq 3 and 4, Table 2a (S = 14 on C4 and 7 on C5).
+    """
+    bins = (size, size) if isinstance(size, int) else size
+    cells = (*features1.shape[-2:], *features2.shape[-2:])
+    if min(bins) < 1 or sampling_ratio < 0 or min(cells) == 0:
+        raise ValueError(
+            f"densekit.sampling.patch_pairs: size is {size}, sampling_ratio {sampling_ratio} and "
+            f"the maps {cells[0]} x {cells[1]} and {cells[2]} x {cells[3]}; give at least one "
+            "patch, 0 or more points, and maps with cells."
+        )
+    overlap = intersect_views(view1, view2)
+    corners = overlap.box.unflatten(-1, (2, 2))
+
+    def patches(features: Tensor, view: View) -> Tensor:
+        seen = image_to_view(view, corners).flatten(-2)  # reversed by a flip: mirrored patches
+        return _pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
+
+    return PairedFeatures(patches(features1, view1), patches(features2, view2), overlap.valid)

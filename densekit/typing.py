@@ -21,13 +21,14 @@ from jaxtyping import (
     Float,
     Int,
     Integer,
+    Shaped,
     TypeCheckError,
     jaxtyped,
     print_bindings,
 )
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Integer", "Size", "Tensor", "typed", "widen"]
+__all__ = ["Bool", "Float", "Int", "Integer", "Shaped", "Size", "Tensor", "typed", "widen"]
 
 Size = tuple[int, int]
 """A size in pixels or cells, height first: `(h, w)`."""

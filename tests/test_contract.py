@@ -126,6 +126,15 @@ def two_maps_and_views(batch, n, dtype, generator):
     return (*features, *two_views(batch, n, at_least_float32(dtype), generator))
 
 
+def map_and_boxes(batch, n, dtype, generator):
+    regions = box((*batch, n), at_least_float32(dtype), generator) / 8
+    return maps(batch, n + 1, dtype, generator), regions
+
+
+def map_boxes_valid(batch, n, dtype, generator):
+    return *map_and_boxes(batch, n, dtype, generator), flips(generator, *batch, n)
+
+
 def hard_choice(batch, n, dtype, generator):
     candidates = uniform(generator, *batch, 2 * n, 2).to(dtype)
     # Whole numbers, all different: no ties in any dtype.
@@ -141,6 +150,10 @@ def one_set(batch, n, dtype, generator):
     return (rows(batch, n, dtype, generator),)
 
 
+def rows_and_columns(batch, n, dtype, generator):
+    return tuple(rows(batch, count, dtype, generator) for count in (n, n + 1))
+
+
 def pair_and_valid(batch, n, dtype, generator):
     pair = (rows(batch, n, dtype, generator) for _ in range(2))
     return *pair, flips(generator, *batch, n)
@@ -149,6 +162,31 @@ def pair_and_valid(batch, n, dtype, generator):
 def pair_negatives_valid(batch, n, dtype, generator):
     query, key, valid = pair_and_valid(batch, n, dtype, generator)
     return query, key, rows(batch, n + 1, dtype, generator), valid
+
+
+def masked_negatives(batch, n, dtype, generator):
+    query, key, valid = pair_and_valid(batch, n, dtype, generator)
+    known = flips(generator, *batch, n + 1)
+    return query, key, dk.Negatives(rows(batch, n + 1, dtype, generator), known), valid
+
+
+def used_bank(batch, n, dtype, generator):
+    """Any rows, the oldest anywhere; whether they are filled is left to chance."""
+    cursor, filled = (torch.randint(5, batch, generator=generator) for _ in range(2))
+    return (dk.Bank(rows(batch, 5, dtype, generator), cursor, filled),)
+
+
+def bank_and_keys(batch, n, dtype, generator):
+    bank = used_bank(batch, n, dtype, generator)
+    return *bank, rows(batch, 2 * n, dtype, generator), flips(generator, *batch, 2 * n)
+
+
+def keys_to_draw(batch, n, dtype, generator):
+    return (rows(batch, n + 2, dtype, generator),)
+
+
+def rows_and_order(batch, n, dtype, generator):
+    return rows(batch, n, dtype, generator), torch.rand(*batch, n, generator=generator).argsort(-1)
 
 
 def students_and_teachers(batch, n, dtype, generator):
@@ -269,6 +307,8 @@ NUMBERS = {
 ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
 SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
 MODULES = {" ".join(COLUMNS): "takes modules and changes one: tests/test_ema.py"}
+ONE_BANK = {"batched single": "one bank for all keys: its record has no leading axes"}
+ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
 CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
 WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
@@ -278,6 +318,24 @@ TABLE = [
     row("box_iou", two_boxes, (0, 1)),
     row("boxes_valid", one_box, without=TRUTH),
     row("intersect_boxes", two_boxes, (0, 1)),
+    # The boxes are 2 to 8 pixels wide: some belong to the canonical level, some below.
+    row(
+        "assign_levels",
+        one_box,
+        levels=(2, 4),
+        canonical_size=5.0,
+        canonical_level=3,
+        without={"gradcheck gradgradcheck": "levels are whole numbers"},
+    ),
+    row("sample_boxes_at_iou", one_box, (0,), iou=0.4, without=DRAWS | SYMBOLIC),
+    row("roi_align", map_and_boxes, (0, 1), size=(3, 2)),
+    row("roi_align", map_and_boxes, (0, 1), size=(1, 2), sampling_ratio=0),
+    row(
+        "roi_align",
+        map_boxes_valid,
+        (0, 1),
+        call=lambda features, boxes, valid: dk.roi_align(features, boxes, 2, valid),
+    ),
     row("boxes_image_to_view", view_and_boxes, (0, 1), close=8),
     row("boxes_view_to_image", view_and_boxes, (0, 1)),
     row("image_to_view", view_and_points, (0, 1), close=8),
@@ -313,6 +371,7 @@ TABLE = [
     row("hard_points", hard_choice, (0, 2), beta=0.5),
     row("gridsample", map_and_points, (0, 1)),
     row("gridsample_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
+    row("patch_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
     row("pool_masks", features_masks_valid, (0, 1)),
     row("pool_masks", features_masks_valid, (0, 1), average=True),
     row(
@@ -338,6 +397,23 @@ TABLE = [
         call=lambda q, k, valid: dk.info_nce(q, k, None, valid, temperature=0.5, reduction="none"),
     ),
     row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
+    row("info_nce", masked_negatives, (0, 1, 2), temperature=0.5, reduction="none"),
+    row(
+        "init_bank",
+        nothing,
+        size=3,
+        dim=2,
+        without={
+            "vmap batched single empty": "takes a size and length in Python numbers",
+            "pure": "takes no tensor",
+            "gradcheck gradgradcheck": "takes no tensor",
+            "bfloat16 float16": "takes no tensor; `dtype` says of what",
+            "cuda": "takes no tensor; `device` says where",
+        },
+    ),
+    row("push", bank_and_keys, without=DETACHED | ONE_BANK),
+    row("negatives", used_bank, (0,), without=ONE_BANK),
+    row("sample_keys", keys_to_draw, (0,), count=2, without=DRAWS | SYMBOLIC),
     row(
         "self_distillation",
         pair_and_valid,
@@ -386,8 +462,13 @@ TABLE = [
     row("centroids", tokens_and_assignments, (0, 1)),
     row("kmeans_plus_plus", points_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
     row("kmeans", points_and_start, iterations=3, without=DETACHED),
+    # Without a group; over processes: tests/test_distributed.py.
+    row("all_gather", one_set, (0,)),
     row("all_max", one_set, (0,)),
+    row("all_mean", one_set, (0,)),
     row("all_sum", one_set, (0,)),
+    row("shuffle_batch", rows_and_order, (0,), without=ROWS_OF_ALL),
+    row("unshuffle_batch", rows_and_order, (0,), without=ROWS_OF_ALL),
     row("ema_update", nothing, without=MODULES),
     row(
         "confusion_matrix",
@@ -403,6 +484,15 @@ TABLE = [
         classes=4,
         stride=2,
         without=SINGLE_SET | {"gradcheck gradgradcheck": "the best class has no gradient"},
+    ),
+    row("affinity_matrix", rows_and_columns, (0, 1), temperature=0.1),
+    row(
+        "similarity_iou_curve",
+        map_boxes_valid,
+        (0, 1),
+        ious=(0.1, 0.5),
+        size=2,
+        without=DRAWS | SYMBOLIC | ONE_SET,
     ),
     row("pca_colors", map_set, without=SINGLE_SET | WEIGHTS),
     row("cosine_schedule", nothing, without=NUMBERS),

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import on_processes
-from strategies import BATCHES, batches, generators, tensors, uniform, valid_rows
+from strategies import BATCHES, batches, flips, generators, tensors, uniform, valid_rows
 from densekit import (
+    Negatives,
     cross_entropy_similarity,
     gridsample_pairs,
     info_nce,
@@ -108,6 +109,50 @@ def test_valid_of_another_shape_is_refused():
     for bad in (torch.ones(2).bool(), torch.ones(3), torch.ones(2, 3).bool()):
         with pytest.raises(TypeError, match=r"masked_mean: argument 'valid'.*batch="):
             masked_mean(torch.zeros(3), bad)
+
+
+def means_of_a_part(rank, group, problems, bounds):
+    part, results = slice(*bounds[rank : rank + 2]), []
+    for values, valid in problems:
+        mine = values[part].clone().requires_grad_()
+        # One mask for all of the values, or one for each row.
+        mask = valid if valid is None or valid.shape[0] == 1 else valid[part]
+        mean = masked_mean(mine, mask, group=group)
+        results.append((mean.detach(), torch.autograd.grad(mean, mine)[0] / group.size()))
+    return results
+
+
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9), (0, 2, 2, 7, 9)])
+def test_every_valid_value_counts_once_on_any_number_of_processes(bounds):
+    values, first = uniform(seeded(), 9, 3), torch.arange(9) > 1  # the first process has none
+    some = uniform(seeded(1), 9, 3) < 0.5
+    masks = [None, some, first[:, None], torch.tensor([[True, False, True]]), some & False]
+    masks += [torch.arange(27).view(9, 3) == 25]  # fewer entries than processes
+    problems = [
+        (values if valid is None else torch.where(valid, values, torch.nan), valid)
+        for valid in masks
+    ]
+    results = on_processes(len(bounds) - 1, means_of_a_part, problems, bounds)
+    for (rows, valid), *parts in zip(problems, *results, strict=True):
+        rows = rows.clone().requires_grad_()
+        want = masked_mean(rows, valid)
+        (slope,) = torch.autograd.grad(want, rows)
+        for mean, _ in parts:
+            torch.testing.assert_close(mean, want.detach(), **CLOSE)
+        # The average over processes of the gradients, as for any parameter behind the values.
+        torch.testing.assert_close(torch.cat([grad for _, grad in parts]), slope, **CLOSE)
+
+
+def mean_of_half(rank, group, dtype):
+    values = torch.full((1000 * rank,), 1000.0, dtype=dtype)
+    return masked_mean(values, group=group)
+
+
+@halves
+def test_half_values_of_several_processes_do_not_overflow(dtype):
+    for mean in on_processes(2, mean_of_half, dtype):
+        assert mean == 1000
+        assert mean.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- normalization
@@ -416,6 +461,205 @@ def test_one_valid_for_each_image_serves_all_of_its_rows():
         each = loss(student, teacher, valid, reduction="none")
         assert each.shape == (3, 5)
         assert (each[1] == 0).all()
+
+
+# ---------------------------------------------------------------- negatives, not all of them valid
+
+
+@st.composite
+def contrasts(draw):
+    """Queries, keys and valid; negatives of all sets or of each, and which of them to use."""
+    query, key, valid = draw(pairs())
+    batch, d = query.shape[:-2], query.shape[-1]
+    shared = (*draw(st.sampled_from([(), batch])), draw(st.integers(0, 5)))
+    return query, key, valid, Negatives(draw(tensors((*shared, d))), draw(valid_rows(shared)))
+
+
+def torchs_contrast(query, key, negatives):
+    """Cross-entropy with the key first, of each set against its compacted negatives."""
+    if query.ndim > 2:
+        own = negatives.features.ndim > 2
+        losses = [
+            torchs_contrast(q, k, Negatives(*(x[i] for x in negatives)) if own else negatives)
+            for i, (q, k) in enumerate(zip(query, key, strict=True))
+        ]
+        return torch.stack(losses) if losses else query.sum(-1)
+    q, k, others = (
+        F.normalize(x, dim=-1) for x in (query, key, negatives.features[negatives.valid])
+    )
+    logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ others.mT], -1) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none")
+
+
+@given(contrasts())
+def test_negatives_are_those_that_are_valid_and_torchs_cross_entropy_agrees(problem):
+    query, key, valid, negatives = problem
+    leaves = [x.requires_grad_() for x in (query, key, negatives.features)]
+    got = info_nce(query, key, negatives, temperature=0.2, reduction="none")
+    want = torchs_contrast(query, key, negatives)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    weight = uniform(seeded(), *got.shape)
+    options = {"allow_unused": True, "materialize_grads": True}
+    grads = [torch.autograd.grad((x * weight).sum(), leaves, **options) for x in (got, want)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    got = info_nce(query, key, negatives, valid, temperature=0.2)
+    torch.testing.assert_close(got, mean_of_valid(want, valid), rtol=1e-11, atol=1e-11)
+
+
+@given(contrasts())
+def test_negatives_that_are_not_valid_may_be_anything(problem):
+    query, key, valid, negatives = problem
+    features, use = negatives
+    want = info_nce(query, key, negatives, valid, temperature=0.2, reduction="none")
+    for bad in (torch.nan, torch.inf, 1e300):
+        spoilt = torch.where(use[..., None], features, bad).requires_grad_()
+        leaves = [query.requires_grad_(), key.requires_grad_(), spoilt]
+        options = {"temperature": 0.2, "reduction": "none"}
+        got = info_nce(query, key, Negatives(spoilt, use), valid, **options)
+        assert torch.equal(got, want)
+        for grad in torch.autograd.grad(got.sum(), leaves, allow_unused=True):
+            assert grad.isfinite().all()
+        assert (grad[~use] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+def test_without_a_valid_negative_loss_and_gradients_are_zero(dtype):
+    leaves = [uniform(seeded(i), n, 4).to(dtype).requires_grad_() for i, n in enumerate((3, 3, 5))]
+    for features in (leaves[2], leaves[2][:0]):
+        none = Negatives(features, torch.zeros(len(features)).bool())
+        total = info_nce(*leaves[:2], none, temperature=0.2)
+        assert total == 0
+        for grad in torch.autograd.grad(total, leaves[:2], retain_graph=True):
+            assert torch.equal(grad, torch.zeros_like(grad))
+        if len(features):
+            assert (torch.autograd.grad(total, leaves[2])[0] == 0).all()
+
+
+def test_dense_queries_share_a_bank_as_flat_ones_do():
+    query, key = (uniform(seeded(i), 2, 3, 6, 4, low=-1).requires_grad_() for i in range(2))
+    bank = Negatives(uniform(seeded(2), 8, 4, low=-1), torch.arange(8) < 5)
+    valid = uniform(seeded(3), 2, 3, 6) < 0.6
+    results = []
+    for flat in (False, True):
+        q, k, v = (x.reshape(36, *x.shape[3:]) if flat else x for x in (query, key, valid))
+        loss = info_nce(q, k, bank, v, temperature=0.2)
+        each = info_nce(q, k, bank, v, temperature=0.2, reduction="none")
+        results.append((loss, each.flatten(), *torch.autograd.grad(loss, [query, key])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@given(st.sampled_from([(), (1,), (3,), (1, 1), (1, 3), (2, 1), (2, 3)]), st.data())
+def test_negatives_are_broadcast_over_the_sets(shape, data):
+    query, key, valid = data.draw(pairs((2, 3)), label="pair")
+    size = (*shape, data.draw(st.integers(0, 4), label="m"))
+    features = data.draw(tensors((*size, query.shape[-1])), label="negatives").requires_grad_()
+    use, results = data.draw(valid_rows(size), label="use"), []
+    for expand in (False, True):
+        x, mask = features, use
+        if expand:
+            x, mask = (y.expand(2, 3, *y.shape[len(shape) :]) for y in (features, use))
+        loss = info_nce(query, key, Negatives(x, mask), valid, temperature=0.2)
+        results.append((loss, torch.autograd.grad(loss, features)[0]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_contrasts_against_a_large_bank_are_torchs_to_the_second_derivative(batch):
+    # More logits than are made at a time; the last part is smaller.
+    n, m = 4700 // math.prod([1, *batch]), 1000
+    leaves = [
+        uniform(seeded(i), *batch, k, 3, low=-1).requires_grad_() for i, k in enumerate((n, m))
+    ]
+    key, use = uniform(seeded(2), *batch, n, 3, low=-1), flips(seeded(3), *batch, m)
+    query, others = (F.normalize(x, dim=-1) for x in leaves)
+    logits = (query @ others.mT / 0.5).masked_fill(~use[..., None, :], -torch.inf)
+    own = (query * F.normalize(key, dim=-1)).sum(-1, keepdim=True) / 0.5
+    want = torch.cat([own, logits], -1).logsumexp(-1) - own[..., 0]
+    options = {"temperature": 0.5, "reduction": "none"}
+    got = info_nce(leaves[0], key, Negatives(leaves[1], use), **options)
+    results, weight = [], uniform(seeded(4), *got.shape)
+    for value in (got, want):
+        slopes = torch.autograd.grad((value * weight).sum(), leaves, create_graph=True)
+        turned = sum((x * x.detach().roll(1, -1)).sum() for x in slopes)
+        results.append((value, *slopes, *torch.autograd.grad(turned, leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_cold_contrasts_are_finite(dtype):
+    query = torch.tensor([[300.0, 0.0], [0.0, -300.0]], dtype=dtype, requires_grad=True)
+    for sign, want in ((1, math.log(2)), (-1, 200 + math.log1p(math.exp(-100)))):
+        key = sign * query.detach()
+        negatives = Negatives(query.detach()[[0, 1, 1]], torch.tensor([True, True, False]))
+        each = info_nce(query, key, negatives, temperature=0.01, reduction="none")
+        torch.testing.assert_close(each, torch.full((2,), want), rtol=1e-6, atol=1e-6)
+        assert torch.autograd.grad(each.sum(), query)[0].isfinite().all()
+
+
+def test_a_cold_contrast_does_not_see_what_is_not_valid():
+    query = torch.tensor([[300.0, 0.0], [0.0, -300.0]], requires_grad=True)
+    unknown = Negatives(query.detach(), torch.zeros(2).bool())  # far more alike than the own key
+    total = info_nce(query, -query.detach(), unknown, temperature=0.01)
+    assert total == 0
+    assert (torch.autograd.grad(total, query)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_negatives_may_have_a_dtype_of_their_own(dtype):
+    query, key = (uniform(seeded(i), 5, 4, low=-1).requires_grad_() for i in range(2))
+    features, use = uniform(seeded(2), 6, 4, low=-1).to(dtype), torch.arange(6) < 4
+    got = info_nce(query, key, Negatives(features, use), temperature=0.2)
+    assert got.dtype == torch.float64
+    want = info_nce(query, key, features[use].double(), temperature=0.2)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    grads = (torch.autograd.grad(x, [query, key]) for x in (got, want))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_negatives_ignore_autocast():
+    query, key = (uniform(seeded(i), 5, 4, dtype=torch.float32) for i in range(2))
+    negatives = Negatives(key.flip(0), torch.arange(5) < 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = info_nce(query, key, negatives, temperature=0.1)
+    assert got == info_nce(query, key, negatives, temperature=0.1)
+
+
+def test_masked_negatives_of_another_length_are_refused():
+    query = torch.zeros(2, 4, 3)
+    for bad in (torch.zeros(6, 2), torch.zeros(5, 6, 3)):
+        with pytest.raises(TypeError, match=r"negatives.* should be .*3.*tensor of shape \([56], "):
+            info_nce(query, query, Negatives(bad, torch.ones(bad.shape[:-1]).bool()), temperature=1)
+
+
+def test_many_negatives_are_taken_some_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    sizes = 2**14, 2**14, 700
+    query, key, others = (
+        torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in sizes
+    )
+    use = torch.rand(700, generator=generator) < 0.5
+    query.requires_grad_()
+    others.requires_grad_()
+    got = info_nce(query, key, Negatives(others, use), temperature=0.2)  # 256 at a time
+    rows = torch.cat([key[:, None], others[use].expand(2**14, -1, 2)], 1)
+    logits = torch.cosine_similarity(query[:, None], rows, dim=-1) / 0.2
+    want = torch.nn.functional.cross_entropy(logits, torch.zeros(2**14).long())
+    torch.testing.assert_close(got, want)
+    slopes = (torch.autograd.grad(x, (query, others)) for x in (got, want))
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
+
+
+def test_negatives_whose_fields_do_not_belong_together_are_refused():
+    query, good, use = torch.zeros(2, 4, 3), torch.zeros(6, 3), torch.ones(6).bool()
+    fields = [(good, bad) for bad in (use[:5], use[:1], use[:, None], torch.ones(6))]
+    for features, valid in [*fields, (good.long(), use), (good[0], use[0])]:
+        with pytest.raises(TypeError, match="info_nce: argument 'negatives"):
+            info_nce(query, query, Negatives(features, valid), temperature=1)
 
 
 # ------------------------------------------------------------------------------- symmetric

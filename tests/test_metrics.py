@@ -1,5 +1,6 @@
-"""Metrics against scikit-learn, and the authors' numbers."""
+"""Metrics against scikit-learn, the papers' formulas, and the authors' numbers."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,27 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
-from strategies import generators, tensors, uniform
+from strategies import (
+    batches,
+    boxes_within,
+    degenerate_boxes,
+    generators,
+    image_box,
+    sizes,
+    tensors,
+    uniform,
+    valid_rows,
+)
+from torchvision import ops
 from densekit import (
+    affinity_matrix,
     confusion_matrix,
     fit_linear_probe,
     linear_segmentation,
     mean_iou,
     pca_colors,
+    sample_boxes_at_iou,
+    similarity_iou_curve,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -304,6 +319,233 @@ def test_linear_segmentation_refuses_what_does_not_fit():
         linear_segmentation(maps, maps, labels[:1], labels, classes=2)
     with pytest.raises(TypeError, match=r"argument 'test_features'.*d=3"):
         linear_segmentation(maps, maps[:, :1], labels, labels, classes=2)
+
+
+# ---------------------------------------------------------------------------------- affinity
+
+
+@st.composite
+def feature_pairs(draw):
+    """Rows of two views `(*batch, n, d)` and `(*batch, m, d)`."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    counts = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    return tuple(draw(tensors((*batch, count, d))) for count in counts)
+
+
+def slow_affinity(rows, columns, temperature):
+    """DUPR's Eq 9, entry by entry."""
+
+    def similarity(a, b):
+        return a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
+
+    got = np.zeros((len(rows), len(columns)))
+    for j, b in enumerate(columns):
+        total = sum(math.exp(similarity(a, b) / temperature) for a in rows)
+        for i, a in enumerate(rows):
+            got[i, j] = math.exp(similarity(a, b) / temperature) / total
+    return torch.from_numpy(got)
+
+
+@given(feature_pairs(), st.floats(1e-3, 10))
+def test_each_column_of_the_affinity_sums_to_one(pair, temperature):
+    got = affinity_matrix(*pair, temperature=temperature)
+    assert got.shape == (*pair[0].shape[:-1], pair[1].shape[-2])
+    assert ((got >= 0) & (got <= 1)).all()
+    torch.testing.assert_close(got.sum(-2), torch.ones_like(pair[1][..., 0]))
+
+
+@given(feature_pairs(), st.floats(0.05, 2))
+def test_the_affinity_is_the_papers_formula(pair, temperature):
+    got = affinity_matrix(*pair, temperature=temperature)
+    for index in np.ndindex(pair[0].shape[:-2]):
+        rows, columns = (x[index].numpy() for x in pair)
+        torch.testing.assert_close(got[index], slow_affinity(rows, columns, temperature))
+
+
+@given(feature_pairs(), generators())
+def test_permuted_rows_permute_the_affinity(pair, generator):
+    orders = [torch.randperm(x.shape[-2], generator=generator) for x in pair]
+    moved = (x[..., order, :] for x, order in zip(pair, orders, strict=True))
+    want = affinity_matrix(*pair, temperature=0.1)[..., orders[0], :][..., orders[1]]
+    torch.testing.assert_close(affinity_matrix(*moved, temperature=0.1), want)
+
+
+@given(feature_pairs(), generators())
+def test_the_length_of_the_features_does_not_matter(pair, generator):
+    longer = (x * uniform(generator, *x.shape[:-1], 1, low=0.1, high=10) for x in pair)
+    got = affinity_matrix(*longer, temperature=0.1)
+    torch.testing.assert_close(got, affinity_matrix(*pair, temperature=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_that_are_found_again_give_the_identity(dtype):
+    angles = torch.arange(12) * math.tau / 12  # neighbours have cosine 0.87
+    rows = torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
+    got = affinity_matrix(rows, rows)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got, torch.eye(12, dtype=got.dtype), rtol=0, atol=1e-6)
+
+
+def test_zero_features_are_found_nowhere_in_particular():
+    got = affinity_matrix(torch.zeros(4, 3), torch.rand(2, 3))
+    assert torch.equal(got, torch.full((4, 2), 0.25))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"affinity_matrix: temperature is {temperature}"):
+        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 3), temperature=temperature)
+
+
+def test_the_affinity_refuses_features_of_another_width():
+    with pytest.raises(TypeError, match=r"affinity_matrix: argument 'features2'.*d=3.*\(2, 4\)"):
+        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# ------------------------------------------------------------------------- similarity and IoU
+
+# Boxes here lie in the middle third: as large as they can be, their moves stay inside the map.
+MIDDLE = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3], dtype=torch.float64)
+
+
+@st.composite
+def objects(draw, batch=None, least=0):
+    """Maps `(*batch, d, h, w)`, boxes in their middle, and which to use."""
+    batch = draw(batches()) if batch is None else batch
+    d, n = draw(st.integers(2, 4)), draw(st.integers(least, 3))
+    maps = draw(tensors((*batch, d, *draw(sizes()))))
+    regions = boxes_within(draw(generators()), MIDDLE.expand(*batch, n, 4))
+    return maps, regions, draw(valid_rows((*batch, n)))
+
+
+def levels(least=0):
+    """A few overlaps in [0, 1]."""
+    return st.lists(st.floats(0, 1), min_size=least, max_size=4)
+
+
+@given(objects())
+def test_a_box_is_like_itself(case):
+    maps, regions, valid = case
+    got = similarity_iou_curve(maps, regions, valid, ious=(1.0, 1))
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.full_like(got, float(valid.any())))
+
+
+def test_the_affinity_ignores_autocast():
+    features = [torch.rand(9, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    want = affinity_matrix(*features)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = affinity_matrix(*features)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@given(objects(), st.floats(0.1, 2), levels())
+def test_a_constant_map_is_alike_everywhere(case, value, ious):
+    maps, regions, valid = case
+    got = similarity_iou_curve(torch.full_like(maps, value), regions, valid, ious=ious)
+    torch.testing.assert_close(got, torch.full((len(ious),), float(valid.any())).double())
+
+
+@given(objects((2,), 1), levels(1), st.integers(1, 4), st.integers(0, 99))
+def test_the_curve_is_the_papers_formula(case, ious, size, seed):
+    maps, regions, valid = case
+    h, w = maps.shape[-2:]
+    got = similarity_iou_curve(
+        maps, regions, valid, ious=ious, size=size, generator=torch.Generator().manual_seed(seed)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for similarity, iou in zip(got, ious, strict=True):
+        moved = sample_boxes_at_iou(regions, iou, generator=generator)
+        cosines = []
+        for index in valid.nonzero().tolist():
+            image = maps[tuple(index[:-1])][None]
+            cells = torch.stack([x[tuple(index)] for x in (regions, moved)])
+            cells = cells * torch.tensor([w, h, w, h])
+            pooled = ops.roi_align(image, [cells], size, sampling_ratio=2, aligned=True)
+            cosines.append(torch.cosine_similarity(*pooled, dim=0).mean())
+        want = torch.stack(cosines).mean() if cosines else torch.zeros(()).double()
+        torch.testing.assert_close(similarity, want)
+
+
+@given(objects(), st.data(), levels())
+def test_boxes_that_are_not_used_may_be_anything(case, data, ious):
+    maps, regions, valid = case
+    bad = data.draw(degenerate_boxes(valid.shape), label="bad") / 8
+    spoilt = torch.where(valid[..., None], regions, bad)
+
+    def curve(regions, valid):
+        generator = torch.Generator().manual_seed(0)
+        return similarity_iou_curve(maps, regions, valid, ious=ious, generator=generator)
+
+    want = curve(regions, valid)
+    torch.testing.assert_close(curve(spoilt, valid), want)
+    torch.testing.assert_close(curve(spoilt, None), want)
+
+
+def test_features_of_places_fall_off_with_the_overlap():
+    y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32 * 6] * 2, indexing="ij")
+    waves = torch.stack([x.sin(), x.cos(), y.sin(), y.cos()])
+    regions = MIDDLE.float().expand(200, 4)
+    got = similarity_iou_curve(
+        waves,
+        regions,
+        ious=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert (got.diff() > 0.005).all()
+    assert got[-1].item() == pytest.approx(1)
+    # A shift by s turns half the features by 6 s: (cos 6 dx + cos 6 dy) / 2, and s = 1/3 at 0.
+    assert got[0].item() == pytest.approx(math.cos(2), abs=0.02)
+
+
+def test_a_moved_box_that_leaves_the_map_is_left_out():
+    maps, corner = torch.ones(2, 6, 6), torch.tensor([0.0, 0.0, 0.3, 0.3]).expand(50, 4)
+    generator = torch.Generator().manual_seed(0)
+    got = similarity_iou_curve(maps, corner, ious=(0.1, 0.5, 0.9), generator=generator)
+    torch.testing.assert_close(got, torch.ones(3))  # outside the map would count as 0
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    assert similarity_iou_curve(maps, whole, ious=(0.5, 1.0)).tolist() == pytest.approx([0, 1])
+
+
+def test_no_overlap_to_measure_gives_an_empty_curve():
+    assert similarity_iou_curve(torch.rand(2, 3, 3), image_box((1, 1))[None], ious=()).shape == (0,)
+    half = torch.rand(2, 3, 3, dtype=torch.bfloat16)
+    empty = similarity_iou_curve(half, image_box((1, 1))[None].float(), ious=())
+    assert empty.dtype == torch.float32
+
+
+def test_no_box_to_measure_gives_zeros_with_a_graph():
+    maps = torch.rand(2, 3, 3, requires_grad=True)
+    got = similarity_iou_curve(maps, torch.zeros(0, 4), ious=(0.0, 0.5))
+    assert got.tolist() == [0, 0]
+    assert (torch.autograd.grad(got.sum(), maps)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_curve_of_half_features_is_float32(dtype):
+    maps = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    got, want = (
+        similarity_iou_curve(
+            x,
+            MIDDLE.float().expand(9, 4),
+            ious=(0.2, 1.0),
+            generator=torch.Generator().manual_seed(0),
+        )
+        for x in (maps.to(dtype), maps.to(dtype).float())
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
+def test_the_curve_refuses_what_makes_no_sense():
+    maps, regions = torch.zeros(2, 3, 3), torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"sample_boxes_at_iou: iou is 1.5"):
+        similarity_iou_curve(maps, regions, ious=(0.5, 1.5))
+    with pytest.raises(ValueError, match=r"roi_align: size is 0"):
+        similarity_iou_curve(maps, regions, ious=(0.5,), size=0)
+    with pytest.raises(TypeError, match=r"similarity_iou_curve: argument 'valid'.*n=4"):
+        similarity_iou_curve(maps, regions, torch.ones(3).bool(), ious=(0.5,))
 
 
 # --------------------------------------------------------------------------------------- PCA

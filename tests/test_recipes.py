@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import croc
 import densesiam
+import dupr
 import harness
 import pytest
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_croc import SMALL as CROC
 from test_densesiam import SMALL as DENSESIAM
+from test_dupr import SMALL as DUPR
 import densekit as dk
 from densekit.testing import scenes
 
@@ -36,6 +38,12 @@ RECIPES = {
         wrong="resnet5", panels=3, filter="bilinear",
         baseline=("simsiam", {"loss": densesiam.PRESETS["simsiam"].loss}),
         encoder=lambda: densesiam.build_encoder("tiny"),
+    ),
+    "dupr": SimpleNamespace(
+        module=dupr, model=dupr.DUPR, small=DUPR, preset="paper", wrong="resnet5", panels=2,
+        filter="bilinear",
+        baseline=("mocov2", {x: getattr(dupr.PRESETS["mocov2"], x) for x in ("alpha", "beta")}),
+        encoder=lambda: dupr.build_encoder("tiny"),
     ),
 }  # fmt: skip
 
@@ -125,7 +133,7 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
     assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "pictures"} <= {
         path.name for path in (tmp_path / "whole").iterdir()
     }
-    pictures = sorted((tmp_path / "whole" / "pictures").iterdir())
+    pictures = sorted((tmp_path / "whole" / "pictures").glob("step-*"))
     assert [path.stem[-1] for path in pictures] == ["0", "3", "6"]
     with Image.open(pictures[-1]) as picture:  # six rows of two views
         assert picture.size == (2 * recipe.panels * 226 + 2, 6 * 226 + 2)
@@ -237,9 +245,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, folder, monke
     forward, calls = recipe.model.forward, []
 
     def broken(self, *arguments):
-        loss, terms = forward(self, *arguments)
+        loss, *others = forward(self, *arguments)
         calls.append(1)
-        return (loss * torch.nan if len(calls) == 3 else loss), terms
+        return (loss * torch.nan if len(calls) == 3 else loss), *others
 
     monkeypatch.setattr(recipe.model, "forward", broken)
     with pytest.raises(harness.NonFiniteError, match=r"step 2.*loss = nan.*step-00000002"):

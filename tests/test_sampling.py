@@ -1,4 +1,4 @@
-"""Points and features at points: the same image point in both views, and F.grid_sample."""
+"""Points, and features at points and of patches: the same piece of the image in both views."""
 
 import math
 
@@ -21,8 +21,10 @@ from strategies import (
     tensors,
     uniform,
 )
+from torchvision import ops
 from densekit import (
     View,
+    boxes_image_to_view,
     boxes_valid,
     coordinate_map,
     full_view,
@@ -33,6 +35,7 @@ from densekit import (
     hard_points,
     image_to_view,
     intersect_views,
+    patch_pairs,
     random_points,
     view_to_image,
 )
@@ -430,3 +433,182 @@ def test_random_points_of_the_overlap_can_be_carried_into_both_views(pair, gener
         local = image_to_view(view, points)
         assert ((local >= -1e-12) & (local <= 1 + 1e-12)).all()
     assert boxes_valid(overlap.box).all()
+
+
+# ------------------------------------------------------------------------------ patch pairs
+
+FLIPS = [(a, b) for a in (False, True) for b in (False, True)]
+
+
+def with_flips(pair, flips_):
+    """The same crops, all mirrored or none."""
+    return [
+        View(v.box, torch.full_like(v.flip, flip)) for v, flip in zip(pair, flips_, strict=True)
+    ]
+
+
+def fine_size(view, shared, count):
+    """A map so fine that `count` points across the shared box stay half a cell inside it."""
+    extent = [(box[..., 2:] - box[..., :2]) for box in (view.box, shared)]
+    share = (extent[0] / extent[1]).reshape(-1, 2)
+    w, h = (count * torch.cat([share, torch.ones(1, 2)])).ceil().amax(0).long().tolist()
+    return h + 1, w + 2
+
+
+@st.composite
+def paired_maps(draw, pair, channels=2):
+    """A feature map for each of two views, of two sizes."""
+    return [draw(feature_maps(pair[0].flip.shape, channels)) for _ in range(2)]
+
+
+@given(overlapping_views(), sizes(1, 3), st.integers(1, 2))
+def test_a_pair_of_patches_is_one_piece_of_the_image_in_the_order_of_the_image(pair, size, ratio):
+    shared = intersect_views(*pair).box
+    fine = [fine_size(v, shared, ratio * max(size)) for v in pair]
+    for flips_ in FLIPS:
+        views = with_flips(pair, flips_)
+        maps = [coordinate_map(v, s).movedim(-1, -3) for v, s in zip(views, fine, strict=True)]
+        got = patch_pairs(*maps, *views, size, sampling_ratio=ratio)
+        assert got.valid.all()
+        # The mean of a patch's coordinates is its centre.
+        torch.testing.assert_close(got.features1, grid_points(shared, size), rtol=0, atol=1e-11)
+        torch.testing.assert_close(got.features2, grid_points(shared, size), rtol=0, atol=1e-11)
+
+
+@given(overlapping_views(), st.data(), sizes(1, 4), st.integers(1, 3))
+def test_mirroring_the_pixels_of_a_view_with_its_flip_changes_nothing(pair, data, size, ratio):
+    maps = data.draw(paired_maps(pair), label="features")
+    want = patch_pairs(*maps, *pair, size, sampling_ratio=ratio)
+    mirrored = [View(v.box, ~v.flip) for v in pair]
+    for first in (False, True):
+        for second in (False, True):
+            got = patch_pairs(
+                maps[0].flip(-1) if first else maps[0],
+                maps[1].flip(-1) if second else maps[1],
+                mirrored[0] if first else pair[0],
+                mirrored[1] if second else pair[1],
+                size,
+                sampling_ratio=ratio,
+            )
+            torch.testing.assert_close(got, want, **CLOSE)
+
+
+@given(overlapping_views(), st.data(), sizes(1, 4), st.integers(0, 3))
+def test_the_patches_of_exchanged_views_are_exchanged(pair, data, size, ratio):
+    maps = data.draw(paired_maps(pair), label="features")
+    forth = patch_pairs(*maps, *pair, size, sampling_ratio=ratio)
+    back = patch_pairs(*maps[::-1], *pair[::-1], size, sampling_ratio=ratio)
+    assert torch.equal(forth.features1, back.features2)
+    assert torch.equal(forth.features2, back.features1)
+    assert torch.equal(forth.valid, back.valid)
+
+
+@given(overlapping_views(), st.data(), st.integers(1, 3))
+def test_the_place_of_the_views_in_the_image_does_not_matter(pair, data, ratio):
+    maps = data.draw(paired_maps(pair), label="features")
+    shift = data.draw(tensors((2,), -50, 50), label="shift").repeat(2)
+    moved = [View(v.box + shift, v.flip) for v in pair]
+    got = patch_pairs(*maps, *moved, 3, sampling_ratio=ratio)
+    want = patch_pairs(*maps, *pair, 3, sampling_ratio=ratio)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+# A box of a whole number of cells is a jump of the adaptive ratio: boxes are fractional here.
+@given(overlapping_views((2,), whole_pixels=False), st.data(), sizes(1, 4), st.integers(0, 3))
+def test_patches_are_torchvisions_roi_align_with_mirrored_columns(pair, data, size, ratio):
+    maps = data.draw(paired_maps(pair), label="features")
+    shared = intersect_views(*pair).box[:, None]
+    got = patch_pairs(*maps, *pair, size, sampling_ratio=ratio)
+    for view, features, rows in zip(pair, maps, got[:2], strict=True):
+        h, w = features.shape[-2:]
+        cells = boxes_image_to_view(view, shared) * torch.tensor([w, h, w, h])
+        want = ops.roi_align(features, list(cells), size, sampling_ratio=ratio or -1, aligned=True)
+        want = torch.where(view.flip[:, None, None, None], want.flip(-1), want)
+        torch.testing.assert_close(rows, want.flatten(-2).mT, **CLOSE)
+
+
+@given(overlapping_views(), st.data(), sizes(1, 4))
+def test_patches_of_one_point_are_features_at_the_grid(pair, data, size):
+    maps = data.draw(paired_maps(pair), label="features")
+    got = patch_pairs(*maps, *pair, size, sampling_ratio=1)
+    torch.testing.assert_close(got, gridsample_pairs(*maps, *pair, size), **CLOSE)
+
+
+@given(disjoint_views(), st.data(), st.integers(0, 2))
+def test_views_without_overlap_give_finite_patches_that_are_not_valid(pair, data, ratio):
+    maps = [x.requires_grad_() for x in data.draw(paired_maps(pair), label="features")]
+    corners = [v.box.clone().requires_grad_() for v in pair]
+    views = [View(box, v.flip) for box, v in zip(corners, pair, strict=True)]
+    got = patch_pairs(*maps, *views, 2, sampling_ratio=ratio)
+    assert not got.valid.any()
+    assert got.features1.isfinite().all()
+    assert got.features2.isfinite().all()
+    total = (got.features1 + got.features2).sum()
+    for grad in torch.autograd.grad(total, [*maps, *corners]):
+        assert grad.isfinite().all()
+
+
+@given(st.data(), st.integers(0, 2))
+def test_degenerate_views_give_finite_patches_and_leave_other_images_alone(data, ratio):
+    bad = data.draw(degenerate_boxes((2,)), label="bad")
+    good = data.draw(overlapping_views((2,)), label="good")
+    both = [View(torch.cat([v.box, bad]), torch.cat([v.flip, v.flip])) for v in good]
+    other = View(torch.cat([good[1].box, good[1].box]), both[1].flip)
+    maps = [data.draw(feature_maps((4,), 2), label="features") for _ in range(2)]
+    want = patch_pairs(*(x[:2] for x in maps), *good, 2, sampling_ratio=ratio)
+    for second in (both[1], other):
+        leaves = [x.clone().requires_grad_() for x in (*maps, both[0].box, second.box)]
+        views = [View(leaves[2], both[0].flip), View(leaves[3], second.flip)]
+        got = patch_pairs(*leaves[:2], *views, 2, sampling_ratio=ratio)
+        assert got.valid.tolist() == [True, True, False, False]
+        assert all(part.isfinite().all() for part in got[:2])
+        torch.testing.assert_close(got.features1[:2], want.features1, **CLOSE)
+        torch.testing.assert_close(got.features2[:2], want.features2, **CLOSE)
+        for grad in torch.autograd.grad((got.features1 + got.features2).sum(), leaves):
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+def test_gradients_reach_the_maps_and_the_crops(ratio):
+    maps = [uniform(seeded(k), 2, *size).requires_grad_() for k, size in ((0, (4, 5)), (1, (3, 6)))]
+    corners = [
+        torch.tensor(c, dtype=torch.float64, requires_grad=True)
+        for c in ([0.0, 1.1, 6.2, 7.3], [1.7, 0.4, 7.9, 5.6])
+    ]
+
+    def patches(map1, map2, box1, box2):
+        views = View(box1, torch.tensor(True)), View(box2, torch.tensor(False))
+        return patch_pairs(map1, map2, *views, (2, 3), sampling_ratio=ratio)[:2]
+
+    assert torch.autograd.gradcheck(patches, (*maps, *corners))
+
+
+def test_patches_ignore_autocast_and_a_number_is_a_square():
+    view = full_view((8, 8), (2,))
+    other = View(view.box - 2, ~view.flip)
+    maps = torch.rand(2, 3, 5, 5, generator=seeded())
+    want = patch_pairs(maps, maps, view, other, (7, 7), sampling_ratio=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = patch_pairs(maps, maps, view, other)
+    assert got.features1.shape == (2, 49, 3)
+    assert all(torch.equal(one, two) for one, two in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("size", [0, (0, 3), (2, -1)])
+def test_no_patches_are_refused(size):
+    view, maps = full_view((4, 4)), torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match=r"densekit.sampling.patch_pairs: size is .*one patch"):
+        patch_pairs(maps, maps, view, view, size)
+
+
+def test_patches_of_what_does_not_fit_are_refused():
+    view, maps = full_view((4, 4), (2,)), torch.zeros(2, 3, 5, 5)
+    with pytest.raises(ValueError, match=r"patch_pairs: .*sampling_ratio -1"):
+        patch_pairs(maps, maps, view, view, sampling_ratio=-1)
+    for pair in ((maps, maps[..., :0]), (maps[..., :0, :], maps)):
+        with pytest.raises(ValueError, match=r"densekit.sampling.patch_pairs: .*maps with cells"):
+            patch_pairs(*pair, view, view)
+    with pytest.raises(TypeError, match=r"'features2' should be .* d=3.*\(2, 4, 5, 5\)"):
+        patch_pairs(maps, torch.zeros(2, 4, 5, 5), view, view)
+    with pytest.raises(TypeError, match=r"patch_pairs: argument 'view2.box'"):
+        patch_pairs(maps, maps, view, full_view((4, 4), (3,)))

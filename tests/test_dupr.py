@@ -1,0 +1,278 @@
+"""The DUPR recipe: its losses against the paper's formulas. Its runs: test_recipes.py."""
+
+import copy
+from dataclasses import replace
+
+import dupr
+import pytest
+import timm
+import torch
+import torchvision
+from dupr import DUPR, PRESETS, Views
+from processes import on_processes
+from torch import nn
+from torch.nn.functional import conv2d, cross_entropy, normalize
+import densekit as dk
+
+SMALL = replace(
+    PRESETS["demo"], patches=(2, 3, 3, 2), outputs=8, bank=32, batch=8, epochs=2, workers=0,
+    log_every=1, save_every=3, views=Views(size=32), device="cpu",
+)  # fmt: skip
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def batch(dtype=torch.float32):
+    """Four pairs: two mirrored on one side, one not at all, one without overlap."""
+    generator = torch.Generator().manual_seed(0)
+    box1 = torch.tensor([[0, 0, 40, 40], [10, 0, 60, 50], [5, 5, 50, 60], [0, 0, 20, 20]])
+    box2 = torch.tensor([[20, 10, 64, 64], [0, 8, 50, 40], [0, 0, 64, 64], [30, 30, 60, 60]])
+    flip = torch.tensor([True, False, False, False])
+    views = [dk.View(box1.to(dtype), flip), dk.View(box2.to(dtype), flip.roll(1))]
+    return [torch.rand(4, 3, 32, 32, generator=generator, dtype=dtype) for _ in "12"], views
+
+
+def filled_banks(model, count, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    banks = model.init_banks(torch.device("cpu"))
+    keys = [torch.randn(count, 8, generator=generator, dtype=dtype) for _ in banks]
+    banks = {name: bank._replace(features=bank.features.to(dtype)) for name, bank in banks.items()}
+    return {x: dk.push(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
+
+
+def different_teacher(model):
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) / 50)
+    return model
+
+
+def pyramid(encoder, x):
+    """C2 to C5, layer by layer."""
+    c2 = encoder.layer1(encoder.maxpool(encoder.act1(encoder.bn1(encoder.conv1(x)))))
+    c3 = encoder.layer2(c2)
+    c4 = encoder.layer3(c3)
+    return [c2, c3, c4, encoder.layer4(c4)]
+
+
+def convolve(head, maps):
+    """A head as the paper has it: convolutions of 1 x 1."""
+    x = conv2d(maps, head[0].weight[:, :, None, None], head[0].bias).relu()
+    return conv2d(x, head[2].weight[:, :, None, None], head[2].bias)
+
+
+def nce(q, k, bank):
+    """Eq 1 of one query, its key and the keys of a bank."""
+    q, k, others = normalize(q, dim=0), normalize(k, dim=0), normalize(bank, dim=1)
+    logits = torch.cat([(q @ k)[None], others @ q]) / 0.2
+    return cross_entropy(logits, torch.tensor(0))
+
+
+def test_the_losses_are_those_of_the_paper():
+    torch.manual_seed(0)
+    config = replace(SMALL, alpha=(0.1, 0.0, 0.7, 1.0), beta=(0.0, 0.5, 1.0, 1.0))
+    model = different_teacher(DUPR(config)).double()
+    (images, views), banks = batch(torch.float64), filled_banks(model, 20, torch.float64)
+    names = ["image2", "image4", "image5", "patch3", "patch4", "patch5"]
+    assert [*model.student["heads"]] == [*model.teacher["heads"]] == [*banks] == names
+    oracle = copy.deepcopy(model)
+    loss, terms, _ = model(images, views, banks, torch.tensor([2, 0, 3, 1]))
+
+    maps = [
+        pyramid(network["encoder"], x)
+        for network, x in zip((oracle.student, oracle.teacher), images, strict=True)
+    ]
+    networks, total = (oracle.student["heads"], oracle.teacher["heads"]), 0
+    for name, bank in banks.items():
+        level, rows = int(name[-1]) - 2, bank.features[:20]
+        heads, pair = [x[name] for x in networks], [x[level] for x in maps]
+        if name.startswith("image"):
+            pooled = [x.mean((2, 3), keepdim=True) for x in pair]
+            q, k = (convolve(h, x) for h, x in zip(heads, pooled, strict=True))
+            want = sum(nce(q[i, :, 0, 0], k[i, :, 0, 0], rows) for i in range(4)) / 4
+        else:
+            regions = []
+            for h, x, view in zip(heads, pair, views, strict=True):
+                low = torch.maximum(views[0].box[:, :2], views[1].box[:, :2])
+                high = torch.minimum(views[0].box[:, 2:], views[1].box[:, 2:])
+                size = view.box[:, 2:] - view.box[:, :2]
+                low, high = (low - view.box[:, :2]) / size, (high - view.box[:, :2]) / size
+                x1 = torch.where(view.flip, 1 - high[:, 0], low[:, 0])
+                x2 = torch.where(view.flip, 1 - low[:, 0], high[:, 0])
+                seen = torch.stack([x1, low[:, 1], x2, high[:, 1]], 1) * x.shape[-1]
+                seen = [row[None] for row in seen]
+                s = config.patches[level]
+                region = torchvision.ops.roi_align(x, seen, s, sampling_ratio=2, aligned=True)
+                region = torch.where(view.flip[:, None, None, None], region.flip(-1), region)
+                regions.append(convolve(h, region))
+            r1, r2 = regions
+            want = [
+                nce(r1[b, :, i, j], r2[b, :, i, j], rows)
+                for b in range(3) for i in range(s) for j in range(s)
+            ]  # fmt: skip
+            want = sum(want) / len(want)
+        torch.testing.assert_close(terms[name], want)
+        total += (config.alpha, config.beta)[name.startswith("patch")][level] * want
+    torch.testing.assert_close(loss, total)
+    assert terms["overlap"] == 0.75
+    assert terms["filled"] == 20
+
+
+def test_keys_of_this_batch_enter_the_banks_after_the_loss():
+    torch.manual_seed(0)
+    model = different_teacher(DUPR(SMALL))
+    images, views = batch()
+    order, banks = torch.tensor([2, 0, 3, 1]), model.init_banks(torch.device("cpu"))
+    loss, _, new = model(images, views, banks, order)
+    assert loss == 0  # no negatives yet
+    assert all(bank.filled == 0 for bank in banks.values())
+    for name, bank in new.items():
+        assert bank.filled == (3 * SMALL.keys if name.startswith("patch") else 4)
+        rows = bank.features[: bank.filled]
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+    maps = pyramid(copy.deepcopy(model).teacher["encoder"], images[1])
+    keys = normalize(model.teacher["heads"]["image5"](maps[3].mean((2, 3))), dim=1)
+    torch.testing.assert_close(new["image5"].features[:4], keys.detach())
+    pairs = dk.patch_pairs(maps[2], maps[2], *views[::-1], 3)  # view 2 first
+    keys = normalize(model.teacher["heads"]["patch4"](pairs.features1), dim=-1)
+    rows = new["patch4"].features[:12].view(3, 4, 8)
+    distance = torch.cdist(rows, keys[:3].detach())
+    assert (distance.amin(-1) < 1e-4).all()  # each is one of its image's patches...
+    assert all(len(set(row.tolist())) == 4 for row in distance.argmin(-1))  # ...and no two alike
+    loss, *_ = model(images, views, new, order)
+    assert loss > 1
+
+
+def test_only_the_student_learns_and_the_keys_use_batch_statistics():
+    torch.manual_seed(0)
+    model = DUPR(SMALL)
+    loss, _, _ = model(*batch(), filled_banks(model, 20), torch.arange(4))
+    loss.backward()
+    for name, parameter in model.student.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert all(parameter.grad is None for parameter in model.teacher.parameters())
+    assert model.teacher["encoder"].bn1.num_batches_tracked == 1
+
+
+def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph():
+    torch.manual_seed(0)
+    model, (images, views) = DUPR(SMALL), batch()
+    views[1] = dk.View(views[1].box + 100, views[1].flip)
+    banks = filled_banks(model, 20)
+    loss, terms, new = model(images, views, banks, torch.arange(4))
+    loss.backward()
+    assert loss.isfinite()
+    assert terms["patch4"] == terms["patch5"] == terms["overlap"] == 0
+    assert torch.equal(new["patch4"].features, banks["patch4"].features)
+    for name, parameter in model.student.named_parameters():
+        assert parameter.grad is not None, name  # DDP waits for every one
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_the_order_of_the_shuffle_changes_nothing_on_one_process():
+    torch.manual_seed(0)
+    model, results = different_teacher(DUPR(SMALL)).double(), []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        torch.manual_seed(1)
+        banks = filled_banks(model, 20, torch.float64)
+        loss, _, new = model(*batch(torch.float64), banks, torch.tensor(order))
+        results.append((loss, new["patch4"].features, new["image2"].features))
+    torch.testing.assert_close(*results)
+
+
+def half_the_batch(rank, group, state, order):
+    model = DUPR(SMALL).double()
+    model.load_state_dict(state)
+    images, views = batch(torch.float64)
+    own = slice(2 * rank, 2 * rank + 2)
+    images = [x[own] for x in images]
+    views = [dk.View(view.box[own], view.flip[own]) for view in views]
+    norms = nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d))
+    norms.eval()  # one process would have other batch statistics
+    torch.manual_seed(rank)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    loss, terms, new = ddp(images, views, filled_banks(model, 20, torch.float64), order)
+    loss.backward()
+    slopes = [x.grad for x in model.student.parameters()]
+    return loss.detach(), terms["patch4"].detach(), slopes, {k: v.features for k, v in new.items()}
+
+
+def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
+    torch.manual_seed(0)
+    model = different_teacher(DUPR(SMALL)).double()
+    order = torch.tensor([2, 0, 3, 1])
+    halves = on_processes(2, half_the_batch, model.state_dict(), order)
+    nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
+    banks = filled_banks(model, 20, torch.float64)
+    loss, terms, new = model(*batch(torch.float64), banks, order)
+    loss.backward()
+    slopes = [x.grad for x in model.student.parameters()]
+    for half_loss, patch4, half_slopes, half_banks in halves:
+        # Process 1 has one pair without overlap: only a mean over all valid pairs gives the same.
+        torch.testing.assert_close((half_loss, patch4), (loss.detach(), terms["patch4"].detach()))
+        torch.testing.assert_close(half_slopes, slopes)
+        torch.testing.assert_close(half_banks["image5"], new["image5"].features)
+        for name, rows in half_banks.items():
+            assert torch.equal(rows, halves[0][-1][name])
+
+
+def test_the_keys_are_shuffled_over_the_processes(monkeypatch):
+    torch.manual_seed(0)
+    model, (images, views), seen = DUPR(SMALL), batch(), []
+    levels = dupr.levels
+    monkeypatch.setattr(dupr, "levels", lambda encoder, x: seen.append(x) or levels(encoder, x))
+    order = torch.tensor([2, 0, 3, 1])
+    model(images, views, filled_banks(model, 20), order)
+    assert torch.equal(seen[0], images[0])
+    assert torch.equal(seen[1], images[1][order])
+
+
+def test_the_encoder_is_timms():
+    encoder = dupr.build_encoder("resnet50").eval()
+    plain = timm.create_model("resnet50", num_classes=0, global_pool="").eval()
+    plain.load_state_dict(encoder.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    maps = dupr.levels(encoder, x)
+    assert [f.shape[1] for f in maps] == [256, 512, 1024, 2048]
+    torch.testing.assert_close(maps[-1], plain(x))
+    torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
+
+
+def test_the_presets_are_the_papers():
+    paper = PRESETS["paper"]
+    assert (paper.alpha, paper.beta) == ((0.1, 0.4, 0.7, 1.0), (0.0, 0.0, 1.0, 1.0))
+    assert (paper.patches[2:], paper.outputs, paper.bank, paper.keys) == ((14, 7), 128, 65536, 4)
+    assert (paper.temperature, paper.momentum, paper.arch) == (0.2, 0.999, "resnet50")
+    assert (paper.batch, paper.epochs, paper.lr, paper.weight_decay) == (256, 200, 0.06, 1e-4)
+    assert paper.views == Views(224, (0.2, 1.0), 0.1, (0.1, 2.0))
+    assert PRESETS["coco"] == replace(paper, preset="coco", epochs=2000)
+    nothing = (0.0, 0.0, 0.0, 0.0)
+    mocov2 = replace(paper, preset="mocov2", alpha=(*nothing[:3], 1.0), beta=nothing)
+    assert PRESETS["mocov2"] == mocov2
+
+
+def test_a_last_level_without_weight_is_answered_with_a_sentence():
+    with pytest.raises(dupr.harness.UserError, match="C5"):
+        DUPR(replace(SMALL, alpha=(1.0, 0.0, 0.0, 0.0), beta=(0.0, 0.0, 1.0, 0.0)))
+
+
+def test_synchronised_statistics_need_a_gpu(tmp_path):
+    config = replace(SMALL, run=tmp_path, norm="sync")
+    with pytest.raises(dupr.harness.UserError, match="--norm shuffled"):
+        dupr.train(config)
+
+
+def test_the_key_encoder_follows_before_each_step_and_keeps_its_statistics(tmp_path, monkeypatch):
+    calls, update = [], dk.ema_update
+
+    def follow(teacher, student, **options):
+        calls.append(options)
+        return update(teacher, student, **options)
+
+    monkeypatch.setattr(dk, "ema_update", follow)
+    source = dupr.harness.image_source
+    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(dupr, "evaluate", lambda *arguments: None)
+    dupr.train(replace(SMALL, run=tmp_path))
+    assert calls == [{"momentum": SMALL.momentum, "buffers": "keep"}] * 4
