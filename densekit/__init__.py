@@ -47,6 +47,7 @@ from densekit.losses import (
 from densekit.metrics import (
     LinearProbe,
     SegmentationScore,
+    SimilarityCurve,
     affinity_matrix,
     confusion_matrix,
     fit_linear_probe,
@@ -98,6 +99,7 @@ __all__ = [
     "PrunedClusters",
     "RoIFeatures",
     "SegmentationScore",
+    "SimilarityCurve",
     "View",
     "ViewPairs",
     "affinity_matrix",

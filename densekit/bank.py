@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.typing import Bool, Float, Int, Tensor, typed
+from densekit.typing import Bool, Float, Int, Tensor, _fit_valid, typed
 
 __all__ = ["Bank", "Negatives", "init_bank", "negatives", "push", "sample_keys"]
 
@@ -113,15 +113,10 @@ def push(
     """
     features, cursor, filled = bank
     size = features.shape[0]
-    shape, given = keys.shape[:-1], () if valid is None else valid.shape
-    pairs = zip(reversed(given), reversed(shape), strict=False)
-    if len(given) > len(shape) or any(x not in (1, y) for x, y in pairs):
-        raise TypeError(
-            f"densekit.bank.push: argument 'valid' should broadcast to batch={tuple(shape)}, but a "
-            f"tensor of shape {tuple(given)} came."
-        )
-    use = torch.ones(shape, dtype=torch.bool, device=keys.device)
-    use = (use if valid is None else use & valid).flatten()
+    shape = keys.shape[:-1]
+    valid = _fit_valid("bank.push", valid, shape)
+    use = torch.ones(shape, dtype=torch.bool, device=keys.device) if valid is None else valid
+    use = use.flatten()
     place = use.long().cumsum(0)  # from 1, among the keys to use
     count = use.long().sum()
     stays = use & (place > count - size)

@@ -138,7 +138,8 @@ def roi_align(
     Each box is split into equal bins, and a bin is the mean of the bilinear features at regular
     points inside it. For upright boxes the weights are separable: two small matrix products a box,
     made in float32 and rounded to the dtype of the features. Deterministic on every device,
-    differentiable twice, in the boxes too. A NaN in a map reaches all of its boxes.
+    differentiable twice, in the boxes too. A NaN in a map reaches all of its boxes. Time and memory
+    grow with the boxes times the map's height: made for few boxes a map, or small maps.
 
     Args:
         features: One feature map for each batch entry.
@@ -151,8 +152,9 @@ def roi_align(
             rounded up (a box larger than the map takes no more than one of its size).
 
     Returns:
-        The pooled maps, of the features' dtype, and which are valid. A box that is reversed, empty
-        or not finite is not valid; where not valid, features and all gradients are zero.
+        The pooled maps, of the features' dtype and channels-last in memory, and which are valid. A
+        box that is reversed, empty or not finite is not valid; where not valid, features and all
+        gradients are zero.
 
     Raises:
         TypeError: The leading axes, or those of `valid`, do not fit.

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from densekit.bank import Negatives
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Tensor, typed, widen
+from densekit.typing import Bool, Float, Tensor, _broadcasts, _fit_valid, typed, widen
 
 __all__ = [
     "cross_entropy_similarity",
@@ -56,7 +56,7 @@ def masked_mean(
     References:
         House convention: an empty pair changes nothing.
     """
-    values, valid = widen(values), _fit_valid("masked_mean", valid, values.shape)
+    values, valid = widen(values), _fit_valid("losses.masked_mean", valid, values.shape)
     if group is None:
         if valid is None:
             return values.sum() / max(values.numel(), 1)
@@ -126,7 +126,7 @@ def negative_cosine(
     References:
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
-    valid = _fit_valid("negative_cosine", valid, student.shape[:-1])
+    valid = _fit_valid("losses.negative_cosine", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
     cosine = (l2_normalize(student) * l2_normalize(teacher.detach())).sum(-1)
     return _reduce(-cosine, valid, reduction)
@@ -166,7 +166,7 @@ def cross_entropy_similarity(
     References:
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
-    valid = _fit_valid("cross_entropy_similarity", valid, student.shape[:-1])
+    valid = _fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
     entropy = -(widen(teacher.detach()).softmax(-1) * widen(student).log_softmax(-1)).sum(-1)
     return _reduce(entropy, valid, reduction)
@@ -189,7 +189,8 @@ def info_nce(
     are the negatives; with them only those are. In its dense form a query is a cell or patch of
     one view, its key the same place of the other view, and the negatives come from a bank:
     `info_nce(query, key, negatives(bank), temperature=0.2)`. Gradient flows to queries, keys and
-    negatives: detach what comes from a momentum encoder.
+    negatives: detach what comes from a momentum encoder. For several levels or kinds add weighted
+    calls, as `recipes/dupr.py` does; for weights of queries take `reduction="none"`.
 
     Args:
         query: n queries in each set.
@@ -223,18 +224,6 @@ def info_nce(
             f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
         )
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
-    if isinstance(negatives, Negatives) and (
-        negatives.features.ndim < 2
-        or not negatives.features.is_floating_point()
-        or negatives.valid.dtype != torch.bool
-        or negatives.valid.shape != negatives.features.shape[:-1]
-    ):
-        raise TypeError(
-            "densekit.losses.info_nce: argument 'negatives' should have floating features (m, d) "
-            f"and Boolean valid (m), but {tuple(negatives.features.shape)} of "
-            f"{negatives.features.dtype} and {tuple(negatives.valid.shape)} of "
-            f"{negatives.valid.dtype} came."
-        )
     if others is not None and not (
         _broadcasts(others.shape[:-2], query.shape[:-2]) and others.shape[-1] == query.shape[-1]
     ):
@@ -243,7 +232,7 @@ def info_nce(
             f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
             f"{tuple(others.shape)} came."
         )
-    valid = _fit_valid("info_nce", valid, query.shape[:-1])
+    valid = _fit_valid("losses.info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
         if others is None:
@@ -259,8 +248,9 @@ def info_nce(
         if use is not None:  # a finite number, or no valid one at all would be NaN
             bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
         rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
-        total = _LogSumExp.apply(rows / temperature, others, bias).view(positive.shape)
-        loss = torch.logaddexp(positive, total) - positive
+        total, _ = _LogSumExp.apply(rows / temperature, others, bias)
+        # log(1 + exp(x)); with the number its slopes of all orders are finite, and float64 exact.
+        loss = torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
     return _reduce(loss, valid, reduction)
 
 
@@ -312,7 +302,7 @@ def self_distillation(
             f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
             f"{teacher_temperature}; give two above 0."
         )
-    valid = _fit_valid("self_distillation", valid, student.shape[:-1])
+    valid = _fit_valid("losses.self_distillation", valid, student.shape[:-1])
     sharp = (widen(teacher.detach()) - center) / teacher_temperature
     return cross_entropy_similarity(
         widen(student) / student_temperature, sharp, valid, reduction=reduction
@@ -357,7 +347,7 @@ def update_center(
             f"densekit.losses.update_center: momentum is {momentum}; give the old mean's weight, "
             "from 0 to 1."
         )
-    valid = _fit_valid("update_center", valid, teacher.shape[:-1])
+    valid = _fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widen(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
@@ -407,37 +397,49 @@ def symmetric_loss(
 
 
 class _LogSumExp(Function):
-    """`logsumexp(query @ others.mT + bias)`, some columns at a time, here and in the backward pass.
+    """`logsumexp(query @ others.mT + bias)`, some columns at a time, and its slope by the query.
 
-    49 patches of 256 images against a bank of 65,536 would be an array of 3 GB, several times.
+    49 patches of 256 images against a bank of 65,536 would be an array of 3 GB, several times. The
+    slope is the mean of the others, weighted by their share, and is made in the same pass.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, others: Tensor, bias: Tensor) -> Tensor:
-        query = _append(query, torch.ones_like(query[..., 0]))
-        total = query.new_full(query.shape[:-1], -torch.inf)
+    def forward(query: Tensor, others: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
+        most = torch.full_like(query[..., :1], -torch.inf)
+        count = torch.zeros_like(most)
         for keys in _some_at_a_time(query, others, bias):
-            total = torch.logaddexp(total, (query @ keys.mT).logsumexp(-1))
-        return total
+            logits = biased @ keys.mT
+            new = torch.maximum(most, logits.amax(-1, keepdim=True))
+            share, fade = logits.sub_(new).exp_(), (most - new).exp()
+            count = count * fade + share.sum(-1, keepdim=True)
+            mean, most = mean * fade + share @ keys[..., :-1], new
+        count = count.clamp(min=1)  # which it is with any column
+        return (most + count.log())[..., 0], mean / count
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        query, others, bias, total = ctx.saved_tensors
-        slope, d, of_query, of_others = gradients[0][..., None], others.shape[-1], 0.0, []
-        biased = _append(query, torch.ones_like(query[..., 0]))
-        for keys in _some_at_a_time(query, others, bias):
-            share = (biased @ keys.mT).sub_(total[..., None]).exp_()
-            of_query = of_query + share @ keys[..., :d]
-            if ctx.needs_input_grad[1]:
-                of_others.append(share.mT @ (query * slope))
-        of_others = torch.cat(of_others, -2).sum_to_size(others.shape) if of_others else None
-        return of_query * slope, of_others, None
+        query, others, bias, total, mean = ctx.saved_tensors
+        slope = gradients[0][..., None]
+        if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
+            return mean * slope, None, None
+        # Once more, for second derivatives or for the slope by the others.
+        biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
+        of_others = [torch.zeros_like(others[..., :0, :])]
+        with torch.autocast(query.device.type, enabled=False):
+            for keys in _some_at_a_time(query, others, bias):
+                share = (biased @ keys.mT).sub_(total[..., None]).exp_()
+                mean = mean + share @ keys[..., :-1]
+                part = share.mT @ (query * slope)
+                of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
+        return mean * slope, torch.cat(of_others, -2), None
 
 
 def _append(x: Tensor, last: Tensor) -> Tensor:
@@ -449,21 +451,7 @@ def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]
     most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; on a CPU the cache holds them
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
     parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
-    return [_append(rows, last) for rows, last in parts]
-
-
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    pairs = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
-
-
-def _fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    if valid is not None and not _broadcasts(valid.shape, shape):
-        raise TypeError(
-            f"densekit.losses.{function}: argument 'valid' should broadcast to "
-            f"batch={tuple(shape)}, but a tensor of shape {tuple(valid.shape)} came."
-        )
-    return None if valid is None else valid.expand(shape)
+    return [_append(rows, last) for rows, last in parts if last.shape[-1]]
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
 __all__ = [
     "LinearProbe",
     "SegmentationScore",
+    "SimilarityCurve",
     "affinity_matrix",
     "confusion_matrix",
     "fit_linear_probe",
@@ -32,6 +33,18 @@ class SegmentationScore(NamedTuple):
 
     miou: Float[Tensor, ""]
     prior_miou: Float[Tensor, ""]
+
+
+class SimilarityCurve(NamedTuple):
+    """How alike a box and its moved copies are.
+
+    Attributes:
+        similarity: Mean cosine at each IoU.
+        valid: True where any moved copy was inside the map.
+    """
+
+    similarity: Float[Tensor, " k"]
+    valid: Bool[Tensor, " k"]
 
 
 class LinearProbe(NamedTuple):
@@ -299,12 +312,13 @@ def similarity_iou_curve(
     ious: Sequence[float],
     size: int = 7,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, " k"]:
+) -> SimilarityCurve:
     """Measure how the similarity of a box to a moved copy falls with their overlap.
 
     Both boxes are pooled to S x S, and the cosine is averaged over the S x S places. A detector
     wants a steep curve: near 1 for boxes that overlap much, low for those that overlap little.
-    A moved copy that leaves the map is left out.
+    A moved copy that leaves the map is left out, which large boxes do: what is averaged then
+    differs from IoU to IoU.
 
     Args:
         features: Feature maps.
@@ -315,7 +329,7 @@ def similarity_iou_curve(
         generator: Source of the random moves, on the boxes' device.
 
     Returns:
-        Mean cosine at each IoU, in at least float32; 0 where no box is left.
+        Mean cosine at each IoU, in at least float32, and whether any box was left to measure.
 
     Raises:
         TypeError: The shapes do not fit.
@@ -323,13 +337,13 @@ def similarity_iou_curve(
 
     Examples:
         >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
-        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.0, 1.0))[1]
+        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1]
         tensor(1.)
 
     References:
         DUPR, Eq 8, Fig 5.
     """
-    query, similarities = roi_align(features, boxes, size, valid), []
+    query, similarities, found = roi_align(features, boxes, size, valid), [], []
     for iou in ious:
         moved = sample_boxes_at_iou(boxes, iou, generator=generator)
         inside = ((moved >= -1e-4) & (moved <= 1 + 1e-4)).all(-1)
@@ -337,7 +351,10 @@ def similarity_iou_curve(
         pair = (l2_normalize(x.features.movedim(-3, -1)) for x in (query, key))
         cosine = torch.mul(*pair).sum(-1).mean((-2, -1))
         similarities.append(masked_mean(cosine, key.valid))
-    return torch.stack(similarities) if similarities else widen(features).new_zeros(0)
+        found.append(key.valid.any())
+    if not found:
+        return SimilarityCurve(widen(features).new_zeros(0), query.valid.new_zeros(0))
+    return SimilarityCurve(torch.stack(similarities), torch.stack(found))
 
 
 @typed

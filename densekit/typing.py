@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -115,6 +115,21 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
+
+
+def _fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """A mask in the shape of what it masks, or one sentence on why it cannot be."""
+    if valid is not None and not _broadcasts(valid.shape, shape):
+        raise TypeError(
+            f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
+            f"a tensor of shape {tuple(valid.shape)} came."
+        )
+    return None if valid is None else valid.expand(shape)
+
+
 def _is_record(hint: Any) -> bool:
     return inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
@@ -122,6 +137,8 @@ def _is_record(hint: Any) -> bool:
 @functools.cache
 def _with_fields(hint: Any) -> Any:
     """The hint itself, or for a NamedTuple of tensors the hint with a check of every field."""
+    if isinstance(hint, types.UnionType):
+        return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if not _is_record(hint):
         return hint
     fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]

@@ -230,7 +230,7 @@ def train(config: Config) -> None:
 
         torch.manual_seed(config.seed)
         model = DenseSiam(config)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        model = timm.layers.convert_sync_batchnorm(model) if device.type == "cuda" else model
         model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
         late = config.loss.region > 0  # no gradient, and no weight decay, before RegionSim begins
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=late)

@@ -56,7 +56,7 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", patches=(7, 7, 7, 7), outputs=64, bank=2048, momentum=0.99, batch=40,
+        arch="tiny", patches=(7, 7, 7, 7), outputs=64, bank=512, momentum=0.99, batch=40,
         epochs=10, lr=0.8, workers=1, precision="fp32", save_every=170,
         views=Views(48, hue=0.5, blur=(0.1, 1.0)),
     ),
@@ -109,9 +109,8 @@ class TwoViews:  # two augmented crops of each image, and the views they are
         key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
         scale, generator = self.config.scale, harness.generator(*key)
         *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
-        pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
-        crops = [(crop * 255).round().byte() for crop in crops]
+        crop = partial(dk.crop_views, [image / 255 for image in images], size=self.config.size)
+        crops = [(crop(view) * 255).round().byte() for view in views]
         with harness.seeded(*key, 1):  # other numbers than the views have
             crops = [torch.stack([*map(self.photometric, crop)]) for crop in crops]
         return crops, views, [name for names in unreadable for name in names]
@@ -142,45 +141,51 @@ class DUPR(nn.Module):  # query (student) and key (teacher): each an encoder f a
                     d = encoder.feature_info[level + 1]["num_chs"]
                     layers = nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, config.outputs)
                     heads[f"{kind}{level + 2}"] = nn.Sequential(*layers)  # on rows: conv1x1
-        if not (config.alpha[3] or config.beta[3]):
-            raise harness.UserError("--alpha or --beta must weigh C5, or its layers never learn.")
+        numbers = config.bank, config.outputs, config.keys, config.temperature
+        few = [
+            x for x, b in zip(config.patches, config.beta, strict=True) if b and x * x < config.keys
+        ]
+        if few or min(numbers) <= 0 or not (config.alpha[3] or config.beta[3]):
+            what = (
+                "--bank, --outputs, --temperature: above 0; --keys: 1 to S x S; C5 needs a weight"
+            )
+            raise harness.UserError(f"{what} in --alpha or --beta.")
         self.student = nn.ModuleDict({"encoder": encoder, "heads": heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
     def init_banks(self, device: torch.device) -> dict[str, dk.Bank]:
-        size, outputs = self.config.bank, self.config.outputs
-        names = [name for name, _ in self.student["heads"].named_children()]
-        return {name: dk.init_bank(size, outputs, device=device) for name in names}
+        new = partial(dk.init_bank, self.config.bank, self.config.outputs, device=device)
+        return {name: new() for name, _ in self.student["heads"].named_children()}
 
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], views: list[dk.View], banks: dict, order: Tensor):
         config, group, (x, y) = self.config, torch.distributed.group.WORLD, images
         queries, keys, loss, terms, new = levels(self.student["encoder"], x), [], 0.0, {}, {}
-        with torch.no_grad():  # dealt out anew: batch statistics give no key away
-            y = dk.shuffle_batch(y, order, group)
+        with torch.no_grad():  # dealt out anew: batch statistics then give no key away
+            y = dk.shuffle_batch(y, order, group) if (deal := config.norm == "shuffled") else y
             for f, beta in zip(levels(self.teacher["encoder"], y), config.beta, strict=True):
                 f = f if beta else f.mean((-2, -1), keepdim=True)  # less to send
-                keys.append(dk.unshuffle_batch(f, order, group))  # before any box of its own
+                keys.append(dk.unshuffle_batch(f, order, group) if deal else f)  # before its boxes
         for name, head in self.student["heads"].items():
             level, is_patch = int(name[-1]) - 2, name.startswith("patch")
             maps, weight = (queries[level], keys[level]), (config.alpha, config.beta)[is_patch]
             if is_patch:
                 *pair, valid = dk.patch_pairs(*maps, *views, config.patches[level])
             else:
-                pair = [f.mean((-2, -1))[:, None] for f in maps]
+                pair = [f.flatten(2).mT.mean(1, keepdim=True) for f in maps]  # channels stay last
                 valid = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            q, k = head(pair[0]), self.teacher["heads"][name](pair[1])
-            against, options = dk.negatives(banks[name]), {"temperature": config.temperature}
-            each = dk.info_nce(q, k, against, valid[:, None], reduction="none", **options)
-            terms[name] = dk.masked_mean(each, valid[:, None], group=group)
-            terms[f"{name}_cosine"] = -dk.negative_cosine(q.detach(), k, valid[:, None])
+            q, k, use = head(pair[0]), self.teacher["heads"][name](pair[1]), valid[:, None]
+            info_nce = partial(dk.info_nce, temperature=config.temperature, reduction="none")
+            mean = partial(dk.masked_mean, valid=use, group=group)  # over all processes' valid ones
+            terms[name] = mean(info_nce(q, k, dk.negatives(banks[name]), use))
+            terms[f"{name}_cosine"] = -mean(dk.negative_cosine(q.detach(), k, reduction="none"))
+            terms[f"{name[:5]}_filled"] = banks[name].filled
             loss = loss + weight[level] * terms[name]
             k = dk.sample_keys(dk.l2_normalize(k), config.keys if is_patch else 1)
             k, valid = (dk.all_gather(rows, group) for rows in (k, valid))  # one order everywhere
             new[name] = dk.push(banks[name], k, valid[:, None])
-        overlap = dk.intersect_views(*views).valid.double().mean()
-        filled = torch.stack([bank.filled for bank in banks.values()]).double().mean()
-        return loss, {**terms, "overlap": overlap, "filled": filled}, new
+        terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
+        return loss, terms, new
 
 
 # ==== evaluation ==================================================================================
@@ -194,36 +199,32 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     *rows, valid = dk.patch_pairs(*maps, *views, side)
     affinity, own = dk.affinity_matrix(*rows), torch.arange(side**2).expand(len(valid), -1)
     found = affinity.argmax(-2)  # the patch of view 1 that is the nearest to each of view 2
-    colors = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), side)  # a patch's place, painted
-    colors = torch.cat([colors, 1 - colors[:, :1]], 1)
-    panels, box = [], dk.intersect_views(*views).box[:, None, None]
-    for x, view, patch in zip(
-        [*images, images[1]], [*views, views[1]], [own, own, found], strict=True
-    ):
-        place = dk.coordinate_map(view, (224, 224)) - box[..., :2]
+    x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), side).T
+    colors, panels = torch.stack([x, y, 1 - x], 1), []  # a patch's colour tells its place
+    box = dk.intersect_views(*views).box[:, None, None]
+    for i, patch in ((0, own), (1, own), (1, found)):
+        place = dk.coordinate_map(views[i], (224, 224)) - box[..., :2]
         place = (place / (box[..., 2:] - box[..., :2]).clamp(min=1e-3) * side).floor().long()
         inside = ((place >= 0) & (place < side)).all(-1) & valid[:, None, None]
         cell = torch.where(inside, place[..., 1] * side + place[..., 0], 0)
         paint = colors[patch.gather(1, cell.flatten(1))].view(*cell.shape, 3).movedim(-1, 1)
-        x = x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        painted = 0.4 * x.mean(1, keepdim=True) + 0.6 * paint
-        panels.append(torch.where(inside[:, None], painted, x))
+        x = images[i] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        paint = 0.4 * x.mean(1, keepdim=True) + 0.6 * paint
+        panels.append(torch.where(inside[:, None], paint, x))
     panels.append(nn.functional.interpolate(affinity[:, None], 224).expand(-1, 3, -1, -1))
-    (folder := run.folder / "pictures").mkdir(exist_ok=True)
-    path = folder / f"step-{step:06d}.png"
+    (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
     save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
-    ious, generator = [i / 10 for i in range(11)], harness.generator(config.seed)
+    ious, options = [i / 10 for i in range(11)], {"generator": harness.generator(config.seed)}
     boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(2 * len(valid), 1, 4)
-    curve = dk.similarity_iou_curve(torch.cat(maps), boxes, ious=ious, generator=generator)
+    curve, _ = dk.similarity_iou_curve(torch.cat(maps), boxes, ious=ious, **options)
     names = [f"similarity_iou_{iou}" for iou in ious]
     matched = dk.masked_mean((found == own).float(), valid[:, None])
     run.log(step, matched=matched, **dict(zip(names, curve, strict=True)))
-    axes = (figure := Figure()).subplots()
-    for row in run.rows(names[0]):
+    axes = (figure := Figure()).subplots(subplot_kw={"xlabel": "IoU", "ylabel": "cosine (C4)"})
+    for row in run.rows("matched"):
         axes.plot(ious, [row[name] for name in names], label=f"step {row['step']}")
-    axes.set(xlabel="IoU of two boxes", ylabel="cosine of their features (C4)")
     axes.legend()
-    figure.savefig(folder / "similarity-iou.png")
+    figure.savefig(path.with_name("similarity-iou.png"))
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
         score = probe_scenes(lambda x: model.student["encoder"](normalize(x).to(run.world.device)))
@@ -238,18 +239,19 @@ def train(config: Config) -> None:
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
         device = world.device
+        if config.bank > len(source):  # and negatives are of other images
+            raise harness.UserError(f"--bank: at most as many as there are images, {len(source)}.")
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
         lr = config.lr * config.batch / 256
-
         if config.norm == "sync" and device.type == "cpu":
             raise harness.UserError("--norm sync needs GPUs: use --norm shuffled.")
         torch.manual_seed(config.seed)
         model: Any = DUPR(config)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.norm == "sync" else model
+        model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
         model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        options = {"momentum": 0.9, "weight_decay": config.weight_decay}
-        optimizer = torch.optim.SGD(model.student.parameters(), lr, **options)
+        parameters, decay = model.student.parameters(), config.weight_decay
+        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
         options = {"world": world, "seed": config.seed, "workers": config.workers}
@@ -286,11 +288,9 @@ def train(config: Config) -> None:
             if stop:
                 return
         if world.is_main:
-            facts = {
-                "method": "dupr" if any(config.beta) else "mocov2",
-                "architecture": config.arch,
-            }
-            path, facts = folder / "encoder.safetensors", {**facts, "mean": MEAN, "std": STD}
+            method = "dupr" if any((*config.alpha[:3], *config.beta)) else "mocov2"
+            facts = {"method": method, "architecture": config.arch, "mean": MEAN, "std": STD}
+            path = folder / "encoder.safetensors"
             harness.save_encoder(path, model.student["encoder"], **facts, step=step)
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
             print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")

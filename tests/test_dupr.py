@@ -1,21 +1,25 @@
 """The DUPR recipe: its losses against the paper's formulas. Its runs: test_recipes.py."""
 
 import copy
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import dupr
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from dupr import DUPR, PRESETS, Views
+from PIL import Image
 from processes import on_processes
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, normalize
 import densekit as dk
 
 SMALL = replace(
-    PRESETS["demo"], patches=(2, 3, 3, 2), outputs=8, bank=32, batch=8, epochs=2, workers=0,
+    PRESETS["demo"], patches=(2, 3, 3, 2), outputs=8, bank=16, batch=8, epochs=2, workers=0,
     log_every=1, save_every=3, views=Views(size=32), device="cpu",
 )  # fmt: skip
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
@@ -34,7 +38,8 @@ def batch(dtype=torch.float32):
 
 def filled_banks(model, count, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    banks = model.init_banks(torch.device("cpu"))
+    names = [name for name, _ in model.student["heads"].named_children()]
+    banks = {name: dk.init_bank(32, 8) for name in names}
     keys = [torch.randn(count, 8, generator=generator, dtype=dtype) for _ in banks]
     banks = {name: bank._replace(features=bank.features.to(dtype)) for name, bank in banks.items()}
     return {x: dk.push(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
@@ -115,7 +120,7 @@ def test_the_losses_are_those_of_the_paper():
         total += (config.alpha, config.beta)[name.startswith("patch")][level] * want
     torch.testing.assert_close(loss, total)
     assert terms["overlap"] == 0.75
-    assert terms["filled"] == 20
+    assert terms["image_filled"] == terms["patch_filled"] == 20
 
 
 def test_keys_of_this_batch_enter_the_banks_after_the_loss():
@@ -217,15 +222,24 @@ def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
             assert torch.equal(rows, halves[0][-1][name])
 
 
-def test_the_keys_are_shuffled_over_the_processes(monkeypatch):
-    torch.manual_seed(0)
-    model, (images, views), seen = DUPR(SMALL), batch(), []
-    levels = dupr.levels
-    monkeypatch.setattr(dupr, "levels", lambda encoder, x: seen.append(x) or levels(encoder, x))
-    order = torch.tensor([2, 0, 3, 1])
-    model(images, views, filled_banks(model, 20), order)
-    assert torch.equal(seen[0], images[0])
-    assert torch.equal(seen[1], images[1][order])
+def encoded(rank, group, order, norm):
+    """What the two encoders are given on this process."""
+    model, (images, views), seen = DUPR(replace(SMALL, norm=norm)), batch(), []
+    own, levels = slice(2 * rank, 2 * rank + 2), dupr.levels
+    views = [dk.View(view.box[own], view.flip[own]) for view in views]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dupr, "levels", lambda encoder, x: seen.append(x) or levels(encoder, x))
+        model([x[own] for x in images], views, filled_banks(model, 20), order)
+    return seen
+
+
+@pytest.mark.parametrize("norm", ["shuffled", "sync"])
+def test_the_keys_are_shuffled_over_the_processes(norm):
+    order, (first, second) = torch.tensor([2, 0, 3, 1]), batch()[0]
+    for rank, (x, y) in enumerate(on_processes(2, encoded, order, norm)):
+        own = slice(2 * rank, 2 * rank + 2)
+        assert torch.equal(x, first[own])
+        assert torch.equal(y, second[order[own]] if norm == "shuffled" else second[own])
 
 
 def test_the_encoder_is_timms():
@@ -252,9 +266,58 @@ def test_the_presets_are_the_papers():
     assert PRESETS["mocov2"] == mocov2
 
 
-def test_a_last_level_without_weight_is_answered_with_a_sentence():
-    with pytest.raises(dupr.harness.UserError, match="C5"):
-        DUPR(replace(SMALL, alpha=(1.0, 0.0, 0.0, 0.0), beta=(0.0, 0.0, 1.0, 0.0)))
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"alpha": (1.0, 0.0, 0.0, 0.0), "beta": (0.0, 0.0, 1.0, 0.0)}, "C5"),
+        ({"keys": 5}, "--keys"),  # of 2 x 2
+        ({"keys": 0}, "--keys"),
+        ({"bank": 0}, "--bank"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"patches": (1, 1, 0, 2)}, "S x S"),
+    ],
+)
+def test_impossible_numbers_are_answered_with_a_sentence(changes, sentence):
+    with pytest.raises(dupr.harness.UserError, match=sentence):
+        DUPR(replace(SMALL, **changes))
+
+
+def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):
+    source = dupr.harness.image_source
+    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=15))
+    with pytest.raises(dupr.harness.UserError, match=r"--bank.*15"):  # its own keys are in it
+        dupr.train(replace(SMALL, run=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "method"),
+    [((0, 0, 0, 1), (0, 0, 0, 0), "mocov2"), ((0, 0, 1, 1), (0, 0, 0, 0), "dupr")],
+)
+def test_the_method_is_said_beside_the_weights(tmp_path, monkeypatch, alpha, beta, method):
+    source = dupr.harness.image_source
+    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(dupr, "evaluate", lambda *arguments: None)
+    dupr.train(replace(SMALL, run=tmp_path, epochs=1, alpha=alpha, beta=beta))
+    assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
+
+
+def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
+    torch.manual_seed(0)
+    (x, _), (view, _) = batch()
+    logged = {}
+    run = SimpleNamespace(folder=tmp_path, log=lambda step, **values: logged.update(values))
+    run.rows = lambda name: [{"step": 0, **logged}]
+    model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
+    dupr.evaluate(model, ([x, x], [view, view], []), replace(model.config, data="."), run, 0)
+    assert logged["matched"] == 1
+    assert logged["similarity_iou_1.0"].item() == pytest.approx(1)
+    assert model.training
+    with Image.open(tmp_path / "pictures" / "step-000000.png") as picture:
+        pixels = torch.from_numpy(np.array(picture))
+    for row in range(len(x)):  # view, view, what it is matched to
+        tiles = [pixels[row * 226 + 2 :, i * 226 + 2 :][:224, :224] for i in range(3)]
+        assert torch.equal(tiles[0], tiles[1])
+        assert torch.equal(tiles[1], tiles[2])
 
 
 def test_synchronised_statistics_need_a_gpu(tmp_path):

@@ -654,6 +654,36 @@ def test_many_negatives_are_taken_some_at_a_time():
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.5])
+@pytest.mark.parametrize("used", [0, 3])
+def test_second_derivatives_are_finite_without_negatives_and_far_from_them(used, temperature):
+    key = torch.eye(3, 4, dtype=torch.float64)
+    query, others = key.clone().requires_grad_(), Negatives(-key, torch.arange(3) < used)
+
+    def loss(x):
+        return info_nce(x, key, others, temperature=temperature)
+
+    assert torch.autograd.functional.hessian(loss, query).isfinite().all()
+    assert torch.autograd.gradgradcheck(loss, query)
+
+
+def test_a_small_loss_keeps_its_digits():
+    query = torch.tensor([[1.0, 0.0]])
+    got = info_nce(query, query, -query, temperature=0.1)
+    assert got.item() == pytest.approx(math.log1p(math.exp(-20)), rel=1e-4)
+
+
+def test_gradients_of_negatives_ignore_an_autocast_around_backward():
+    generator = torch.Generator().manual_seed(0)
+    query, key, others = (torch.randn(n, 8, generator=generator) for n in (4, 4, 9))
+    inputs = [x.requires_grad_() for x in (query, others)]
+    want = torch.autograd.grad(info_nce(query, key, others, temperature=0.1), inputs)
+    loss = info_nce(query, key, others, temperature=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, inputs)
+    assert all(map(torch.equal, got, want))
+
+
 def test_negatives_whose_fields_do_not_belong_together_are_refused():
     query, good, use = torch.zeros(2, 4, 3), torch.zeros(6, 3), torch.ones(6).bool()
     fields = [(good, bad) for bad in (use[:5], use[:1], use[:, None], torch.ones(6))]

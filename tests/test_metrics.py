@@ -426,7 +426,8 @@ def levels(least=0):
 @given(objects())
 def test_a_box_is_like_itself(case):
     maps, regions, valid = case
-    got = similarity_iou_curve(maps, regions, valid, ious=(1.0, 1))
+    got, found = similarity_iou_curve(maps, regions, valid, ious=(1.0, 1))
+    assert (found == valid.any()).all()
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, torch.full_like(got, float(valid.any())))
 
@@ -443,7 +444,7 @@ def test_the_affinity_ignores_autocast():
 @given(objects(), st.floats(0.1, 2), levels())
 def test_a_constant_map_is_alike_everywhere(case, value, ious):
     maps, regions, valid = case
-    got = similarity_iou_curve(torch.full_like(maps, value), regions, valid, ious=ious)
+    got, _ = similarity_iou_curve(torch.full_like(maps, value), regions, valid, ious=ious)
     torch.testing.assert_close(got, torch.full((len(ious),), float(valid.any())).double())
 
 
@@ -451,7 +452,7 @@ def test_a_constant_map_is_alike_everywhere(case, value, ious):
 def test_the_curve_is_the_papers_formula(case, ious, size, seed):
     maps, regions, valid = case
     h, w = maps.shape[-2:]
-    got = similarity_iou_curve(
+    got, _ = similarity_iou_curve(
         maps, regions, valid, ious=ious, size=size, generator=torch.Generator().manual_seed(seed)
     )
     generator = torch.Generator().manual_seed(seed)
@@ -487,7 +488,7 @@ def test_features_of_places_fall_off_with_the_overlap():
     y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32 * 6] * 2, indexing="ij")
     waves = torch.stack([x.sin(), x.cos(), y.sin(), y.cos()])
     regions = MIDDLE.float().expand(200, 4)
-    got = similarity_iou_curve(
+    got, _ = similarity_iou_curve(
         waves,
         regions,
         ious=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -503,21 +504,25 @@ def test_a_moved_box_that_leaves_the_map_is_left_out():
     maps, corner = torch.ones(2, 6, 6), torch.tensor([0.0, 0.0, 0.3, 0.3]).expand(50, 4)
     generator = torch.Generator().manual_seed(0)
     got = similarity_iou_curve(maps, corner, ious=(0.1, 0.5, 0.9), generator=generator)
-    torch.testing.assert_close(got, torch.ones(3))  # outside the map would count as 0
+    torch.testing.assert_close(got.similarity, torch.ones(3))  # outside the map would count as 0
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    assert similarity_iou_curve(maps, whole, ious=(0.5, 1.0)).tolist() == pytest.approx([0, 1])
+    got = similarity_iou_curve(maps, whole, ious=(0.5, 1.0))
+    assert got.similarity.tolist() == pytest.approx([0, 1])
+    assert got.valid.tolist() == [False, True]  # the 0 is no measurement
 
 
 def test_no_overlap_to_measure_gives_an_empty_curve():
-    assert similarity_iou_curve(torch.rand(2, 3, 3), image_box((1, 1))[None], ious=()).shape == (0,)
+    empty = similarity_iou_curve(torch.rand(2, 3, 3), image_box((1, 1))[None], ious=())
+    assert empty.similarity.shape == empty.valid.shape == (0,)
     half = torch.rand(2, 3, 3, dtype=torch.bfloat16)
     empty = similarity_iou_curve(half, image_box((1, 1))[None].float(), ious=())
-    assert empty.dtype == torch.float32
+    assert empty.similarity.dtype == torch.float32
 
 
 def test_no_box_to_measure_gives_zeros_with_a_graph():
     maps = torch.rand(2, 3, 3, requires_grad=True)
-    got = similarity_iou_curve(maps, torch.zeros(0, 4), ious=(0.0, 0.5))
+    got, found = similarity_iou_curve(maps, torch.zeros(0, 4), ious=(0.0, 0.5))
+    assert not found.any()
     assert got.tolist() == [0, 0]
     assert (torch.autograd.grad(got.sum(), maps)[0] == 0).all()
 
@@ -531,7 +536,7 @@ def test_the_curve_of_half_features_is_float32(dtype):
             MIDDLE.float().expand(9, 4),
             ious=(0.2, 1.0),
             generator=torch.Generator().manual_seed(0),
-        )
+        ).similarity
         for x in (maps.to(dtype), maps.to(dtype).float())
     )
     assert got.dtype == torch.float32
