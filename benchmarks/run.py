@@ -395,6 +395,21 @@ def moco() -> None:
 
     measured = times(lambda: dk.push(bank, keys), slice_assignment)
     against("`push`, 1024 keys to a bank of 65536 x 128", *measured, "slice assignment in place")
+    bank = dk.push(bank, torch.rand(65536, 128, device=DEVICE))
+    query = torch.rand(1568, 128, device=DEVICE, requires_grad=True)
+    key = torch.rand(1568, 128, device=DEVICE)
+
+    def dense() -> None:
+        dk.info_nce(query, key, dk.negatives(bank), temperature=0.2).backward()
+
+    def joined() -> None:
+        q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        others = F.normalize(bank.features, dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ others.mT], 1) / 0.2
+        F.cross_entropy(logits, torch.zeros(1568, dtype=torch.long, device=DEVICE)).backward()
+
+    what = "`info_nce`, 8 x 196 patches against a bank of 65536 x 128"
+    against(what, *times(dense, joined, rounds=7), "F.cross_entropy on joined logits")
     batch = 64 if DEVICE.type == "cuda" else 8
     images, views = inputs(batch, DEVICE)
     images = [x.contiguous(memory_format=torch.channels_last) for x in images]

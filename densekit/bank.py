@@ -119,11 +119,15 @@ def push(
     use = use.flatten()
     place = use.long().cumsum(0)  # from 1, among the keys to use
     count = use.long().sum()
+    # A key that does not stay writes the newest one once more (or what is there): no change.
+    last = (cursor + count - 1) % size
+    keys = keys.detach().reshape(-1, features.shape[1]).to(features.dtype)
+    known = torch.cat([keys, features.index_select(0, last[None])])
+    newest = torch.cat([torch.where(use, place, -1), place.new_zeros(1)]).argmax()
     stays = use & (place > count - size)
-    row = torch.where(stays, (cursor + place - 1) % size, size)  # one more row, for the others
-    padded = torch.cat([features, features[:1]])
-    keys = keys.detach().flatten(0, -2) if shape else keys.detach()[None]
-    features = padded.index_copy(0, row, keys.to(features.dtype))[:size]
+    row = torch.where(stays, (cursor + place - 1) % size, last)
+    keys = torch.where(stays[:, None], keys, known.index_select(0, newest[None]))
+    features = features.index_copy(0, row, keys)
     return Bank(features, (cursor + count) % size, (filled + count).clamp(max=size))
 
 
