@@ -437,7 +437,57 @@ def moco() -> None:
     against(f"a step of DUPR, ResNet-50, batch {batch}, full banks", *measured, "MoCo v2")
 
 
-FUNCTIONS = (geometry, checks, primitives, clustering, growth, moco, step, memory)
+def cut_one_by_one(boxes: Tensor, draws: Tensor, beside: Tensor, images: Tensor) -> Tensor:
+    """What PRC and PRM do, image by image and proposal by proposal, on slices of whole pixels."""
+    images = images.clone()
+    for image, own, draw, masks in zip(images, boxes, draws, beside, strict=True):
+        cut = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        sides, numbers = own.round().int().tolist(), draw.tolist()
+        area = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in sides]
+        for k in sorted(range(len(area)), key=lambda k: -area[k]):
+            (x1, y1, x2, y2), (rho, u, v) = sides[k], numbers[k]
+            view = cut[y1:y2, x1:x2]
+            lost = view.sum().item() / area[k]
+            if lost > rho:
+                view.zero_()
+                lost = 0.0
+            side = max(rho - lost, 0) ** 0.5
+            w, h = int(side * (x2 - x1)), int(side * (y2 - y1))
+            x, y = int(u * (x2 - x1 - w)), int(v * (y2 - y1 - h))
+            view[y : y + h, x : x + w] = True
+        for x1, y1, x2, y2 in masks.round().int().clamp(0, 224).tolist():
+            cut[y1:y2, x1:x2] = True
+        image.masked_fill_(cut, 0.0)
+    return images
+
+
+def regions() -> None:
+    """D3SSL's region augmentations of a batch of 64 images with 4 proposals, against loops."""
+    size, (images, others) = (224, 224), torch.rand(2, 64, 3, 224, 224, device=DEVICE)
+    low = torch.rand(64, 4, 2, device=DEVICE) * 120
+    boxes = torch.cat([low, low + 32 + torch.rand(64, 4, 2, device=DEVICE) * 60], -1)
+    draws, beside = dk.sample_cutout(boxes), dk.proposal_mask(boxes)
+    shift = dk.sample_shift(boxes, size)
+    pasted = dk.boxes_to_mask(dk.shift_boxes(boxes, shift), size)
+
+    def cut() -> None:
+        mask = dk.proposal_cutout(boxes, draws, size).mask | dk.boxes_to_mask(beside, size)
+        dk.fill_mask(images, mask)
+
+    def paste_one_by_one() -> None:
+        result = others.clone()
+        for image, onto, mask, (dx, dy) in zip(images, result, pasted, shift.tolist(), strict=True):
+            moved = torch.roll(image, (int(dy), int(dx)), (-2, -1))
+            onto[:, mask] = moved[:, mask]
+
+    what = "PRC, PRM and the fill, 64 images of 224 x 224, 4 proposals"
+    loop = lambda: cut_one_by_one(boxes, draws, beside, images)  # noqa: E731
+    against(what, *times(cut, loop), "slices, image by image")
+    paste = times(lambda: dk.composite(images, others, pasted, shift), paste_one_by_one)
+    against("`composite`, 64 images of 224 x 224", *paste, "masked assignment, image by image")
+
+
+FUNCTIONS = (geometry, checks, primitives, clustering, growth, moco, regions, step, memory)
 SECTIONS = {function.__name__: function for function in FUNCTIONS}
 
 if __name__ == "__main__":

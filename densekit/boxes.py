@@ -10,8 +10,10 @@ __all__ = [
     "RoIFeatures",
     "assign_levels",
     "box_area",
+    "box_containment",
     "box_iou",
     "boxes_valid",
+    "clip_boxes",
     "intersect_boxes",
     "roi_align",
     "sample_boxes_at_iou",
@@ -122,6 +124,61 @@ def box_iou(
     area1, area2, shared = _area(torch.stack([boxes1, boxes2, _intersection(boxes1, boxes2)]))
     union = area1 + area2 - shared
     return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0)
+
+
+@typed
+def box_containment(
+    boxes1: Float[Tensor, "*batch 4"], boxes2: Float[Tensor, "*batch 4"]
+) -> Float[Tensor, "*batch"]:
+    """Share of each first box that lies inside the second, pair by pair.
+
+    Half precision is widened to float32.
+
+    Args:
+        boxes1: Boxes `(x1, y1, x2, y2)`.
+        boxes2: Boxes in the same frame.
+
+    Returns:
+        Area of the intersection over the area of the first box, in [0, 1]; zero where they share no
+        area or one of them is not valid.
+
+    Examples:
+        >>> box_containment(torch.tensor([0.0, 0, 2, 1]), torch.tensor([1.0, 0, 9, 9]))
+        tensor(0.5000)
+
+    References:
+        D3SSL, Sec 4.1 (proposals that a view contains).
+    """
+    area, shared = _area(torch.stack([boxes1, _intersection(boxes1, boxes2)]))
+    return torch.where(area > 0, shared / torch.where(area > 0, area, 1.0), 0.0)
+
+
+@typed
+def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Size) -> Float[Tensor, "*batch 4"]:
+    """Cut off what lies outside the image.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)` in pixels, or in a frame of which `size` is the extent.
+        size: Size `(h, w)` of the image; `(1, 1)` for boxes in the frame of a view.
+
+    Returns:
+        The boxes inside the image; one that lies outside is empty, and so not valid.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> clip_boxes(torch.tensor([-2.0, 1.0, 3.0, 9.0]), (4, 8))
+        tensor([0., 1., 3., 4.])
+
+    References:
+        torchvision's `clip_boxes_to_image`.
+    """
+    if min(size) < 1:
+        raise ValueError(f"densekit.boxes.clip_boxes: size is {size}; give a positive (h, w).")
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    h, w = size
+    return torch.stack([x1.clamp(0, w), y1.clamp(0, h), x2.clamp(0, w), y2.clamp(0, h)], -1)
 
 
 @typed

@@ -10,14 +10,20 @@ from densekit.sampling import grid_points, gridsample
 from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
 
 __all__ = [
+    "CouplingImages",
+    "KNNScore",
     "LinearProbe",
     "SegmentationScore",
     "SimilarityCurve",
     "affinity_matrix",
     "confusion_matrix",
+    "coupling_images",
+    "coupling_rate",
     "fit_linear_probe",
     "linear_segmentation",
+    "mean_cosine_similarity",
     "mean_iou",
+    "object_knn",
     "pca_colors",
     "similarity_iou_curve",
 ]
@@ -45,6 +51,34 @@ class SimilarityCurve(NamedTuple):
 
     similarity: Float[Tensor, " k"]
     valid: Bool[Tensor, " k"]
+
+
+class KNNScore(NamedTuple):
+    """How often the nearest neighbours name the class of an object.
+
+    Attributes:
+        overall: Share of all objects that are named rightly.
+        macro: Mean over the classes that occur of the share of their objects.
+    """
+
+    overall: Float[Tensor, ""]
+    macro: Float[Tensor, ""]
+
+
+class CouplingImages(NamedTuple):
+    """Images that show how much one object's features say of another, and where the objects are.
+
+    Attributes:
+        together: A, and B to its right, on black.
+        alone: A at the same place, alone.
+        box_a: Place of A in the frame of the image, in [0, 1].
+        box_b: Place of B.
+    """
+
+    together: Float[Tensor, "*batch c tall wide"]
+    alone: Float[Tensor, "*batch c tall wide"]
+    box_a: Float[Tensor, "*batch 4"]
+    box_b: Float[Tensor, "*batch 4"]
 
 
 class LinearProbe(NamedTuple):
@@ -355,6 +389,184 @@ def similarity_iou_curve(
     if not found:
         return SimilarityCurve(widen(features).new_zeros(0), query.valid.new_zeros(0))
     return SimilarityCurve(torch.stack(similarities), torch.stack(found))
+
+
+@typed
+def coupling_images(
+    objects_a: Float[Tensor, "*batch c h w"], objects_b: Float[Tensor, "*batch c h w"]
+) -> CouplingImages:
+    """Put two objects side by side, and the first one alone, for `coupling_rate`.
+
+    Each has a margin of a quarter of its size all around, but towards the other, which it touches.
+
+    Args:
+        objects_a: Pictures of objects A.
+        objects_b: Pictures of objects B, of another class and the same size.
+
+    Returns:
+        Images of `3 h / 2` by `5 w / 2` pixels, black (0) elsewhere, and the places of A and B.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Examples:
+        >>> coupling_images(torch.rand(3, 64, 64), torch.rand(3, 64, 64)).together.shape
+        torch.Size([3, 96, 160])
+
+    References:
+        D3SSL, Sec 3.1, Fig 3a.
+    """
+    h, w = objects_a.shape[-2:]
+    top, left = h // 4, w // 4
+    border = (left, w // 2 - left, top, h // 2 - top)
+    together, alone = (
+        torch.nn.functional.pad(torch.cat([objects_a, x], -1), border)
+        for x in (objects_b, torch.zeros_like(objects_b))
+    )
+    height, width = together.shape[-2:]
+    boxes = together.new_tensor(
+        [[left, top, left + w, top + h], [left + w, top, left + 2 * w, top + h]]
+    )
+    boxes = boxes / boxes.new_tensor([width, height, width, height])
+    return CouplingImages(together, alone, *boxes.expand(*together.shape[:-3], 2, 4).unbind(-2))
+
+
+@typed
+def coupling_rate(
+    together: Float[Tensor, "*batch d h w"],
+    alone: Float[Tensor, "*batch d h w"],
+    box_a: Float[Tensor, "*batch 4"],
+    box_b: Float[Tensor, "*batch 4"],
+) -> Float[Tensor, "*batch"]:
+    """Coupling rate of a layer: how much an object's features take over from its neighbour.
+
+    `CR = cos(A1, B) / cos(A2, B)`: A1 and B are pooled where both are in the image, A2 where A is
+    alone. Above 1 A's features carry B; 1 is ideal. Take the mean over many pairs of objects.
+
+    Args:
+        together: Feature maps of images that hold A and B, such as `coupling_images` makes.
+        alone: Feature maps of the images that hold A alone, at the same place.
+        box_a: Place of A in the maps' frame, in [0, 1].
+        box_b: Place of B.
+
+    Returns:
+        The rate of each pair of objects, in at least float32; of no meaning where the cosine
+        `cos(A2, B)` is near zero, and 0 where it is zero.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Examples:
+        >>> maps, left = torch.rand(8, 4, 4), torch.tensor([0.0, 0.0, 0.5, 1.0])
+        >>> coupling_rate(maps, maps, left, 1 - left[[2, 3, 0, 1]])
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 3.1, Fig 3, Table 7.
+    """
+    pooled = []
+    for features, box in ((together, box_a), (alone, box_a), (together, box_b)):
+        roi = roi_align(features, box[..., None, :], 1, sampling_ratio=0).features
+        pooled.append(l2_normalize(roi.flatten(-4)))
+    first, second, other = pooled
+    coupled, free = (first * other).sum(-1), (second * other).sum(-1)
+    return torch.where(free != 0, coupled / torch.where(free != 0, free, 1.0), 0.0)
+
+
+@typed
+def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Tensor, "*batch"]:
+    """Positional bias of a layer: how alike the same object's features are at nine places.
+
+    Repeat an image in a 3 x 3 grid (`images.repeat(1, 1, 3, 3)`), encode it, and compare the
+    central third of the map with the eight others, pooled. 1 is ideal: the nine are identical, and
+    only the border of the image (zero padding) can tell them apart.
+
+    Args:
+        features: Feature maps of images that hold the same picture nine times.
+
+    Returns:
+        Mean cosine of the centre and the other eight, in at least float32.
+
+    Raises:
+        ValueError: The map has no cell.
+
+    Examples:
+        >>> mean_cosine_similarity(torch.rand(8, 4, 4).repeat(1, 3, 3))
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 3.2, Fig 4, Table 7.
+    """
+    places = grid_points(widen(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
+    boxes = torch.cat([places - 1 / 6, places + 1 / 6], -1)
+    nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
+    rows = l2_normalize(nine.features.flatten(-3))
+    cosine = (rows * rows[..., 4:5, :]).sum(-1)
+    return (cosine.sum(-1) - cosine[..., 4]) / 8
+
+
+@typed
+def object_knn(
+    features: Float[Tensor, "n d"],
+    labels: Integer[Tensor, " n"],
+    gallery: Float[Tensor, "m d"],
+    gallery_labels: Integer[Tensor, " m"],
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int = 4096,
+) -> KNNScore:
+    """Classify objects by their nearest neighbours in a gallery.
+
+    The k nearest by cosine vote with `exp(cosine / t)`. Features of objects are RoIAlign of their
+    boxes, averaged. For the disturbed protocol everything outside an object's box is replaced
+    by another image before encoding: `composite(images, others, boxes_to_mask(boxes, size))`.
+
+    Args:
+        features: One row an object to classify.
+        labels: Their classes, in [0, classes).
+        gallery: One row for each known object.
+        gallery_labels: Their classes.
+        classes: How many classes there are.
+        k: Neighbours that vote; all when the gallery has fewer.
+        temperature: Divides the cosine in a vote.
+        chunk: Objects classified at a time: bounds the memory to `chunk x m` numbers.
+
+    Returns:
+        Overall and macro accuracy, in [0, 1]; 0 without an object or without a gallery.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: `classes`, `k` or `chunk` is below 1, or the temperature is not positive.
+
+    Examples:
+        >>> gallery, labels = torch.eye(2), torch.tensor([0, 1])
+        >>> object_knn(gallery, labels, gallery, labels, classes=2).overall
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 5.3, Table 4; Wu et al. 2018, Sec 3.4 (weighted vote).
+    """
+    if min(classes, k, chunk) < 1 or not temperature > 0:
+        raise ValueError(
+            f"densekit.metrics.object_knn: classes is {classes}, k {k}, chunk {chunk} and "
+            f"temperature {temperature}; give at least 1, and a temperature above 0."
+        )
+    known, k = l2_normalize(gallery), min(k, len(gallery))
+    votes_of, right = gallery_labels.long(), []
+    for rows, target in zip(features.split(chunk), labels.long().split(chunk), strict=True):
+        nearest = (l2_normalize(rows) @ known.mT).topk(k)
+        weights = (nearest.values / temperature).softmax(-1)  # the same winner as exp
+        votes = weights.new_zeros(len(rows), classes)
+        votes = votes.scatter_add(1, votes_of[nearest.indices], weights)
+        right.append((votes.argmax(1) == target) & (k > 0))
+    right, labels = torch.cat(right).float(), labels.long()
+    hits, count = torch.zeros(2, classes, device=right.device).unbind()
+    hits, count = hits.scatter_add(0, labels, right), count.scatter_add(0, labels, right * 0 + 1)
+    occurs = count > 0
+    share = torch.where(occurs, hits / count.clamp(min=1), 0.0)
+    return KNNScore(hits.sum() / count.sum().clamp(min=1), share.sum() / occurs.sum().clamp(min=1))
 
 
 @typed

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from densekit.boxes import box_iou, boxes_valid, intersect_boxes
+from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed, widen
 
 __all__ = [
+    "BoxesInView",
     "Overlap",
     "View",
     "ViewPairs",
     "boxes_image_to_view",
+    "boxes_in_view",
     "boxes_view_to_image",
     "coordinate_map",
     "crop_views",
@@ -55,6 +57,20 @@ class ViewPairs(NamedTuple):
     view1: View
     view2: View
     valid: Bool[Tensor, "*batch"]
+
+
+class BoxesInView(NamedTuple):
+    """What a view shows of some boxes.
+
+    Attributes:
+        boxes: The boxes in the view frame, in [0, 1].
+        share: Share of each box that the view contains.
+        valid: True for the boxes of which it contains enough.
+    """
+
+    boxes: Float[Tensor, "*batch n 4"]
+    share: Float[Tensor, "*batch n"]
+    valid: Bool[Tensor, "*batch n"]
 
 
 class Overlap(NamedTuple):
@@ -359,6 +375,50 @@ def boxes_view_to_image(
         DUPR, Sec 3.2.
     """
     return _map_boxes(_view_to_image, view, boxes)
+
+
+@typed
+def boxes_in_view(
+    view: View,
+    boxes: Float[Tensor, "*batch n 4"],
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    least: float = 1.0,
+) -> BoxesInView:
+    """Carry boxes into a view: crop, resize and flip, and tell which are still to be seen.
+
+    Args:
+        view: One view for each batch entry.
+        boxes: Boxes `(x1, y1, x2, y2)` in the image frame, in pixels.
+        valid: Boxes to use; all when left out.
+        least: Share of a box that the view must contain for it to stay valid; 1 is all of it.
+
+    Returns:
+        The boxes in the view frame, cut off at its border (zeros where nothing is inside), the
+        share of each that is inside, and which are valid.
+
+    Raises:
+        TypeError: The leading axes do not fit.
+        ValueError: `least` is not within (0, 1].
+
+    Examples:
+        >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
+        >>> seen = boxes_in_view(view, torch.tensor([[5.0, 0.0, 15.0, 10.0]]), least=0.5)
+        >>> seen.boxes, seen.share, seen.valid
+        (tensor([[0.7500, 0.0000, 1.0000, 1.0000]]), tensor([0.5000]), tensor([True]))
+
+    References:
+        D3SSL, Sec 4.1 (proposals that both views contain); SoCo, Sec 3.2.
+    """
+    if not 0 < least <= 1:
+        raise ValueError(
+            f"densekit.views.boxes_in_view: least is {least}; give a share above 0, up to 1."
+        )
+    share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
+    seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
+    seen = torch.where((share > 0)[..., None], seen, 0.0)
+    enough = (share > 0) & (share >= least - 1e-6)  # which rounding may take from a box
+    return BoxesInView(seen, share, enough if valid is None else enough & valid)
 
 
 @typed

@@ -226,8 +226,8 @@ def _tensors(extra: Any) -> Any:
 class Run(ExitStack):
     """A folder, its log and its checkpoints, for a `with`; all processes see it and call it alike.
 
-    A folder with a run of the same `config` (a dataclass; the fields in `ignore` may differ) goes
-    on; any other content is a UserError. `resume` before the first `log`; `log`, then `save`.
+    A folder with a run of the same `config` (a dataclass, but for the fields in `ignore`), or one
+    that never got to `resume`, goes on; any other is a UserError. First `resume`, `log`, `save`.
     """
 
     def __init__(self, folder: Path, config: Any, world: World, ignore: tuple = PLACE):
@@ -249,7 +249,8 @@ class Run(ExitStack):
             old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))
             fields = [k for k in {**new, **old} if not {k, k.split(".")[-1]} & set(ignore)]
             differ = [k for k in fields if old.get(k) != new.get(k)]
-            if which := ", ".join(f"{k} = {old.get(k)!r}, now {new.get(k)!r}" for k in differ):
+            which = ", ".join(f"{k} = {old.get(k)!r}, now {new.get(k)!r}" for k in differ)
+            if which and (old.keys() != new.keys() or (self.folder / "metrics.jsonl").exists()):
                 return f"holds a run with another configuration ({which})", []
         elif self.folder.is_file() or any(p.name[0] != "." for p in self.folder.glob("*")):
             return "is neither empty nor an earlier run's", []

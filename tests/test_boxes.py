@@ -28,8 +28,10 @@ from torchvision.ops.poolers import LevelMapper
 from densekit import (
     assign_levels,
     box_area,
+    box_containment,
     box_iou,
     boxes_valid,
+    clip_boxes,
     grid_points,
     intersect_boxes,
     roi_align,
@@ -158,7 +160,7 @@ def test_area_and_iou_of_an_image_do_not_overflow_in_half_precision(dtype):
     assert box_area(box).dtype == torch.float32
 
 
-@pytest.mark.parametrize("function", [box_iou, intersect_boxes])
+@pytest.mark.parametrize("function", [box_containment, box_iou, intersect_boxes])
 def test_batches_that_differ_are_refused(function):
     with pytest.raises(TypeError, match=r"argument 'boxes2'.*batch=.*shape \(2, 4\)"):
         function(torch.zeros(3, 4), torch.zeros(2, 4))
@@ -563,3 +565,89 @@ def test_boxes_of_whole_cells_take_torchvisions_points_whatever_the_rounding(cel
     got = roi_align(maps, boxes, (1, bins), sampling_ratio=0).features
     want = ops.roi_align(maps[None], [pixels], (1, bins), aligned=True)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------- containment and clipping
+
+
+@given(box_pairs())
+def test_the_shares_of_both_boxes_give_their_iou(pair):
+    first, second = box_containment(*pair), box_containment(*pair[::-1])
+    shared = first * box_area(pair[0])
+    torch.testing.assert_close(shared, second * box_area(pair[1]), **CLOSE)
+    union = box_area(pair[0]) + box_area(pair[1]) - shared
+    torch.testing.assert_close(shared, box_iou(*pair) * union, **CLOSE)
+    assert ((first >= 0) & (first <= 1)).all()
+
+
+@given(st.data())
+def test_a_box_contains_what_lies_inside_it_whole(data):
+    outer = data.draw(boxes(data.draw(batches())), label="outer")
+    inner = boxes_within(data.draw(generators()), outer, False)
+    assert (box_containment(inner, outer) == 1).all()
+    assert (box_containment(outer, outer) == 1).all()
+    want = box_area(inner) / box_area(outer)
+    torch.testing.assert_close(box_containment(outer, inner), want, **CLOSE)
+
+
+@given(disjoint_views())
+def test_disjoint_boxes_contain_nothing_of_each_other(pair):
+    assert (box_containment(pair[0].box, pair[1].box) == 0).all()
+
+
+@given(st.data())
+def test_degenerate_boxes_contain_nothing_and_have_zero_gradients(data):
+    good, bad = data.draw(boxes((3,))), data.draw(degenerate_boxes((3,)))
+    for pair in ((good, bad), (bad, good), (bad, bad)):
+        pair = [x.clone().requires_grad_() for x in pair]
+        got = box_containment(*pair)
+        assert (got == 0).all()
+        for grad in torch.autograd.grad(got.sum(), pair):
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_share_of_an_image_does_not_overflow_in_half_precision(dtype):
+    box = torch.tensor([0.0, 0.0, 2048.0, 1024.0], dtype=dtype)
+    half = torch.tensor([0.0, 0.0, 1024.0, 1024.0], dtype=dtype)
+    assert box_containment(box, half) == 0.5
+    assert box_containment(half, box) == 1
+    assert box_containment(box, half).dtype == torch.float32
+
+
+@given(st.data(), sizes())
+def test_clipped_boxes_are_torchvisions(data, size):
+    around = data.draw(rois(data.draw(batches()), low=-9.0, high=17.0, largest=20.0), label="boxes")
+    got = clip_boxes(around, size)
+    want = ops.clip_boxes_to_image(around.reshape(-1, 4), size)
+    assert torch.equal(got.reshape(-1, 4), want)
+    assert torch.equal(clip_boxes(got, size), got)
+
+
+@given(st.data(), sizes())
+def test_clipping_keeps_what_the_image_contains(data, size):
+    around = data.draw(rois(data.draw(batches()), low=-9.0, high=17.0, largest=20.0), label="boxes")
+    whole = image_box(size).expand_as(around)
+    got = clip_boxes(around, size)
+    shared = box_containment(around, whole)
+    assert torch.equal(boxes_valid(got), shared > 0)
+    torch.testing.assert_close(box_area(got), shared * box_area(around), rtol=0, atol=1e-11)
+    inside = boxes_within(data.draw(generators()), whole)
+    assert torch.equal(clip_boxes(inside, size), inside)
+
+
+@given(degenerate_boxes(), sizes())
+def test_a_degenerate_box_is_not_valid_after_clipping(bad, size):
+    finite = torch.where(bad.isinf(), torch.nan, bad)
+    assert not boxes_valid(clip_boxes(finite, size)).any()
+
+
+def test_an_infinite_box_is_clipped_to_the_image():
+    box = torch.tensor([-torch.inf, 1.0, torch.inf, 3.0])
+    assert clip_boxes(box, (4, 8)).tolist() == [0, 1, 8, 3]
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, -1)])
+def test_an_image_without_pixels_is_refused(size):
+    with pytest.raises(ValueError, match=r"densekit.boxes.clip_boxes: size is"):
+        clip_boxes(torch.zeros(2, 4), size)

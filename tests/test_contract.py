@@ -90,6 +90,63 @@ def two_boxes(batch, n, dtype, generator):
     return tuple(box(batch, dtype, generator) for _ in range(2))
 
 
+def some_boxes(batch, n, dtype, generator):
+    return (box((*batch, n), dtype, generator),)
+
+
+def boxes_and_valid(batch, n, dtype, generator):
+    return box((*batch, n), dtype, generator), flips(generator, *batch, n)
+
+
+def boxes_draws_valid(batch, n, dtype, generator):
+    draws = uniform(generator, *batch, n, 3, low=0.2, high=0.5)
+    return *some_boxes(batch, n, dtype, generator), draws.to(dtype), flips(generator, *batch, n)
+
+
+def whole_shift(batch, dtype, generator):
+    return torch.randint(-2, 3, (*batch, 2), generator=generator).to(dtype)
+
+
+def boxes_and_shift(batch, n, dtype, generator):
+    return *some_boxes(batch, n, dtype, generator), whole_shift(batch, dtype, generator)
+
+
+def images_and_mask(batch, n, dtype, generator):
+    return maps(batch, n, dtype, generator), flips(generator, *batch, 3, 4)
+
+
+def images_mask_colors(batch, n, dtype, generator):
+    colors = uniform(generator, *batch, n).to(dtype)
+    return *images_and_mask(batch, n, dtype, generator), colors
+
+
+def paste(batch, n, dtype, generator):
+    images = (maps(batch, n, dtype, generator) for _ in range(2))
+    return *images, flips(generator, *batch, 3, 4), whole_shift(batch, dtype, generator)
+
+
+def two_objects(batch, n, dtype, generator):
+    return tuple(maps(batch, n, dtype, generator, (5, 4)) for _ in range(2))
+
+
+def two_maps_two_boxes(batch, n, dtype, generator):
+    # Above zero, so that no cosine is near it.
+    features = (uniform(generator, *batch, n, 5, 4, low=0.5).to(dtype) for _ in range(2))
+    places = (box(batch, at_least_float32(dtype), generator) / 8 for _ in range(2))
+    return *features, *places
+
+
+def nine_pictures(batch, n, dtype, generator):
+    return (maps(batch, n, dtype, generator, (5, 4)),)
+
+
+def objects_and_gallery(batch, n, dtype, generator):
+    counts = 2 * n, 3 * n + 4
+    features = [rows(batch, count, dtype, generator) for count in counts]
+    labels = [torch.randint(3, (*batch, count), generator=generator) for count in counts]
+    return features[0], labels[0], features[1], labels[1]
+
+
 def one_view(batch, n, dtype, generator):
     return (view(batch, dtype, generator),)
 
@@ -311,13 +368,33 @@ ONE_BANK = {"batched single": "one bank for all keys: its record has no leading 
 ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
 CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
+COLORS = {"batched single": "the colours are those of all images: they have no leading axes"}
 WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
+
+
+def cutout(boxes, draws, valid):
+    return dk.proposal_cutout(boxes, draws, (8, 7), valid)
+
+
+def mask_of_boxes(boxes, valid):
+    return dk.boxes_to_mask(boxes, (8, 7), valid)
+
+
+def fill_colors(images, mask, colors):
+    return dk.fill_mask(images, mask, fill=colors)
+
+
+def shift_drawn(boxes, valid):
+    return dk.sample_shift(boxes, (9, 8), valid)
+
 
 TABLE = [
     row("box_area", one_box, (0,)),
     row("box_iou", two_boxes, (0, 1)),
     row("boxes_valid", one_box, without=TRUTH),
     row("intersect_boxes", two_boxes, (0, 1)),
+    row("box_containment", two_boxes, (0, 1)),
+    row("clip_boxes", one_box, (0,), size=(7, 6)),
     # The boxes are 2 to 8 pixels wide: some belong to the canonical level, some below.
     row(
         "assign_levels",
@@ -340,6 +417,7 @@ TABLE = [
     row("boxes_view_to_image", view_and_boxes, (0, 1)),
     row("image_to_view", view_and_points, (0, 1), close=8),
     row("view_to_image", view_and_points, (0, 1)),
+    row("boxes_in_view", view_and_boxes, (0, 1), least=0.5, close=8),
     row("intersect_views", two_views, (0, 1), close=8),
     row("coordinate_map", one_view, (0,), size=(2, 3)),
     row("crop_views", images_and_view, (0, 1), size=(3, 5)),
@@ -372,6 +450,23 @@ TABLE = [
     row("gridsample", map_and_points, (0, 1)),
     row("gridsample_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
     row("patch_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
+    row("jitter_boxes", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("restricted_jitter", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("sample_cutout", some_boxes, without=DRAWS | SYMBOLIC | DETACHED),
+    row(
+        "proposal_cutout",
+        boxes_draws_valid,
+        (0, 1),
+        call=cutout,
+        without={"dynamic": "boxes are cut one after the other: it is compiled for their number"},
+    ),
+    row("proposal_mask", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("boxes_to_mask", boxes_and_valid, call=mask_of_boxes, without=TRUTH),
+    row("fill_mask", images_and_mask, (0,), fill=0.5),
+    row("fill_mask", images_mask_colors, (0, 2), call=fill_colors, without=COLORS),
+    row("sample_shift", boxes_and_valid, call=shift_drawn, without=DRAWS | SYMBOLIC | DETACHED),
+    row("shift_boxes", boxes_and_shift, (0, 1)),
+    row("composite", paste, (0, 1)),
     row("pool_masks", features_masks_valid, (0, 1)),
     row("pool_masks", features_masks_valid, (0, 1), average=True),
     row(
@@ -493,6 +588,16 @@ TABLE = [
         ious=(0.1, 0.5),
         size=2,
         without=DRAWS | SYMBOLIC | ONE_SET,
+    ),
+    row("coupling_images", two_objects, (0, 1)),
+    row("coupling_rate", two_maps_two_boxes, (0, 1, 2, 3)),
+    row("mean_cosine_similarity", nine_pictures, (0,)),
+    row(
+        "object_knn",
+        objects_and_gallery,
+        classes=3,
+        k=3,
+        without=SINGLE_SET | {"gradcheck gradgradcheck": "counts have no gradient"},
     ),
     row("pca_colors", map_set, without=SINGLE_SET | WEIGHTS),
     row("cosine_schedule", nothing, without=NUMBERS),

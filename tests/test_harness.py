@@ -476,6 +476,7 @@ def test_another_configuration_is_refused_by_name(tmp_path, size):
     assert stored["optim"] == {"name": "sgd", "lr": 0.05}
     assert stored["scale"] == [0.2, 1.0]
     assert stored["data"] == "photos"
+    (folder / "metrics.jsonl").touch()  # as `resume` does
     other = Config(Optim(lr=0.1), data=None)
     for message in on_processes(size, tmp_path, open_run, folder, other):
         assert "optim.lr = 0.05, now 0.1" in message
@@ -488,11 +489,27 @@ def test_another_configuration_is_refused_by_name(tmp_path, size):
 
 def test_ignored_fields_may_change(tmp_path, world):
     assert open_run(world, tmp_path / "run", Config()) is None
+    (tmp_path / "run" / "metrics.jsonl").touch()  # as `resume` does
     assert open_run(world, tmp_path / "run", Config(workers=3)) is None
     other = Config(Optim(lr=0.1))
     assert open_run(world, tmp_path / "run", other, ignore=("optim.lr", "workers")) is None
     assert "workers" in open_run(world, tmp_path / "run", Config(workers=3), ignore=("lr",))
     assert open_run(world, tmp_path / "run", Config(workers=3), ignore=("lr", "workers")) is None
+
+
+def test_a_run_that_never_began_may_be_started_with_another_configuration(tmp_path, world):
+    folder, other = tmp_path / "run", Config(Optim(lr=0.1))
+    assert open_run(world, folder, Config()) is None  # and ends in a UserError before `resume`
+    assert open_run(world, folder, other) is None
+    assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 0.1
+    for name in ("config.json", "package.json"):  # somebody else's
+        foreign = tmp_path / name.replace(".", "-")
+        foreign.mkdir()
+        (foreign / name).write_text('{"name": "mine"}')
+        assert "another configuration" in (message := open_run(world, foreign, other)) or (
+            "neither empty nor" in message
+        )
+        assert (foreign / name).read_text() == '{"name": "mine"}'
 
 
 def test_foreign_folder_is_refused(tmp_path, world):

@@ -15,6 +15,7 @@ LAYERS = {
     "bank": 0,
     "boxes": 0,
     "views": 1,
+    "regions": 1,
     "pooling": 1,
     "losses": 1,
     "sampling": 2,

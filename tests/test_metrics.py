@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
-from sklearn.metrics import jaccard_score
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from strategies import (
     batches,
@@ -28,9 +29,13 @@ from torchvision import ops
 from densekit import (
     affinity_matrix,
     confusion_matrix,
+    coupling_images,
+    coupling_rate,
     fit_linear_probe,
     linear_segmentation,
+    mean_cosine_similarity,
     mean_iou,
+    object_knn,
     pca_colors,
     sample_boxes_at_iou,
     similarity_iou_curve,
@@ -551,6 +556,245 @@ def test_the_curve_refuses_what_makes_no_sense():
         similarity_iou_curve(maps, regions, ious=(0.5,), size=0)
     with pytest.raises(TypeError, match=r"similarity_iou_curve: argument 'valid'.*n=4"):
         similarity_iou_curve(maps, regions, torch.ones(3).bool(), ious=(0.5,))
+
+
+# ---------------------------------------------------------------------------------- coupling
+
+
+@given(st.data(), sizes(high=9))
+def test_the_objects_are_where_their_boxes_say_and_all_else_is_black(data, size):
+    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
+    a, b = (data.draw(tensors(shape, 1, 2), label=name) for name in "ab")
+    got = coupling_images(a, b)
+    (h, w), (tall, wide) = size, got.together.shape[-2:]
+    assert (tall, wide) == (h * 3 // 2, w * 5 // 2)
+    assert got.box_a.shape == got.box_b.shape == (*shape[:-3], 4)
+    pixels = torch.tensor([wide, tall, wide, tall]).double()
+    frame = (slice(None),) * (len(shape) - 2)
+    want = {"together": torch.zeros_like(got.together), "alone": torch.zeros_like(got.alone)}
+    for box, objects, shown in ((got.box_a, a, want), (got.box_b, b, ("together",))):
+        corners = (box * pixels).reshape(-1, 4)
+        torch.testing.assert_close(corners, corners.round(), rtol=0, atol=1e-9)
+        for x1, y1, x2, y2 in corners.round().int().unique(dim=0).tolist():
+            assert (y2 - y1, x2 - x1) == size
+            for name in shown:
+                want[name][(*frame, slice(y1, y2), slice(x1, x2))] = objects
+    assert torch.equal(got.together, want["together"])
+    assert torch.equal(got.alone, want["alone"])
+
+
+def test_the_objects_touch_and_have_a_margin_of_a_quarter():
+    got = coupling_images(torch.ones(3, 64, 32), torch.ones(3, 64, 32))
+    pixels = torch.tensor([80.0, 96.0, 80.0, 96.0])
+    assert (got.box_a * pixels).tolist() == pytest.approx([8, 16, 40, 80])
+    assert (got.box_b * pixels).tolist() == pytest.approx([40, 16, 72, 80])
+
+
+@st.composite
+def coupled(draw):
+    """Directions of A beside B, of A alone and of B, near enough that no cosine is 0."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    return [draw(tensors((*batch, d), 0.1, 2)) for _ in range(3)]
+
+
+def painted(*columns):
+    """Maps of 4 x 6 cells whose left, middle and right third are constant."""
+    return torch.stack(columns, -1).repeat_interleave(2, -1)[..., None, :].repeat_interleave(4, -2)
+
+
+LEFT = torch.tensor([0.0, 0.25, 1 / 3, 1.0], dtype=torch.float64)
+RIGHT = torch.tensor([2 / 3, 0.0, 1.0, 0.75], dtype=torch.float64)
+
+
+@given(coupled(), generators())
+def test_the_coupling_rate_is_the_ratio_of_two_cosines(directions, generator):
+    beside, free, other = directions
+    places = (x.expand(*beside.shape[:-1], 4) for x in (LEFT, RIGHT))
+    noise = uniform(generator, *beside.shape)
+    maps = painted(beside, noise, other), painted(free, other, noise)
+    want = torch.cosine_similarity(beside, other, -1) / torch.cosine_similarity(free, other, -1)
+    torch.testing.assert_close(coupling_rate(*maps, *places), want)
+
+
+@given(coupled(), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_coupling_rate_does_not_know_the_length_of_features(directions, one, other):
+    places = [x.expand(*directions[0].shape[:-1], 4) for x in (LEFT, RIGHT)]
+    maps = painted(*directions), painted(*directions[::-1])
+    got = coupling_rate(maps[0] * one, maps[1] * other, *places)
+    torch.testing.assert_close(got, coupling_rate(*maps, *places))
+
+
+@given(st.data())
+def test_features_that_do_not_know_their_neighbour_have_rate_one(data):
+    shape = (*data.draw(batches()), 3, *data.draw(sizes(2, 6)))
+    a, b = (data.draw(tensors(shape, 0.5, 2), label=name) for name in "ab")
+    got = coupling_images(a, b)
+    # The pixels are the features: nothing passes from one to the other.
+    rate = coupling_rate(*got)
+    torch.testing.assert_close(rate, torch.ones_like(rate))
+
+
+def test_features_that_take_over_from_the_neighbour_have_a_rate_above_one():
+    got = coupling_images(*torch.eye(3)[:2, :, None, None].expand(2, 3, 8, 8) + 0.1)
+    blurred = [torch.nn.functional.avg_pool2d(x, 7, 1, 3) for x in (got.together, got.alone)]
+    assert coupling_rate(*blurred, got.box_a, got.box_b) > 1.05
+
+
+def test_a_rate_over_nothing_is_zero_and_has_a_gradient():
+    maps = torch.zeros(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    got = coupling_rate(maps, maps, LEFT.expand(2, 4), RIGHT.expand(2, 4))
+    assert got.tolist() == [0, 0]
+    assert torch.autograd.grad(got.sum(), maps)[0].isfinite().all()
+
+
+# ----------------------------------------------------------------------------- positional bias
+
+
+@given(st.data(), sizes(high=4))
+def test_the_same_features_at_nine_places_have_similarity_one(data, size):
+    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
+    one = data.draw(tensors(shape, 0.1, 2), label="features")
+    got = mean_cosine_similarity(one.repeat(*[1] * (len(shape) - 2), 3, 3))
+    torch.testing.assert_close(got, torch.ones_like(got))
+
+
+@given(st.data(), sizes(high=3), st.floats(0.1, 10))
+def test_positional_bias_is_the_mean_cosine_of_the_pooled_thirds(data, size, scale):
+    shape = (*data.draw(batches()), 3, 3 * size[0], 3 * size[1])
+    maps = data.draw(tensors(shape), label="features")
+    got = mean_cosine_similarity(maps)
+    assert got.shape == shape[:-3]
+    for index in np.ndindex(shape[:-3]):
+        thirds = torch.nn.functional.avg_pool2d(maps[index], size).flatten(1).T
+        others = torch.cat([thirds[:4], thirds[5:]])
+        want = torch.cosine_similarity(thirds[4:5], others, dim=-1).mean()
+        torch.testing.assert_close(got[index], want)
+    torch.testing.assert_close(mean_cosine_similarity(maps * scale), got)
+
+
+@given(tensors((4, 5, 5), 0.5, 2))
+def test_features_that_know_the_border_are_less_alike(one):
+    maps = one.repeat(1, 3, 3)
+    maps[:, 0] = torch.tensor([2.0, 0.0, -2.0, 0.0])[:, None]
+    assert mean_cosine_similarity(maps) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features_at_nine_places_are_as_alike(dtype):
+    one = torch.randn(64, 14, 14, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = mean_cosine_similarity(one.repeat(1, 3, 3))
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------ nearest neighbours
+
+
+@st.composite
+def galleries(draw, least=1):
+    """Objects and a gallery: features and labels of both."""
+    d, generator = draw(st.integers(2, 4)), draw(generators())
+    counts = draw(st.integers(1, 12)), draw(st.integers(least, 12))
+    features = (2 * uniform(generator, count, d) - 1 for count in counts)
+    labels = (torch.randint(CLASSES, (count,), generator=generator) for count in counts)
+    (one, known), (label, known_label) = features, labels
+    return one, label, known, known_label
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+@given(galleries(), st.integers(1, 12), st.floats(0.05, 1))
+def test_the_neighbours_vote_as_in_scikit_learn(case, k, temperature):
+    features, labels, gallery, known = (x.numpy() for x in case)
+    oracle = KNeighborsClassifier(
+        min(k, len(gallery)),
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    guess = oracle.fit(gallery, known).predict(features)
+    got = object_knn(*case, classes=CLASSES, k=k, temperature=temperature)
+    assert got.overall.item() == pytest.approx(accuracy_score(labels, guess))
+    assert got.macro.item() == pytest.approx(balanced_accuracy_score(labels, guess))
+
+
+@given(galleries(), st.integers(1, 14), st.integers(1, 14), generators())
+def test_chunks_and_the_order_and_length_of_rows_do_not_matter(case, k, chunk, generator):
+    features, labels, gallery, known = case
+    want = object_knn(*case, classes=CLASSES, k=k)
+    order = torch.randperm(len(known), generator=generator)
+    turn = torch.randperm(len(labels), generator=generator)
+    length = uniform(generator, len(labels), 1, low=0.1, high=9)
+    moved = (features[turn] * length, labels[turn], 3 * gallery[order], known[order])
+    for rows, size in ((case, chunk), (moved, 4096), (moved, chunk)):
+        got = object_knn(*rows, classes=CLASSES, k=k, chunk=size)
+        torch.testing.assert_close(got, want)
+
+
+@given(galleries())
+def test_more_neighbours_than_there_are_is_all_of_them(case):
+    want = object_knn(*case, classes=CLASSES, k=len(case[2]))
+    assert object_knn(*case, classes=CLASSES, k=99) == want
+    assert object_knn(*case, classes=CLASSES + 3, k=99) == want
+
+
+@given(galleries())
+def test_the_nearest_neighbour_of_a_known_object_is_itself(case):
+    _, _, gallery, known = case
+    got = object_knn(gallery, known, gallery, known, classes=CLASSES, k=1)
+    assert got == (1, 1)
+
+
+def test_near_neighbours_outvote_many_far_ones_when_it_is_cold():
+    angles = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
+    gallery = torch.stack([angles.cos(), angles.sin()], -1)
+    known, one = torch.tensor([0, 1, 1, 1, 1]), torch.tensor([[1.0, 0.1]])
+    for temperature, label in ((0.07, 0), (10.0, 1)):
+        got = object_knn(
+            one, torch.tensor([label]), gallery, known, classes=2, temperature=temperature
+        )
+        assert got.overall == 1
+
+
+def test_macro_accuracy_counts_every_class_that_occurs_once():
+    gallery, known = torch.eye(3), torch.tensor([0, 1, 4])
+    labels = torch.tensor([0, 0, 0, 1])  # three are rightly named, the one of class 1 is not
+    got = object_knn(gallery[[0, 0, 0, 2]], labels, gallery, known, classes=6, k=1)
+    assert got.overall == 0.75
+    assert got.macro == 0.5
+
+
+def test_no_object_and_no_gallery_score_zero():
+    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
+    for one, known in ((0, 4), (4, 0), (0, 0)):
+        got = object_knn(rows[:one], labels[:one], rows[:known], labels[:known], classes=2)
+        assert got == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"classes": 0}, {"k": 0}, {"chunk": 0}, {"temperature": 0.0}, {"temperature": math.nan}],
+)
+def test_a_vote_that_makes_no_sense_is_refused(options):
+    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
+    with pytest.raises(ValueError, match=r"densekit.metrics.object_knn: classes is .*above 0"):
+        object_knn(rows, labels, rows, labels, **{"classes": 2} | options)
+
+
+def test_the_diagnostics_refuse_what_does_not_fit():
+    maps, place = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4)
+    with pytest.raises(TypeError, match="coupling_images: argument 'objects_b'"):
+        coupling_images(maps, maps[..., :3])
+    with pytest.raises(TypeError, match="coupling_rate: argument 'alone'"):
+        coupling_rate(maps, maps[:, :2], place, place)
+    with pytest.raises(TypeError, match="coupling_rate: argument 'box_b'"):
+        coupling_rate(maps, maps, place, place[:1])
+    with pytest.raises(ValueError, match="the map 0 x 4"):
+        mean_cosine_similarity(maps[:, :, :0])
+    labels = torch.zeros(4).long()
+    with pytest.raises(TypeError, match="object_knn: argument 'gallery'"):
+        object_knn(torch.zeros(4, 3), labels, torch.zeros(4, 2), labels, classes=2)
+    with pytest.raises(TypeError, match="object_knn: argument 'gallery_labels'"):
+        object_knn(torch.zeros(4, 3), labels, torch.zeros(5, 3), labels, classes=2)
 
 
 # --------------------------------------------------------------------------------------- PCA

@@ -22,6 +22,7 @@ from strategies import (
     sizes,
     tensors,
     uniform,
+    valid_rows,
     views,
 )
 from torchvision import ops
@@ -30,8 +31,10 @@ from torchvision.transforms.v2 import functional as tv
 from densekit import (
     View,
     box_area,
+    box_containment,
     box_iou,
     boxes_image_to_view,
+    boxes_in_view,
     boxes_valid,
     boxes_view_to_image,
     coordinate_map,
@@ -836,3 +839,101 @@ def test_maps_between_frames_refuse_what_does_not_fit(function, width, name):
 def test_views_of_other_batches_do_not_meet():
     with pytest.raises(TypeError, match=r"intersect_views: argument 'view2.box'"):
         intersect_views(full_view((4, 4), (2,)), full_view((4, 4), (3,)))
+
+
+# --------------------------------------------------------------------------- boxes in a view
+
+
+@st.composite
+def views_and_boxes(draw):
+    """Views, and boxes in, across and beside them."""
+    view = draw(views())
+    around = image_box((8, 8), (*view.flip.shape, draw(st.integers(0, 4))))
+    return view, boxes_within(draw(generators()), around + torch.tensor([-2.0, -2.0, 2.0, 2.0]))
+
+
+@given(views_and_boxes(), st.floats(0.01, 1))
+def test_boxes_in_a_view_are_mapped_and_cut_off_at_its_border(case, least):
+    view, regions = case
+    got = boxes_in_view(view, regions, least=least)
+    mapped = boxes_image_to_view(view, regions)
+    want = mapped.clamp(0, 1).where((got.share > 0)[..., None], 0.0)
+    torch.testing.assert_close(got.boxes, want, **CLOSE)
+    crop = view.box[..., None, :].expand_as(regions)
+    torch.testing.assert_close(got.share, box_containment(regions, crop), **CLOSE)
+    # The area that is left, in pixels, over the area there was.
+    kept = box_area(got.boxes) * box_area(crop) / box_area(regions)
+    torch.testing.assert_close(got.share, kept, rtol=0, atol=1e-10)
+    clear = (got.share - least).abs() > 1e-5
+    assert torch.equal(got.valid[clear], (got.share >= least)[clear])
+
+
+@given(st.data())
+def test_boxes_inside_the_crop_are_kept_whole(data):
+    view = data.draw(views(), label="view")
+    crop = view.box[..., None, :].expand(*view.flip.shape, 3, 4)
+    for inside in (crop, boxes_within(data.draw(generators()), crop, False)):
+        got = boxes_in_view(view, inside)
+        assert got.valid.all()
+        assert (got.share == 1).all()
+        torch.testing.assert_close(got.boxes, boxes_image_to_view(view, inside), **CLOSE)
+
+
+@given(disjoint_views(), st.sampled_from([1e-9, 1e-6, 0.5, 1.0]))
+def test_boxes_outside_the_crop_are_not_valid(pair, least):
+    got = boxes_in_view(pair[0], pair[1].box[..., None, :], least=least)
+    assert (got.share == 0).all()
+    assert not got.valid.any()
+    assert not boxes_valid(got.boxes).any()
+
+
+@given(views_and_boxes(), st.floats(0.01, 1))
+def test_a_flipped_view_shows_the_boxes_mirrored(case, least):
+    view, regions = case
+    got = boxes_in_view(view, regions, least=least)
+    other = boxes_in_view(View(view.box, ~view.flip), regions, least=least)
+    x1, y1, x2, y2 = other.boxes.unbind(-1)
+    mirrored = torch.stack([1 - x2, y1, 1 - x1, y2], -1).where((got.share > 0)[..., None], 0.0)
+    torch.testing.assert_close(got.boxes, mirrored, **CLOSE)
+    assert torch.equal(got.share, other.share)
+    assert torch.equal(got.valid, other.valid)
+
+
+@given(st.data(), st.sampled_from([1e-9, 0.5, 1.0]))
+def test_boxes_and_views_that_enclose_nothing_show_nothing(data, least):
+    view, regions = data.draw(views_and_boxes(), label="case")
+    asked = data.draw(valid_rows(regions.shape[:-1]), label="valid")
+    got = boxes_in_view(view, regions, asked, least=least)
+    assert not got.valid[~asked].any()
+    everything = boxes_in_view(view, regions, least=least)
+    assert torch.equal(got.valid, everything.valid & asked)
+    bad = boxes_in_view(view, data.draw(degenerate_boxes(regions.shape[:-1])), least=least)
+    assert not bad.valid.any()
+    assert (bad.boxes == 0).all()
+    nowhere = View(data.draw(degenerate_boxes(view.flip.shape), label="view"), view.flip)
+    assert not boxes_in_view(nowhere, regions, least=least).valid.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_takes_no_box_that_fills_its_view(dtype):
+    low = uniform(seeded(), 500, 2, high=100, dtype=dtype)
+    crop = torch.cat([low, uniform(seeded(1), 500, 2, low=400, high=500, dtype=dtype)], -1)
+    # Carried to another scale and back, some reach out of the crop by the last digit.
+    regions = (crop / 3 * 3)[:, None]
+    assert (box_containment(regions[:, 0], crop) < 1).any()
+    got = boxes_in_view(View(crop, flips(seeded(), 500)), regions)
+    assert got.valid.all()
+    torch.testing.assert_close(got.boxes, UNIT.to(dtype).expand(500, 1, 4), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("least", [0.0, -0.5, 1.1, math.nan])
+def test_a_share_outside_its_range_is_refused(least):
+    with pytest.raises(ValueError, match=f"densekit.views.boxes_in_view: least is {least}"):
+        boxes_in_view(full_view((4, 4)), torch.zeros(2, 4), least=least)
+
+
+def test_boxes_of_other_batches_are_not_in_view():
+    with pytest.raises(TypeError, match="boxes_in_view: argument 'boxes'"):
+        boxes_in_view(full_view((4, 4), (2,)), torch.zeros(3, 5, 4))
+    with pytest.raises(TypeError, match="boxes_in_view: argument 'valid'"):
+        boxes_in_view(full_view((4, 4)), torch.zeros(5, 4), torch.ones(4).bool())

@@ -1,0 +1,507 @@
+"""Region augmentations: jittered, cut, masked and shifted proposals; pasting on another image.
+
+Boxes are `xyxy` in pixels of the image, n for each image, ragged through `valid`. Choosing is apart
+from applying: a `sample_*` function draws, everything else is deterministic. A mask is True where
+something is to be done to a pixel.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from densekit.boxes import _valid, box_area
+from densekit.typing import Bool, Float, Size, Tensor, typed, widen
+
+__all__ = [
+    "Cutout",
+    "boxes_to_mask",
+    "composite",
+    "fill_mask",
+    "jitter_boxes",
+    "proposal_cutout",
+    "proposal_mask",
+    "restricted_jitter",
+    "sample_cutout",
+    "sample_shift",
+    "shift_boxes",
+]
+
+
+class Cutout(NamedTuple):
+    """What is cut out of the proposals of an image.
+
+    Attributes:
+        mask: True for the pixels that are cut.
+        boxes: The rectangle that was cut for each proposal, in pixels; zeros where none was.
+    """
+
+    mask: Bool[Tensor, "*batch h w"]
+    boxes: Float[Tensor, "*batch n 4"]
+
+
+@typed
+def jitter_boxes(
+    boxes: Float[Tensor, "*batch n 4"],
+    *,
+    center: float = 0.1,
+    size: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch n 4"]:
+    """Move and resize boxes at random: centres by a share of the sides, sides by a factor.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame. The result may leave the image: clip it.
+        center: A centre moves by up to this share of the box's width and height.
+        size: Width and height change, each on its own, by up to this share.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        Jittered boxes, in the same frame.
+
+    Raises:
+        ValueError: `center` is negative, or `size` is outside [0, 1).
+
+    Examples:
+        >>> jitter_boxes(torch.tensor([[10.0, 10.0, 30.0, 20.0]]), center=0.0, size=0.0)
+        tensor([[10., 10., 30., 20.]])
+
+    References:
+        SoCo, Sec 3.2 (box jitter by 10 %); D3SSL, Sec 4.1 and Table 5.
+    """
+    if not (0 <= center < math.inf and 0 <= size < 1):
+        raise ValueError(
+            f"densekit.regions.jitter_boxes: center is {center} and size {size}; give shares, 0 or "
+            "more, and size below 1."
+        )
+    draws = 2 * _rand(boxes, 4, generator) - 1
+    wide = widen(boxes)
+    extent = wide[..., 2:] - wide[..., :2]
+    middle = (wide[..., :2] + wide[..., 2:]) / 2 + center * draws[..., :2] * extent
+    half = extent * (1 + size * draws[..., 2:]) / 2
+    return torch.cat([middle - half, middle + half], -1).to(boxes.dtype)
+
+
+@typed
+def restricted_jitter(
+    boxes: Float[Tensor, "*batch n 4"],
+    *,
+    scale: tuple[float, float] = (0.8, 1.0),
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch n 4"]:
+    """Draw a box inside each box: never larger, never outside (RBJ).
+
+    Selective search draws large proposals too wide; a jittered box that stays inside loses
+    background and gains none.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
+        scale: Least and largest share of the width and of the height, each drawn on its own.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        Boxes inside the given ones, placed uniformly, in the same frame.
+
+    Raises:
+        ValueError: `scale` is not within (0, 1].
+
+    Examples:
+        >>> boxes = torch.tensor([[10.0, 10.0, 30.0, 20.0]])
+        >>> inside = restricted_jitter(boxes)
+        >>> bool((inside[:, :2] >= boxes[:, :2]).all() and (inside[:, 2:] <= boxes[:, 2:]).all())
+        True
+
+    References:
+        D3SSL, Sec 4.1, 3) (restricted box jitter).
+    """
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"densekit.regions.restricted_jitter: scale is {scale}; give 0 < least <= largest <= 1."
+        )
+    draws = _rand(boxes, 4, generator)
+    first, last = widen(boxes[..., :2]), widen(boxes[..., 2:])
+    free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
+    before = free * draws[..., 2:]
+    low, high = (first + before).to(boxes.dtype), (last - (free - before)).to(boxes.dtype)
+    # Rounding pushes no side out.
+    return torch.cat([low.maximum(boxes[..., :2]), high.minimum(boxes[..., 2:])], -1)
+
+
+@typed
+def sample_cutout(
+    boxes: Float[Tensor, "*batch n 4"],
+    *,
+    ratio: tuple[float, float] = (0.2, 0.5),
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch n 3"]:
+    """Draw what `proposal_cutout` needs: for each proposal how much to cut, and where.
+
+    Args:
+        boxes: The proposals; only their number and device count.
+        ratio: Least and largest share rho of a proposal's area that may be lost.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        rho, and the place of the cut along x and y in [0, 1].
+
+    Raises:
+        ValueError: The ratio is not within [0, 1].
+
+    Examples:
+        >>> sample_cutout(torch.zeros(8, 4, 4)).shape
+        torch.Size([8, 4, 3])
+
+    References:
+        D3SSL, Sec 4.1, 1) (sizes from 0.2 to 0.5).
+    """
+    low, high = ratio
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= least <= largest <= 1."
+        )
+    draws = _rand(boxes, 3, generator)
+    return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
+
+
+@typed
+def proposal_cutout(
+    boxes: Float[Tensor, "*batch n 4"],
+    draws: Float[Tensor, "*batch n 3"],
+    size: Size,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+) -> Cutout:
+    """Cut a part out of every proposal, and no more than a part (PRC).
+
+    From large to small: a proposal that has lost more than its rho to larger ones is restored
+    first; then a rectangle of the proposal's own aspect ratio is cut inside it, of the area
+    that is left of rho. So when its turn is done a proposal has lost at most rho of its area; what
+    is cut from it afterwards is only what smaller proposals inside it lose. A pixel is cut when the
+    whole of it lies in the rectangle, and restored when any of it lies in the proposal.
+
+    Args:
+        boxes: Proposals `(x1, y1, x2, y2)` in pixels; what lies outside the image has no pixel.
+        draws: rho and the place of each cut, from `sample_cutout`.
+        size: Size `(h, w)` of the image in pixels.
+        valid: Proposals to use; all when left out. One that is reversed, empty or not finite is
+            never used.
+
+    Returns:
+        The pixels that are cut, and each proposal's own rectangle; zeros where nothing was cut.
+        Proposals of the same area are taken by their corners (x1, y1, x2, y2), the same box by its
+        draws: permuting them, with their draws, permutes the result.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> boxes, draws = torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([[0.25, 0.0, 0.0]])
+        >>> cutout = proposal_cutout(boxes, draws, (4, 4))
+        >>> cutout.boxes, int(cutout.mask.sum())
+        (tensor([[0., 0., 2., 2.]]), 4)
+
+    References:
+        D3SSL, Sec 4.1, 1) (proposal-based random cutout).
+    """
+    _check_size("proposal_cutout", size)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
+    boxes = torch.where(usable[..., None], boxes, 0.0).to(dtype)
+    draws = torch.where(usable[..., None], draws, 0.0).to(dtype)
+    order = _large_to_small(boxes, draws)
+    boxes, draws = (x.gather(-2, order[..., None].expand_as(x)) for x in (boxes, draws))
+    mask = torch.zeros(*boxes.shape[:-2], *size, dtype=torch.bool, device=boxes.device)
+    cuts = []
+    for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
+        extent, area = box[..., 2:] - box[..., :2], box_area(box)
+        across, down = _coverage(box, size)
+        share = (down[..., None, :] @ (mask.to(dtype) @ across[..., None]))[..., 0, 0]
+        share = share / torch.where(area > 0, area, 1.0)
+        rho = draw[..., 0]
+        restored = share > rho
+        mask = mask & ~_outer((down > 0) & restored[..., None], across > 0)
+        side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
+        corner = box[..., :2] + draw[..., 1:] * (extent - side)
+        cut = torch.where(
+            (side > 0).all(-1)[..., None], torch.cat([corner, corner + side], -1), 0.0
+        )
+        across, down = _coverage(cut, size)
+        mask = mask | _outer(down == 1, across == 1)
+        cuts.append(cut)
+    cuts = torch.stack(cuts, -2) if cuts else boxes
+    return Cutout(mask, torch.zeros_like(cuts).scatter(-2, order[..., None].expand_as(cuts), cuts))
+
+
+@typed
+def proposal_mask(
+    boxes: Float[Tensor, "*batch n 4"],
+    *,
+    ratio: tuple[float, float] = (0.2, 0.6),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch n 4"]:
+    """Draw a rectangle beside each proposal, in a random direction (PRM).
+
+    Covering it leaves the proposal with a part of its surroundings only, another part in each view.
+    The rectangle touches the proposal from outside; `boxes_to_mask` makes the mask of all of them,
+    `fill_mask` applies it.
+
+    Args:
+        boxes: Proposals `(x1, y1, x2, y2)`, in pixels.
+        ratio: Least and largest area, as a share of the proposal's.
+        aspect: Least and largest width over height; log-uniform.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        One rectangle for each proposal, in the same frame; it may leave the image.
+
+    Raises:
+        ValueError: A range is not positive and in order.
+
+    Examples:
+        >>> boxes = torch.tensor([[20.0, 20.0, 40.0, 30.0]])
+        >>> proposal_mask(boxes).shape
+        torch.Size([1, 4])
+
+    References:
+        D3SSL, Sec 4.1, 2) (proposal-based random mask).
+    """
+    for name, (low, high) in {"ratio": ratio, "aspect": aspect}.items():
+        if not 0 < low <= high < math.inf:
+            raise ValueError(
+                f"densekit.regions.proposal_mask: {name} is {(low, high)}; give 0 < least <= "
+                "largest."
+            )
+    draws = _rand(boxes, 3, generator)
+    wide = widen(boxes)
+    share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
+    shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
+    extent = wide[..., 2:] - wide[..., :2]
+    area = extent.clamp(min=0).prod(-1) * share
+    half = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()], -1) / 2
+    angle = 2 * math.pi * draws[..., 2]
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    # From centre to centre, as far as it takes until one axis is free.
+    reach = (extent.clamp(min=0) / 2 + half) / direction.abs().clamp(min=1e-6)
+    center = (wide[..., :2] + wide[..., 2:]) / 2 + reach.amin(-1, keepdim=True) * direction
+    return torch.cat([center - half, center + half], -1).to(boxes.dtype)
+
+
+@typed
+def boxes_to_mask(
+    boxes: Float[Tensor, "*batch n 4"],
+    size: Size,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+) -> Bool[Tensor, "*batch h w"]:
+    """The pixels whose centre lies in any of the boxes.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)` in pixels, half-open.
+        size: Size `(h, w)` of the mask.
+        valid: Boxes to use; all when left out.
+
+    Returns:
+        True inside the union of the boxes. A box that is not valid covers nothing.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> boxes_to_mask(torch.tensor([[1.0, 0.0, 3.0, 1.0]]), (2, 3)).int()
+        tensor([[0, 1, 1],
+                [0, 0, 0]], dtype=torch.int32)
+
+    References:
+        D3SSL, Eq 6.
+    """
+    _check_size("boxes_to_mask", size)
+    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
+    x1, y1, x2, y2 = widen(boxes).unbind(-1)
+    (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
+    for places, first, last in ((y, y1, y2), (x, x1, x2)):
+        inside.append((places >= first[..., None]) & (places < last[..., None]))
+    rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
+    with torch.autocast(boxes.device.type, enabled=False):
+        return rows.mT @ columns > 0  # how many boxes hold a pixel
+
+
+@typed
+def fill_mask(
+    images: Float[Tensor, "*batch c h w"],
+    mask: Bool[Tensor, "*batch h w"],
+    *,
+    fill: float | Float[Tensor, " c"] = 0.0,
+) -> Float[Tensor, "*batch c h w"]:
+    """Images with the masked pixels filled.
+
+    Args:
+        images: Images.
+        mask: True for the pixels to fill.
+        fill: One number or one for each channel; 0 is the mean of normalised images.
+
+    Returns:
+        The filled images.
+
+    Raises:
+        TypeError: The shapes do not fit.
+
+    Examples:
+        >>> fill_mask(torch.ones(1, 1, 2), torch.tensor([[True, False]]))
+        tensor([[[0., 1.]]])
+
+    References:
+        D3SSL, Sec 4.1.
+    """
+    fill = fill[:, None, None] if isinstance(fill, Tensor) else fill
+    return torch.where(mask[..., None, :, :], fill, images).to(images.dtype)
+
+
+@typed
+def sample_shift(
+    boxes: Float[Tensor, "*batch n 4"],
+    size: Size,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch 2"]:
+    """Draw one shift for all boxes of an image that keeps their envelope inside.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)` in pixels.
+        size: Size `(h, w)` of the image.
+        valid: Boxes that count; all when left out.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        `(dx, dy)` in whole pixels, in at least float32, uniform over the shifts that keep every
+        valid box inside; 0 along an axis where a box reaches outside already, or without any valid
+        box.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> sample_shift(torch.tensor([[0.0, 0.0, 4.0, 4.0]]), (4, 4))
+        tensor([0., 0.])
+
+    References:
+        D3SSL, Sec 4.2 (the bias t of the de-positioning module).
+    """
+    _check_size("sample_shift", size)
+    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
+    wide, away = widen(boxes), usable[..., None]
+    sides = wide.new_tensor([size[1], size[0]])
+    # Padded, so that an image without boxes has an envelope too.
+    nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
+    first = torch.cat([torch.where(away, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
+    last = torch.cat([torch.where(away, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
+    low, high = (-first).ceil(), (sides - last).floor()
+    fits = (low <= 0) & (high >= 0) & low.isfinite() & high.isfinite()
+    low, high = torch.where(fits, low, 0.0), torch.where(fits, high, 0.0)
+    draws = _rand(low, 2, generator)
+    return (low + (draws * (high - low + 1)).floor()).minimum(high)
+
+
+@typed
+def shift_boxes(
+    boxes: Float[Tensor, "*batch n 4"], shift: Float[Tensor, "*batch 2"]
+) -> Float[Tensor, "*batch n 4"]:
+    """Move all boxes of an image by one vector.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`.
+        shift: `(dx, dy)`, in the same unit.
+
+    Returns:
+        The moved boxes.
+
+    Raises:
+        TypeError: The shapes do not fit.
+
+    Examples:
+        >>> shift_boxes(torch.tensor([[0.0, 0.0, 2.0, 1.0]]), torch.tensor([1.0, 3.0]))
+        tensor([[1., 3., 3., 4.]])
+
+    References:
+        D3SSL, Sec 4.2.
+    """
+    return boxes + shift.repeat((1,) * (shift.ndim - 1) + (2,))[..., None, :]
+
+
+@typed
+def composite(
+    foreground: Float[Tensor, "*batch c h w"],
+    background: Float[Tensor, "*batch c h w"],
+    mask: Bool[Tensor, "*batch h w"],
+    shift: Float[Tensor, "*batch 2"] | None = None,
+) -> Float[Tensor, "*batch c h w"]:
+    """Paste a part of one image, moved, onto another: every pixel comes from exactly one of them.
+
+    Args:
+        foreground: Images to copy from.
+        background: Images to paste on, such as others of the batch.
+        mask: Where to paste, in the frame of the result: the union of the shifted boxes less
+            what `proposal_cutout` cuts of it.
+        shift: `(dx, dy)` in whole pixels, from `sample_shift`: the pixel at p of the foreground
+            goes to p + shift; not moved when left out.
+
+    Returns:
+        The foreground, moved, where `mask` is True and the foreground reaches; else the background.
+
+    Raises:
+        TypeError: The shapes do not fit.
+
+    Examples:
+        >>> new, mask = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[True, True, True]])
+        >>> composite(new, torch.zeros(1, 1, 3), mask, torch.tensor([1.0, 0.0]))
+        tensor([[[0., 1., 2.]]])
+
+    References:
+        D3SSL, Eq 7 and 8.
+    """
+    if shift is not None:
+        h, w = foreground.shape[-2:]
+        dx, dy = shift.round().long()[..., None].unbind(-2)
+        x = torch.arange(w, device=shift.device) - dx
+        y = torch.arange(h, device=shift.device) - dy
+        reached = _outer((y >= 0) & (y < h), (x >= 0) & (x < w))
+        rows = y.clamp(0, max(h - 1, 0))[..., None, :, None].expand_as(foreground)
+        columns = x.clamp(0, max(w - 1, 0))[..., None, None, :].expand_as(foreground)
+        foreground, mask = foreground.gather(-2, rows).gather(-1, columns), mask & reached
+    return torch.where(mask[..., None, :, :], foreground, background)
+
+
+def _rand(boxes: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
+    shape = (*boxes.shape[:-1], count)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
+
+
+def _check_size(function: str, size: Size) -> None:
+    if min(size) < 1:
+        raise ValueError(f"densekit.regions.{function}: size is {size}; give a positive (h, w).")
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows[..., :, None] & columns[..., None, :]
+
+
+def _coverage(box: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """How much of each column's and of each row's unit of length lies in a box."""
+    covered = []
+    for axis, length in ((0, size[1]), (1, size[0])):
+        start = torch.arange(length, dtype=box.dtype, device=box.device)
+        end = (start + 1).minimum(box[..., 2 + axis, None])
+        covered.append((end - start.maximum(box[..., axis, None])).clamp(0, 1))
+    return covered[0], covered[1]
+
+
+def _large_to_small(boxes: Tensor, draws: Tensor) -> Tensor:
+    corners = (boxes[..., i] for i in (3, 2, 1, 0))
+    keys = [*draws.unbind(-1), *corners, -box_area(boxes)]
+    order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
+    for key in keys:  # stable sorts, the least important first
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
+    return order
