@@ -125,7 +125,10 @@ def sinkhorn(
         Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12; SwAV, Eq 3 and 5.
     """
     _check_transport("sinkhorn", reg, iterations)
-    cost = widen(cost if group is None else cost.detach())
+    if group is not None:  # no gradient, and so no backward pass that waits for other processes
+        cost = cost.detach()
+        row, col = (x if x is None else x.detach() for x in (row, col))
+    cost = widen(cost)
     if not cost.shape[-1] or (group is None and not cost.shape[-2]):
         return cost
     if valid is not None:

@@ -259,8 +259,8 @@ def plans_of_a_part(rank, group, problems, bounds):
         here = cost[..., part, :].clone().requires_grad_()
         plan = sinkhorn(
             here,
-            None if row is None else row[..., part],
-            col,
+            None if row is None else row[..., part].clone().requires_grad_(),
+            None if col is None else col.clone().requires_grad_(),
             reg=0.3,
             iterations=4,
             valid=None if valid is None else valid[..., part, :],
