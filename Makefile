@@ -25,10 +25,10 @@ demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECI
 	$(BIN)/python recipes/$(RECIPE).py $(ARGS)
 
 test: $(VENV)/.dev ## run the tests and report coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(ARGS)
 
 test-oldest: $(OLDEST)/.test ## run the tests on the oldest supported versions
-	$(OLDEST)/bin/python -m pytest $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
