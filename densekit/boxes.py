@@ -316,9 +316,7 @@ def sample_boxes_at_iou(
         raise ValueError(
             f"densekit.boxes.sample_boxes_at_iou: iou is {iou}; give a number in [0, 1]."
         )
-    dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
-    shape = (*boxes.shape[:-1], 3)
-    draws = torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
+    draws = _rand(boxes, 3, generator=generator)
     shared = 2 * iou / (1 + iou)  # intersection over the area of one box: (1 - |dx|) (1 - |dy|)
     part = draws[..., :1]
     kept = shared ** torch.cat([part, 1 - part], -1)
@@ -366,6 +364,13 @@ def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, ratio: int)
     near = (position * cells >= -0.5) & (position * cells <= cells + 0.5) & (sample < count)
     weights = torch.where(near[..., None], _interpolation_weights(position, cells), 0.0)
     return weights.sum(-2) / count
+
+
+def _rand(boxes: Tensor, *shape: int, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers for each box, in at least float32: the same draws in half precision."""
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    shape = (*boxes.shape[:-1], *shape)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
 
 
 def _valid(boxes: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def ema_update(
         momentum: Weight of the old value m.
         buffers: "copy" a module's buffers from the student, such as batch-norm statistics,
             "average" the floating ones and copy the others, or "keep" the teacher's. In a tree a
-            floating tensor is always averaged; fixed numbers are copied or kept.
+            floating tensor is always averaged; whole numbers are copied or kept.
         inplace: Change the teacher's own tensors, or leave them and return new ones.
         generator: Source of the stochastic rounding of a bfloat16 teacher, on its device: the mean
             goes up or down by chance, so that its expectation is exact. Seed it alike on all

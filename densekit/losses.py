@@ -57,10 +57,6 @@ def masked_mean(
         House convention: an empty pair changes nothing.
     """
     values, valid = widen(values), _fit_valid("losses.masked_mean", valid, values.shape)
-    if group is None:
-        if valid is None:
-            return values.sum() / max(values.numel(), 1)
-        return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
     total = all_sum(total, group)  # both in one message

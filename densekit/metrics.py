@@ -554,16 +554,17 @@ def object_knn(
             f"temperature {temperature}; give at least 1, and a temperature above 0."
         )
     known, k = l2_normalize(gallery), min(k, len(gallery))
-    votes_of, right = gallery_labels.long(), []
-    for rows, target in zip(features.split(chunk), labels.long().split(chunk), strict=True):
+    labels, votes_of, right = labels.long(), gallery_labels.long(), []
+    for rows, target in zip(features.split(chunk), labels.split(chunk), strict=True):
         nearest = (l2_normalize(rows) @ known.mT).topk(k)
         weights = (nearest.values / temperature).softmax(-1)  # the same winner as exp
         votes = weights.new_zeros(len(rows), classes)
         votes = votes.scatter_add(1, votes_of[nearest.indices], weights)
         right.append((votes.argmax(1) == target) & (k > 0))
-    right, labels = torch.cat(right).float(), labels.long()
-    hits, count = torch.zeros(2, classes, device=right.device).unbind()
-    hits, count = hits.scatter_add(0, labels, right), count.scatter_add(0, labels, right * 0 + 1)
+    right = torch.cat(right).float()
+    nothing = torch.zeros(classes, device=right.device)
+    hits = nothing.scatter_add(0, labels, right)
+    count = nothing.scatter_add(0, labels, torch.ones_like(right))
     occurs = count > 0
     share = torch.where(occurs, hits / count.clamp(min=1), 0.0)
     return KNNScore(hits.sum() / count.sum().clamp(min=1), share.sum() / occurs.sum().clamp(min=1))

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import _valid, box_area
+from densekit.boxes import _rand, _valid, box_area
 from densekit.typing import Bool, Float, Size, Tensor, typed, widen
 
 __all__ = [
@@ -73,7 +73,7 @@ def jitter_boxes(
             f"densekit.regions.jitter_boxes: center is {center} and size {size}; give shares, 0 or "
             "more, and size below 1."
         )
-    draws = 2 * _rand(boxes, 4, generator) - 1
+    draws = 2 * _rand(boxes, 4, generator=generator) - 1
     wide = widen(boxes)
     extent = wide[..., 2:] - wide[..., :2]
     middle = (wide[..., :2] + wide[..., 2:]) / 2 + center * draws[..., :2] * extent
@@ -118,7 +118,7 @@ def restricted_jitter(
         raise ValueError(
             f"densekit.regions.restricted_jitter: scale is {scale}; give 0 < least <= largest <= 1."
         )
-    draws = _rand(boxes, 4, generator)
+    draws = _rand(boxes, 4, generator=generator)
     first, last = widen(boxes[..., :2]), widen(boxes[..., 2:])
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
@@ -159,7 +159,7 @@ def sample_cutout(
         raise ValueError(
             f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= least <= largest <= 1."
         )
-    draws = _rand(boxes, 3, generator)
+    draws = _rand(boxes, 3, generator=generator)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
 
 
@@ -204,10 +204,9 @@ def proposal_cutout(
         D3SSL, Sec 4.1, 1) (proposal-based random cutout).
     """
     _check_size("proposal_cutout", size)
-    dtype = torch.promote_types(boxes.dtype, torch.float32)
     usable = _valid(boxes) if valid is None else valid & _valid(boxes)
-    boxes = torch.where(usable[..., None], boxes, 0.0).to(dtype)
-    draws = torch.where(usable[..., None], draws, 0.0).to(dtype)
+    boxes = widen(torch.where(usable[..., None], boxes, 0.0))
+    draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     order = _large_to_small(boxes, draws)
     boxes, draws = (x.gather(-2, order[..., None].expand_as(x)) for x in (boxes, draws))
     mask = torch.zeros(*boxes.shape[:-2], *size, dtype=torch.bool, device=boxes.device)
@@ -215,7 +214,7 @@ def proposal_cutout(
     for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
         extent, area = box[..., 2:] - box[..., :2], box_area(box)
         across, down = _coverage(box, size)
-        share = (down[..., None, :] @ (mask.to(dtype) @ across[..., None]))[..., 0, 0]
+        share = (down[..., None, :] @ (mask.to(boxes) @ across[..., None]))[..., 0, 0]
         share = share / torch.where(area > 0, area, 1.0)
         rho = draw[..., 0]
         restored = share > rho
@@ -272,7 +271,7 @@ def proposal_mask(
                 f"densekit.regions.proposal_mask: {name} is {(low, high)}; give 0 < least <= "
                 "largest."
             )
-    draws = _rand(boxes, 3, generator)
+    draws = _rand(boxes, 3, generator=generator)
     wide = widen(boxes)
     share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
@@ -400,7 +399,7 @@ def sample_shift(
     low, high = (-first).ceil(), (sides - last).floor()
     fits = (low <= 0) & (high >= 0) & low.isfinite() & high.isfinite()
     low, high = torch.where(fits, low, 0.0), torch.where(fits, high, 0.0)
-    draws = _rand(low, 2, generator)
+    draws = _rand(low, 2, generator=generator)
     return (low + (draws * (high - low + 1)).floor()).minimum(high)
 
 
@@ -427,7 +426,7 @@ def shift_boxes(
     References:
         D3SSL, Sec 4.2.
     """
-    return boxes + shift.repeat((1,) * (shift.ndim - 1) + (2,))[..., None, :]
+    return boxes + torch.cat([shift, shift], -1)[..., None, :]
 
 
 @typed
@@ -471,12 +470,6 @@ def composite(
         columns = x.clamp(0, max(w - 1, 0))[..., None, None, :].expand_as(foreground)
         foreground, mask = foreground.gather(-2, rows).gather(-1, columns), mask & reached
     return torch.where(mask[..., None, :, :], foreground, background)
-
-
-def _rand(boxes: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
-    shape = (*boxes.shape[:-1], count)
-    return torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
 
 
 def _check_size(function: str, size: Size) -> None:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import _interpolation_weights, _pool_bins
+from densekit.boxes import _interpolation_weights, _pool_bins, _rand
 from densekit.typing import Bool, Float, Size, Tensor, typed, widen
 from densekit.views import View, coordinate_map, image_to_view, intersect_views
 
@@ -107,11 +107,9 @@ def random_points(
     """
     if count < 0:
         raise ValueError(f"densekit.sampling.random_points: count is {count}; give 0 or more.")
-    shape = (*boxes.shape[:-1], count, 2)
-    dtype = torch.promote_types(boxes.dtype, torch.float32)  # the same draws in half precision
-    draws = torch.rand(shape, generator=generator, dtype=dtype, device=boxes.device)
+    draws = _rand(boxes, count, 2, generator=generator)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
-    corners = boxes.to(dtype).unflatten(-1, (2, 2)).expand(*shape[:-1], 2, 2)
+    corners = boxes.to(draws).unflatten(-1, (2, 2)).expand(*draws.shape, 2)
     return torch.lerp(corners[..., 0, :], corners[..., 1, :], draws).to(boxes.dtype)
 
 

@@ -201,22 +201,22 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     found = affinity.argmax(-2)  # the patch of view 1 that is the nearest to each of view 2
     x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), side).T
     colors, panels = torch.stack([x, y, 1 - x], 1), []  # a patch's colour tells its place
-    box = dk.intersect_views(*views).box[:, None, None]
+    shared = dk.View(dk.intersect_views(*views).box, torch.zeros_like(valid))
     for i, patch in ((0, own), (1, own), (1, found)):
-        place = dk.coordinate_map(views[i], (224, 224)) - box[..., :2]
-        place = (place / (box[..., 2:] - box[..., :2]).clamp(min=1e-3) * side).floor().long()
-        inside = ((place >= 0) & (place < side)).all(-1) & valid[:, None, None]
-        cell = torch.where(inside, place[..., 1] * side + place[..., 0], 0)
-        paint = colors[patch.gather(1, cell.flatten(1))].view(*cell.shape, 3).movedim(-1, 1)
+        pixels = dk.coordinate_map(views[i], (224, 224)).flatten(1, 2)
+        column, row = (dk.image_to_view(shared, pixels) * side).floor().long().unbind(-1)
+        inside = (column >= 0) & (column < side) & (row >= 0) & (row < side) & valid[:, None]
+        paint = colors[patch.gather(1, torch.where(inside, row * side + column, 0))]
+        paint, inside = paint.mT.unflatten(-1, (224, 224)), inside.view(-1, 1, 224, 224)
         x = images[i] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         paint = 0.4 * x.mean(1, keepdim=True) + 0.6 * paint
-        panels.append(torch.where(inside[:, None], paint, x))
+        panels.append(torch.where(inside, paint, x))
     panels.append(nn.functional.interpolate(affinity[:, None], 224).expand(-1, 3, -1, -1))
     (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
     save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
-    ious, options = [i / 10 for i in range(11)], {"generator": harness.generator(config.seed)}
+    ious, moves = [i / 10 for i in range(11)], harness.generator(config.seed)
     boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(2 * len(valid), 1, 4)
-    curve, _ = dk.similarity_iou_curve(torch.cat(maps), boxes, ious=ious, **options)
+    curve, _ = dk.similarity_iou_curve(torch.cat(maps), boxes, ious=ious, generator=moves)
     names = [f"similarity_iou_{iou}" for iou in ious]
     matched = dk.masked_mean((found == own).float(), valid[:, None])
     run.log(step, matched=matched, **dict(zip(names, curve, strict=True)))
