@@ -26,8 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 from PIL import Image, ImageOps
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -57,9 +56,7 @@ def main(function: Callable[[Any], None], config: Any) -> None:
         sys.exit(codes[type(error)])
 
 
-class World(NamedTuple):
-    """This process among all: its rank, how many there are, and the device it works on."""
-
+class World(NamedTuple):  # this process among all, and the device it works on
     rank: int
     size: int
     device: torch.device
@@ -121,55 +118,61 @@ def read_image(path: str | Path) -> Tensor:
 
 
 class FolderImages:
-    """Every image file below a folder (at most `limit`), sorted; hidden ones are skipped.
+    """Every image file below a folder, sorted, no hidden ones; or those of a .txt list; or `names`.
 
     `source[i]` is an image, uint8 (3, H, W), and "path: reason" of each unreadable file before it.
     """
 
-    def __init__(self, folder: str | Path, *, limit: int | None = None):
+    def __init__(self, folder: str | Path, names: Any = None):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if self.folder.suffix == ".txt" and self.folder.is_file():
+            names = names or os.fsdecode(self.folder.read_bytes()).splitlines()
+            self.folder = self.folder.parent
+        elif not self.folder.is_dir():
             raise UserError(f"The image folder {folder} does not exist or is not a folder.")
-        names = glob.glob("**/*", root_dir=folder, recursive=True)
-        names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))[:limit]
-        if not names:
+        if names is None:
+            names = glob.glob("**/*", root_dir=folder, recursive=True)
+            names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
+        if not (names := [name for name in names if name]):
             raise UserError(f"No image file ({' '.join(EXTENSIONS)}) lies below {folder}.")
-        self._names = np.array([os.fsencode(name) for name in names])  # forks share an array
+        self.names = np.array([os.fsencode(name) for name in names])  # which forks share
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
-        name, unreadable = self._names[index], []
+        name, unreadable = self.names[index], []
         while len(unreadable) < len(self):
             path = self.folder / os.fsdecode(name)
             try:
                 return read_image(path), tuple(unreadable)
             except Exception as error:  # broken bytes raise nearly anything
                 unreadable.append(" ".join(f"{path}: {error or type(error).__name__}".split()))
-            name = self._names[(index + len(unreadable)) % len(self)]
+            name = self.names[(index + len(unreadable)) % len(self)]
         raise UserError(f"No image below {self.folder} is readable, such as {unreadable[0]}.")
 
 
+class SceneImages(list):  # a source of procedural scenes, and the boxes of their objects
+    def __init__(self, count: int):
+        pool, self.boxes = torch.empty(count, 3, 64, 64, dtype=torch.uint8), []
+        for number, chunk in enumerate(pool.split(64)):  # bounds the memory
+            drawn = densekit.testing.scenes(len(chunk), (64, 64), generator=generator(0, number))
+            chunk.copy_((drawn.images * 255).round())
+            self.boxes += [x[valid] for x, valid in zip(drawn.boxes, drawn.valid, strict=True)]
+        super().__init__((image, ()) for image in pool)
+
+
 def image_source(data: Path | None, *, scenes: int) -> Any:
-    """The images below a folder; without one that many procedural scenes, of 64 x 64 pixels."""
-    if data is not None:
-        return FolderImages(data)
-    if not scenes:
+    """The images below a folder, or in a list (.txt); without either that many 64 x 64 scenes."""
+    if data is None and not scenes:
         raise UserError("This preset trains on your images: name their folder with --data.")
-    pool = torch.empty(scenes, 3, 64, 64, dtype=torch.uint8)
-    for number, chunk in enumerate(pool.split(64)):  # bounds the memory
-        drawn = densekit.testing.scenes(len(chunk), (64, 64), generator=generator(0, number))
-        chunk.copy_((drawn.images * 255).round())
-    return [(image, ()) for image in pool]
+    return SceneImages(scenes) if data is None else FolderImages(data)
 
 
 def batches_per_epoch(images: int, batch: int, world: World) -> int:
     """How many whole batches an epoch of so many images has; `batch` counts all processes'."""
     if batch % world.size or batch < 2 * world.size:
-        raise UserError(
-            f"--batch {batch} must give each of {world.size} processes the same 2 or more."
-        )
+        raise UserError(f"--batch {batch} must give each of {world.size} processes 2 or more.")
     if batch > images:
         raise UserError(f"Only {images} images for a batch of {batch}: lower --batch or add some.")
     return images // batch
@@ -183,10 +186,7 @@ def _start_worker(_: int) -> None:
 def batches(
     dataset: Any, batch: int, world: World, *, seed: int, start: int, stop: int, workers: int = 0
 ) -> Iterator[Any]:
-    """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
-
-    `dataset[indices]` makes a batch, and should draw from (seed, `dataset.epoch`, indices) alone.
-    """
+    """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch."""
     count = batches_per_epoch(len(dataset), batch, world)
     while start < stop:
         epoch, skip = divmod(start, count)
@@ -198,7 +198,7 @@ def batches(
             multiprocessing_context="fork" if workers else None, worker_init_fn=_start_worker,
             pin_memory=world.device.type == "cuda", generator=generator(seed, epoch),
         )  # fmt: skip
-        for items in loader:
+        for items in loader:  # `dataset[indices]`: to draw from (seed, epoch, indices) alone
             yield tree_map_only(Tensor, lambda x: x.to(world.device, non_blocking=True), items)
         start += len(mine)
 
@@ -260,7 +260,7 @@ class Run(ExitStack):
             shutil.rmtree(leftover)
         return "", sorted(self.folder.glob("checkpoints/step-*"))
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, **extra: Any) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> None:
         """Save the state after `step` steps; extras: modules, tensors, NamedTuples and dicts."""
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
         temporary = folder.with_name(f".{folder.name}")
@@ -278,7 +278,7 @@ class Run(ExitStack):
                 shutil.rmtree(old)
         dist.barrier()
 
-    def resume(self, model: nn.Module, optimizer: Optimizer, **extra: Any) -> int:
+    def resume(self, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> int:
         """Load the newest checkpoint in place, extras too, and return its step; 0 without one."""
         step = -1
         for newest in self._saved[-1:]:

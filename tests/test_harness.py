@@ -942,8 +942,22 @@ def test_any_tree_in_sorted_order(tmp_path):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture(seed=seed))
         assert unreadable == ()
     assert len(list(source)) == 6  # iteration ends
-    assert len(harness.FolderImages(str(tmp_path / "tree"), limit=2)) == 2
-    assert torch.equal(harness.FolderImages(tmp_path / "tree", limit=2)[1][0], source[1][0])
+    assert len(harness.FolderImages(str(tmp_path / "tree"))) == 6
+
+
+def test_a_list_or_names_choose_the_images_and_their_order(tmp_path):
+    for seed, name in enumerate(("a.png", "b/c.png", os.fsdecode(b"d\xff.png"))):
+        save_png(tmp_path / name, seed=seed)
+    (tmp_path / "list.txt").write_bytes(b"d\xff.png\n\nb/c.png\n")
+    listed = harness.image_source(tmp_path / "list.txt", scenes=0)
+    named = harness.FolderImages(tmp_path, ["b/c.png"])
+    both = harness.FolderImages(tmp_path / "list.txt", ["b/c.png"])
+    for source, seeds in ((listed, [2, 1]), (named, [1]), (both, [1])):
+        assert len(source) == len(seeds)
+        for (image, _), seed in zip(source, seeds, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture(seed=seed))
+    gone = harness.FolderImages(tmp_path, ["gone.png", "a.png"])
+    assert gone[0][1][0].startswith(f"{tmp_path / 'gone.png'}: ")
 
 
 @pytest.fixture
@@ -1007,6 +1021,8 @@ def test_wrong_folders_are_one_sentence_each(tmp_path):
         harness.FolderImages(tmp_path / "a" / "file.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(harness.UserError, match=r"No image file .*notes\.txt"):
+        harness.FolderImages(tmp_path / "empty" / "notes.txt")
     with pytest.raises(harness.UserError, match=r"No image file \(\.jpg .*\) lies below .*empty"):
         harness.FolderImages(tmp_path / "empty")
 
@@ -1052,10 +1068,16 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
 
     def fake(count, size, *, generator):
         asked.append(count)
-        return type("Scenes", (), {"images": torch.full((count, 3, *size), 0.5)})
+        valid = torch.arange(8) < torch.arange(count)[:, None] % 3
+        boxes = torch.full((count, 8, 4), float(len(asked)))
+        images = torch.full((count, 3, *size), 0.5)
+        return type("Scenes", (), {"images": images, "boxes": boxes, "valid": valid})
 
     monkeypatch.setattr(harness.densekit.testing, "scenes", fake)
-    assert harness.image_source(None, scenes=130)[0][0].unique().tolist() == [128]
+    source = harness.image_source(None, scenes=130)
+    assert source[0][0].unique().tolist() == [128]
+    assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 for i in range(64)]
+    assert [source.boxes[i].unique().tolist() for i in (1, 66, 129)] == [[1.0], [2.0], [3.0]]
     assert sum(asked) == 130
     assert max(asked) <= 64
 
