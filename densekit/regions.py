@@ -209,26 +209,33 @@ def proposal_cutout(
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     order = _large_to_small(boxes, draws)
     boxes, draws = (x.gather(-2, order[..., None].expand_as(x)) for x in (boxes, draws))
-    mask = torch.zeros(*boxes.shape[:-2], *size, dtype=torch.bool, device=boxes.device)
+    # Pixels between the same edges share their fate: the mask is one of cells, not of pixels.
+    shape = boxes.shape[:-2]
+    edges = [boxes.new_tensor([0, length]).expand(*shape, 2) for length in (size[1], size[0])]
+    cells = torch.zeros(*shape, 1, 1, dtype=torch.bool, device=boxes.device)
     cuts = []
     for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
-        extent, area = box[..., 2:] - box[..., :2], box_area(box)
-        across, down = _coverage(box, size)
-        share = (down[..., None, :] @ (mask.to(boxes) @ across[..., None]))[..., 0, 0]
-        share = share / torch.where(area > 0, area, 1.0)
-        rho = draw[..., 0]
+        extent, area, rho = box[..., 2:] - box[..., :2], box_area(box), draw[..., 0]
+        across, down = (_overlap(edges[axis], box, axis) for axis in (0, 1))
+        share = (_outer(down, across) * cells).sum((-2, -1)) / torch.where(area > 0, area, 1.0)
         restored = share > rho
-        mask = mask & ~_outer((down > 0) & restored[..., None], across > 0)
         side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
         corner = box[..., :2] + draw[..., 1:] * (extent - side)
-        cut = torch.where(
-            (side > 0).all(-1)[..., None], torch.cat([corner, corner + side], -1), 0.0
-        )
-        across, down = _coverage(cut, size)
-        mask = mask | _outer(down == 1, across == 1)
+        some = (side > 0).all(-1)[..., None]
+        cut = torch.where(some, torch.cat([corner, corner + side], -1), 0.0)
         cuts.append(cut)
+        touched = torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], -1)
+        whole = torch.cat([cut[..., :2].ceil(), cut[..., 2:].floor()], -1)
+        for axis in (0, 1):
+            new = torch.cat([touched[..., axis::2], whole[..., axis::2]], -1)
+            edges[axis], cells = _split(edges[axis], new, cells, axis)
+        restored = restored[..., None, None] & _inside(edges, touched)
+        cells = (cells & ~restored) | _inside(edges, whole)
+    for axis in (0, 1):
+        pixels = torch.arange(size[1 - axis], device=boxes.device)
+        cells = _take(cells, (edges[axis][..., None, :] <= pixels[:, None]).sum(-1) - 1, axis)
     cuts = torch.stack(cuts, -2) if cuts else boxes
-    return Cutout(mask, torch.zeros_like(cuts).scatter(-2, order[..., None].expand_as(cuts), cuts))
+    return Cutout(cells, torch.zeros_like(cuts).scatter(-2, order[..., None].expand_as(cuts), cuts))
 
 
 @typed
@@ -247,7 +254,7 @@ def proposal_mask(
 
     Args:
         boxes: Proposals `(x1, y1, x2, y2)`, in pixels.
-        ratio: Least and largest area, as a share of the proposal's.
+        ratio: Least and largest area, as a share of the proposal's; 0 is no rectangle.
         aspect: Least and largest width over height; log-uniform.
         generator: Source of the random numbers, on the boxes' device.
 
@@ -255,7 +262,7 @@ def proposal_mask(
         One rectangle for each proposal, in the same frame; it may leave the image.
 
     Raises:
-        ValueError: A range is not positive and in order.
+        ValueError: A range is negative or not in order, or an aspect is 0.
 
     Examples:
         >>> boxes = torch.tensor([[20.0, 20.0, 40.0, 30.0]])
@@ -265,12 +272,11 @@ def proposal_mask(
     References:
         D3SSL, Sec 4.1, 2) (proposal-based random mask).
     """
-    for name, (low, high) in {"ratio": ratio, "aspect": aspect}.items():
-        if not 0 < low <= high < math.inf:
-            raise ValueError(
-                f"densekit.regions.proposal_mask: {name} is {(low, high)}; give 0 < least <= "
-                "largest."
-            )
+    if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
+        raise ValueError(
+            f"densekit.regions.proposal_mask: ratio is {ratio} and aspect {aspect}; give 0 <= "
+            "least <= largest, and an aspect above 0."
+        )
     draws = _rand(boxes, 3, generator=generator)
     wide = widen(boxes)
     share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
@@ -465,10 +471,12 @@ def composite(
         dx, dy = shift.round().long()[..., None].unbind(-2)
         x = torch.arange(w, device=shift.device) - dx
         y = torch.arange(h, device=shift.device) - dy
-        reached = _outer((y >= 0) & (y < h), (x >= 0) & (x < w))
-        rows = y.clamp(0, max(h - 1, 0))[..., None, :, None].expand_as(foreground)
-        columns = x.clamp(0, max(w - 1, 0))[..., None, None, :].expand_as(foreground)
-        foreground, mask = foreground.gather(-2, rows).gather(-1, columns), mask & reached
+        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # what the foreground reaches
+        source = (
+            y.clamp(0, max(h - 1, 0))[..., :, None] * w + x.clamp(0, max(w - 1, 0))[..., None, :]
+        )
+        pixels, source = foreground.flatten(-2), source.flatten(-2)[..., None, :]
+        foreground = pixels.gather(-1, source.expand_as(pixels)).view_as(background)
     return torch.where(mask[..., None, :, :], foreground, background)
 
 
@@ -478,17 +486,38 @@ def _check_size(function: str, size: Size) -> None:
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows[..., :, None] & columns[..., None, :]
+    return rows[..., :, None] * columns[..., None, :]
 
 
-def _coverage(box: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """How much of each column's and of each row's unit of length lies in a box."""
-    covered = []
-    for axis, length in ((0, size[1]), (1, size[0])):
-        start = torch.arange(length, dtype=box.dtype, device=box.device)
-        end = (start + 1).minimum(box[..., 2 + axis, None])
-        covered.append((end - start.maximum(box[..., axis, None])).clamp(0, 1))
-    return covered[0], covered[1]
+def _overlap(edges: Tensor, box: Tensor, axis: int) -> Tensor:
+    """How much of the length between each two edges lies in a box."""
+    first, last = (box[..., i, None] for i in (axis, 2 + axis))
+    return (edges[..., 1:].minimum(last) - edges[..., :-1].maximum(first)).clamp(min=0)
+
+
+def _inside(edges: list[Tensor], box: Tensor) -> Tensor:
+    """The cells that lie in a box whose sides are among the edges."""
+    across, down = (
+        (edges[axis][..., :-1] >= box[..., axis, None])
+        & (edges[axis][..., 1:] <= box[..., 2 + axis, None])
+        for axis in (0, 1)
+    )
+    return _outer(down, across)
+
+
+def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """More edges along one axis, and the cells between them, each as it was."""
+    old = edges.shape[-1]
+    new = new.maximum(edges[..., :1]).minimum(edges[..., -1:])
+    edges, order = torch.cat([edges, new], -1).sort(stable=True)
+    return edges, _take(cells, ((order < old).cumsum(-1) - 1).clamp(max=old - 2)[..., :-1], axis)
+
+
+def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
+    """The columns (axis 0) or rows (axis 1) of cells with these indices."""
+    shape = list(cells.shape)
+    shape[-1 - axis] = index.shape[-1]
+    return cells.gather(-1 - axis, index.unsqueeze(axis - 2).expand(shape))
 
 
 def _large_to_small(boxes: Tensor, draws: Tensor) -> Tensor:

@@ -426,6 +426,13 @@ def test_a_mask_touches_its_proposal_from_outside(data, one, other, generator):
         assert ((found >= ranges[0] * (1 - 1e-7)) & (found <= ranges[1] * (1 + 1e-7))).all()
 
 
+def test_masks_of_no_area_cover_nothing():
+    regions = torch.tensor([[1.0, 2.0, 5.0, 4.0]]).expand(50, 1, 4)
+    got = proposal_mask(regions, ratio=(0.0, 0.0), generator=seeded())
+    assert got.isfinite().all()
+    assert not boxes_to_mask(got, (8, 8)).any()
+
+
 def test_masks_lie_in_all_directions_alike():
     regions = torch.tensor([[10.0, 20.0, 14.0, 22.0]], dtype=torch.float64).expand(4000, 4)
     got = proposal_mask(regions, generator=seeded())
@@ -748,7 +755,7 @@ def test_an_image_without_pixels_is_refused(call, size):
         (sample_cutout, {"ratio": (-0.1, 0.5)}),
         (sample_cutout, {"ratio": (0.5, 1.1)}),
         (sample_cutout, {"ratio": (0.5, 0.2)}),
-        (proposal_mask, {"ratio": (0.0, 0.5)}),
+        (proposal_mask, {"ratio": (-0.1, 0.5)}),
         (proposal_mask, {"ratio": (0.5, 0.2)}),
         (proposal_mask, {"aspect": (0.0, 1.0)}),
         (proposal_mask, {"aspect": (1.0, math.inf)}),
