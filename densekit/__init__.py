@@ -3,6 +3,7 @@
 from densekit.bank import Bank, Negatives, init_bank, negatives, push, sample_keys
 from densekit.boxes import (
     RoIFeatures,
+    SampledBoxes,
     assign_levels,
     box_area,
     box_containment,
@@ -11,6 +12,7 @@ from densekit.boxes import (
     clip_boxes,
     intersect_boxes,
     roi_align,
+    sample_boxes,
     sample_boxes_at_iou,
 )
 from densekit.clustering import (
@@ -49,6 +51,7 @@ from densekit.losses import (
 from densekit.metrics import (
     CouplingImages,
     KNNScore,
+    LayerBias,
     LinearProbe,
     SegmentationScore,
     SimilarityCurve,
@@ -57,6 +60,8 @@ from densekit.metrics import (
     coupling_images,
     coupling_rate,
     fit_linear_probe,
+    layer_bias,
+    layer_features,
     linear_segmentation,
     mean_cosine_similarity,
     mean_iou,
@@ -117,6 +122,7 @@ __all__ = [
     "Cutout",
     "KMeans",
     "KNNScore",
+    "LayerBias",
     "LinearProbe",
     "MergedClusters",
     "Negatives",
@@ -125,6 +131,7 @@ __all__ = [
     "PairedPoints",
     "PrunedClusters",
     "RoIFeatures",
+    "SampledBoxes",
     "SegmentationScore",
     "SimilarityCurve",
     "View",
@@ -171,6 +178,8 @@ __all__ = [
     "kmeans",
     "kmeans_plus_plus",
     "l2_normalize",
+    "layer_bias",
+    "layer_features",
     "linear_schedule",
     "linear_segmentation",
     "masked_mean",
@@ -190,6 +199,7 @@ __all__ = [
     "random_points",
     "restricted_jitter",
     "roi_align",
+    "sample_boxes",
     "sample_boxes_at_iou",
     "sample_cutout",
     "sample_keys",

@@ -8,6 +8,7 @@ from densekit.typing import Bool, Float, Int, Size, Tensor, typed, widen
 
 __all__ = [
     "RoIFeatures",
+    "SampledBoxes",
     "assign_levels",
     "box_area",
     "box_containment",
@@ -16,8 +17,21 @@ __all__ = [
     "clip_boxes",
     "intersect_boxes",
     "roi_align",
+    "sample_boxes",
     "sample_boxes_at_iou",
 ]
+
+
+class SampledBoxes(NamedTuple):
+    """Some boxes of each image.
+
+    Attributes:
+        boxes: As many for each image.
+        valid: False where the image had no more; a copy of its first box stands there.
+    """
+
+    boxes: Float[Tensor, "*batch count 4"]
+    valid: Bool[Tensor, "*batch count"]
 
 
 class RoIFeatures(NamedTuple):
@@ -282,6 +296,53 @@ def assign_levels(
         )
     ratio = _area(boxes).detach().sqrt() / canonical_size
     return (canonical_level + ratio.log2() + 1e-6).floor().clamp(low, high).long()
+
+
+@typed
+def sample_boxes(
+    boxes: Float[Tensor, "*batch n 4"],
+    count: int,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> SampledBoxes:
+    """Draw so many of each image's boxes, without replacement: ragged in, one length out.
+
+    Args:
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
+        count: How many to draw, K.
+        valid: Boxes to draw from; all when left out. One that is reversed, empty or not finite
+            is never drawn.
+        generator: Source of the random numbers, on the boxes' device.
+
+    Returns:
+        The drawn boxes in random order, valid ones first. Where an image has too few the rest are
+        copies of its first, so that statistics see real regions only, and are not valid; zeros
+        where it has none.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The count is negative.
+
+    Examples:
+        >>> boxes = torch.tensor([[[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 3.0]]])
+        >>> sample_boxes(boxes, 2)
+        SampledBoxes(boxes=tensor([[[0., 0., 2., 2.],
+                 [0., 0., 2., 2.]]]), valid=tensor([[ True, False]]))
+
+    References:
+        D3SSL, Sec 4.2 (the K proposals of an image); SoCo, Sec 3.2.
+    """
+    if count < 0:
+        raise ValueError(f"densekit.boxes.sample_boxes: count is {count}; give 0 or more.")
+    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
+    boxes = torch.nn.functional.pad(torch.where(usable[..., None], boxes, 0.0), (0, 0, 0, count))
+    usable = torch.nn.functional.pad(usable, (0, count))
+    draws = _rand(boxes, generator=generator).where(usable, -1.0)
+    chosen = draws.topk(count).indices
+    boxes = boxes.gather(-2, chosen[..., None].expand(*chosen.shape, 4))
+    usable = usable.gather(-1, chosen)
+    return SampledBoxes(torch.where(usable[..., None], boxes, boxes[..., :1, :]), usable)
 
 
 @typed

@@ -1,5 +1,6 @@
 """Measures of dense features: mean IoU, linear probes, affinity, similarity against IoU."""
 
+import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,11 +8,12 @@ import torch
 from densekit.boxes import roi_align, sample_boxes_at_iou
 from densekit.losses import l2_normalize, masked_mean
 from densekit.sampling import grid_points, gridsample
-from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+from densekit.typing import Bool, Float, Integer, Size, Tensor, typed, widen
 
 __all__ = [
     "CouplingImages",
     "KNNScore",
+    "LayerBias",
     "LinearProbe",
     "SegmentationScore",
     "SimilarityCurve",
@@ -20,6 +22,8 @@ __all__ = [
     "coupling_images",
     "coupling_rate",
     "fit_linear_probe",
+    "layer_bias",
+    "layer_features",
     "linear_segmentation",
     "mean_cosine_similarity",
     "mean_iou",
@@ -79,6 +83,18 @@ class CouplingImages(NamedTuple):
     alone: Float[Tensor, "*batch c tall wide"]
     box_a: Float[Tensor, "*batch 4"]
     box_b: Float[Tensor, "*batch 4"]
+
+
+class LayerBias(NamedTuple):
+    """What the features of each layer carry besides the object itself.
+
+    Attributes:
+        coupling_rate: How much they take over from a neighbour; 1 is none.
+        mean_cosine: How alike they are at nine places; 1 is the same everywhere.
+    """
+
+    coupling_rate: Float[Tensor, " layers"]
+    mean_cosine: Float[Tensor, " layers"]
 
 
 class LinearProbe(NamedTuple):
@@ -392,6 +408,71 @@ def similarity_iou_curve(
 
 
 @typed
+def layer_features(
+    model: torch.nn.Module,
+    images: Float[Tensor, "b c h w"],
+    layers: Sequence[str],
+    *,
+    patch: int | None = None,
+) -> dict[str, Float[Tensor, "b _ _ _"]]:
+    """Feature maps of the named layers of any model, caught by hooks in one forward pass.
+
+    Gradients flow and the model's mode stays as they are: call `model.eval()` and use
+    `torch.no_grad()` to measure. The model is left without hooks, also after an error.
+
+    Args:
+        model: The model; it is called with the images alone.
+        images: Its input.
+        layers: Names of modules as in `model.named_modules()`, such as `"layer3"`; of one that
+            runs more than once the last output counts.
+        patch: Side of a ViT's patches in pixels, for layers that give tokens `(b, n, d)`: they
+            become the map of h / patch by w / patch cells; tokens in front (class, registers) are
+            left out.
+
+    Returns:
+        The maps by name, in the order of `layers`.
+
+    Raises:
+        ValueError: A layer does not exist, was not run, or gives neither a map nor tokens of such
+            patches.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 2, 2))
+        >>> maps = layer_features(model, torch.rand(1, 3, 4, 4), ["0", "1"])
+        >>> [x.shape for x in maps.values()]
+        [torch.Size([1, 8, 4, 4]), torch.Size([1, 4, 2, 2])]
+
+    References:
+        D3SSL, Fig 3b and 4b (its measures of each layer).
+    """
+    known, caught = dict(model.named_modules()), {}
+    if unknown := [name for name in layers if name not in known]:
+        near = difflib.get_close_matches(unknown[0], filter(None, known), cutoff=0.0)
+        raise ValueError(
+            f"densekit.metrics.layer_features: there is no layer {unknown[0]!r}; give names of "
+            f"model.named_modules(), such as {', '.join(map(repr, near))}."
+        )
+
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch) if patch else None
+
+    def catch(name: str):
+        return lambda module, given, output: caught.update({name: _as_map(output, name, grid)})
+
+    hooks = [known[name].register_forward_hook(catch(name)) for name in layers]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if missing := [name for name in layers if name not in caught]:
+        raise ValueError(
+            f"densekit.metrics.layer_features: the layer {missing[0]!r} was not run; give one that "
+            "the model's forward calls (in a compiled model, none is seen)."
+        )
+    return {name: caught[name] for name in layers}
+
+
+@typed
 def coupling_images(
     objects_a: Float[Tensor, "*batch c h w"], objects_b: Float[Tensor, "*batch c h w"]
 ) -> CouplingImages:
@@ -506,6 +587,54 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
 
 
 @typed
+def layer_bias(
+    model: torch.nn.Module,
+    objects: Float[Tensor, "n c h w"],
+    layers: Sequence[str],
+    *,
+    patch: int | None = None,
+) -> LayerBias:
+    """Coupling rate and positional bias of each layer of a model, over pictures of objects.
+
+    Each object has the next one as its neighbour. Call it on a model in evaluation mode that
+    normalises its input itself (`torch.nn.Sequential(normalize, encoder)`, with the layers then
+    named `"1.layer4"`), so that 0 is black.
+
+    Args:
+        model: The model; it is called with images alone.
+        objects: Pictures of objects, cut out and resized. The images made of them are three times
+            as large: with a third of the training size they are of that size.
+        layers: Names of modules, as in `layer_features`.
+        patch: Side of a ViT's patches in pixels, as in `layer_features`.
+
+    Returns:
+        The means over the objects, one number for each layer.
+
+    Raises:
+        ValueError: There are fewer than two objects, or as `layer_features`.
+
+    Examples:
+        >>> layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
+        LayerBias(coupling_rate=tensor([1.]), mean_cosine=tensor([1.]))
+
+    References:
+        D3SSL, Sec 3, Fig 3 and 4, Table 7.
+    """
+    if len(objects) < 2:
+        raise ValueError("densekit.metrics.layer_bias: give two objects or more.")
+    made = coupling_images(objects, objects.roll(1, 0))
+    together, alone, nine = (
+        layer_features(model, x, layers, patch=patch).values()
+        for x in (made.together, made.alone, objects.repeat(1, 1, 3, 3))
+    )
+    rates = [
+        coupling_rate(x, y, made.box_a, made.box_b) for x, y in zip(together, alone, strict=True)
+    ]
+    cosines = [mean_cosine_similarity(x) for x in nine]
+    return LayerBias(*(torch.stack([x.mean() for x in values]) for values in (rates, cosines)))
+
+
+@typed
 def object_knn(
     features: Float[Tensor, "n d"],
     labels: Integer[Tensor, " n"],
@@ -602,3 +731,19 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # below it is rounding noise
         colors = colors / torch.where(exists, spread, torch.inf)
     return colors.unflatten(0, (n, h, w)).movedim(-1, 1)
+
+
+def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
+    """A layer's output as feature maps, safe from what the next layers do to it in place."""
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output.clone()
+    if isinstance(output, Tensor) and output.ndim == 3 and grid:
+        front = output.shape[1] - grid[0] * grid[1]
+        if front >= 0:
+            return output[:, front:].mT.unflatten(-1, grid).contiguous()
+    what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    tokens = f"for {grid} patches" if grid else "without `patch`"
+    raise ValueError(
+        f"densekit.metrics.layer_features: the layer {name!r} gives {what} {tokens}; give a layer "
+        "of maps (b, d, h, w), or of tokens (b, n, d) and the side of their patches."
+    )

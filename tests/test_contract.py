@@ -364,6 +364,7 @@ NUMBERS = {
 ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
 SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
 MODULES = {" ".join(COLUMNS): "takes modules and changes one: tests/test_ema.py"}
+HOOKS = {" ".join(COLUMNS): "takes a module and calls it: tests/test_metrics.py"}
 ONE_BANK = {"batched single": "one bank for all keys: its record has no leading axes"}
 ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
@@ -589,6 +590,8 @@ TABLE = [
         size=2,
         without=DRAWS | SYMBOLIC | ONE_SET,
     ),
+    row("layer_bias", nothing, without=HOOKS),
+    row("layer_features", nothing, without=HOOKS),
     row("coupling_images", two_objects, (0, 1)),
     row("coupling_rate", two_maps_two_boxes, (0, 1, 2, 3)),
     row("mean_cosine_similarity", nine_pictures, (0,)),

@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, the papers' formulas, and the authors' numbers."""
 
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from strategies import (
     uniform,
     valid_rows,
 )
+from torch import nn
 from torchvision import ops
 from densekit import (
     affinity_matrix,
@@ -32,6 +34,8 @@ from densekit import (
     coupling_images,
     coupling_rate,
     fit_linear_probe,
+    layer_bias,
+    layer_features,
     linear_segmentation,
     mean_cosine_similarity,
     mean_iou,
@@ -556,6 +560,119 @@ def test_the_curve_refuses_what_makes_no_sense():
         similarity_iou_curve(maps, regions, ious=(0.5,), size=0)
     with pytest.raises(TypeError, match=r"similarity_iou_curve: argument 'valid'.*n=4"):
         similarity_iou_curve(maps, regions, torch.ones(3).bool(), ious=(0.5,))
+
+
+# ------------------------------------------------------------------------------ layer features
+
+
+def small_net():
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(3, 4, 3, 2, 1), act=nn.ReLU(inplace=True),
+            block=nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(inplace=True)),
+        )
+    )  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """A patch embedding with two tokens in front, as a ViT with registers has."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.layer = nn.Conv2d(3, 5, 4, 4), nn.Identity()
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).mT
+        return self.layer(torch.cat([tokens.new_full((len(x), 2, 5), 9.0), tokens], 1)).mean(1)
+
+
+@given(generators(), st.permutations(["stem", "act", "block", "block.0"]))
+def test_layer_features_are_what_the_layers_give(generator, names):
+    torch.manual_seed(0)
+    net, x = small_net().double(), uniform(generator, 2, 3, 6, 10)
+    got = layer_features(net, x, names)
+    assert [*got] == names
+    stem = net.stem(x)
+    want = {"stem": stem.clone(), "act": stem.relu(), "block.0": net.block[0](stem.relu())}
+    want["block"] = want["block.0"].relu()
+    for name in names:  # the ReLUs behind them work in place
+        torch.testing.assert_close(got[name], want[name])
+
+
+def test_layer_features_carry_gradients_and_leave_no_hook():
+    net, x = small_net(), torch.rand(1, 3, 8, 8, requires_grad=True)
+    net.train()
+    layer_features(net, x, ["block"])["block"].sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert net.stem.weight.grad is not None
+    assert net.training
+    with pytest.raises(RuntimeError):
+        layer_features(net, torch.rand(1, 4, 8, 8), ["block"])  # the model itself refuses
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_tokens_become_the_map_of_their_grid():
+    net, x = Tokens(), torch.rand(2, 3, 8, 12)
+    got = layer_features(net, x, ["layer"], patch=4)["layer"]
+    torch.testing.assert_close(got, net.patch(x))
+
+
+def test_of_a_layer_that_runs_twice_the_last_output_counts():
+    net = nn.Sequential(shared := nn.Conv2d(3, 3, 1), nn.ReLU(), shared)
+    x = torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(layer_features(net, x, ["0"])["0"], net(x))
+
+
+def test_layers_that_cannot_be_read_are_named():
+    x = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"no layer 'blok'.*'block'"):
+        layer_features(small_net(), x, ["blok"])
+    for patch in (None, 1):
+        with pytest.raises(ValueError, match=r"'layer' gives shape \(1, 6, 5\).*the side of their"):
+            layer_features(Tokens(), x, ["layer"], patch=patch)
+    net = Tokens()
+    net.unused = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="'unused' was not run"):
+        layer_features(net, x, ["unused"])
+    net.layer.forward = lambda x: (x, x)
+    net.layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="'layer' gives tuple"):
+        layer_features(net, x, ["layer"], patch=4)
+
+
+@given(generators(), st.integers(2, 5))
+def test_the_bias_of_layers_is_that_of_their_maps(generator, n):
+    torch.manual_seed(0)
+    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
+    got = layer_bias(net, objects, ["block", "stem"])
+    rates, cosines = (torch.zeros(2, n, dtype=torch.float64) for _ in "rc")
+    for i in range(n):
+        made = coupling_images(objects[i], objects[i - 1])
+        for k in (0, 1):
+            layer = [lambda x: net(x), lambda x: net.stem(x)][k]
+            pair = (layer(x[None])[0] for x in (made.together, made.alone))
+            rates[k, i] = coupling_rate(*pair, made.box_a, made.box_b)
+            cosines[k, i] = mean_cosine_similarity(layer(objects[i, None].repeat(1, 1, 3, 3))[0])
+    torch.testing.assert_close(got.coupling_rate, rates.mean(1))
+    torch.testing.assert_close(got.mean_cosine, cosines.mean(1))
+
+
+def test_zero_padding_and_a_wide_kernel_show_as_bias():
+    torch.manual_seed(0)
+    objects = torch.randn(8, 3, 12, 12)
+    narrow, wide = (nn.Conv2d(3, 32, side, padding=side // 2) for side in (1, 13))
+    assert layer_bias(narrow, objects, [""]).mean_cosine.item() == pytest.approx(1, abs=1e-5)
+    assert layer_bias(narrow, objects, [""]).coupling_rate.item() == pytest.approx(1, abs=1e-5)
+    assert layer_bias(wide, objects, [""]).mean_cosine < 0.95
+    with pytest.raises(ValueError, match="two objects or more"):
+        layer_bias(narrow, objects[:1], [""])
+
+
+def test_tokens_have_a_bias_too():
+    torch.manual_seed(0)
+    got = layer_bias(Tokens(), torch.rand(4, 3, 8, 8), ["layer", "patch"], patch=4)
+    torch.testing.assert_close(got.mean_cosine[0], got.mean_cosine[1])
+    torch.testing.assert_close(got.coupling_rate[0], got.coupling_rate[1])
 
 
 # ---------------------------------------------------------------------------------- coupling
