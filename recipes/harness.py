@@ -1,7 +1,6 @@
 """What no method owns: processes, seeds, image sources, the run folder, checkpoints, the way out.
 
-A run folder holds `config.json`, `metrics.jsonl` (no row lost or doubled on resume), `tensorboard`,
-`checkpoints/step-*` (the newest two, each whole or absent) and `unreadable.txt`.
+A run folder: config.json, metrics.jsonl, tensorboard, checkpoints/step-* (two), unreadable.txt.
 """
 
 import copy
@@ -99,13 +98,10 @@ def seeded(*key: int) -> Iterator[None]:
 
 # ---- images ----------------------------------------------------------------------------------
 def read_image(path: str | Path) -> Tensor:
-    """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white.
-
-    16-bit and float images are scaled from [0, 65535] and [0, 1], widened to hold all values.
-    """
+    """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # convert("RGB") would clip these
+        if image.mode[0] in "IF":  # 16 bit, float: scaled, since convert("RGB") would clip
             values = np.nan_to_num(np.asarray(image, dtype=np.float64))
             low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
             low, high = min(low, values.min()), max(high, values.max())
@@ -152,14 +148,17 @@ class FolderImages:
         raise UserError(f"No image below {self.folder} is readable, such as {unreadable[0]}.")
 
 
-class SceneImages(list):  # a source of procedural scenes, and the boxes of their objects
+class SceneImages(list):  # a source of procedural scenes; their proposals, in [0, 1]
     def __init__(self, count: int):
-        pool, self.boxes = torch.empty(count, 3, 64, 64, dtype=torch.uint8), []
-        for number, chunk in enumerate(pool.split(64)):  # bounds the memory
-            drawn = densekit.testing.scenes(len(chunk), (64, 64), generator=generator(0, number))
-            chunk.copy_((drawn.images * 255).round())
-            self.boxes += [x[valid] for x, valid in zip(drawn.boxes, drawn.valid, strict=True)]
-        super().__init__((image, ()) for image in pool)
+        self.boxes = []
+        for number, start in enumerate(range(0, count, 64)):  # bounds the memory
+            n, draws = min(64, count - start), generator(0, number)
+            drawn = densekit.testing.scenes(n, (64, 64), generator=draws)
+            self += [(image, ()) for image in (drawn.images * 255).round().byte()]
+            others = densekit.sample_views((64, 64), (n, 4), scale=(0.1, 0.4), generator=draws)
+            boxes = torch.cat([drawn.boxes, others.box], 1) / 64  # of objects, or not; unused: 0
+            large = densekit.box_area(boxes) > 0.09  # the smallest that D3SSL takes
+            self.boxes += [x[keep] for x, keep in zip(boxes, large, strict=True)]
 
 
 def image_source(data: Path | None, *, scenes: int) -> Any:

@@ -1077,7 +1077,11 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
     source = harness.image_source(None, scenes=130)
     assert source[0][0].unique().tolist() == [128]
     assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 for i in range(64)]
-    assert [source.boxes[i].unique().tolist() for i in (1, 66, 129)] == [[1.0], [2.0], [3.0]]
+    assert [source.boxes[i].unique().tolist() for i in (1, 66, 129)] == [
+        [1 / 64],
+        [2 / 64],
+        [3 / 64],
+    ]
     assert sum(asked) == 130
     assert max(asked) <= 64
 
