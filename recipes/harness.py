@@ -203,10 +203,11 @@ def batches(
 
 
 # ---- the run folder --------------------------------------------------------------------------
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Make or replace a file: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
-    temporary.replace(path)  # the file is there whole or not at all
+    temporary.replace(path)
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -254,7 +255,7 @@ class Run(ExitStack):
         elif self.folder.is_file() or any(p.name[0] != "." for p in self.folder.glob("*")):
             return "is neither empty nor an earlier run's", []
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(path, text.encode())
+        write(path, text.encode())
         for leftover in self.folder.glob("checkpoints/.*"):  # of a save that was killed
             shutil.rmtree(leftover)
         return "", sorted(self.folder.glob("checkpoints/step-*"))
@@ -289,7 +290,7 @@ class Run(ExitStack):
             path = self.folder / "metrics.jsonl"
             rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             rows = [row for row in rows if row.endswith(b"\n")]  # a kill may halve the last one
-            _write(path, b"".join(row for row in rows if json.loads(row)["step"] <= step))
+            write(path, b"".join(row for row in rows if json.loads(row)["step"] <= step))
             self._metrics = self.enter_context(path.open("a", buffering=1))
             self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
             self.callback(self._curves.close)
@@ -345,5 +346,5 @@ def save_encoder(
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format).cpu().float()
     facts = {"architecture": architecture, "mean": mean, "std": std, "colour_order": "RGB"}
     facts |= {"method": method, "densekit": densekit.__version__, **more}
-    _write(path, safetensors.torch.save(_tensors(plain)))
-    _write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+    write(path, safetensors.torch.save(_tensors(plain)))
+    write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())

@@ -219,10 +219,11 @@ def select(config: Config) -> None:
     }  # fmt: skip
     lines = sorted(os.path.join(config.prefix, f"{ids[i]}.jpg") for i in taken)
     text = json.dumps(figures, indent=2, default=str) + "\n"
-    for path, content in ((f"{config.out}.json", text), (config.out, "\n".join([*lines, ""]))):
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        temporary.write_text(content, "utf-8")
-        temporary.replace(path)  # the file is there whole or not at all
+    try:
+        harness.write(Path(f"{config.out}.json"), text.encode())
+        harness.write(config.out, "\n".join([*lines, ""]).encode())
+    except OSError as error:
+        raise harness.UserError(f"{config.out} cannot be written: {error.strerror}.") from error
     row = "{:26}{:>9}{:>12}{:>12}{:>9}".format
     print(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
     print(row(config.out.name, *(f"{x:.4g}" if x % 1 else x for x in [*figures.values()][:4])))

@@ -1143,8 +1143,8 @@ def test_encoder_is_saved_in_single_precision_and_left_alone(tmp_path):
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    harness._write(tmp_path / "a", b"old")
+    harness.write(tmp_path / "a", b"old")
     monkeypatch.setattr(Path, "replace", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
-        harness._write(tmp_path / "a", b"new")
+        harness.write(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
