@@ -644,7 +644,7 @@ def object_knn(
     classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = 4096,
+    chunk: int | None = None,
 ) -> KNNScore:
     """Classify objects by their nearest neighbours in a gallery.
 
@@ -660,7 +660,8 @@ def object_knn(
         classes: How many classes there are.
         k: Neighbours that vote; all when the gallery has fewer.
         temperature: Divides the cosine in a vote.
-        chunk: Objects classified at a time: bounds the memory to `chunk x m` numbers.
+        chunk: Objects classified at a time, which bounds the memory to `chunk x m` numbers; when
+            left out as many as make 2^27 numbers (half a gigabyte), one at least.
 
     Returns:
         Overall and macro accuracy, in [0, 1]; 0 without an object or without a gallery.
@@ -677,6 +678,7 @@ def object_knn(
     References:
         D3SSL, Sec 5.3, Table 4; Wu et al. 2018, Sec 3.4 (weighted vote).
     """
+    chunk = max(1, 2**27 // max(1, len(gallery))) if chunk is None else chunk
     if min(classes, k, chunk) < 1 or not temperature > 0:
         raise ValueError(
             f"densekit.metrics.object_knn: classes is {classes}, k {k}, chunk {chunk} and "
