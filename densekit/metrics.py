@@ -560,7 +560,8 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
 
     Repeat an image in a 3 x 3 grid (`images.repeat(1, 1, 3, 3)`), encode it, and compare the
     central third of the map with the eight others, pooled. 1 is ideal: the nine are identical, and
-    only the border of the image (zero padding) can tell them apart.
+    only the border of the image (zero padding) can tell them apart. So it is for pictures of whole
+    cells, a multiple of the layer's stride in pixels; others fall differently on the nine.
 
     Args:
         features: Feature maps of images that hold the same picture nine times.
@@ -593,6 +594,7 @@ def layer_bias(
     layers: Sequence[str],
     *,
     patch: int | None = None,
+    chunk: int = 64,
 ) -> LayerBias:
     """Coupling rate and positional bias of each layer of a model, over pictures of objects.
 
@@ -603,15 +605,17 @@ def layer_bias(
     Args:
         model: The model; it is called with images alone.
         objects: Pictures of objects, cut out and resized. The images made of them are three times
-            as large: with a third of the training size they are of that size.
+            as large: take about a third of the training size, and whole cells of the deepest layer
+            (a multiple of its stride); otherwise the nine fall differently on its cells.
         layers: Names of modules, as in `layer_features`.
         patch: Side of a ViT's patches in pixels, as in `layer_features`.
+        chunk: Objects measured at a time: bounds the memory.
 
     Returns:
         The means over the objects, one number for each layer.
 
     Raises:
-        ValueError: There are fewer than two objects, or as `layer_features`.
+        ValueError: There are fewer than two objects, the chunk is below 1, or as `layer_features`.
 
     Examples:
         >>> layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
@@ -620,18 +624,22 @@ def layer_bias(
     References:
         D3SSL, Sec 3, Fig 3 and 4, Table 7.
     """
-    if len(objects) < 2:
-        raise ValueError("densekit.metrics.layer_bias: give two objects or more.")
-    made = coupling_images(objects, objects.roll(1, 0))
-    together, alone, nine = (
-        layer_features(model, x, layers, patch=patch).values()
-        for x in (made.together, made.alone, objects.repeat(1, 1, 3, 3))
-    )
-    rates = [
-        coupling_rate(x, y, made.box_a, made.box_b) for x, y in zip(together, alone, strict=True)
-    ]
-    cosines = [mean_cosine_similarity(x) for x in nine]
-    return LayerBias(*(torch.stack([x.mean() for x in values]) for values in (rates, cosines)))
+    if len(objects) < 2 or chunk < 1:
+        raise ValueError(
+            f"densekit.metrics.layer_bias: there are {len(objects)} objects and chunk is {chunk}; "
+            "give two objects or more, and 1 or more at a time."
+        )
+    rates, cosines = [], []
+    for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
+        made = coupling_images(own, other)
+        together, alone, nine = (
+            layer_features(model, x, layers, patch=patch).values()
+            for x in (made.together, made.alone, own.repeat(1, 1, 3, 3))
+        )
+        pairs = zip(together, alone, strict=True)
+        rates.append(torch.stack([coupling_rate(*x, made.box_a, made.box_b) for x in pairs]))
+        cosines.append(torch.stack([mean_cosine_similarity(x) for x in nine]))
+    return LayerBias(*(torch.cat(values, -1).mean(-1) for values in (rates, cosines)))
 
 
 @typed
@@ -654,9 +662,9 @@ def object_knn(
 
     Args:
         features: One row an object to classify.
-        labels: Their classes, in [0, classes).
-        gallery: One row for each known object.
-        gallery_labels: Their classes.
+        labels: Their classes; an object with a number outside [0, classes) is not counted.
+        gallery: One row for each known object; one that is not finite has no vote.
+        gallery_labels: Their classes; one outside [0, classes) has no vote.
         classes: How many classes there are.
         k: Neighbours that vote; all when the gallery has fewer.
         temperature: Divides the cosine in a vote.
@@ -684,18 +692,24 @@ def object_knn(
             f"densekit.metrics.object_knn: classes is {classes}, k {k}, chunk {chunk} and "
             f"temperature {temperature}; give at least 1, and a temperature above 0."
         )
-    known, k = l2_normalize(gallery), min(k, len(gallery))
-    labels, votes_of, right = labels.long(), gallery_labels.long(), []
+    known, k, right = l2_normalize(gallery), min(k, len(gallery)), []
+    labels, known_labels = labels.long(), gallery_labels.long()
+    counted, usable = ((x >= 0) & (x < classes) for x in (labels, known_labels))
+    usable = usable & known.isfinite().all(-1)
+    known, known_labels = torch.where(usable[:, None], known, 0.0), known_labels * usable
+    bias = torch.where(usable, 0.0, -torch.inf).to(known)
     for rows, target in zip(features.split(chunk), labels.split(chunk), strict=True):
-        nearest = (l2_normalize(rows) @ known.mT).topk(k)
+        with torch.autocast(features.device.type, enabled=False):
+            nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
         weights = (nearest.values / temperature).softmax(-1)  # the same winner as exp
         votes = weights.new_zeros(len(rows), classes)
-        votes = votes.scatter_add(1, votes_of[nearest.indices], weights)
-        right.append((votes.argmax(1) == target) & (k > 0))
-    right = torch.cat(right).float()
-    nothing = torch.zeros(classes, device=right.device)
+        votes = votes.scatter_add(1, known_labels[nearest.indices], weights)
+        best = votes.max(1)
+        right.append((best.indices == target) & (best.values > 0))  # no vote: NaN or 0
+    right = (torch.cat(right) & counted).float()
+    nothing, labels = torch.zeros(classes, device=right.device), labels * counted
     hits = nothing.scatter_add(0, labels, right)
-    count = nothing.scatter_add(0, labels, torch.ones_like(right))
+    count = nothing.scatter_add(0, labels, counted.float())
     occurs = count > 0
     share = torch.where(occurs, hits / count.clamp(min=1), 0.0)
     return KNNScore(hits.sum() / count.sum().clamp(min=1), share.sum() / occurs.sum().clamp(min=1))

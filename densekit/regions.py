@@ -283,7 +283,9 @@ def proposal_mask(
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
     extent = wide[..., 2:] - wide[..., :2]
     area = extent.clamp(min=0).prod(-1) * share
-    half = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()], -1) / 2
+    some = area > 0  # the root has no slope at 0
+    root = torch.where(some, torch.where(some, area, 1.0).sqrt(), 0.0)
+    half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
     angle = 2 * math.pi * draws[..., 2]
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     # From centre to centre, as far as it takes until one axis is free.

@@ -668,6 +668,15 @@ def test_zero_padding_and_a_wide_kernel_show_as_bias():
         layer_bias(narrow, objects[:1], [""])
 
 
+@given(generators(), st.integers(2, 7), st.integers(1, 8))
+def test_the_bias_does_not_depend_on_the_chunk(generator, n, chunk):
+    torch.manual_seed(0)
+    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
+    torch.testing.assert_close(
+        layer_bias(net, objects, ["stem"], chunk=chunk), layer_bias(net, objects, ["stem"])
+    )
+
+
 def test_tokens_have_a_bias_too():
     torch.manual_seed(0)
     got = layer_bias(Tokens(), torch.rand(4, 3, 8, 8), ["layer", "patch"], patch=4)
@@ -852,6 +861,29 @@ def test_more_neighbours_than_there_are_is_all_of_them(case):
     want = object_knn(*case, classes=CLASSES, k=len(case[2]))
     assert object_knn(*case, classes=CLASSES, k=99) == want
     assert object_knn(*case, classes=CLASSES + 3, k=99) == want
+
+
+@given(galleries(), st.integers(1, 14))
+def test_rows_without_numbers_or_without_a_class_change_nothing(case, k):
+    features, labels, gallery, known = case
+    want = object_knn(*case, classes=CLASSES, k=min(k, len(known)))
+    gallery = torch.cat([gallery, gallery[:1] * torch.nan, gallery[:1] / 0, gallery, gallery])
+    known = torch.cat([known, known[:1], known[:1], known * 0 - 1, known * 0 + CLASSES])
+    queries = torch.cat([features, features])
+    targets = torch.cat([labels, labels * 0 + CLASSES])
+    got = object_knn(queries, targets, gallery, known, classes=CLASSES, k=min(k, len(case[3])))
+    torch.testing.assert_close(got, want)
+    got = object_knn(features * torch.nan, labels, *case[2:], classes=CLASSES, k=k)
+    assert got == (0, 0)
+    got = object_knn(features, labels, gallery * torch.nan, known, classes=CLASSES, k=k)
+    assert got == (0, 0)
+
+
+def test_objects_are_compared_in_full_precision_under_autocast():
+    gallery = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = object_knn(gallery, torch.arange(2), gallery, torch.arange(2), classes=2, k=1)
+    assert got.overall == 1
 
 
 @given(galleries())

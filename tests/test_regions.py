@@ -428,8 +428,11 @@ def test_a_mask_touches_its_proposal_from_outside(data, one, other, generator):
 
 def test_masks_of_no_area_cover_nothing():
     regions = torch.tensor([[1.0, 2.0, 5.0, 4.0]]).expand(50, 1, 4)
+    regions = regions.clone().requires_grad_()
     got = proposal_mask(regions, ratio=(0.0, 0.0), generator=seeded())
     assert got.isfinite().all()
+    got.sum().backward()
+    assert regions.grad.isfinite().all()
     assert not boxes_to_mask(got, (8, 8)).any()
 
 
