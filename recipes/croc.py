@@ -1,7 +1,7 @@
 """CrOC pre-training: clusters found online in both views at once agree (CVPR 2023).
 
     python recipes/croc.py                      # the demo: CPU, minutes; --data FOLDER: your images
-    torchrun --nproc-per-node 8 recipes/croc.py --preset coco --data coco/train2017
+    torchrun --nproc-per-node 8 -- recipes/croc.py --preset coco --data coco/train2017
 
 The same command run again resumes; `dino` is the baseline. More: docs/recipes/croc.md.
 """

@@ -1,7 +1,7 @@
 """DenseSiam pre-training: pixels and regions of two views agree, by location (ECCV 2022).
 
     python recipes/densesiam.py                 # the demo: CPU, minutes; --data FOLDER: your images
-    torchrun --nproc-per-node 8 recipes/densesiam.py --preset paper --data coco/train2017
+    torchrun --nproc-per-node 8 -- recipes/densesiam.py --preset paper --data coco/train2017
 
 The same command run again resumes. `--preset simsiam` is the baseline: both dense weights are 0.
 Logged values, deviations from the paper, time and results: docs/recipes/densesiam.md.

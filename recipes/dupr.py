@@ -1,7 +1,7 @@
 """DUPR pre-training: patches of two views are found again, at several levels (2021).
 
     python recipes/dupr.py                      # the demo: CPU, minutes; --data FOLDER: your images
-    torchrun --nproc-per-node 8 recipes/dupr.py --preset paper --data imagenet/train
+    torchrun --nproc-per-node 8 -- recipes/dupr.py --preset paper --data imagenet/train
 
 The same command run again resumes; `mocov2` is the baseline. More: docs/recipes/dupr.md.
 """

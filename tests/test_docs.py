@@ -193,6 +193,14 @@ def test_a_module_has_a_page(module):
     assert f"api/{module}.md" in nav()
 
 
+def test_torchrun_is_told_where_its_own_options_end():
+    files = [*PAGES, *ROOT.glob("recipes/*.py")]
+    text = "\n".join(path.read_text().replace("\\\n", "") for path in files)
+    commands = re.findall(r"^ *torchrun .*$", text, re.M)
+    assert len(commands) > 9
+    assert [x for x in commands if not re.search(r" -- +recipes/", x)] == []  # it has a --run-path
+
+
 def test_a_recipe_has_a_page():
     names = {path.stem for path in ROOT.glob("recipes/*.py")} - {"harness"}
     assert names
