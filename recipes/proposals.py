@@ -53,6 +53,7 @@ import numpy as np
 import torch
 from harness import UserError
 from tqdm import tqdm
+import densekit
 
 
 class Proposals(NamedTuple):
@@ -182,6 +183,8 @@ def default_path(data: Path) -> Path:
 
 def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
     """Images with proposals, `boxes[i]` of each in [0, 1] of it: a folder's; without, scenes."""
+    if data is None and path is not None:
+        raise UserError("--proposals belong to images: name their folder with --data.")
     if data is None:
         return harness.image_source(data, scenes=scenes)
     images, known = harness.FolderImages(data), read_proposals(path or default_path(data))
@@ -192,11 +195,25 @@ def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
     names = [name for name in map(os.fsdecode, images.names.tolist()) if name in places]
     if not names:
         raise UserError(f"{path or default_path(data)} has no proposal of any image of {data}.")
+    if len(names) < len(images) and os.environ.get("RANK", "0") == "0":
+        print(f"{len(names)} of {len(images)} images have proposals; the others are left out.")
     sides = np.repeat(np.tile(known.sizes[:, ::-1], 2), np.diff(known.offsets), axis=0)
     boxes = torch.from_numpy(known.boxes / sides).float()
     images: Any = harness.FolderImages(data, names)
     images.boxes = [boxes[places[name]] for name in names]
     return images
+
+
+def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
+    """The first proposal of each of so many images, in [0, 1], (count, 3, side, side)."""
+    pictures = []
+    for i in range(min(count, len(source))):
+        image, unreadable = source[i]  # or the next one that can be read
+        box = source.boxes[(i + len(unreadable)) % len(source)][0]
+        box = box * torch.tensor(image.shape[:0:-1]).repeat(2)
+        view = densekit.View(box, torch.tensor(False))
+        pictures.append(densekit.crop_views(image / 255, view, side))
+    return torch.stack(pictures)
 
 
 def propose(config: Config) -> None:

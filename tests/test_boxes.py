@@ -35,6 +35,7 @@ from densekit import (
     grid_points,
     intersect_boxes,
     roi_align,
+    sample_boxes,
     sample_boxes_at_iou,
 )
 
@@ -651,3 +652,112 @@ def test_an_infinite_box_is_clipped_to_the_image():
 def test_an_image_without_pixels_is_refused(size):
     with pytest.raises(ValueError, match=r"densekit.boxes.clip_boxes: size is"):
         clip_boxes(torch.zeros(2, 4), size)
+
+
+# ------------------------------------------------------------------------------- drawing boxes
+
+
+@st.composite
+def ragged_boxes(draw):
+    """Boxes of each image, all different, and which of them are asked for."""
+    shape = draw(
+        st.sampled_from([(4,), (2, 3), (2, 3, 6)])
+    )  # no images, no boxes: test_contract.py
+    return draw(boxes(shape, whole_pixels=False)), draw(valid_rows(shape))
+
+
+@given(ragged_boxes(), st.integers(0, 8), generators())
+def test_drawn_boxes_are_some_of_the_images_own_each_once(case, count, generator):
+    regions, valid = case
+    got = sample_boxes(regions, count, valid, generator=generator)
+    assert got.boxes.shape == (*regions.shape[:-2], count, 4)
+    assert got.boxes.dtype == regions.dtype
+    images = math.prod(regions.shape[:-2])
+    parts = (x.reshape(images, *x.shape[regions.ndim - 2 :]) for x in (*got, regions, valid))
+    for drawn, kept, own, use in zip(*(x.tolist() for x in parts), strict=True):
+        some = [box for box, used in zip(own, use, strict=True) if used]
+        most = min(count, len(some))
+        assert kept == [True] * most + [False] * (count - most)  # the valid ones first
+        assert all(box in some for box in drawn[:most])
+        assert len({tuple(box) for box in drawn[:most]}) == most
+        assert drawn[most:] == [drawn[0] if most else [0, 0, 0, 0]] * (count - most)
+
+
+@given(st.data(), st.integers(1, 6), generators())
+def test_degenerate_boxes_are_never_drawn(data, count, generator):
+    good = data.draw(boxes((2, 3)), label="good")
+    bad = data.draw(degenerate_boxes((2, 3)), label="bad")
+    mixed = torch.stack([bad, good], 2).flatten(1, 2)
+    got = sample_boxes(mixed, count, generator=generator)
+    assert torch.equal(got.valid.sum(1), torch.tensor([min(count, 3)] * 2))
+    assert got.boxes.isfinite().all()
+    assert boxes_valid(got.boxes).all()
+    nothing = sample_boxes(bad, count, torch.ones(2, 3, dtype=torch.bool), generator=generator)
+    assert not nothing.valid.any()
+    assert (nothing.boxes == 0).all()
+
+
+def numbered(*batch, n=5):
+    """Boxes whose left side is their number."""
+    first = torch.arange(float(n)).expand(*batch, n)
+    return torch.stack([first, first, first + 1, first + 1], -1)
+
+
+def test_without_word_of_what_is_valid_all_boxes_are_drawn_from():
+    everything = torch.ones(6, 5, dtype=torch.bool)
+    got, want = (sample_boxes(numbered(6), 7, x, generator=seeded()) for x in (None, everything))
+    assert torch.equal(got.boxes, want.boxes)
+    assert torch.equal(got.valid, want.valid)
+    assert torch.equal(got.boxes[:, :5, 0].sort().values, numbered(6)[..., 0])
+
+
+def test_every_choice_of_boxes_in_every_order_is_as_likely():
+    valid = torch.tensor([True, True, False, True, True])
+    got = sample_boxes(numbered(20_000), 2, valid.expand(20_000, 5), generator=seeded())
+    first, second = got.boxes[..., 0].long().unbind(-1)
+    counts = torch.bincount(5 * first + second, minlength=25).view(5, 5)[valid][:, valid]
+    assert counts.sum() == 20_000
+    assert (counts.diagonal() == 0).all()
+    assert stats.chisquare(counts[~torch.eye(4, dtype=torch.bool)]).pvalue > 1e-4
+
+
+def test_the_boxes_of_one_image_say_nothing_of_another():
+    got = sample_boxes(numbered(20_000, 2, n=4), 1, generator=seeded())
+    one, other = got.boxes[..., 0, 0].long().unbind(-1)
+    assert stats.chisquare(torch.bincount(4 * one + other, minlength=16)).pvalue > 1e-4
+
+
+def test_a_generator_decides_the_drawn_boxes():
+    first, again, other = (
+        sample_boxes(numbered(6, n=20), 4, generator=seeded(s)).boxes for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_boxes_are_drawn_as_float_boxes_are(dtype):
+    regions = numbered(50, n=9)
+    half = sample_boxes(regions.to(dtype), 5, generator=seeded()).boxes
+    assert half.dtype == dtype
+    assert torch.equal(half, sample_boxes(regions, 5, generator=seeded()).boxes.to(dtype))
+
+
+@given(ragged_boxes(), st.integers(1, 8), generators())
+def test_the_gradient_goes_to_the_boxes_that_were_drawn(case, count, generator):
+    regions, valid = case[0].requires_grad_(), case[1]
+    got = sample_boxes(regions, count, valid, generator=generator)
+    (grad,) = torch.autograd.grad(torch.where(got.valid[..., None], got.boxes, 0.0).sum(), regions)
+    assert (grad[~valid] == 0).all()
+    assert grad.sum() == 4 * got.valid.sum()
+    assert ((grad == 0) | (grad == 1)).all()
+
+
+def test_fewer_than_no_boxes_are_refused():
+    with pytest.raises(ValueError, match=r"densekit.boxes.sample_boxes: count is -1"):
+        sample_boxes(torch.zeros(2, 4), -1)
+
+
+def test_boxes_and_what_is_valid_of_them_fit():
+    with pytest.raises(TypeError, match=r"sample_boxes: argument 'valid'"):
+        sample_boxes(torch.zeros(2, 3, 4), 1, torch.ones(2, 4, dtype=torch.bool))

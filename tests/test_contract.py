@@ -377,6 +377,10 @@ def cutout(boxes, draws, valid):
     return dk.proposal_cutout(boxes, draws, (8, 7), valid)
 
 
+def boxes_drawn(boxes, valid):
+    return dk.sample_boxes(boxes, 4, valid)
+
+
 def mask_of_boxes(boxes, valid):
     return dk.boxes_to_mask(boxes, (8, 7), valid)
 
@@ -405,6 +409,8 @@ TABLE = [
         canonical_level=3,
         without={"gradcheck gradgradcheck": "levels are whole numbers"},
     ),
+    row("sample_boxes", some_boxes, (0,), count=2, without=DRAWS | SYMBOLIC),
+    row("sample_boxes", boxes_and_valid, (0,), call=boxes_drawn, without=DRAWS | SYMBOLIC),
     row("sample_boxes_at_iou", one_box, (0,), iou=0.4, without=DRAWS | SYMBOLIC),
     row("roi_align", map_and_boxes, (0, 1), size=(3, 2)),
     row("roi_align", map_and_boxes, (0, 1), size=(1, 2), sampling_ratio=0),

@@ -1068,20 +1068,21 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
 
     def fake(count, size, *, generator):
         asked.append(count)
-        valid = torch.arange(8) < torch.arange(count)[:, None] % 3
-        boxes = torch.full((count, 8, 4), float(len(asked)))
+        used = torch.arange(8) < torch.arange(count)[:, None] % 3  # then a small one, then zeros
+        boxes = torch.tensor([0.0, 0.0, 16.0 + len(asked), 32.0]) * used[..., None]
+        boxes[:, 3] = torch.tensor([10.0, 10.0, 28.0, 28.0])
         images = torch.full((count, 3, *size), 0.5)
-        return type("Scenes", (), {"images": images, "boxes": boxes, "valid": valid})
+        return type("Scenes", (), {"images": images, "boxes": boxes})
 
     monkeypatch.setattr(harness.densekit.testing, "scenes", fake)
     source = harness.image_source(None, scenes=130)
     assert source[0][0].unique().tolist() == [128]
-    assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 for i in range(64)]
-    assert [source.boxes[i].unique().tolist() for i in (1, 66, 129)] == [
-        [1 / 64],
-        [2 / 64],
-        [3 / 64],
-    ]
+    assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 + 4 for i in range(64)]
+    assert [source.boxes[i][0, 2] * 64 for i in (1, 65, 129)] == [17, 18, 19]
+    others = torch.cat([boxes[-4:] for boxes in source.boxes])
+    assert others.amin() >= 0
+    assert others.amax() <= 1
+    assert len(others.unique(dim=0)) > 400  # of whole pixels, in all places
     assert sum(asked) == 130
     assert max(asked) <= 64
 

@@ -6,19 +6,24 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import croc
+import d3ssl
 import densesiam
 import dupr
 import harness
+import proposals
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 from PIL import Image
 from safetensors.torch import load_file
 from test_croc import SMALL as CROC
+from test_d3ssl import SMALL as D3SSL
+from test_d3ssl import write_proposals
 from test_densesiam import SMALL as DENSESIAM
 from test_dupr import SMALL as DUPR
 import densekit as dk
@@ -26,21 +31,27 @@ from densekit.testing import scenes
 
 FOLDER = Path(harness.__file__).parent
 # The module, the model, a small configuration, the baseline's name and how to get it, another
-# preset, an architecture that does not exist, a view's pictures, the filter that resizes it.
+# preset, an architecture that does not exist, pictures a row, the filter that resizes a view.
 RECIPES = {
     "croc": SimpleNamespace(
-        module=croc, model=croc.CrOC, small=CROC, preset="coco", wrong="vit_smal", panels=5,
+        module=croc, model=croc.CrOC, small=CROC, preset="coco", wrong="vit_smal", panels=10,
         filter="bicubic",
         baseline=("dino", {"alpha": 0.0}), encoder=lambda: croc.build_encoder("tiny", 0.0),
     ),
+    "d3ssl": SimpleNamespace(
+        module=d3ssl, model=d3ssl.D3SSL, small=D3SSL, preset="paper", wrong="resnet5", panels=5,
+        filter="bilinear", source=partial(proposals.image_source, path=None),
+        baseline=("decoupling", {"depositioning": 0.0}),
+        encoder=lambda: d3ssl.build_encoder("tiny"),
+    ),
     "densesiam": SimpleNamespace(
         module=densesiam, model=densesiam.DenseSiam, small=DENSESIAM, preset="paper",
-        wrong="resnet5", panels=3, filter="bilinear",
+        wrong="resnet5", panels=6, filter="bilinear",
         baseline=("simsiam", {"loss": densesiam.PRESETS["simsiam"].loss}),
         encoder=lambda: densesiam.build_encoder("tiny"),
     ),
     "dupr": SimpleNamespace(
-        module=dupr, model=dupr.DUPR, small=DUPR, preset="paper", wrong="resnet5", panels=2,
+        module=dupr, model=dupr.DUPR, small=DUPR, preset="paper", wrong="resnet5", panels=4,
         filter="bilinear",
         baseline=("mocov2", {x: getattr(dupr.PRESETS["mocov2"], x) for x in ("alpha", "beta")}),
         encoder=lambda: dupr.build_encoder("tiny"),
@@ -60,13 +71,25 @@ def recipe(name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twenty images of two sizes."""
-    folder = tmp_path_factory.mktemp("images")
+    """Twenty images of two sizes, and proposals of all but one."""
+    folder, boxes, sizes = tmp_path_factory.mktemp("images"), {}, {}
+    generator = torch.Generator().manual_seed(0)
     for number, size in enumerate(((40, 48), (48, 40))):
         drawn = scenes(10, size, generator=torch.Generator().manual_seed(number)).images
         for index, image in enumerate((drawn * 255).byte().movedim(1, -1).numpy()):
-            Image.fromarray(image).save(folder / f"{number}-{index}.png")
+            Image.fromarray(image).save(folder / (name := f"{number}-{index}.png"))
+            draws, room = torch.rand(2, index % 4 + 3, 2, generator=generator), torch.tensor(size)
+            side = 12 + (draws[0] * 9).int()
+            low = (draws[1] * (room.flip(0) - side + 1)).int()
+            boxes[name], sizes[name] = torch.cat([low, low + side], 1).numpy(), size
+    boxes["1-9.png"] = boxes["1-9.png"][:0]
+    write_proposals(folder, boxes, sizes)
     return folder
+
+
+def image_source(recipe, folder):
+    """Its images, as the recipe itself reads them."""
+    return getattr(recipe, "source", harness.image_source)(folder, scenes=0)
 
 
 def rows(run, name="loss"):
@@ -83,10 +106,10 @@ def command(recipe, *arguments, **environment):
 
 
 def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
-    dataset = recipe.module.TwoViews(harness.image_source(folder, scenes=0), recipe.small)
+    dataset = recipe.module.TwoViews(image_source(recipe, folder), recipe.small)
     state = torch.get_rng_state()
-    indices = [12, 3, 7, 19]  # of both sizes
-    images, views, unreadable = dataset[indices]
+    indices = [12, 3, 7, 18]  # of both sizes
+    images, views, *_, unreadable = dataset[indices]
     again = dataset[indices]
     assert unreadable == []
     assert all(torch.equal(a, b) for a, b in zip(images, again[0], strict=True))
@@ -97,7 +120,7 @@ def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
     plain = recipe.module.TwoViews(dataset.source, recipe.small)
     nothing = torch.nn.Identity()
     plain.photometric = [nothing, nothing] if isinstance(plain.photometric, list) else nothing
-    crops, views, _ = plain[indices]
+    crops, views, *_ = plain[indices]
     for row, index in enumerate(indices):
         pixels = dataset.source[index][0] / 255
         for crop, view in zip(crops, views, strict=True):
@@ -117,7 +140,7 @@ def test_views_and_colours_draw_other_numbers(recipe, folder, monkeypatch):
     monkeypatch.setattr(
         harness, "seeded", lambda *key: drawn.setdefault("colours", key) and seeded(*key)
     )
-    recipe.module.TwoViews(harness.image_source(folder, scenes=0), recipe.small)[[0, 1]]
+    recipe.module.TwoViews(image_source(recipe, folder), recipe.small)[[0, 1]]
     first = [torch.rand(4, generator=generator(*drawn[name])) for name in ("views", "colours")]
     assert not torch.equal(*first)
 
@@ -135,8 +158,8 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
     }
     pictures = sorted((tmp_path / "whole" / "pictures").glob("step-*"))
     assert [path.stem[-1] for path in pictures] == ["0", "3", "6"]
-    with Image.open(pictures[-1]) as picture:  # six rows of two views
-        assert picture.size == (2 * recipe.panels * 226 + 2, 6 * 226 + 2)
+    with Image.open(pictures[-1]) as picture:  # six rows
+        assert picture.size == (recipe.panels * 226 + 2, 6 * 226 + 2)
     sidecar = json.loads((tmp_path / "whole" / "encoder.json").read_text())
     assert (sidecar["architecture"], sidecar["method"]) == ("tiny", name)
     assert (sidecar["step"], sidecar["colour_order"]) == (6, "RGB")
@@ -262,6 +285,8 @@ def test_unreadable_files_are_named_and_the_run_goes_on(recipe, tmp_path, folder
     mixed.mkdir()
     for path in folder.iterdir():
         (mixed / path.name).write_bytes(path.read_bytes())
+    known = proposals.default_path(folder)
+    (tmp_path / "mixed.proposals.npz").write_bytes(known.read_bytes())
     (mixed / "0-5.png").write_bytes((folder / "0-5.png").read_bytes()[:200])
     (mixed / "1-0.png").write_text("no image")
     recipe.module.train(replace(recipe.small, data=mixed, run=tmp_path / "run", epochs=3))
@@ -307,7 +332,7 @@ def test_a_warm_up_longer_than_the_run_is_the_run(tmp_path, folder):
         ({"data": Path("nowhere")}, "nowhere"),
         ({"data": Path(__file__)}, "test_recipes.py"),
         ({"data": "folder", "batch": 1}, "--batch 1"),
-        ({"data": "folder", "batch": 64}, "20 images"),
+        ({"data": "folder", "batch": 64}, "images for a batch of 64"),
         ({"data": "folder", "arch": "wrong"}, "timm"),
     ],
 )
