@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import croc
 import croc_loop
+import d3ssl
 import densesiam
 import dupr
 import numpy as np
@@ -480,11 +481,36 @@ def regions() -> None:
             moved = torch.roll(image, (int(dy), int(dx)), (-2, -1))
             onto[:, mask] = moved[:, mask]
 
-    what = "PRC, PRM and the fill, 64 images of 224 x 224, 4 proposals"
-    loop = lambda: cut_one_by_one(boxes, draws, beside, images)  # noqa: E731
-    against(what, *times(cut, loop), "slices, image by image")
-    paste = times(lambda: dk.composite(images, others, pasted, shift), paste_one_by_one)
-    against("`composite`, 64 images of 224 x 224", *paste, "masked assignment, image by image")
+    def loop() -> None:
+        cut_one_by_one(boxes, draws, beside, images)
+
+    cuts = times(cut, loop)
+    pastes = times(lambda: dk.composite(images, others, pasted, shift), paste_one_by_one)
+    against("PRC, PRM and the fill, 64 images of 224 x 224, 4 proposals", *cuts, "loop over slices")
+    against("`composite`, 64 images of 224 x 224", *pastes, "loop of masked assignments")
+    both = [sum(seconds) for seconds in zip(cuts, pastes, strict=True)]
+    against("both: the region augmentations of such a batch", *both, "the two loops")
+    batch = 64 if DEVICE.type == "cuda" else 8
+    config = d3ssl.PRESETS["paper"]
+    model = d3ssl.D3SSL(config).to(DEVICE, memory_format=torch.channels_last)
+    crops, _ = inputs(batch, DEVICE)
+    whole = dk.full_view((224, 224), (batch,), device=DEVICE)
+    valid = torch.ones(batch, 4, dtype=torch.bool, device=DEVICE)
+    regions = crops, [whole, whole], boxes[:batch], valid
+    bank = dk.push(dk.init_bank(65536, 128, device=DEVICE), torch.rand(65536, 128, device=DEVICE))
+    order = torch.arange(batch, device=DEVICE)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            model(*regions, bank, order)[0].backward()
+
+    part, all_of_it = times(lambda: d3ssl.augment(*regions, config), step, rounds=5)
+    row(
+        f"region augmentation in a step of D3SSL, ResNet-50, batch {batch}",
+        f"{part * 1e3:.1f} ms",
+        f"{all_of_it * 1e3:.0f} ms (forward and backward)",
+        f"{part / all_of_it:.1%}",
+    )
 
 
 FUNCTIONS = (geometry, checks, primitives, clustering, growth, moco, regions, step, memory)

@@ -591,7 +591,7 @@ def test_the_region_preset_changes_nothing_in_an_image():
         ({"bank": 0}, "--bank"),
         ({"head": (16, 0)}, "--head"),
         ({"head": (0, 8)}, "--head"),
-        ({"temperature": 0.0}, "--"),
+        ({"temperature": 0.0}, "--temperature"),
         ({"cut": (0.5, 0.2)}, "--cut"),
         ({"cut": (0.5, 1.1)}, "--cut"),
         ({"mask": (-0.1, 0.2)}, "--mask"),
