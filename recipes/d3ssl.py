@@ -174,10 +174,8 @@ class D3SSL(nn.Module):  # query (student) and key (teacher): each an encoder f 
         shares = config.cut, config.mask, config.jitter, config.views.scale
         bad = min(*numbers, config.jitter[0], config.views.scale[0]) <= 0 or config.views.size % 2
         if bad or not all(0 <= low <= high <= 1 for low, high in shares):
-            what = "Give --cut, --mask, --jitter, --views.scale rising shares; --views.size even"
-            raise harness.UserError(
-                f"{what}; --bins >1; --bank, --head, --regions, --temperature >0."
-            )
+            what = "--cut, --mask, --jitter, --views.scale: rising shares; --views.size: even"
+            raise harness.UserError(f"{what}; --bins 2+; --bank --head --regions --temperature >0.")
         head = nn.Sequential(nn.Linear(encoder.num_features, wide), nn.ReLU(), nn.Linear(wide, out))
         self.student = nn.ModuleDict({"encoder": encoder, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
