@@ -58,7 +58,7 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", cut=(0.1, 0.3), mask=(0.1, 0.4), bins=6, head=(128, 64), bank=512,
+        arch="tiny", cut=(0.05, 0.2), mask=(0.1, 0.3), bins=6, head=(128, 64), bank=512,
         momentum=0.99, batch=40, epochs=8, lr=0.8, workers=1, precision="fp32", save_every=204,
         views=Views(64, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
     ),
