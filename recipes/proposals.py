@@ -113,12 +113,12 @@ def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["harness"])
     pool = ProcessPoolExecutor(config.workers, context, start_worker)
-    todo, flying = iter(names), {}
+    todo, flying, finished = iter(names), {}, False
     try:
         while True:
             for name in itertools.islice(todo, 4 * config.workers - len(flying)):
                 flying[pool.submit(search, folder / name, config)] = name
-            if not flying:
+            if finished := not flying:
                 break
             done = wait(flying, return_when=FIRST_COMPLETED).done
             for future in sorted(done, key=lambda x: x.exception() is not None):  # keeps the good
@@ -131,7 +131,7 @@ def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple
     except (ImportError, AttributeError) as error:
         raise UserError(f"opencv-contrib-python-headless is missing ({error}).") from None
     finally:
-        for child in multiprocessing.active_children() if flying else ():
+        for child in multiprocessing.active_children() if not finished else ():
             child.terminate()  # Ctrl-C does not wait for what is under way
         pool.shutdown(cancel_futures=True)
 
