@@ -559,6 +559,8 @@ def start(*arguments, path=None):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.Popen(
         [sys.executable, FOLDER / "proposals.py", *map(str, arguments)], start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's & ignores it
+
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment | ({"PYTHONPATH": str(path)} if path else {}),
     )  # fmt: skip
