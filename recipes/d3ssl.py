@@ -287,10 +287,10 @@ def train(config: Config) -> None:
             if stop:
                 return
         if world.is_main:
-            method = "d3ssl" if config.depositioning else ("region", "decoupling")[any(config.cut)]
+            f, more = model.student["encoder"], (*config.cut, *config.mask, 1 - config.jitter[0])
+            method = "d3ssl" if config.depositioning else ("region", "decoupling")[any(more)]
             facts = {"method": method, "architecture": config.arch, "mean": MEAN, "std": STD}
-            path = folder / "encoder.safetensors"
-            harness.save_encoder(path, model.student["encoder"], **facts, step=step)
+            harness.save_encoder(folder / "encoder.safetensors", f, **facts, step=step)
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
             line += "; C5: coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
             print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")

@@ -769,10 +769,17 @@ def test_an_image_without_a_box_is_shown_in_silence(tmp_path):
     d3ssl.evaluate(D3SSL(SMALL), source, preview, replace(SMALL, data="."), fake_run(tmp_path), 0)
 
 
-@pytest.mark.parametrize("method", ["d3ssl", "region"])
-def test_the_method_is_said_beside_the_weights(tmp_path, few_scenes, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("d3ssl", ()),
+        ("region", ("cut", "mask", "jitter", "depositioning")),
+        ("decoupling", ("cut", "depositioning")),
+        ("decoupling", ("cut", "mask", "depositioning")),  # jitter is one, too
+    ],
+)
+def test_the_method_is_said_beside_the_weights(tmp_path, few_scenes, monkeypatch, method, names):
     monkeypatch.setattr(d3ssl, "evaluate", lambda *arguments: None)
-    names = ("cut", "mask", "jitter", "depositioning") if method == "region" else ()
     changes = {name: getattr(PRESETS["region"], name) for name in names}
     d3ssl.train(replace(SMALL, run=tmp_path, epochs=1, **changes))
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method

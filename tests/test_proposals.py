@@ -591,7 +591,7 @@ def test_ctrl_c_ends_the_command_at_once_and_loses_nothing(tmp_path, searched):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all
-    _, errors = process.communicate(timeout=100)  # the workers are gone too: they hold the pipe
+    _, errors = process.communicate(timeout=20)  # the workers are gone too: they hold the pipe
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == "error: interrupted"
