@@ -1,4 +1,4 @@
-"""Clustering of tokens: Sinkhorn transport, merging of centroids, pruning, k-means.
+"""Clustering of tokens: Sinkhorn transport, merging of centroids, pruning.
 
 Everything is batched over leading axes and of fixed shape: what a problem does not use is zero, or
 marked by `valid`. Half precision is widened to float32, also under autocast.
@@ -13,12 +13,9 @@ from densekit.pooling import pool_masks
 from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
 
 __all__ = [
-    "KMeans",
     "MergedClusters",
     "PrunedClusters",
     "centroids",
-    "kmeans",
-    "kmeans_plus_plus",
     "positional_cost",
     "prune_clusters",
     "sample_tokens",
@@ -63,20 +60,6 @@ class PrunedClusters(NamedTuple):
     assignments: Float[Tensor, "*batch v n k"]
     labels: Integer[Tensor, "*batch v n"]
     valid: Bool[Tensor, "*batch k"]
-
-
-class KMeans(NamedTuple):
-    """Result of `kmeans`.
-
-    Attributes:
-        centroids: Means of the clusters.
-        labels: The nearest centroid of each point, -1 where the point is not valid.
-        inertia: Sum of squared distances of the valid points to their centroids.
-    """
-
-    centroids: Float[Tensor, "*batch k d"]
-    labels: Integer[Tensor, "*batch n"]
-    inertia: Float[Tensor, "*batch"]
 
 
 @typed
@@ -456,127 +439,6 @@ def centroids(
         CrOC, Eq 1 and 2.
     """
     return pool_masks(tokens, assignments, average=True)
-
-
-@typed
-def kmeans_plus_plus(
-    points: Float[Tensor, "*batch n d"],
-    count: int,
-    valid: Bool[Tensor, "*batch n"] | None = None,
-    *,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "*batch count d"]:
-    """Draw start centroids for k-means: points that lie far from those drawn before.
-
-    The first is a point drawn evenly, each next one a point drawn in proportion to its squared
-    distance from the nearest centroid so far.
-
-    Args:
-        points: n points.
-        count: How many centroids; points repeat when there are fewer different ones.
-        valid: Points to draw from; all when left out. Without any the centroids are zero.
-        generator: Source of the random numbers.
-
-    Returns:
-        The drawn points, in at least float32; no gradient flows.
-
-    Raises:
-        ValueError: `count` is negative, or there is no point to draw.
-
-    Examples:
-        >>> points = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
-        >>> kmeans_plus_plus(points, 2).sum()
-        tensor(10.)
-
-    References:
-        Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, Sec 2.2.
-    """
-    if count < 0 or (count and not points.shape[-2]):
-        raise ValueError(
-            f"densekit.clustering.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
-            "give a count of 0 or more, and a point to draw."
-        )
-    x = widen(points.detach())
-    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-    x = torch.where(usable[..., None], x, 0.0)
-    chosen, weight = [x[..., :0, :]], usable.to(x)
-    for number in range(count):
-        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
-        chosen.append(_take(x, sample_tokens(weight, 1, generator=generator)))
-        square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
-        weight = torch.minimum(weight, square) if number else square
-    return torch.cat(chosen, -2)
-
-
-@typed
-def kmeans(
-    points: Float[Tensor, "*batch n d"],
-    start: Float[Tensor, "*batch k d"],
-    valid: Bool[Tensor, "*batch n"] | None = None,
-    *,
-    iterations: int = 20,
-) -> KMeans:
-    """Lloyd's k-means, batched: points go to the nearest centroid, centroids to the means.
-
-    A cluster that loses all its points starts again at the point that lies farthest from its
-    centroid, several such clusters at the next farthest ones.
-
-    Args:
-        points: n points.
-        start: Where the centroids start
-            ([`kmeans_plus_plus`][densekit.clustering.kmeans_plus_plus]).
-        valid: Points to use; all when left out.
-        iterations: How often the centroids move, at most some dozens in practice.
-
-    Returns:
-        Centroids, labels and inertia, in at least float32; no gradient flows.
-
-    Raises:
-        ValueError: There is no centroid, or `iterations` is negative.
-
-    Examples:
-        >>> points = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
-        >>> kmeans(points, torch.tensor([[0.0], [1.0]])).centroids.T
-        tensor([[0.5000, 9.5000]])
-
-    References:
-        Lloyd, Least squares quantization in PCM; CrOC, Sec 4.2 (unsupervised segmentation).
-    """
-    if not start.shape[-2] or iterations < 0:
-        raise ValueError(
-            f"densekit.clustering.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
-            "came; give one or more centroids and 0 or more iterations."
-        )
-    x, centers = widen(points.detach()), widen(start.detach())
-    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-    x = torch.where(usable[..., None], x, 0.0)
-    # Distances are differences of squares here: from the mean they keep their precision.
-    mean = (x.sum(-2) / _one_if_zero(usable.sum(-1, keepdim=True)))[..., None, :]
-    x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
-    spare = min(x.shape[-2], centers.shape[-2])
-    with torch.autocast(x.device.type, enabled=False):
-        for _ in range(iterations if spare else 0):
-            square, labels = _nearest(x, centers)
-            own = (labels[..., None] == torch.arange(centers.shape[-2], device=x.device)).to(x)
-            own = torch.where(usable[..., None], own, 0.0)
-            count = own.sum(-2)[..., None]
-            far = torch.where(usable, square, -1.0).topk(spare)
-            rank = ((count == 0).cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
-            restart = _take(x, far.indices.gather(-1, rank))
-            restart = torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
-            centers = torch.where(count > 0, own.mT @ x / _one_if_zero(count), restart)
-        square, labels = _nearest(x, centers)
-    inertia = torch.where(usable, square, 0.0).sum(-1)
-    return KMeans(centers + mean, torch.where(usable, labels, -1), inertia)
-
-
-def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest center, and its index."""
-    if not x.shape[-2]:
-        return x.sum(-1), x.sum(-1).long()
-    square = centers.square().sum(-1)[..., None, :] - 2 * (x @ centers.mT)
-    least, labels = square.min(-1)
-    return (least + x.square().sum(-1)).clamp(min=0), labels
 
 
 def _check_transport(function: str, reg: float, iterations: int) -> None:

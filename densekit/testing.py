@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from densekit.metrics import SegmentationScore, linear_segmentation
+from densekit.probes import SegmentationScore, linear_segmentation
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = ["CLASS_NAMES", "Scenes", "probe_scenes", "scenes"]

@@ -271,6 +271,20 @@ def confusion(batch, n, dtype, generator):
     return (torch.randint(0, 9, (*batch, n, n), generator=generator),)
 
 
+def scores_and_targets(batch, n, dtype, generator):
+    # Whole numbers, all different: no ties in any dtype.
+    order = torch.rand(*batch, 2 * n, 3, generator=generator).argsort(-2).to(dtype)
+    return order, flips(generator, *batch, 2 * n, 3)
+
+
+def confusions_of_images(batch, n, dtype, generator):
+    return (torch.randint(0, 9, (*batch, 5, n, n), generator=generator),)
+
+
+def two_masks(batch, n, dtype, generator):
+    return tuple(flips(generator, *batch, n, 5) for _ in range(2))
+
+
 def features_and_labels(batch, n, dtype, generator):
     labels = torch.randint(0, 4, (*batch, 4 * n), generator=generator)
     return rows(batch, 4 * n, dtype, generator), labels
@@ -280,6 +294,38 @@ def segmentation(batch, n, dtype, generator):
     features = (maps((*batch, n), 4, dtype, generator) for _ in range(2))
     labels = (torch.randint(0, 4, (*batch, n, 7, 8), generator=generator) for _ in range(2))
     return *features, *labels
+
+
+def maps_and_labels(batch, n, dtype, generator):
+    labels = torch.randint(0, 4, (*batch, n + 1, 6, 8), generator=generator)
+    return maps((*batch, n + 1), n, dtype, generator), labels
+
+
+def scores_and_labels(batch, n, dtype, generator):
+    labels = torch.randint(0, 4, (*batch, n, 6, 8), generator=generator)
+    return maps((*batch, n), 4, dtype, generator), labels
+
+
+def features_and_targets(batch, n, dtype, generator):
+    return rows(batch, 4 * n, dtype, generator), flips(generator, *batch, 4 * n, 3)
+
+
+def probe_and_maps(batch, n, dtype, generator):
+    weight, bias = rows(batch, 4, dtype, generator, 3), uniform(generator, *batch, 3).to(dtype)
+    return dk.LinearProbe(weight, bias, bias), maps((*batch, n), 4, dtype, generator)
+
+
+def frames_and_labels(batch, n, dtype, generator):
+    features, *context = (maps((*batch, k), 2, dtype, generator) for k in (1, 2))
+    return features[..., 0, :, :, :], *context, maps((*batch, 2), n, dtype, generator)
+
+
+def video_and_labels(batch, n, dtype, generator):
+    return maps((*batch, 3), 2, dtype, generator), maps(batch, n, dtype, generator)
+
+
+def maps_and_gallery(batch, n, dtype, generator):
+    return tuple(maps((*batch, count), 2, dtype, generator) for count in (n, n + 1))
 
 
 def map_set(batch, n, dtype, generator):
@@ -337,6 +383,11 @@ def points_and_start(batch, n, dtype, generator):
     return points, start, flips(generator, *batch, 2 * n)
 
 
+def points_and_centroids(batch, n, dtype, generator):
+    points, centers, _ = points_and_start(batch, n, dtype, generator)
+    return points, centers
+
+
 def nothing(batch, n, dtype, generator):
     return ()
 
@@ -364,12 +415,21 @@ NUMBERS = {
 ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
 SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
 MODULES = {" ".join(COLUMNS): "takes modules and changes one: tests/test_ema.py"}
-HOOKS = {" ".join(COLUMNS): "takes a module and calls it: tests/test_metrics.py"}
+HOOKS = {" ".join(COLUMNS): "takes a module and calls it: tests/test_diagnostics.py"}
 ONE_BANK = {"batched single": "one bank for all keys: its record has no leading axes"}
 ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
 CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
 COLORS = {"batched single": "the colours are those of all images: they have no leading axes"}
+MASKS = {
+    "gradcheck gradgradcheck": "masks have no gradient",
+    "bfloat16 float16": "takes true or false",
+}
+RECORDS = {" ".join(COLUMNS): "gives Python numbers and text: tests/test_metrics.py"}
+TRAINS = {
+    "vmap": "it takes its own backward passes, where the losses of all copies would be needed",
+    "compile dynamic": "it takes its own backward passes: a graph cannot hold them",
+}
 WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
 
 
@@ -391,6 +451,28 @@ def fill_colors(images, mask, colors):
 
 def shift_drawn(boxes, valid):
     return dk.sample_shift(boxes, (9, 8), valid)
+
+
+def merged(confusion):
+    clusters = torch.arange(confusion.shape[-1], device=confusion.device)
+    return dk.merge_clusters(confusion, clusters - 1)  # the first has no class
+
+
+def every_second(confusion):
+    return torch.arange(confusion.shape[-2], device=confusion.device) % 2 == 0
+
+
+def scores_of_a_group(confusion):
+    return dk.group_scores(confusion, every_second(confusion))
+
+
+def published_scores_of_a_group(confusion):
+    clusters = torch.arange(confusion.shape[-1], device=confusion.device).flip(0)
+    return dk.row_permuted_group_scores(confusion, clusters, every_second(confusion))
+
+
+def votes(features, labels, gallery, gallery_labels):
+    return dk.knn_votes(features, gallery, gallery_labels, classes=3, k=3, temperature=0.5)
 
 
 TABLE = [
@@ -564,6 +646,19 @@ TABLE = [
     row("centroids", tokens_and_assignments, (0, 1)),
     row("kmeans_plus_plus", points_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
     row("kmeans", points_and_start, iterations=3, without=DETACHED),
+    row(
+        "minibatch_kmeans",
+        points_to_draw,
+        clusters=2,
+        steps=3,
+        batch=4,
+        sample=2,
+        without=DRAWS
+        | DETACHED
+        | SINGLE_SET
+        | {"compile dynamic": "it draws a seed, a number that a graph cannot hold"},
+    ),
+    row("nearest_centroids", points_and_centroids, without=DETACHED),
     # Without a group; over processes: tests/test_distributed.py.
     row("all_gather", one_set, (0,)),
     row("all_max", one_set, (0,)),
@@ -578,7 +673,58 @@ TABLE = [
         classes=4,
         without=COUNTS | {"batched": "the counts of all the axes together are what it is for"},
     ),
+    row(
+        "confusion_matrix",
+        labels_and_predictions,
+        classes=3,
+        clusters=5,
+        without=COUNTS | {"batched": "the counts of all the axes together are what it is for"},
+    ),
+    row("confusion_scores", confusion, without=COUNTS),
     row("mean_iou", confusion, without=COUNTS),
+    row(
+        "match_clusters",
+        confusion,
+        without=COUNTS | SINGLE_SET | {"vmap compile dynamic": "the assignment is scipy's"},
+    ),
+    row("match_clusters", confusion, many_to_one=True, by="iou", without=COUNTS | SINGLE_SET),
+    # One assignment, one group, for all matrices.
+    row("merge_clusters", confusion, call=merged, without=COUNTS),
+    row("group_scores", confusion, call=scores_of_a_group, without=COUNTS),
+    row(
+        "row_permuted_group_scores",
+        confusion,
+        call=published_scores_of_a_group,
+        without=COUNTS | SINGLE_SET,
+    ),
+    row("accuracy", labels_and_predictions, classes=3, without=COUNTS | SINGLE_SET),
+    row(
+        "average_precision",
+        scores_and_targets,
+        without=SINGLE_SET | {"gradcheck gradgradcheck": "only the order of the scores counts"},
+    ),
+    row(
+        "average_precision",
+        scores_and_targets,
+        points=11,
+        without=SINGLE_SET | {"gradcheck gradgradcheck": "only the order of the scores counts"},
+    ),
+    row("region_similarity", two_masks, without=MASKS),
+    row(
+        "boundary_f_measure",
+        two_masks,
+        tolerance=0.2,
+        without=MASKS
+        | {"dynamic": "its reach in pixels is a number: it is compiled for the size of the masks"},
+    ),
+    row(
+        "bootstrap",
+        confusions_of_images,
+        call=lambda states: dk.bootstrap(states, dk.mean_iou, draws=7),
+        without=COUNTS | SINGLE_SET | DRAWS | SYMBOLIC,
+    ),
+    row("as_dict", nothing, without=RECORDS),
+    row("as_table", nothing, without=RECORDS),
     row("fit_linear_probe", features_and_labels, classes=4, without=SINGLE_SET | WEIGHTS),
     row(
         "linear_segmentation",
@@ -586,6 +732,45 @@ TABLE = [
         classes=4,
         stride=2,
         without=SINGLE_SET | {"gradcheck gradgradcheck": "the best class has no gradient"},
+    ),
+    row(
+        "train_linear_probe",
+        maps_and_labels,
+        classes=4,
+        epochs=2,
+        batch=2,
+        without=SINGLE_SET | WEIGHTS | TRAINS,
+    ),
+    row("fit_svm", features_and_targets, without=SINGLE_SET | WEIGHTS | TRAINS),
+    row("linear_maps", probe_and_maps, (0, 1), without=SINGLE_SET),
+    row(
+        "segmentation_counts",
+        scores_and_labels,
+        without=SINGLE_SET
+        | {
+            "gradcheck gradgradcheck": "counts have no gradient",
+            "dynamic": "images are counted one after the other: it is compiled for their number",
+        },
+    ),
+    row("knn_votes", objects_and_gallery, (0, 2), call=votes, without=SINGLE_SET),
+    row(
+        "propagate_labels",
+        frames_and_labels,
+        (0, 1, 2),
+        radius=1,
+        k=3,
+        temperature=0.5,
+        chunk=5,
+        without=SINGLE_SET,
+    ),
+    row(
+        "propagate_video",
+        video_and_labels,
+        (0, 1),
+        radius=1,
+        k=3,
+        temperature=0.5,
+        without=SINGLE_SET,
     ),
     row("affinity_matrix", rows_and_columns, (0, 1), temperature=0.1),
     row(
@@ -596,6 +781,8 @@ TABLE = [
         size=2,
         without=DRAWS | SYMBOLIC | ONE_SET,
     ),
+    row("match_patches", rows_and_columns, (0, 1), k=2),
+    row("nearest_maps", maps_and_gallery, (0, 1), k=2, without=SINGLE_SET),
     row("layer_bias", nothing, without=HOOKS),
     row("layer_features", nothing, without=HOOKS),
     row("coupling_images", two_objects, (0, 1)),

@@ -19,6 +19,7 @@ from densekit import (
     all_sum,
     info_nce,
     masked_mean,
+    minibatch_kmeans,
     shuffle_batch,
     unshuffle_batch,
 )
@@ -382,3 +383,41 @@ def test_an_order_of_another_length_is_refused():
     for function in (shuffle_batch, unshuffle_batch):
         with pytest.raises(ValueError, match="2 places for 3 rows on each of 1 processes"):
             function(torch.zeros(3, 2), torch.arange(2))
+
+
+# --------------------------------------------------------------------------- k-means in batches
+
+
+def centroids_of_a_part(rank, group, points, counts):
+    part = points.split(counts)[rank]
+    options = {"steps": 10, "batch": 64, "sample": 40, "group": group}
+    return [minibatch_kmeans(part, 4, generator=seeded(seed), **options) for seed in range(9)]
+
+
+def median_inertia(points, runs):
+    square = torch.stack([torch.cdist(points, centers).square().amin(1).sum() for centers in runs])
+    return square.median().item()  # a single start may miss a cluster
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["alike", "apart"])
+@pytest.mark.parametrize("counts", [[600, 600], [1100, 100], [100, 1100]])
+def test_kmeans_over_uneven_parts_has_one_result_as_good_as_one_process(counts, apart):
+    middles = torch.tensor([[0.0, 0], [30, 0], [30, 30], [0, 30]], dtype=torch.float64)
+    labels = torch.arange(1200) % 4
+    labels = labels.sort().values if apart else labels  # the processes have other clusters
+    points = torch.randn(1200, 2, generator=seeded(2), dtype=torch.float64) + middles[labels]
+    runs, others = on_processes(2, centroids_of_a_part, points, counts)
+    assert all(torch.equal(x, y) for x, y in zip(runs, others, strict=True))
+    options = {"steps": 10, "batch": 128, "sample": 40}
+    alone = [minibatch_kmeans(points, 4, generator=seeded(seed), **options) for seed in range(9)]
+    got, want = (median_inertia(points, x) for x in (runs, alone))
+    assert got == pytest.approx(want, rel=0.05)
+
+
+def no_generator(rank, group):
+    with pytest.raises(ValueError, match="minibatch_kmeans: a group came without a generator"):
+        minibatch_kmeans(torch.zeros(3, 2), 2, group=group)
+
+
+def test_kmeans_over_processes_needs_a_generator_in_the_same_state():
+    on_processes(1, no_generator)

@@ -1,7 +1,9 @@
-"""Metrics against scikit-learn, the papers' formulas, and the authors' numbers."""
+"""Scores against scikit-learn, scipy, scikit-image, slow loops and the authors' numbers."""
 
+import itertools
+import json
 import math
-from collections import OrderedDict
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,40 +11,34 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
-from sklearn.metrics import confusion_matrix as sklearn_confusion
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
-from strategies import (
-    batches,
-    boxes_within,
-    degenerate_boxes,
-    generators,
-    image_box,
-    sizes,
-    tensors,
-    uniform,
-    valid_rows,
+from scipy.ndimage import binary_dilation
+from skimage.morphology import disk
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    jaccard_score,
+    recall_score,
 )
-from torch import nn
-from torchvision import ops
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from strategies import batches, flips, generators, sizes
 from densekit import (
-    affinity_matrix,
+    Accuracy,
+    ConfusionScores,
+    SegmentationScore,
+    accuracy,
+    as_dict,
+    as_table,
+    average_precision,
+    bootstrap,
+    boundary_f_measure,
     confusion_matrix,
-    coupling_images,
-    coupling_rate,
-    fit_linear_probe,
-    layer_bias,
-    layer_features,
-    linear_segmentation,
-    mean_cosine_similarity,
+    confusion_scores,
+    group_scores,
+    match_clusters,
     mean_iou,
-    object_knn,
-    pca_colors,
-    sample_boxes_at_iou,
-    similarity_iou_curve,
+    merge_clusters,
+    region_similarity,
+    row_permuted_group_scores,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -52,7 +48,7 @@ CLASSES = 4
 @st.composite
 def segmentations(draw, low=0, high=CLASSES):
     """Labels and predictions of one shape."""
-    shape = draw(st.sampled_from([(), (0,), (1,), (20,), (2, 3, 4)]))
+    shape = draw(st.sampled_from([(), (0,), (1,), (3,), (20,), (2, 3, 4)]))
     generator = draw(generators())
     return tuple(torch.randint(low, high, shape, generator=generator) for _ in range(2))
 
@@ -143,847 +139,654 @@ def test_mean_iou_is_exact_for_counts_that_float32_cannot_hold():
     assert mean_iou(torch.tensor([[count, 0], [0, 1]])) == 1
 
 
-def test_mean_iou_refuses_what_is_not_square_or_not_counted():
-    with pytest.raises(TypeError, match="mean_iou: argument 'confusion'"):
-        mean_iou(torch.zeros(3, 4, dtype=torch.long))
+def test_mean_iou_refuses_fewer_columns_than_rows_and_what_is_not_counted():
+    with pytest.raises(ValueError, match="confusion_scores: 4 rows and 3 columns came; give a"):
+        mean_iou(torch.zeros(4, 3, dtype=torch.long))
     with pytest.raises(TypeError, match=r"mean_iou: argument 'confusion'.*float32"):
         mean_iou(torch.zeros(3, 3))
 
 
-def test_the_scores_of_the_authors_program():
-    golden = np.load(DATA / "cluster_iou_0_nc5.npz")
-    logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["label"])
+# ------------------------------------------------------------------- the authors' program
+
+
+def golden():
+    """Published scores of random logits, in [0, 1], and the confusion matrix they come from."""
+    file = np.load(DATA / "cluster_iou_0_nc5.npz")
+    logits, labels = torch.from_numpy(file["logits"]), torch.from_numpy(file["label"])
     up = torch.nn.functional.interpolate(logits, labels.shape[-2:], mode="bilinear")
     confusion = confusion_matrix(labels, up.argmax(1), classes=5)
-    assert torch.equal(confusion, torch.from_numpy(golden["conf"]).long())
-    matched = confusion[:, torch.from_numpy(golden["match"])]  # the cluster of each class
-    want = golden["official_mIoU"].item() / 100
-    assert mean_iou(matched).item() == pytest.approx(want, abs=1e-7)
-    assert mean_iou(confusion).item() != pytest.approx(want, abs=1e-2)
+    assert torch.equal(confusion, torch.from_numpy(file["conf"]).long())
+    things = torch.arange(5) < int(file["num_things"])
+    return file, confusion, things
 
 
-# ------------------------------------------------------------------------------ linear probe
+def percent(score, file, key):
+    assert score.item() == pytest.approx(file[key].item() / 100, abs=1e-7), key
+
+
+def test_the_scores_of_the_authors_program():
+    file, confusion, _ = golden()
+    clusters = match_clusters(confusion)
+    # Their list names the cluster of each class, ours the class of each cluster.
+    assert torch.equal(clusters.argsort(), torch.from_numpy(file["match"]))
+    merged = merge_clusters(confusion, clusters)
+    got = confusion_scores(merged)
+    percent(got.miou, file, "official_mIoU")
+    percent(got.pixel_accuracy, file, "official_aAcc")
+    percent(got.mean_accuracy, file, "official_mAcc")
+    assert mean_iou(merged) == got.miou
+    want = torch.from_numpy(file["class_order_IoU"]).float() / 100
+    torch.testing.assert_close(got.iou, want)
+    assert abs(mean_iou(confusion).item() - file["official_mIoU"].item() / 100) > 1e-2
+
+
+def test_the_scores_of_things_and_stuff_in_the_order_of_the_classes():
+    file, confusion, things = golden()
+    merged = merge_clusters(confusion, match_clusters(confusion))
+    percent(group_scores(merged, things).miou, file, "class_order_mIoU_th_subblock")
+    percent(group_scores(merged, ~things).miou, file, "class_order_mIoU_st_subblock")
+
+
+def test_the_scores_of_things_and_stuff_as_they_are_published():
+    file, confusion, things = golden()
+    clusters = match_clusters(confusion)
+    for group, name in ((things, "th"), (~things, "st")):
+        got = row_permuted_group_scores(confusion, clusters, group)
+        percent(got.miou, file, f"official_mIoU_{name}")
+        percent(got.pixel_accuracy, file, f"official_aAcc_{name}")
+        percent(got.mean_accuracy, file, f"official_mAcc_{name}")
+        right = group_scores(merge_clusters(confusion, clusters), group)
+        assert abs(right.miou - got.miou) > 5e-3  # they are not the right ones
+
+
+# ------------------------------------------------------------------- scores of a confusion
+
+
+@given(segmentations())
+def test_the_scores_are_scikit_learns(maps):
+    got = confusion_scores(confusion_matrix(*maps, classes=CLASSES))
+    labels, guesses = (x.flatten() for x in maps)
+    if not len(labels):
+        assert all((x == 0).all() for x in got)
+        return
+    each = {"labels": range(CLASSES), "average": None, "zero_division": 0}
+    iou = torch.from_numpy(jaccard_score(labels, guesses, **each)).float()
+    torch.testing.assert_close(got.iou, iou)
+    assert got.pixel_accuracy.item() == pytest.approx(accuracy_score(labels, guesses))
+    recall = recall_score(labels, guesses, labels=labels.unique(), average="macro", zero_division=0)
+    assert got.mean_accuracy.item() == pytest.approx(recall)
+    occurs = set(labels.tolist()) | set(guesses.tolist())
+    assert got.valid.nonzero().flatten().tolist() == sorted(occurs)
+
+
+@given(segmentations())
+def test_a_perfect_prediction_scores_one_and_nothing_right_scores_zero(maps):
+    labels = maps[0]
+    one = confusion_scores(confusion_matrix(labels, labels, classes=CLASSES))
+    none = confusion_scores(confusion_matrix(labels, (labels + 1) % CLASSES, classes=CLASSES))
+    assert one[:3] == ((1, 1, 1) if labels.numel() else (0, 0, 0))
+    assert none[:3] == (0, 0, 0)
 
 
 @st.composite
-def probes(draw):
-    """Features with a spread in each channel, labels with rows to leave out, a penalty."""
-    n, d = draw(st.integers(8, 20)), draw(st.integers(1, 4))
+def confusions(draw):
+    """Counts of a few classes and as many, more, or fewer clusters, some of them empty."""
+    shape = draw(st.sampled_from([(4, 4), (3, 5), (5, 3), (1, 4), (4, 1), (2, 2)]))
     generator = draw(generators())
-    features = uniform(generator, n, d) * 10 ** uniform(generator, d, low=-2, high=2)
-    labels = torch.randint(0, CLASSES, (n,), generator=generator)
-    labels[3:][torch.rand(n - 3, generator=generator) < 0.3] = 255
-    return features, labels, draw(st.sampled_from([1e-3, 0.1, 10.0]))
+    empty = flips(generator, shape[1]) & draw(st.booleans())
+    return torch.randint(0, 9, shape, generator=generator) * ~empty
 
 
-@given(probes())
-def test_the_probe_is_scikit_learns_ridge_on_one_hot_labels(case):
-    features, labels, penalty = case
-    keep = labels != 255
-    scaler = StandardScaler().fit(features[keep])
-    target = torch.nn.functional.one_hot(labels[keep], CLASSES).double()
-    ridge = Ridge(alpha=penalty * int(keep.sum()), solver="cholesky")
-    ridge.fit(scaler.transform(features[keep]), target)
-    want = torch.from_numpy(ridge.predict(scaler.transform(features)))
-    probe = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
-    got = features @ probe.weight.double() + probe.bias.double()
-    # The weights are float32, and the scores are of the order of one.
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+@given(confusions())
+def test_columns_without_a_class_are_never_right(confusion):
+    classes, clusters = confusion.shape
+    if clusters < classes:
+        with pytest.raises(ValueError, match=f"{classes} rows and {clusters} columns came"):
+            confusion_scores(confusion)
+        return
+    square = confusion[:, :classes]
+    other = confusion[:, classes:].sum(1)
+    got = confusion_scores(confusion)
+    union = (square.sum(0) + square.sum(1) + other - square.diagonal()).clamp(min=1)
+    torch.testing.assert_close(got.iou, square.diagonal() / union)
+    accuracy = square.diagonal().sum() / confusion.sum().clamp(min=1)
+    torch.testing.assert_close(got.pixel_accuracy, accuracy)
 
 
-@given(probes(), st.floats(0.01, 100), st.floats(-5, 5))
-def test_the_scores_do_not_depend_on_the_scale_of_the_features(case, scale, shift):
-    features, labels, penalty = case
+# ---------------------------------------------------------------------------------- clusters
+
+
+def best_sum(score):
+    """The best one-to-one naming, by trying all."""
+    long, short = max(score.shape), min(score.shape)
+    tall = score if score.shape[0] == long else score.T
+    rows = (torch.tensor(order) for order in itertools.permutations(range(long), short))
+    return max(tall[order, torch.arange(short)].sum().item() for order in rows)
+
+
+def union_scores(confusion):
+    union = confusion.sum(1)[:, None] + confusion.sum(0) - confusion
+    return confusion / union.clamp(min=1)
+
+
+@given(confusions(), st.sampled_from(["pixels", "iou"]))
+def test_one_to_one_is_the_best_of_all_namings(confusion, by):
+    classes, clusters = confusion.shape
+    score = confusion.double() if by == "pixels" else union_scores(confusion).double()
+    got = match_clusters(confusion, by=by)
+    named = got >= 0
+    assert named.sum() == min(classes, clusters)
+    assert len(got[named].unique()) == named.sum()  # no class twice
+    total = score[got[named], torch.arange(clusters)[named]].sum().item()
+    assert total == pytest.approx(best_sum(score), rel=1e-6)
+
+
+@given(confusions(), st.sampled_from(["pixels", "iou"]))
+def test_many_to_one_is_the_best_class_of_each_cluster(confusion, by):
+    score = confusion if by == "pixels" else union_scores(confusion)
+    got = match_clusters(confusion, by=by, many_to_one=True)
+    for cluster, named in enumerate(got.tolist()):
+        if confusion[:, cluster].any():
+            assert score[named, cluster] == score[:, cluster].max()
+        else:
+            assert named == -1
+
+
+def test_pixels_and_iou_may_name_differently():
+    # By pixels the large class takes both clusters' best cell; by IoU the small one is found.
+    confusion = torch.tensor([[50, 40], [0, 9]])
+    assert match_clusters(confusion, many_to_one=True).tolist() == [0, 0]
+    confusion = torch.tensor([[90, 12], [0, 10]])
+    assert match_clusters(confusion, many_to_one=True).tolist() == [0, 0]
+    assert match_clusters(confusion, by="iou", many_to_one=True).tolist() == [0, 1]
+
+
+@given(confusions(), generators(), st.booleans())
+def test_permuted_clusters_change_no_score(confusion, generator, many_to_one):
+    order = torch.randperm(confusion.shape[1], generator=generator)
     scores = []
-    for x in (features, features * scale + shift * scale):
-        probe = fit_linear_probe(x, labels, classes=CLASSES, penalty=penalty)
-        scores.append(x @ probe.weight.double() + probe.bias.double())
-    torch.testing.assert_close(*scores, rtol=0, atol=1e-2)
+    for counts in (confusion, confusion[:, order]):
+        clusters = match_clusters(counts, many_to_one=many_to_one)
+        scores.append(confusion_scores(merge_clusters(counts, clusters)).pixel_accuracy)
+    torch.testing.assert_close(*scores)  # of several best namings, the pixels are the same
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3, 123.456])
-def test_a_constant_feature_gets_no_weight(value):
-    # Its mean rounds at some of the counts, and leaves a deviation that is not zero.
-    for count in range(5, 30):
-        features = uniform(torch.Generator().manual_seed(count), count, 2)
-        features[:, 1] = value
-        labels = (torch.arange(count) % 3 == 0).long()
-        probe = fit_linear_probe(features, labels, classes=2)
-        assert (probe.weight[0] != 0).all()
-        torch.testing.assert_close(probe.weight[1], torch.zeros(2), rtol=0, atol=1e-6)
-
-
-@given(probes())
-def test_rows_to_ignore_may_hold_anything(case):
-    features, labels, penalty = case
-    want = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
-    poisoned = torch.where((labels == 255)[:, None], torch.nan, features)
-    got = fit_linear_probe(poisoned, labels, classes=CLASSES, penalty=penalty)
-    assert torch.equal(got.weight, want.weight)
-    assert torch.equal(got.bias, want.bias)
-
-
-@given(probes())
-def test_the_prior_is_the_share_of_each_class(case):
-    features, labels, _ = case
-    counts = torch.bincount(labels[labels != 255], minlength=CLASSES).float()
-    got = fit_linear_probe(features, labels, classes=CLASSES).prior
-    torch.testing.assert_close(got, counts / counts.sum())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_features_are_fitted_as_the_numbers_they_are(dtype):
-    features = uniform(torch.Generator().manual_seed(0), 30, 3).to(dtype)
-    labels = torch.arange(30) % CLASSES
-    got = fit_linear_probe(features, labels, classes=CLASSES)
-    want = fit_linear_probe(features.double(), labels, classes=CLASSES)
-    assert torch.equal(got.weight, want.weight)
-
-
-def test_a_probe_of_nothing_is_finite():
-    for features, labels in (
-        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
-        (torch.rand(4, 3), torch.full((4,), 255)),
-        (torch.rand(1, 3), torch.zeros(1, dtype=torch.long)),
-        (torch.rand(4, 0), torch.arange(4)),
-    ):
-        probe = fit_linear_probe(features, labels, classes=CLASSES)
-        assert probe.weight.isfinite().all()
-        assert probe.bias.isfinite().all()
-
-
-def test_classes_that_a_line_can_tell_apart_are_told_apart():
-    labels = torch.arange(60) % 3
-    corners = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
-    features = corners[labels] + uniform(
-        torch.Generator().manual_seed(0), 60, 2, dtype=torch.float32
+@given(confusions())
+def test_sharing_a_class_never_costs_a_right_pixel(confusion):
+    one, many = (
+        confusion_scores(merge_clusters(confusion, match_clusters(confusion, many_to_one=x)))
+        for x in (False, True)
     )
-    probe = fit_linear_probe(features, labels, classes=3)
-    assert torch.equal((features @ probe.weight + probe.bias).argmax(-1), labels)
+    assert many.pixel_accuracy >= one.pixel_accuracy
 
 
-@pytest.mark.parametrize("options", [{"classes": 0}, {"classes": 2, "penalty": 0.0}])
-def test_the_probe_refuses_what_makes_no_sense(options):
-    with pytest.raises(ValueError, match=f"fit_linear_probe: classes is {options['classes']}"):
-        fit_linear_probe(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), **options)
+@given(segmentations(), generators())
+def test_clusters_that_are_the_classes_by_another_name_score_one(maps, generator):
+    labels, names = maps[0], torch.randperm(7, generator=generator)
+    confusion = confusion_matrix(labels, names[labels], classes=CLASSES, clusters=7)
+    assert confusion.shape == (CLASSES, 7)
+    for many_to_one in (False, True):
+        clusters = match_clusters(confusion, many_to_one=many_to_one)
+        got = confusion_scores(merge_clusters(confusion, clusters))
+        assert got[:3] == ((1, 1, 1) if labels.numel() else (0, 0, 0))
 
 
-def test_the_probe_wants_a_label_for_each_row():
-    with pytest.raises(TypeError, match=r"argument 'labels' should be .* n=3"):
-        fit_linear_probe(torch.rand(3, 2), torch.zeros(4, dtype=torch.long), classes=2)
-
-
-# ----------------------------------------------------------------------- linear segmentation
-
-
-def stripes(generator, count, stride):
-    """Label maps of blocks of `stride` pixels, and features at a block a cell that tell them."""
-    cells = torch.randint(0, CLASSES, (count, 6, 6), generator=generator)
-    labels = cells.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
-    return torch.nn.functional.one_hot(cells, CLASSES).movedim(-1, 1).float(), labels
-
-
-def test_features_that_tell_the_classes_score_one_and_noise_scores_little():
-    generator = torch.Generator().manual_seed(0)
-    # The middle of each block of 3 pixels is the centre of its cell.
-    (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))
-    options = {"classes": CLASSES, "stride": 3}
-    assert linear_segmentation(train, test, labels, test_labels, **options).miou == 1
-    noise = [torch.rand(x.shape, generator=generator) for x in (train, test)]
-    assert linear_segmentation(*noise, labels, test_labels, **options).miou < 0.5
-
-
-def test_linear_segmentation_is_its_parts():
-    generator = torch.Generator().manual_seed(0)
-    train, test = (torch.rand(n, 5, 4, 3, generator=generator) for n in (3, 2))
-    labels, test_labels = (
-        torch.randint(0, CLASSES, (n, 9, 7), generator=generator) for n in (3, 2)
-    )
-    labels[0, :4] = 255
-
-    def rows(maps, targets):
-        # torch's own resize holds the feature at every pixel centre; every second is used.
-        up = torch.nn.functional.interpolate(maps, (9, 7), mode="bilinear")[:, :, 1::2, 1::2]
-        return up.movedim(1, -1).flatten(0, 2), targets[:, 1::2, 1::2].flatten()
-
-    x, y = rows(train, labels)
-    probe = fit_linear_probe(x, y, classes=CLASSES, penalty=0.1)
-    x, y = rows(test, test_labels)
-    frequent = torch.tensor([int((labels[:, 1::2, 1::2] == c).sum()) for c in range(CLASSES)])
-    guesses = (x @ probe.weight + probe.bias).argmax(-1), torch.full_like(y, frequent.argmax())
-    want = [mean_iou(confusion_matrix(y, guess, classes=CLASSES)) for guess in guesses]
-    got = linear_segmentation(
-        train, test, labels, test_labels, classes=CLASSES, stride=2, penalty=0.1
-    )
-    torch.testing.assert_close(list(got), want)
-
-
-def test_linear_segmentation_refuses_what_does_not_fit():
-    maps, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"densekit.metrics.linear_segmentation: stride is 0"):
-        linear_segmentation(maps, maps, labels, labels, classes=2, stride=0)
-    with pytest.raises(ValueError, match="classes is 0"):
-        linear_segmentation(maps, maps, labels, labels, classes=0)
-    with pytest.raises(TypeError, match=r"argument 'labels'.*n=2"):
-        linear_segmentation(maps, maps, labels[:1], labels, classes=2)
-    with pytest.raises(TypeError, match=r"argument 'test_features'.*d=3"):
-        linear_segmentation(maps, maps[:, :1], labels, labels, classes=2)
-
-
-# ---------------------------------------------------------------------------------- affinity
-
-
-@st.composite
-def feature_pairs(draw):
-    """Rows of two views `(*batch, n, d)` and `(*batch, m, d)`."""
-    batch, d = draw(batches()), draw(st.integers(1, 4))
-    counts = draw(st.integers(1, 6)), draw(st.integers(0, 6))
-    return tuple(draw(tensors((*batch, count, d))) for count in counts)
-
-
-def slow_affinity(rows, columns, temperature):
-    """DUPR's Eq 9, entry by entry."""
-
-    def similarity(a, b):
-        return a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
-
-    got = np.zeros((len(rows), len(columns)))
-    for j, b in enumerate(columns):
-        total = sum(math.exp(similarity(a, b) / temperature) for a in rows)
-        for i, a in enumerate(rows):
-            got[i, j] = math.exp(similarity(a, b) / temperature) / total
-    return torch.from_numpy(got)
-
-
-@given(feature_pairs(), st.floats(1e-3, 10))
-def test_each_column_of_the_affinity_sums_to_one(pair, temperature):
-    got = affinity_matrix(*pair, temperature=temperature)
-    assert got.shape == (*pair[0].shape[:-1], pair[1].shape[-2])
-    assert ((got >= 0) & (got <= 1)).all()
-    torch.testing.assert_close(got.sum(-2), torch.ones_like(pair[1][..., 0]))
-
-
-@given(feature_pairs(), st.floats(0.05, 2))
-def test_the_affinity_is_the_papers_formula(pair, temperature):
-    got = affinity_matrix(*pair, temperature=temperature)
-    for index in np.ndindex(pair[0].shape[:-2]):
-        rows, columns = (x[index].numpy() for x in pair)
-        torch.testing.assert_close(got[index], slow_affinity(rows, columns, temperature))
-
-
-@given(feature_pairs(), generators())
-def test_permuted_rows_permute_the_affinity(pair, generator):
-    orders = [torch.randperm(x.shape[-2], generator=generator) for x in pair]
-    moved = (x[..., order, :] for x, order in zip(pair, orders, strict=True))
-    want = affinity_matrix(*pair, temperature=0.1)[..., orders[0], :][..., orders[1]]
-    torch.testing.assert_close(affinity_matrix(*moved, temperature=0.1), want)
-
-
-@given(feature_pairs(), generators())
-def test_the_length_of_the_features_does_not_matter(pair, generator):
-    longer = (x * uniform(generator, *x.shape[:-1], 1, low=0.1, high=10) for x in pair)
-    got = affinity_matrix(*longer, temperature=0.1)
-    torch.testing.assert_close(got, affinity_matrix(*pair, temperature=0.1))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_rows_that_are_found_again_give_the_identity(dtype):
-    angles = torch.arange(12) * math.tau / 12  # neighbours have cosine 0.87
-    rows = torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
-    got = affinity_matrix(rows, rows)
-    assert got.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(got, torch.eye(12, dtype=got.dtype), rtol=0, atol=1e-6)
-
-
-def test_zero_features_are_found_nowhere_in_particular():
-    got = affinity_matrix(torch.zeros(4, 3), torch.rand(2, 3))
-    assert torch.equal(got, torch.full((4, 2), 0.25))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match=f"affinity_matrix: temperature is {temperature}"):
-        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 3), temperature=temperature)
-
-
-def test_the_affinity_refuses_features_of_another_width():
-    with pytest.raises(TypeError, match=r"affinity_matrix: argument 'features2'.*d=3.*\(2, 4\)"):
-        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-# ------------------------------------------------------------------------- similarity and IoU
-
-# Boxes here lie in the middle third: as large as they can be, their moves stay inside the map.
-MIDDLE = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3], dtype=torch.float64)
-
-
-@st.composite
-def objects(draw, batch=None, least=0):
-    """Maps `(*batch, d, h, w)`, boxes in their middle, and which to use."""
-    batch = draw(batches()) if batch is None else batch
-    d, n = draw(st.integers(2, 4)), draw(st.integers(least, 3))
-    maps = draw(tensors((*batch, d, *draw(sizes()))))
-    regions = boxes_within(draw(generators()), MIDDLE.expand(*batch, n, 4))
-    return maps, regions, draw(valid_rows((*batch, n)))
-
-
-def levels(least=0):
-    """A few overlaps in [0, 1]."""
-    return st.lists(st.floats(0, 1), min_size=least, max_size=4)
-
-
-@given(objects())
-def test_a_box_is_like_itself(case):
-    maps, regions, valid = case
-    got, found = similarity_iou_curve(maps, regions, valid, ious=(1.0, 1))
-    assert (found == valid.any()).all()
-    assert got.dtype == torch.float64
-    torch.testing.assert_close(got, torch.full_like(got, float(valid.any())))
-
-
-def test_the_affinity_ignores_autocast():
-    features = [torch.rand(9, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
-    want = affinity_matrix(*features)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = affinity_matrix(*features)
-    assert got.dtype == torch.float32
+@given(confusions(), st.data())
+def test_merging_clusters_is_a_loop_and_keeps_the_sum_of_each_row(confusion, data):
+    classes, clusters = confusion.shape
+    # Also numbers that are no class.
+    names = st.lists(st.integers(-2, classes + 1), min_size=clusters, max_size=clusters)
+    assignment = torch.tensor(data.draw(names), dtype=torch.long)
+    got = merge_clusters(confusion, assignment)
+    want = torch.zeros(classes, classes + 1, dtype=torch.long)
+    for cluster, name in enumerate(assignment.tolist()):
+        want[:, name if 0 <= name < classes else classes] += confusion[:, cluster]
     assert torch.equal(got, want)
-
-
-@given(objects(), st.floats(0.1, 2), levels())
-def test_a_constant_map_is_alike_everywhere(case, value, ious):
-    maps, regions, valid = case
-    got, _ = similarity_iou_curve(torch.full_like(maps, value), regions, valid, ious=ious)
-    torch.testing.assert_close(got, torch.full((len(ious),), float(valid.any())).double())
-
-
-@given(objects((2,), 1), levels(1), st.integers(1, 4), st.integers(0, 99))
-def test_the_curve_is_the_papers_formula(case, ious, size, seed):
-    maps, regions, valid = case
-    h, w = maps.shape[-2:]
-    got, _ = similarity_iou_curve(
-        maps, regions, valid, ious=ious, size=size, generator=torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for similarity, iou in zip(got, ious, strict=True):
-        moved = sample_boxes_at_iou(regions, iou, generator=generator)
-        cosines = []
-        for index in valid.nonzero().tolist():
-            image = maps[tuple(index[:-1])][None]
-            cells = torch.stack([x[tuple(index)] for x in (regions, moved)])
-            cells = cells * torch.tensor([w, h, w, h])
-            pooled = ops.roi_align(image, [cells], size, sampling_ratio=2, aligned=True)
-            cosines.append(torch.cosine_similarity(*pooled, dim=0).mean())
-        want = torch.stack(cosines).mean() if cosines else torch.zeros(()).double()
-        torch.testing.assert_close(similarity, want)
-
-
-@given(objects(), st.data(), levels())
-def test_boxes_that_are_not_used_may_be_anything(case, data, ious):
-    maps, regions, valid = case
-    bad = data.draw(degenerate_boxes(valid.shape), label="bad") / 8
-    spoilt = torch.where(valid[..., None], regions, bad)
-
-    def curve(regions, valid):
-        generator = torch.Generator().manual_seed(0)
-        return similarity_iou_curve(maps, regions, valid, ious=ious, generator=generator)
-
-    want = curve(regions, valid)
-    torch.testing.assert_close(curve(spoilt, valid), want)
-    torch.testing.assert_close(curve(spoilt, None), want)
-
-
-def test_features_of_places_fall_off_with_the_overlap():
-    y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32 * 6] * 2, indexing="ij")
-    waves = torch.stack([x.sin(), x.cos(), y.sin(), y.cos()])
-    regions = MIDDLE.float().expand(200, 4)
-    got, _ = similarity_iou_curve(
-        waves,
-        regions,
-        ious=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert (got.diff() > 0.005).all()
-    assert got[-1].item() == pytest.approx(1)
-    # A shift by s turns half the features by 6 s: (cos 6 dx + cos 6 dy) / 2, and s = 1/3 at 0.
-    assert got[0].item() == pytest.approx(math.cos(2), abs=0.02)
-
-
-def test_a_moved_box_that_leaves_the_map_is_left_out():
-    maps, corner = torch.ones(2, 6, 6), torch.tensor([0.0, 0.0, 0.3, 0.3]).expand(50, 4)
-    generator = torch.Generator().manual_seed(0)
-    got = similarity_iou_curve(maps, corner, ious=(0.1, 0.5, 0.9), generator=generator)
-    torch.testing.assert_close(got.similarity, torch.ones(3))  # outside the map would count as 0
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    got = similarity_iou_curve(maps, whole, ious=(0.5, 1.0))
-    assert got.similarity.tolist() == pytest.approx([0, 1])
-    assert got.valid.tolist() == [False, True]  # the 0 is no measurement
-
-
-def test_no_overlap_to_measure_gives_an_empty_curve():
-    empty = similarity_iou_curve(torch.rand(2, 3, 3), image_box((1, 1))[None], ious=())
-    assert empty.similarity.shape == empty.valid.shape == (0,)
-    half = torch.rand(2, 3, 3, dtype=torch.bfloat16)
-    empty = similarity_iou_curve(half, image_box((1, 1))[None].float(), ious=())
-    assert empty.similarity.dtype == torch.float32
-
-
-def test_no_box_to_measure_gives_zeros_with_a_graph():
-    maps = torch.rand(2, 3, 3, requires_grad=True)
-    got, found = similarity_iou_curve(maps, torch.zeros(0, 4), ious=(0.0, 0.5))
-    assert not found.any()
-    assert got.tolist() == [0, 0]
-    assert (torch.autograd.grad(got.sum(), maps)[0] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_curve_of_half_features_is_float32(dtype):
-    maps = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    got, want = (
-        similarity_iou_curve(
-            x,
-            MIDDLE.float().expand(9, 4),
-            ious=(0.2, 1.0),
-            generator=torch.Generator().manual_seed(0),
-        ).similarity
-        for x in (maps.to(dtype), maps.to(dtype).float())
-    )
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
-
-
-def test_the_curve_refuses_what_makes_no_sense():
-    maps, regions = torch.zeros(2, 3, 3), torch.zeros(4, 4)
-    with pytest.raises(ValueError, match=r"sample_boxes_at_iou: iou is 1.5"):
-        similarity_iou_curve(maps, regions, ious=(0.5, 1.5))
-    with pytest.raises(ValueError, match=r"roi_align: size is 0"):
-        similarity_iou_curve(maps, regions, ious=(0.5,), size=0)
-    with pytest.raises(TypeError, match=r"similarity_iou_curve: argument 'valid'.*n=4"):
-        similarity_iou_curve(maps, regions, torch.ones(3).bool(), ious=(0.5,))
-
-
-# ------------------------------------------------------------------------------ layer features
-
-
-def small_net():
-    return nn.Sequential(
-        OrderedDict(
-            stem=nn.Conv2d(3, 4, 3, 2, 1), act=nn.ReLU(inplace=True),
-            block=nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(inplace=True)),
-        )
-    )  # fmt: skip
-
-
-class Tokens(nn.Module):
-    """A patch embedding with two tokens in front, as a ViT with registers has."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch, self.layer = nn.Conv2d(3, 5, 4, 4), nn.Identity()
-
-    def forward(self, x):
-        tokens = self.patch(x).flatten(2).mT
-        return self.layer(torch.cat([tokens.new_full((len(x), 2, 5), 9.0), tokens], 1)).mean(1)
-
-
-@given(generators(), st.permutations(["stem", "act", "block", "block.0"]))
-def test_layer_features_are_what_the_layers_give(generator, names):
-    torch.manual_seed(0)
-    net, x = small_net().double(), uniform(generator, 2, 3, 6, 10)
-    got = layer_features(net, x, names)
-    assert [*got] == names
-    stem = net.stem(x)
-    want = {"stem": stem.clone(), "act": stem.relu(), "block.0": net.block[0](stem.relu())}
-    want["block"] = want["block.0"].relu()
-    for name in names:  # the ReLUs behind them work in place
-        torch.testing.assert_close(got[name], want[name])
-
-
-def test_layer_features_carry_gradients_and_leave_no_hook():
-    net, x = small_net(), torch.rand(1, 3, 8, 8, requires_grad=True)
-    net.train()
-    layer_features(net, x, ["block"])["block"].sum().backward()
-    assert x.grad.abs().sum() > 0
-    assert net.stem.weight.grad is not None
-    assert net.training
-    with pytest.raises(RuntimeError):
-        layer_features(net, torch.rand(1, 4, 8, 8), ["block"])  # the model itself refuses
-    assert not any(module._forward_hooks for module in net.modules())
-
-
-def test_tokens_become_the_map_of_their_grid():
-    net, x = Tokens(), torch.rand(2, 3, 8, 12)
-    got = layer_features(net, x, ["layer"], patch=4)["layer"]
-    torch.testing.assert_close(got, net.patch(x))
-
-
-def test_of_a_layer_that_runs_twice_the_last_output_counts():
-    net = nn.Sequential(shared := nn.Conv2d(3, 3, 1), nn.ReLU(), shared)
-    x = torch.rand(1, 3, 4, 4)
-    torch.testing.assert_close(layer_features(net, x, ["0"])["0"], net(x))
-
-
-def test_layers_that_cannot_be_read_are_named():
-    x = torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"no layer 'blok'.*'block'"):
-        layer_features(small_net(), x, ["blok"])
-    for patch in (None, 1):
-        with pytest.raises(ValueError, match=r"'layer' gives shape \(1, 6, 5\).*the side of their"):
-            layer_features(Tokens(), x, ["layer"], patch=patch)
-    net = Tokens()
-    net.unused = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match="'unused' was not run"):
-        layer_features(net, x, ["unused"])
-    net.layer.forward = lambda x: (x, x)
-    net.layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="'layer' gives tuple"):
-        layer_features(net, x, ["layer"], patch=4)
-
-
-@given(generators(), st.integers(2, 5))
-def test_the_bias_of_layers_is_that_of_their_maps(generator, n):
-    torch.manual_seed(0)
-    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
-    got = layer_bias(net, objects, ["block", "stem"])
-    rates, cosines = (torch.zeros(2, n, dtype=torch.float64) for _ in "rc")
-    for i in range(n):
-        made = coupling_images(objects[i], objects[i - 1])
-        for k in (0, 1):
-            layer = [lambda x: net(x), lambda x: net.stem(x)][k]
-            pair = (layer(x[None])[0] for x in (made.together, made.alone))
-            rates[k, i] = coupling_rate(*pair, made.box_a, made.box_b)
-            cosines[k, i] = mean_cosine_similarity(layer(objects[i, None].repeat(1, 1, 3, 3))[0])
-    torch.testing.assert_close(got.coupling_rate, rates.mean(1))
-    torch.testing.assert_close(got.mean_cosine, cosines.mean(1))
-
-
-def test_zero_padding_and_a_wide_kernel_show_as_bias():
-    torch.manual_seed(0)
-    objects = torch.randn(8, 3, 12, 12)
-    narrow, wide = (nn.Conv2d(3, 32, side, padding=side // 2) for side in (1, 13))
-    assert layer_bias(narrow, objects, [""]).mean_cosine.item() == pytest.approx(1, abs=1e-5)
-    assert layer_bias(narrow, objects, [""]).coupling_rate.item() == pytest.approx(1, abs=1e-5)
-    assert layer_bias(wide, objects, [""]).mean_cosine < 0.95
-    with pytest.raises(ValueError, match="two objects or more"):
-        layer_bias(narrow, objects[:1], [""])
-
-
-@given(generators(), st.integers(2, 7), st.integers(1, 8))
-def test_the_bias_does_not_depend_on_the_chunk(generator, n, chunk):
-    torch.manual_seed(0)
-    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
-    torch.testing.assert_close(
-        layer_bias(net, objects, ["stem"], chunk=chunk), layer_bias(net, objects, ["stem"])
-    )
-
-
-def test_tokens_have_a_bias_too():
-    torch.manual_seed(0)
-    got = layer_bias(Tokens(), torch.rand(4, 3, 8, 8), ["layer", "patch"], patch=4)
-    torch.testing.assert_close(got.mean_cosine[0], got.mean_cosine[1])
-    torch.testing.assert_close(got.coupling_rate[0], got.coupling_rate[1])
-
-
-# ---------------------------------------------------------------------------------- coupling
-
-
-@given(st.data(), sizes(high=9))
-def test_the_objects_are_where_their_boxes_say_and_all_else_is_black(data, size):
-    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
-    a, b = (data.draw(tensors(shape, 1, 2), label=name) for name in "ab")
-    got = coupling_images(a, b)
-    (h, w), (tall, wide) = size, got.together.shape[-2:]
-    assert (tall, wide) == (h * 3 // 2, w * 5 // 2)
-    assert got.box_a.shape == got.box_b.shape == (*shape[:-3], 4)
-    pixels = torch.tensor([wide, tall, wide, tall]).double()
-    frame = (slice(None),) * (len(shape) - 2)
-    want = {"together": torch.zeros_like(got.together), "alone": torch.zeros_like(got.alone)}
-    for box, objects, shown in ((got.box_a, a, want), (got.box_b, b, ("together",))):
-        corners = (box * pixels).reshape(-1, 4)
-        torch.testing.assert_close(corners, corners.round(), rtol=0, atol=1e-9)
-        for x1, y1, x2, y2 in corners.round().int().unique(dim=0).tolist():
-            assert (y2 - y1, x2 - x1) == size
-            for name in shown:
-                want[name][(*frame, slice(y1, y2), slice(x1, x2))] = objects
-    assert torch.equal(got.together, want["together"])
-    assert torch.equal(got.alone, want["alone"])
-
-
-def test_the_objects_touch_and_have_a_margin_of_a_quarter():
-    got = coupling_images(torch.ones(3, 64, 32), torch.ones(3, 64, 32))
-    pixels = torch.tensor([80.0, 96.0, 80.0, 96.0])
-    assert (got.box_a * pixels).tolist() == pytest.approx([8, 16, 40, 80])
-    assert (got.box_b * pixels).tolist() == pytest.approx([40, 16, 72, 80])
-
-
-@st.composite
-def coupled(draw):
-    """Directions of A beside B, of A alone and of B, near enough that no cosine is 0."""
-    batch, d = draw(batches()), draw(st.integers(1, 4))
-    return [draw(tensors((*batch, d), 0.1, 2)) for _ in range(3)]
-
-
-def painted(*columns):
-    """Maps of 4 x 6 cells whose left, middle and right third are constant."""
-    return torch.stack(columns, -1).repeat_interleave(2, -1)[..., None, :].repeat_interleave(4, -2)
-
-
-LEFT = torch.tensor([0.0, 0.25, 1 / 3, 1.0], dtype=torch.float64)
-RIGHT = torch.tensor([2 / 3, 0.0, 1.0, 0.75], dtype=torch.float64)
-
-
-@given(coupled(), generators())
-def test_the_coupling_rate_is_the_ratio_of_two_cosines(directions, generator):
-    beside, free, other = directions
-    places = (x.expand(*beside.shape[:-1], 4) for x in (LEFT, RIGHT))
-    noise = uniform(generator, *beside.shape)
-    maps = painted(beside, noise, other), painted(free, other, noise)
-    want = torch.cosine_similarity(beside, other, -1) / torch.cosine_similarity(free, other, -1)
-    torch.testing.assert_close(coupling_rate(*maps, *places), want)
-
-
-@given(coupled(), st.floats(0.1, 10), st.floats(0.1, 10))
-def test_the_coupling_rate_does_not_know_the_length_of_features(directions, one, other):
-    places = [x.expand(*directions[0].shape[:-1], 4) for x in (LEFT, RIGHT)]
-    maps = painted(*directions), painted(*directions[::-1])
-    got = coupling_rate(maps[0] * one, maps[1] * other, *places)
-    torch.testing.assert_close(got, coupling_rate(*maps, *places))
-
-
-@given(st.data())
-def test_features_that_do_not_know_their_neighbour_have_rate_one(data):
-    shape = (*data.draw(batches()), 3, *data.draw(sizes(2, 6)))
-    a, b = (data.draw(tensors(shape, 0.5, 2), label=name) for name in "ab")
-    got = coupling_images(a, b)
-    # The pixels are the features: nothing passes from one to the other.
-    rate = coupling_rate(*got)
-    torch.testing.assert_close(rate, torch.ones_like(rate))
-
-
-def test_features_that_take_over_from_the_neighbour_have_a_rate_above_one():
-    got = coupling_images(*torch.eye(3)[:2, :, None, None].expand(2, 3, 8, 8) + 0.1)
-    blurred = [torch.nn.functional.avg_pool2d(x, 7, 1, 3) for x in (got.together, got.alone)]
-    assert coupling_rate(*blurred, got.box_a, got.box_b) > 1.05
-
-
-def test_a_rate_over_nothing_is_zero_and_has_a_gradient():
-    maps = torch.zeros(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    got = coupling_rate(maps, maps, LEFT.expand(2, 4), RIGHT.expand(2, 4))
-    assert got.tolist() == [0, 0]
-    assert torch.autograd.grad(got.sum(), maps)[0].isfinite().all()
-
-
-# ----------------------------------------------------------------------------- positional bias
-
-
-@given(st.data(), sizes(high=4))
-def test_the_same_features_at_nine_places_have_similarity_one(data, size):
-    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
-    one = data.draw(tensors(shape, 0.1, 2), label="features")
-    got = mean_cosine_similarity(one.repeat(*[1] * (len(shape) - 2), 3, 3))
-    torch.testing.assert_close(got, torch.ones_like(got))
-
-
-@given(st.data(), sizes(high=3), st.floats(0.1, 10))
-def test_positional_bias_is_the_mean_cosine_of_the_pooled_thirds(data, size, scale):
-    shape = (*data.draw(batches()), 3, 3 * size[0], 3 * size[1])
-    maps = data.draw(tensors(shape), label="features")
-    got = mean_cosine_similarity(maps)
-    assert got.shape == shape[:-3]
-    for index in np.ndindex(shape[:-3]):
-        thirds = torch.nn.functional.avg_pool2d(maps[index], size).flatten(1).T
-        others = torch.cat([thirds[:4], thirds[5:]])
-        want = torch.cosine_similarity(thirds[4:5], others, dim=-1).mean()
-        torch.testing.assert_close(got[index], want)
-    torch.testing.assert_close(mean_cosine_similarity(maps * scale), got)
-
-
-@given(tensors((4, 5, 5), 0.5, 2))
-def test_features_that_know_the_border_are_less_alike(one):
-    maps = one.repeat(1, 3, 3)
-    maps[:, 0] = torch.tensor([2.0, 0.0, -2.0, 0.0])[:, None]
-    assert mean_cosine_similarity(maps) < 1 - 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_features_at_nine_places_are_as_alike(dtype):
-    one = torch.randn(64, 14, 14, generator=torch.Generator().manual_seed(0)).to(dtype)
-    got = mean_cosine_similarity(one.repeat(1, 3, 3))
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(1, abs=1e-5)
-
-
-# ------------------------------------------------------------------------ nearest neighbours
-
-
-@st.composite
-def galleries(draw, least=1):
-    """Objects and a gallery: features and labels of both."""
-    d, generator = draw(st.integers(2, 4)), draw(generators())
-    counts = draw(st.integers(1, 12)), draw(st.integers(least, 12))
-    features = (2 * uniform(generator, count, d) - 1 for count in counts)
-    labels = (torch.randint(CLASSES, (count,), generator=generator) for count in counts)
-    (one, known), (label, known_label) = features, labels
-    return one, label, known, known_label
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
-@given(galleries(), st.integers(1, 12), st.floats(0.05, 1))
-def test_the_neighbours_vote_as_in_scikit_learn(case, k, temperature):
-    features, labels, gallery, known = (x.numpy() for x in case)
-    oracle = KNeighborsClassifier(
-        min(k, len(gallery)),
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distance: np.exp((1 - distance) / temperature),
-    )
-    guess = oracle.fit(gallery, known).predict(features)
-    got = object_knn(*case, classes=CLASSES, k=k, temperature=temperature)
-    assert got.overall.item() == pytest.approx(accuracy_score(labels, guess))
-    assert got.macro.item() == pytest.approx(balanced_accuracy_score(labels, guess))
-
-
-@given(galleries(), st.integers(1, 14), st.integers(1, 14), generators())
-def test_chunks_and_the_order_and_length_of_rows_do_not_matter(case, k, chunk, generator):
-    features, labels, gallery, known = case
-    want = object_knn(*case, classes=CLASSES, k=k)
-    order = torch.randperm(len(known), generator=generator)
-    turn = torch.randperm(len(labels), generator=generator)
-    length = uniform(generator, len(labels), 1, low=0.1, high=9)
-    moved = (features[turn] * length, labels[turn], 3 * gallery[order], known[order])
-    for rows, size in ((case, chunk), (moved, 4096), (moved, chunk)):
-        got = object_knn(*rows, classes=CLASSES, k=k, chunk=size)
-        torch.testing.assert_close(got, want)
-
-
-@given(galleries())
-def test_more_neighbours_than_there_are_is_all_of_them(case):
-    want = object_knn(*case, classes=CLASSES, k=len(case[2]))
-    assert object_knn(*case, classes=CLASSES, k=99) == want
-    assert object_knn(*case, classes=CLASSES + 3, k=99) == want
-
-
-@given(galleries(), st.integers(1, 14))
-def test_rows_without_numbers_or_without_a_class_change_nothing(case, k):
-    features, labels, gallery, known = case
-    want = object_knn(*case, classes=CLASSES, k=min(k, len(known)))
-    gallery = torch.cat([gallery, gallery[:1] * torch.nan, gallery[:1] / 0, gallery, gallery])
-    known = torch.cat([known, known[:1], known[:1], known * 0 - 1, known * 0 + CLASSES])
-    queries = torch.cat([features, features])
-    targets = torch.cat([labels, labels * 0 + CLASSES])
-    got = object_knn(queries, targets, gallery, known, classes=CLASSES, k=min(k, len(case[3])))
-    torch.testing.assert_close(got, want)
-    got = object_knn(features * torch.nan, labels, *case[2:], classes=CLASSES, k=k)
-    assert got == (0, 0)
-    got = object_knn(features, labels, gallery * torch.nan, known, classes=CLASSES, k=k)
-    assert got == (0, 0)
-
-
-def test_objects_are_compared_in_full_precision_under_autocast():
-    gallery = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
-    with torch.autocast("cpu", torch.bfloat16):
-        got = object_knn(gallery, torch.arange(2), gallery, torch.arange(2), classes=2, k=1)
-    assert got.overall == 1
-
-
-@given(galleries())
-def test_the_nearest_neighbour_of_a_known_object_is_itself(case):
-    _, _, gallery, known = case
-    got = object_knn(gallery, known, gallery, known, classes=CLASSES, k=1)
-    assert got == (1, 1)
-
-
-def test_near_neighbours_outvote_many_far_ones_when_it_is_cold():
-    angles = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
-    gallery = torch.stack([angles.cos(), angles.sin()], -1)
-    known, one = torch.tensor([0, 1, 1, 1, 1]), torch.tensor([[1.0, 0.1]])
-    for temperature, label in ((0.07, 0), (10.0, 1)):
-        got = object_knn(
-            one, torch.tensor([label]), gallery, known, classes=2, temperature=temperature
-        )
-        assert got.overall == 1
-
-
-def test_macro_accuracy_counts_every_class_that_occurs_once():
-    gallery, known = torch.eye(3), torch.tensor([0, 1, 4])
-    labels = torch.tensor([0, 0, 0, 1])  # three are rightly named, the one of class 1 is not
-    got = object_knn(gallery[[0, 0, 0, 2]], labels, gallery, known, classes=6, k=1)
-    assert got.overall == 0.75
-    assert got.macro == 0.5
-
-
-def test_no_object_and_no_gallery_score_zero():
-    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
-    for one, known in ((0, 4), (4, 0), (0, 0)):
-        got = object_knn(rows[:one], labels[:one], rows[:known], labels[:known], classes=2)
+    assert torch.equal(got.sum(1), confusion.sum(1))
+    images = torch.stack([confusion, 2 * confusion])
+    assert torch.equal(merge_clusters(images, assignment), torch.stack([want, 2 * want]))
+
+
+@given(segmentations(), generators())
+def test_the_order_of_matching_and_renaming_the_predictions_is_the_same(maps, generator):
+    labels, guesses = maps
+    confusion = confusion_matrix(labels, guesses, classes=CLASSES)
+    clusters = match_clusters(confusion)
+    renamed = confusion_matrix(labels, clusters[guesses], classes=CLASSES)
+    assert torch.equal(merge_clusters(confusion, clusters)[:, :CLASSES], renamed)
+
+
+def test_without_scipy_one_to_one_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    confusion = torch.tensor([[1, 0], [0, 2]])
+    with pytest.raises(ImportError, match=r"match_clusters: .* install scipy, or give many"):
+        match_clusters(confusion)
+    assert match_clusters(confusion, many_to_one=True).tolist() == [0, 1]
+
+
+def test_clusters_that_do_not_fit_are_refused():
+    confusion = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"merge_clusters: argument 'assignment'.*clusters=3"):
+        merge_clusters(confusion, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(TypeError, match="match_clusters: argument 'by'"):
+        match_clusters(confusion, by="recall")
+    with pytest.raises(ValueError, match="confusion_matrix: classes is 2 and clusters is 0"):
+        confusion_matrix(confusion, confusion, classes=2, clusters=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_no_class_or_no_cluster_is_no_name(shape):
+    confusion = torch.zeros(shape, dtype=torch.long)
+    for many_to_one in (False, True):
+        got = match_clusters(confusion, many_to_one=many_to_one)
+        assert got.tolist() == [-1] * shape[1]
+        assert merge_clusters(confusion, got).shape == (shape[0], shape[0] + 1)
+
+
+# ------------------------------------------------------------------------------------ groups
+
+
+@given(segmentations(), generators())
+def test_a_group_counts_pixels_whose_label_and_prediction_are_in_it(maps, generator):
+    group = flips(generator, CLASSES)
+    labels, guesses = (x.flatten() for x in maps)
+    inside = group[labels] & group[guesses]
+    want = confusion_scores(confusion_matrix(labels[inside], guesses[inside], classes=CLASSES))
+    confusion = confusion_matrix(labels, guesses, classes=CLASSES)
+    more = torch.nn.functional.pad(confusion, (0, 2), value=7)  # columns of no class
+    for counts in (confusion, more):
+        got = group_scores(counts, group)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert not got.valid[~group].any()
+
+
+@given(segmentations())
+def test_the_group_of_all_classes_is_all_classes(maps):
+    confusion = confusion_matrix(*maps, classes=CLASSES)
+    every, want = torch.ones(CLASSES).bool(), confusion_scores(confusion)
+    got = group_scores(confusion, every)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    names = torch.arange(CLASSES)
+    got = row_permuted_group_scores(confusion, names, every)  # nothing is moved
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="confusion_scores: 3 rows and 2 columns came"):
+        group_scores(torch.zeros(3, 2, dtype=torch.long), torch.ones(3).bool())
+    with pytest.raises(TypeError, match=r"group_scores: argument 'group'.*classes=3"):
+        group_scores(torch.zeros(3, 3, dtype=torch.long), torch.ones(2).bool())
+    confusion = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match="row_permuted_group_scores: argument 'confusion'"):
+        row_permuted_group_scores(confusion, torch.zeros(2).long(), torch.ones(2).bool())
+
+
+# ---------------------------------------------------------------------------------- accuracy
+
+
+@given(segmentations(-1, CLASSES + 1))
+def test_accuracy_is_scikit_learns_of_the_rows_with_a_class(maps):
+    labels, guesses = (x.flatten() for x in maps)
+    got = accuracy(labels, guesses, classes=CLASSES)
+    keep = (labels >= 0) & (labels < CLASSES)
+    labels, guesses = labels[keep], guesses[keep]
+    if not len(labels):
         assert got == (0, 0)
+        return
+    assert got.overall.item() == pytest.approx(accuracy_score(labels, guesses))
+    recall = recall_score(labels, guesses, labels=labels.unique(), average="macro", zero_division=0)
+    assert got.macro.item() == pytest.approx(recall)
+
+
+def test_accuracy_of_labels_of_few_bits_and_more_rows_than_float32_counts():
+    labels = torch.tensor([0, 200, 200, 255], dtype=torch.uint8)
+    assert accuracy(labels, labels.long(), classes=201) == (1, 1)
+    rows = torch.zeros(2**24 + 2**20, dtype=torch.uint8)
+    guesses = rows.clone()
+    guesses[: 2**20] = 1  # float32 would count none of those that come after 2 ** 24
+    got = accuracy(rows, guesses, classes=1)
+    assert got.overall.item() == pytest.approx(2**24 / len(rows), abs=1e-6)
+
+
+def test_accuracy_refuses_what_makes_no_sense():
+    labels = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"densekit.metrics.accuracy: classes is 0; give one"):
+        accuracy(labels, labels, classes=0)
+    with pytest.raises(TypeError, match=r"accuracy: argument 'predictions'.*n=3"):
+        accuracy(labels, labels[:2], classes=1)
+
+
+# ------------------------------------------------------------------------- average precision
+
+
+@st.composite
+def rankings(draw):
+    """Scores of which many are equal, and targets; a class may have none."""
+    n, generator = draw(st.integers(1, 12)), draw(generators())
+    steps = draw(st.sampled_from([1, 3, 1000]))
+    scores = torch.randint(0, steps, (n, 3), generator=generator) / steps
+    return scores.double(), flips(generator, n, 3)
+
+
+@given(rankings())
+def test_average_precision_is_scikit_learns(case):
+    scores, targets = case
+    got = average_precision(scores, targets)
+    for c in range(3):
+        if targets[:, c].any():
+            want = average_precision_score(targets[:, c], scores[:, c])
+            assert got[c].item() == pytest.approx(want, abs=1e-6)
+        else:
+            assert got[c] == 0
+
+
+def slow_points(scores, targets, points):
+    """The mean over recalls r of the best precision at a recall of r or more."""
+    curve = []
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        found = targets[scores >= threshold]
+        curve.append((int(found.sum()) / int(targets.sum()), found.double().mean().item()))
+    # Recalls are shares of whole numbers: compare those, not rounded floats.
+    total = int(targets.sum())
+    best = []
+    for i in range(points):
+        reached = [p for r, p in curve if round(r * total) * (points - 1) >= i * total]
+        best.append(max(reached))
+    return sum(best) / points
+
+
+@given(rankings(), st.sampled_from([2, 11, 101]))
+def test_precision_at_points_is_that_of_a_loop(case, points):
+    scores, targets = case
+    got = average_precision(scores, targets, points=points)
+    for c in range(3):
+        want = slow_points(scores[:, c], targets[:, c], points) if targets[:, c].any() else 0
+        assert got[c].item() == pytest.approx(want, abs=1e-6)
+
+
+@given(rankings(), generators(), st.sampled_from([None, 11]))
+def test_only_the_order_of_the_scores_counts(case, generator, points):
+    scores, targets = case
+    want = average_precision(scores, targets, points=points)
+    order = torch.randperm(len(scores), generator=generator)
+    for x, y in ((scores.exp() * 5 - 9, targets), (scores[order], targets[order])):
+        torch.testing.assert_close(average_precision(x, y, points=points), want)
+
+
+@given(rankings(), st.sampled_from([None, 2, 11]))
+def test_a_perfect_ranking_has_precision_one(case, points):
+    scores, targets = case
+    got = average_precision(scores + 2 * targets, targets, points=points)
+    torch.testing.assert_close(got, targets.any(0).float())
+
+
+def test_the_eleven_points_of_a_ranking_worked_out_by_hand():
+    scores, targets = torch.tensor([[4.0], [3.0], [2.0], [1.0]]), torch.tensor([[1], [0], [1], [0]])
+    # Precision 1 up to recall 1/2 (points 0 to 0.5), 2/3 beyond.
+    want = (6 * 1 + 5 * 2 / 3) / 11
+    got = average_precision(scores, targets.bool(), points=11)
+    assert got.item() == pytest.approx(want)
+    assert average_precision(scores, targets.bool()).item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_average_precision_of_nothing_is_zero_and_refuses_what_makes_no_sense():
+    empty = average_precision(torch.zeros(0, 3), torch.zeros(0, 3).bool())
+    assert empty.tolist() == [0, 0, 0]
+    for points in (1, 0, -3):
+        with pytest.raises(ValueError, match=f"average_precision: points is {points}; give 2 or"):
+            average_precision(torch.zeros(2, 1), torch.zeros(2, 1).bool(), points=points)
+    with pytest.raises(TypeError, match=r"average_precision: argument 'targets'.*classes=3"):
+        average_precision(torch.zeros(2, 3), torch.zeros(2, 4).bool())
+
+
+# ------------------------------------------------------------------------------------- J and F
+
+
+@st.composite
+def masks(draw, batch=()):
+    """Two masks, at times blocks, full or empty."""
+    size, generator = draw(sizes(high=12)), draw(generators())
+    found = []
+    for _ in range(2):
+        kind = draw(st.sampled_from(["noise", "block", "full", "empty"]))
+        noise = flips(generator, *batch, *size)
+        corners = torch.stack([torch.randint(n + 1, (2,), generator=generator) for n in size])
+        (top, bottom), (left, right) = corners.sort(-1).values.tolist()
+        block = torch.zeros_like(noise)
+        block[..., top:bottom, left:right] = True
+        options = {"noise": noise, "block": block}
+        options |= {"full": torch.ones_like(noise), "empty": torch.zeros_like(noise)}
+        found.append(options[kind])
+    return tuple(found)
+
+
+def slow_outline(mask):
+    """Pixels that differ from the next to the right, below, or both; outside is as the edge."""
+    h, w = mask.shape
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    out = np.zeros_like(mask)
+    for y, x in itertools.product(range(h), range(w)):
+        here = padded[y, x]
+        out[y, x] = any(here != padded[y + a, x + b] for a, b in ((0, 1), (1, 0), (1, 1)))
+    return out
+
+
+def slow_f(mask, guess, tolerance):
+    """The measure of DAVIS with scikit-image's disk."""
+    reach = math.ceil(tolerance * math.hypot(*mask.shape))
+    true, found = slow_outline(mask), slow_outline(guess)
+    if not true.any() and not found.any():
+        return 1.0
+    if not true.any() or not found.any():
+        return 0.0
+    near = [binary_dilation(x, disk(reach)) for x in (true, found)]
+    precision = (found & near[0]).sum() / found.sum()
+    recall = (true & near[1]).sum() / true.sum()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@given(masks(), st.sampled_from([0.0, 0.008, 0.1, 0.25, 1.0]))
+def test_f_is_that_of_a_loop_and_scikit_images_disk(pair, tolerance):
+    got = boundary_f_measure(*pair, tolerance=tolerance)
+    want = slow_f(*(x.numpy() for x in pair), tolerance)
+    assert got.item() == pytest.approx(want, abs=1e-6)
+
+
+@given(masks())
+def test_j_is_scikit_learns(pair):
+    one, other = (x.flatten().numpy() for x in pair)
+    want = jaccard_score(one, other) if (one | other).any() else 1
+    assert region_similarity(*pair).item() == pytest.approx(want)
+
+
+@given(st.data(), batches())
+def test_j_and_f_are_symmetric_one_for_equal_masks_and_of_each_image_alone(data, batch):
+    one, other = data.draw(masks(batch))
+    for measure in (region_similarity, boundary_f_measure):
+        got = measure(one, other)
+        assert got.shape == batch
+        assert got.dtype == torch.float32
+        assert ((got >= 0) & (got <= 1)).all()
+        assert torch.equal(measure(one, one), torch.ones(batch))
+        torch.testing.assert_close(measure(other, one), got)
+        for index in np.ndindex(batch):
+            assert measure(one[index], other[index]) == got[index]
+
+
+def test_far_masks_have_no_j_and_no_f_and_a_shift_within_the_tolerance_costs_no_f():
+    left, right = torch.zeros(2, 40, 60).bool()
+    left[5:15, 5:15] = True
+    right[20:30, 40:50] = True
+    assert region_similarity(left, right) == 0
+    assert boundary_f_measure(left, right) == 0
+    moved = left.roll(1, 1)  # ceil(0.008 * 72.1) is 1 pixel
+    assert boundary_f_measure(left, moved) == 1
+    assert boundary_f_measure(left, moved, tolerance=0) < 0.9
+    assert boundary_f_measure(left, left.roll(3, 1)) < 1
+    empty = torch.zeros_like(left)
+    assert (region_similarity(left, empty), boundary_f_measure(left, empty)) == (0, 0)
+    assert (region_similarity(empty, empty), boundary_f_measure(empty, empty)) == (1, 1)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, math.nan])
+def test_f_refuses_what_makes_no_sense(tolerance):
+    mask = torch.ones(2, 2).bool()
+    with pytest.raises(ValueError, match=f"boundary_f_measure: tolerance is {tolerance}; give 0"):
+        boundary_f_measure(mask, mask, tolerance=tolerance)
+    for measure in (region_similarity, boundary_f_measure):
+        with pytest.raises(TypeError, match=f"{measure.__name__}: argument 'predictions'"):
+            measure(mask, mask[:1])
+
+
+# --------------------------------------------------------------------------------- bootstrap
+
+
+def means(sums):
+    """The mean of numbers that come with a count."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def counted(values):
+    return torch.stack([values, torch.ones_like(values)], -1)
+
+
+@given(generators(), st.integers(1, 8), st.integers(1, 30), st.floats(0.1, 0.99))
+def test_an_interval_holds_what_its_draws_give(generator, n, draws, level):
+    states = torch.randint(0, 9, (n, 3, 3), generator=generator)
+    state = generator.get_state()
+    got = bootstrap(states, mean_iou, draws=draws, level=level, generator=generator)
+    # The same draws by hand, with scipy's and numpy's idea of a percentile.
+    rows = torch.randint(n, (draws, n), generator=generator.set_state(state))
+    figures = np.array([mean_iou(states[row].sum(0)).item() for row in rows])
+    edges = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    want = mean_iou(states.sum(0)).item(), *edges, figures.std()
+    assert [x.item() for x in got] == pytest.approx(want, abs=1e-5)
+    assert figures.min() - 1e-6 <= got.low <= got.high <= figures.max() + 1e-6
+
+
+def test_the_deviation_of_a_mean_is_the_standard_error_and_the_interval_is_as_wide():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, generator=generator, dtype=torch.float64)
+    got = bootstrap(counted(values), means, draws=4000, generator=generator)
+    error = values.std(correction=0).item() / 20
+    assert got.value.item() == pytest.approx(values.mean().item())
+    assert got.deviation.item() == pytest.approx(error, rel=0.1)
+    assert (got.high - got.value).item() == pytest.approx(1.96 * error, rel=0.15)
+    assert (got.value - got.low).item() == pytest.approx(1.96 * error, rel=0.15)
+    narrow = bootstrap(counted(values), means, draws=4000, level=0.5, generator=generator)
+    assert (narrow.high - narrow.low).item() == pytest.approx(2 * 0.6745 * error, rel=0.15)
+
+
+def test_an_interval_of_95_percent_holds_the_true_mean_in_about_95_percent_of_the_sets():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(300):
+        values = torch.rand(60, generator=generator, dtype=torch.float64)
+        got = bootstrap(counted(values), means, draws=200, generator=generator)
+        held += bool(got.low <= 0.5 <= got.high)
+    assert 0.90 <= held / 300 <= 0.98
+
+
+@given(generators(), st.integers(1, 8))
+def test_images_alike_have_an_interval_of_no_width(generator, n):
+    states = torch.randint(1, 9, (1, 3, 3), generator=generator).expand(n, 3, 3)
+    got = bootstrap(states, mean_iou, draws=9)
+    torch.testing.assert_close(torch.stack(got[1:3]), got.value.expand(2))
+    assert got.deviation.item() == pytest.approx(0, abs=1e-6)
+
+
+@given(generators(), st.integers(1, 8), st.integers(0, 99))
+def test_the_order_of_the_images_does_not_move_the_value_and_a_seed_fixes_the_interval(
+    generator, n, seed
+):
+    states = torch.randint(0, 9, (n, 3, 3), generator=generator)
+
+    def drawn(states):
+        source = torch.Generator().manual_seed(seed)
+        return bootstrap(states, mean_iou, draws=9, generator=source)
+
+    got = drawn(states)
+    assert drawn(states) == got
+    assert drawn(states[torch.randperm(n, generator=generator)]).value == got.value
+    assert 0 <= got.low <= got.high <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.long, torch.double])
+def test_states_of_any_dtype_are_summed_as_numbers(dtype):
+    # Sums of one bit, and of one byte, do not fit it.
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(600, generator=generator) < 0.7
+
+    def interval(states):
+        source = torch.Generator().manual_seed(1)
+        return bootstrap(states, lambda sums: sums / 600, draws=50, generator=source)
+
+    got, want = interval(values.to(dtype)), interval(values.double())
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False)
+    assert got.deviation > 0
+
+
+def test_an_interval_of_many_figures_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randint(0, 9, (7, 3, 3), generator=generator)
+
+    def drawn(statistic):
+        source = torch.Generator().manual_seed(1)
+        return bootstrap(states, statistic, draws=20, generator=source)
+
+    every = drawn(lambda sums: confusion_scores(sums).iou)
+    assert every.low.shape == (3,)
+    for c in range(3):
+        one = drawn(lambda sums, c=c: confusion_scores(sums).iou[..., c])
+        torch.testing.assert_close([x[c] for x in every], [*one])
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"classes": 0}, {"k": 0}, {"chunk": 0}, {"temperature": 0.0}, {"temperature": math.nan}],
+    ("n", "options"),
+    [(0, {}), (3, {"draws": 0}), (3, {"level": 0.0}), (3, {"level": 1.0}), (3, {"level": 95})],
 )
-def test_a_vote_that_makes_no_sense_is_refused(options):
-    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
-    with pytest.raises(ValueError, match=r"densekit.metrics.object_knn: classes is .*above 0"):
-        object_knn(rows, labels, rows, labels, **{"classes": 2} | options)
+def test_a_bootstrap_that_makes_no_sense_is_refused(n, options):
+    with pytest.raises(ValueError, match=rf"densekit.metrics.bootstrap: {n} images, draws="):
+        bootstrap(torch.zeros(n, 2, 2).long(), mean_iou, **options)
 
 
-def test_the_diagnostics_refuse_what_does_not_fit():
-    maps, place = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4)
-    with pytest.raises(TypeError, match="coupling_images: argument 'objects_b'"):
-        coupling_images(maps, maps[..., :3])
-    with pytest.raises(TypeError, match="coupling_rate: argument 'alone'"):
-        coupling_rate(maps, maps[:, :2], place, place)
-    with pytest.raises(TypeError, match="coupling_rate: argument 'box_b'"):
-        coupling_rate(maps, maps, place, place[:1])
-    with pytest.raises(ValueError, match="the map 0 x 4"):
-        mean_cosine_similarity(maps[:, :, :0])
-    labels = torch.zeros(4).long()
-    with pytest.raises(TypeError, match="object_knn: argument 'gallery'"):
-        object_knn(torch.zeros(4, 3), labels, torch.zeros(4, 2), labels, classes=2)
-    with pytest.raises(TypeError, match="object_knn: argument 'gallery_labels'"):
-        object_knn(torch.zeros(4, 3), labels, torch.zeros(5, 3), labels, classes=2)
+# ----------------------------------------------------------------------------- dicts and tables
 
 
-# --------------------------------------------------------------------------------------- PCA
+def test_results_are_plain_numbers_that_json_keeps():
+    scores = confusion_scores(torch.tensor([[3, 0], [0, 1]]))
+    interval = bootstrap(torch.tensor([[[3, 0], [0, 1]]]), mean_iou, draws=2)
+    results = {"seg": scores, "knn": [Accuracy(torch.tensor(0.5), torch.tensor(0.25))], "n": 3}
+    got = as_dict(results | {"miou": interval, "note": None})
+    assert json.loads(json.dumps(got)) == got
+    assert got["seg"]["iou"] == [1.0, 1.0]
+    assert got["seg"]["valid"] == [True, True]
+    assert got["knn"] == [{"overall": 0.5, "macro": 0.25}]
+    assert got["miou"] == {"value": 1.0, "low": 1.0, "high": 1.0, "deviation": 0.0}
+    assert (got["n"], got["note"]) == (3, None)
+    assert results["seg"] is scores  # nothing is changed in place
 
 
-def test_colours_are_the_stretched_components_of_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.tensor([5.0, 3.0, 2.0, 0.5, 0.1])[:, None, None]
-    maps = torch.randn(2, 5, 4, 3, generator=generator) * scale
-    got = pca_colors(maps).movedim(1, -1).reshape(-1, 3).double()
-    want = torch.from_numpy(PCA(3).fit_transform(maps.movedim(1, -1).reshape(-1, 5)))
-    want = (want - want.amin(0)) / (want.amax(0) - want.amin(0))
-    for one, other in zip(got.T, want.T, strict=True):
-        # The sign of a component is free.
-        off = min((one - other).abs().max(), (1 - one - other).abs().max())
-        assert off < 1e-4
+def test_a_table_has_a_column_for_each_number_and_gaps_where_there_is_none():
+    rows = {
+        "a|b": {"knn": Accuracy(torch.tensor(0.5), torch.tensor(0.25)), "images": 12},
+        "two": {"seg": SegmentationScore(torch.tensor(1 / 3), torch.tensor(0.0)), "how": "x|y"},
+        "three": ConfusionScores(*(torch.ones(()) for _ in range(3)), torch.ones(2), torch.ones(2)),
+    }
+    lines = as_table(rows, digits=2).splitlines()
+    # An escaped bar does not end a cell.
+    cells = [line.replace("\\|", "/").strip("|").split("|") for line in lines]
+    assert len(lines) == 5
+    assert len({len(row) for row in cells}) == 1  # a table, not a heap
+    head, rule, *body = [[x.strip() for x in row] for row in cells]
+    assert set(rule) == {"---"}
+    want = ["", "knn.overall", "knn.macro", "images", "seg.miou", "seg.prior_miou", "how"]
+    assert head == [*want, "miou", "pixel_accuracy", "mean_accuracy"]  # no iou: one for each class
+    assert body[0] == ["a/b", "0.50", "0.25", "12", "", "", "", "", "", ""]
+    assert body[1] == ["two", "", "", "", "0.33", "0.00", "x/y", "", "", ""]
+    assert body[2] == ["three", *[""] * 6, "1.00", "1.00", "1.00"]
 
 
-@given(st.data())
-def test_colours_are_between_zero_and_one(data):
-    shape = data.draw(st.sampled_from([(1, 1, 2, 2), (2, 3, 3, 2), (1, 5, 2, 4), (3, 2, 1, 1)]))
-    got = pca_colors(data.draw(tensors(shape, dtype=torch.float32), label="maps"))
-    assert got.shape == (shape[0], 3, *shape[2:])
-    assert ((got >= 0) & (got <= 1)).all()
-
-
-@given(tensors((1, 5, 1, 2), dtype=torch.float32))
-def test_components_that_do_not_exist_are_zero(maps):
-    got = pca_colors(maps)  # two cells lie on one line
-    assert got[0, 0, 0].sort().values.tolist() == [0, 1]
-    assert (got[0, 1:] == 0).all()
-
-
-@given(st.floats(-10, 10, width=32))
-def test_constant_features_have_one_colour(value):
-    assert (pca_colors(torch.full((2, 4, 3, 3), value)) == 0).all()
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 0, 2, 2), (2, 4, 0, 2), (1, 1, 1, 1)])
-def test_nothing_to_paint_is_black(shape):
-    got = pca_colors(torch.zeros(shape))
-    assert got.shape == (shape[0], 3, *shape[2:])
-    assert (got == 0).all()
+def test_a_table_of_nothing_is_a_head():
+    assert as_table({}).splitlines() == ["| |", "|---|"]

@@ -1,0 +1,528 @@
+"""What dense features carry: affinity, similarity against IoU, coupling, position, matches."""
+
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from densekit.boxes import roi_align, sample_boxes_at_iou
+from densekit.losses import l2_normalize, masked_mean
+from densekit.sampling import grid_points
+from densekit.typing import Bool, Float, Integer, Size, Tensor, typed, widen
+
+__all__ = [
+    "CouplingImages",
+    "LayerBias",
+    "Matches",
+    "SimilarityCurve",
+    "affinity_matrix",
+    "coupling_images",
+    "coupling_rate",
+    "layer_bias",
+    "layer_features",
+    "match_patches",
+    "mean_cosine_similarity",
+    "nearest_maps",
+    "pca_colors",
+    "similarity_iou_curve",
+]
+
+
+class SimilarityCurve(NamedTuple):
+    """How alike a box and its moved copies are.
+
+    Attributes:
+        similarity: Mean cosine at each IoU.
+        valid: True where any moved copy was inside the map.
+    """
+
+    similarity: Float[Tensor, " k"]
+    valid: Bool[Tensor, " k"]
+
+
+class CouplingImages(NamedTuple):
+    """Images that show how much one object's features say of another, and where the objects are.
+
+    Attributes:
+        together: A, and B to its right, on black.
+        alone: A at the same place, alone.
+        box_a: Place of A in the frame of the image, in [0, 1].
+        box_b: Place of B.
+    """
+
+    together: Float[Tensor, "*batch c tall wide"]
+    alone: Float[Tensor, "*batch c tall wide"]
+    box_a: Float[Tensor, "*batch 4"]
+    box_b: Float[Tensor, "*batch 4"]
+
+
+class Matches(NamedTuple):
+    """Where patches of one view are found in another, or maps in a gallery.
+
+    Attributes:
+        indices: The nearest ones, the best first.
+        similarity: Their cosines.
+    """
+
+    indices: Integer[Tensor, "*batch n k"]
+    similarity: Float[Tensor, "*batch n k"]
+
+
+class LayerBias(NamedTuple):
+    """What the features of each layer carry besides the object itself.
+
+    Attributes:
+        coupling_rate: How much they take over from a neighbour; 1 is none.
+        mean_cosine: How alike they are at nine places; 1 is the same everywhere.
+    """
+
+    coupling_rate: Float[Tensor, " layers"]
+    mean_cosine: Float[Tensor, " layers"]
+
+
+@typed
+def affinity_matrix(
+    features1: Float[Tensor, "*batch n d"],
+    features2: Float[Tensor, "*batch m d"],
+    *,
+    temperature: float = 0.001,
+) -> Float[Tensor, "*batch n m"]:
+    """Tell how well each row of one view is found again in the other.
+
+    `A_ij = exp(sim(f1_i, f2_j) / t) / sum_k exp(sim(f1_k, f2_j) / t)` with the cosine as sim. For
+    the same patches of two views, in the same order, the ideal is the identity.
+
+    Args:
+        features1: Rows of the first view, such as the patches of `patch_pairs`.
+        features2: Rows of the second view.
+        temperature: Divides the cosine; the smaller, the nearer to a hard choice.
+
+    Returns:
+        Shares, in at least float32: each column sums to 1 over the rows.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: The temperature is not positive.
+
+    Examples:
+        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[0., 1.],
+                [1., 0.]])
+
+    References:
+        DUPR, Eq 9, Fig 9.
+    """
+    if not temperature > 0:
+        raise ValueError(
+            f"densekit.diagnostics.affinity_matrix: temperature is {temperature}; give one above 0."
+        )
+    with torch.autocast(features1.device.type, enabled=False):
+        similarity = l2_normalize(features1) @ l2_normalize(features2).mT
+    return (similarity / temperature).softmax(-2)
+
+
+@typed
+def similarity_iou_curve(
+    features: Float[Tensor, "*batch d h w"],
+    boxes: Float[Tensor, "*batch n 4"],
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    ious: Sequence[float],
+    size: int = 7,
+    generator: torch.Generator | None = None,
+) -> SimilarityCurve:
+    """Measure how the similarity of a box to a moved copy falls with their overlap.
+
+    Both boxes are pooled to S x S, and the cosine is averaged over the S x S places. A detector
+    wants a steep curve: near 1 for boxes that overlap much, low for those that overlap little.
+    A moved copy that leaves the map is left out, which large boxes do: what is averaged then
+    differs from IoU to IoU.
+
+    Args:
+        features: Feature maps.
+        boxes: Boxes `(x1, y1, x2, y2)` in the maps' frame, in [0, 1], such as those of objects.
+        valid: Boxes to use; all when left out.
+        ious: The k intersections over union to measure at, each in [0, 1].
+        size: Bins S of the pooled boxes along each axis.
+        generator: Source of the random moves, on the boxes' device.
+
+    Returns:
+        Mean cosine at each IoU, in at least float32, and whether any box was left to measure.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: An IoU is outside [0, 1], or as `roi_align`.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
+        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1]
+        tensor(1.)
+
+    References:
+        DUPR, Eq 8, Fig 5.
+    """
+    query, similarities, found = roi_align(features, boxes, size, valid), [], []
+    for iou in ious:
+        moved = sample_boxes_at_iou(boxes, iou, generator=generator)
+        inside = ((moved >= -1e-4) & (moved <= 1 + 1e-4)).all(-1)
+        key = roi_align(features, moved, size, query.valid & inside)
+        pair = (l2_normalize(x.features.movedim(-3, -1)) for x in (query, key))
+        cosine = torch.mul(*pair).sum(-1).mean((-2, -1))
+        similarities.append(masked_mean(cosine, key.valid))
+        found.append(key.valid.any())
+    if not found:
+        return SimilarityCurve(widen(features).new_zeros(0), query.valid.new_zeros(0))
+    return SimilarityCurve(torch.stack(similarities), torch.stack(found))
+
+
+@typed
+def match_patches(
+    features1: Float[Tensor, "*batch n d"], features2: Float[Tensor, "*batch m d"], *, k: int = 1
+) -> Matches:
+    """Find the patches of one view in another, by features alone.
+
+    Compare the indices with where the patches are: of `patch_pairs`, patch i belongs to patch i.
+    For cells of whole maps give `map.flatten(-2).mT`.
+
+    Args:
+        features1: Patches to find.
+        features2: Patches to search.
+        k: How many to return for each; all when there are fewer.
+
+    Returns:
+        The k nearest by cosine.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: `k` is below 1.
+
+    Examples:
+        >>> match_patches(torch.eye(3)[[2, 0]], torch.eye(3)).indices.T
+        tensor([[2, 0]])
+
+    References:
+        DUPR, Fig 10.
+    """
+    if k < 1:
+        raise ValueError(f"densekit.diagnostics.match_patches: k is {k}; give 1 or more.")
+    with torch.autocast(features1.device.type, enabled=False):
+        cosine = l2_normalize(features1) @ l2_normalize(features2).mT
+    best = cosine.topk(min(k, cosine.shape[-1]))
+    return Matches(best.indices, best.values)
+
+
+@typed
+def nearest_maps(
+    features: Float[Tensor, "n d h w"], gallery: Float[Tensor, "m d h w"], *, k: int = 4
+) -> Matches:
+    """Retrieve the images whose feature maps agree with an image's, place by place.
+
+    Maps are compared as they lie, not averaged: an image of the same class in another pose, or at
+    another place, is far.
+
+    Args:
+        features: Maps to look up, such as C5.
+        gallery: Maps to search.
+        k: How many to return for each; all when there are fewer.
+
+    Returns:
+        The k nearest by the cosine of whole maps.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: `k` is below 1.
+
+    Examples:
+        >>> maps = torch.rand(5, 8, 7, 7)
+        >>> nearest_maps(maps[2:3], maps, k=1).indices
+        tensor([[2]])
+
+    References:
+        DUPR, Fig 6 and 8.
+    """
+    return match_patches(features.flatten(1), gallery.flatten(1), k=k)
+
+
+@typed
+def layer_features(
+    model: torch.nn.Module,
+    images: Float[Tensor, "b c h w"],
+    layers: Sequence[str],
+    *,
+    patch: int | None = None,
+) -> dict[str, Float[Tensor, "b _ _ _"]]:
+    """Feature maps of the named layers of any model, caught by hooks in one forward pass.
+
+    Gradients flow and the model's mode stays as they are: call `model.eval()` and use
+    `torch.no_grad()` to measure. The model is left without hooks, also after an error.
+
+    Args:
+        model: The model; it is called with the images alone.
+        images: Its input.
+        layers: Names of modules as in `model.named_modules()`, such as `"layer3"`; of one that
+            runs more than once the last output counts.
+        patch: Side of a ViT's patches in pixels, for layers that give tokens `(b, n, d)`: they
+            become the map of h / patch by w / patch cells; tokens in front (class, registers) are
+            left out.
+
+    Returns:
+        The maps by name, in the order of `layers`.
+
+    Raises:
+        ValueError: A layer does not exist, was not run, or gives neither a map nor tokens of such
+            patches.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 2, 2))
+        >>> maps = layer_features(model, torch.rand(1, 3, 4, 4), ["0", "1"])
+        >>> [x.shape for x in maps.values()]
+        [torch.Size([1, 8, 4, 4]), torch.Size([1, 4, 2, 2])]
+
+    References:
+        D3SSL, Fig 3b and 4b (its measures of each layer).
+    """
+    known, caught = dict(model.named_modules()), {}
+    if unknown := [name for name in layers if name not in known]:
+        near = difflib.get_close_matches(unknown[0], filter(None, known), cutoff=0.0)
+        raise ValueError(
+            f"densekit.diagnostics.layer_features: there is no layer {unknown[0]!r}; give names of "
+            f"model.named_modules(), such as {', '.join(map(repr, near))}."
+        )
+
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch) if patch else None
+
+    def catch(name: str):
+        return lambda module, given, output: caught.update({name: _as_map(output, name, grid)})
+
+    hooks = [known[name].register_forward_hook(catch(name)) for name in layers]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if missing := [name for name in layers if name not in caught]:
+        raise ValueError(
+            f"densekit.diagnostics.layer_features: the layer {missing[0]!r} was not run; give one "
+            "that the model's forward calls (in a compiled model, none is seen)."
+        )
+    return {name: caught[name] for name in layers}
+
+
+@typed
+def coupling_images(
+    objects_a: Float[Tensor, "*batch c h w"], objects_b: Float[Tensor, "*batch c h w"]
+) -> CouplingImages:
+    """Put two objects side by side, and the first one alone, for `coupling_rate`.
+
+    Each has a margin of a quarter of its size all around, but towards the other, which it touches.
+
+    Args:
+        objects_a: Pictures of objects A.
+        objects_b: Pictures of objects B, of another class and the same size.
+
+    Returns:
+        Images of `3 h / 2` by `5 w / 2` pixels, black (0) elsewhere, and the places of A and B.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Examples:
+        >>> coupling_images(torch.rand(3, 64, 64), torch.rand(3, 64, 64)).together.shape
+        torch.Size([3, 96, 160])
+
+    References:
+        D3SSL, Sec 3.1, Fig 3a.
+    """
+    h, w = objects_a.shape[-2:]
+    top, left = h // 4, w // 4
+    border = (left, w // 2 - left, top, h // 2 - top)
+    together, alone = (
+        torch.nn.functional.pad(torch.cat([objects_a, x], -1), border)
+        for x in (objects_b, torch.zeros_like(objects_b))
+    )
+    height, width = together.shape[-2:]
+    boxes = together.new_tensor(
+        [[left, top, left + w, top + h], [left + w, top, left + 2 * w, top + h]]
+    )
+    boxes = boxes / boxes.new_tensor([width, height, width, height])
+    return CouplingImages(together, alone, *boxes.expand(*together.shape[:-3], 2, 4).unbind(-2))
+
+
+@typed
+def coupling_rate(
+    together: Float[Tensor, "*batch d h w"],
+    alone: Float[Tensor, "*batch d h w"],
+    box_a: Float[Tensor, "*batch 4"],
+    box_b: Float[Tensor, "*batch 4"],
+) -> Float[Tensor, "*batch"]:
+    """Coupling rate of a layer: how much an object's features take over from its neighbour.
+
+    `CR = cos(A1, B) / cos(A2, B)`: A1 and B are pooled where both are in the image, A2 where A is
+    alone. Above 1 A's features carry B; 1 is ideal. Take the mean over many pairs of objects.
+
+    Args:
+        together: Feature maps of images that hold A and B, such as `coupling_images` makes.
+        alone: Feature maps of the images that hold A alone, at the same place.
+        box_a: Place of A in the maps' frame, in [0, 1].
+        box_b: Place of B.
+
+    Returns:
+        The rate of each pair of objects, in at least float32; of no meaning where the cosine
+        `cos(A2, B)` is near zero, and 0 where it is zero.
+
+    Raises:
+        TypeError: The shapes differ.
+
+    Examples:
+        >>> maps, left = torch.rand(8, 4, 4), torch.tensor([0.0, 0.0, 0.5, 1.0])
+        >>> coupling_rate(maps, maps, left, 1 - left[[2, 3, 0, 1]])
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 3.1, Fig 3, Table 7.
+    """
+    pooled = []
+    for features, box in ((together, box_a), (alone, box_a), (together, box_b)):
+        roi = roi_align(features, box[..., None, :], 1, sampling_ratio=0).features
+        pooled.append(l2_normalize(roi.flatten(-4)))
+    first, second, other = pooled
+    coupled, free = (first * other).sum(-1), (second * other).sum(-1)
+    return torch.where(free != 0, coupled / torch.where(free != 0, free, 1.0), 0.0)
+
+
+@typed
+def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Tensor, "*batch"]:
+    """Positional bias of a layer: how alike the same object's features are at nine places.
+
+    Repeat an image in a 3 x 3 grid (`images.repeat(1, 1, 3, 3)`), encode it, and compare the
+    central third of the map with the eight others, pooled. 1 is ideal: the nine are identical, and
+    only the border of the image (zero padding) can tell them apart. So it is for pictures of whole
+    cells, a multiple of the layer's stride in pixels; others fall differently on the nine.
+
+    Args:
+        features: Feature maps of images that hold the same picture nine times.
+
+    Returns:
+        Mean cosine of the centre and the other eight, in at least float32.
+
+    Raises:
+        ValueError: The map has no cell.
+
+    Examples:
+        >>> mean_cosine_similarity(torch.rand(8, 4, 4).repeat(1, 3, 3))
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 3.2, Fig 4, Table 7.
+    """
+    places = grid_points(widen(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
+    boxes = torch.cat([places - 1 / 6, places + 1 / 6], -1)
+    nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
+    rows = l2_normalize(nine.features.flatten(-3))
+    cosine = (rows * rows[..., 4:5, :]).sum(-1)
+    return (cosine.sum(-1) - cosine[..., 4]) / 8
+
+
+@typed
+def layer_bias(
+    model: torch.nn.Module,
+    objects: Float[Tensor, "n c h w"],
+    layers: Sequence[str],
+    *,
+    patch: int | None = None,
+    chunk: int = 64,
+) -> LayerBias:
+    """Coupling rate and positional bias of each layer of a model, over pictures of objects.
+
+    Each object has the next one as its neighbour. Call it on a model in evaluation mode that
+    normalises its input itself (`torch.nn.Sequential(normalize, encoder)`, with the layers then
+    named `"1.layer4"`), so that 0 is black.
+
+    Args:
+        model: The model; it is called with images alone.
+        objects: Pictures of objects, cut out and resized. The images made of them are three times
+            as large: take about a third of the training size, and whole cells of the deepest layer
+            (a multiple of its stride); otherwise the nine fall differently on its cells.
+        layers: Names of modules, as in `layer_features`.
+        patch: Side of a ViT's patches in pixels, as in `layer_features`.
+        chunk: Objects measured at a time: bounds the memory.
+
+    Returns:
+        The means over the objects, one number for each layer.
+
+    Raises:
+        ValueError: There are fewer than two objects, the chunk is below 1, or as `layer_features`.
+
+    Examples:
+        >>> layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
+        LayerBias(coupling_rate=tensor([1.]), mean_cosine=tensor([1.]))
+
+    References:
+        D3SSL, Sec 3, Fig 3 and 4, Table 7.
+    """
+    if len(objects) < 2 or chunk < 1:
+        raise ValueError(
+            f"densekit.diagnostics.layer_bias: there are {len(objects)} objects and chunk is "
+            f"{chunk}; give two objects or more, and 1 or more at a time."
+        )
+    rates, cosines = [], []
+    for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
+        made = coupling_images(own, other)
+        together, alone, nine = (
+            layer_features(model, x, layers, patch=patch).values()
+            for x in (made.together, made.alone, own.repeat(1, 1, 3, 3))
+        )
+        pairs = zip(together, alone, strict=True)
+        rates.append(torch.stack([coupling_rate(*x, made.box_a, made.box_b) for x in pairs]))
+        cosines.append(torch.stack([mean_cosine_similarity(x) for x in nine]))
+    return LayerBias(*(torch.cat(values, -1).mean(-1) for values in (rates, cosines)))
+
+
+@typed
+def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Paint feature maps with their three principal components, for looking at them.
+
+    The components are those of all cells together, so that a colour means the same in every map;
+    each is stretched to [0, 1].
+
+    Args:
+        features: Feature maps; what is not finite counts as 0.
+
+    Returns:
+        Colour maps in [0, 1], in float32; components that do not exist (fewer than three channels
+        or cells) are zero.
+
+    Examples:
+        >>> pca_colors(torch.rand(2, 16, 7, 7)).shape
+        torch.Size([2, 3, 7, 7])
+
+    References:
+        Oquab et al. 2023 (DINOv2), Fig 1.
+    """
+    n, _, h, w = features.shape
+    tokens = features.float().nan_to_num().movedim(1, -1).flatten(0, 2)
+    tokens = tokens - tokens.mean(0)
+    axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
+    colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
+    if len(tokens):
+        colors = colors - colors.amin(0)
+        spread = colors.amax(0)
+        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # below it is rounding noise
+        colors = colors / torch.where(exists, spread, torch.inf)
+    return colors.unflatten(0, (n, h, w)).movedim(-1, 1)
+
+
+def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
+    """A layer's output as feature maps, safe from what the next layers do to it in place."""
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output.clone()
+    if isinstance(output, Tensor) and output.ndim == 3 and grid:
+        front = output.shape[1] - grid[0] * grid[1]
+        if front >= 0:
+            return output[:, front:].mT.unflatten(-1, grid).contiguous()
+    what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    tokens = f"for {grid} patches" if grid else "without `patch`"
+    raise ValueError(
+        f"densekit.diagnostics.layer_features: the layer {name!r} gives {what} {tokens}; give a "
+        "layer of maps (b, d, h, w), or of tokens (b, n, d) and the side of their patches."
+    )

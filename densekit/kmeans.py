@@ -1,0 +1,272 @@
+"""k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest centroid.
+
+Half precision is widened to float32, also under autocast; no gradient flows.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from densekit.clustering import _one_if_zero, _take, sample_tokens
+from densekit.distributed import Group, all_gather, all_sum
+from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+
+__all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
+
+
+class KMeans(NamedTuple):
+    """Result of `kmeans`.
+
+    Attributes:
+        centroids: Means of the clusters.
+        labels: The nearest centroid of each point, -1 where the point is not valid.
+        inertia: Sum of squared distances of the valid points to their centroids.
+    """
+
+    centroids: Float[Tensor, "*batch k d"]
+    labels: Integer[Tensor, "*batch n"]
+    inertia: Float[Tensor, "*batch"]
+
+
+@typed
+def kmeans_plus_plus(
+    points: Float[Tensor, "*batch n d"],
+    count: int,
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch count d"]:
+    """Draw start centroids for k-means: points that lie far from those drawn before.
+
+    The first is a point drawn evenly, each next one a point drawn in proportion to its squared
+    distance from the nearest centroid so far.
+
+    Args:
+        points: n points.
+        count: How many centroids; points repeat when there are fewer different ones.
+        valid: Points to draw from; all when left out. Without any the centroids are zero.
+        generator: Source of the random numbers.
+
+    Returns:
+        The drawn points, in at least float32; no gradient flows.
+
+    Raises:
+        ValueError: `count` is negative, or there is no point to draw.
+
+    Examples:
+        >>> points = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
+        >>> kmeans_plus_plus(points, 2).sum()
+        tensor(10.)
+
+    References:
+        Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, Sec 2.2.
+    """
+    if count < 0 or (count and not points.shape[-2]):
+        raise ValueError(
+            f"densekit.kmeans.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
+            "give a count of 0 or more, and a point to draw."
+        )
+    x = widen(points.detach())
+    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
+    x = torch.where(usable[..., None], x, 0.0)
+    chosen, weight = [x[..., :0, :]], usable.to(x)
+    for number in range(count):
+        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
+        chosen.append(_take(x, sample_tokens(weight, 1, generator=generator)))
+        square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
+        weight = torch.minimum(weight, square) if number else square
+    return torch.cat(chosen, -2)
+
+
+@typed
+def kmeans(
+    points: Float[Tensor, "*batch n d"],
+    start: Float[Tensor, "*batch k d"],
+    valid: Bool[Tensor, "*batch n"] | None = None,
+    *,
+    iterations: int = 20,
+) -> KMeans:
+    """Lloyd's k-means, batched: points go to the nearest centroid, centroids to the means.
+
+    A cluster that loses all its points starts again at the point that lies farthest from its
+    centroid, several such clusters at the next farthest ones.
+
+    Args:
+        points: n points.
+        start: Where the centroids start
+            ([`kmeans_plus_plus`][densekit.kmeans.kmeans_plus_plus]).
+        valid: Points to use; all when left out.
+        iterations: How often the centroids move, at most some dozens in practice.
+
+    Returns:
+        Centroids, labels and inertia, in at least float32; no gradient flows.
+
+    Raises:
+        ValueError: There is no centroid, or `iterations` is negative.
+
+    Examples:
+        >>> points = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
+        >>> kmeans(points, torch.tensor([[0.0], [1.0]])).centroids.T
+        tensor([[0.5000, 9.5000]])
+
+    References:
+        Lloyd, Least squares quantization in PCM; CrOC, Sec 4.2 (unsupervised segmentation).
+    """
+    if not start.shape[-2] or iterations < 0:
+        raise ValueError(
+            f"densekit.kmeans.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
+            "came; give one or more centroids and 0 or more iterations."
+        )
+    x, centers = widen(points.detach()), widen(start.detach())
+    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
+    x = torch.where(usable[..., None], x, 0.0)
+    # Distances are differences of squares here: from the mean they keep their precision.
+    mean = (x.sum(-2) / _one_if_zero(usable.sum(-1, keepdim=True)))[..., None, :]
+    x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
+    spare = min(x.shape[-2], centers.shape[-2])
+    with torch.autocast(x.device.type, enabled=False):
+        for _ in range(iterations if spare else 0):
+            square, labels = _nearest(x, centers)
+            own = (labels[..., None] == torch.arange(centers.shape[-2], device=x.device)).to(x)
+            own = torch.where(usable[..., None], own, 0.0)
+            count = own.sum(-2)[..., None]
+            far = torch.where(usable, square, -1.0).topk(spare)
+            rank = ((count == 0).cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
+            restart = _take(x, far.indices.gather(-1, rank))
+            restart = torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
+            centers = torch.where(count > 0, own.mT @ x / _one_if_zero(count), restart)
+        square, labels = _nearest(x, centers)
+    inertia = torch.where(usable, square, 0.0).sum(-1)
+    return KMeans(centers + mean, torch.where(usable, labels, -1), inertia)
+
+
+@typed
+def minibatch_kmeans(
+    points: Float[Tensor, "n d"],
+    clusters: int,
+    *,
+    steps: int = 10,
+    batch: int = 4096,
+    sample: int = 256,
+    iterations: int = 10,
+    group: Group = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "clusters d"]:
+    """Centroids of a large set: k-means on a sample, then steps on batches drawn from all points.
+
+    `kmeans` on `sample * clusters` points, from `kmeans_plus_plus` on a quarter of them, gives the
+    start. In a step, each centroid moves to the mean of all points it was given so far, those of
+    the sample included, so that the steps grow smaller. Over processes, each draws from its own
+    points, and sums are shared.
+
+    Args:
+        points: n points, such as the cells of all feature maps; what is not finite is left out.
+        clusters: How many centroids.
+        steps: How many batches to take after the sample; 0 is k-means on the sample alone.
+        batch: Points of a batch, of each process.
+        sample: Points of the sample for each cluster, of all processes; all when there are fewer.
+        iterations: Of `kmeans` on the sample.
+        group: Processes that hold the points together; None is this process alone.
+        generator: Source of the draws, on the points' device; over processes it is needed, in the
+            same state on each.
+
+    Returns:
+        The centroids, in at least float32, the same on all processes.
+
+    Raises:
+        ValueError: There is no point or cluster, a count is negative, or a generator is missing.
+
+    Examples:
+        >>> points = torch.tensor([[0.0], [1.0], [9.0], [10.0]]).repeat(100, 1)
+        >>> minibatch_kmeans(points, 2, steps=0).sort(0).values.T
+        tensor([[0.5000, 9.5000]])
+
+    References:
+        Sculley 2010, Web-scale k-means clustering; CrOC, Sec 4.2 (unsupervised segmentation).
+    """
+    counts = f"clusters={clusters}, steps={steps}, batch={batch}, sample={sample}"
+    if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0 or not len(points):
+        raise ValueError(
+            f"densekit.kmeans.minibatch_kmeans: {len(points)} points, {counts} and "
+            f"iterations={iterations} came; give a point, 1 or more clusters, batch and sample, "
+            "and 0 or more steps and iterations."
+        )
+    if group is not None and generator is None:
+        raise ValueError(
+            "densekit.kmeans.minibatch_kmeans: a group came without a generator; give one, in the "
+            "same state on all processes, so that all start from the same centroids."
+        )
+
+    def take(rows: Tensor) -> tuple[Tensor, Tensor]:
+        x = widen(points[rows].detach())
+        usable = x.sum(-1).isfinite()
+        return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
+
+    device, seed = (
+        points.device,
+        torch.randint(2**31, (), generator=generator, device=points.device),
+    )
+    share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
+    own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
+    known, usable = (all_gather(x, group, ragged=True) for x in own)
+    draws = torch.Generator(device).manual_seed(int(seed))
+    # A start takes clusters x points, one after the other: of each process every fourth point.
+    step = max(1, min(4, len(known) // clusters))
+    start = kmeans_plus_plus(known[::step], clusters, usable[::step], generator=draws)
+    centers, labels, _ = kmeans(known, start, usable, iterations=iterations)
+    mass = torch.nn.functional.one_hot(labels + 1, clusters + 1)[:, 1:].sum(0).to(centers)
+    for _ in range(steps):
+        rows = torch.randint(len(points), (batch,), generator=generator, device=device)
+        x, usable = take(rows)
+        each = torch.nn.functional.one_hot(nearest_centroids(x, centers), clusters).to(x)
+        each = each * usable[:, None]
+        with torch.autocast(device.type, enabled=False):
+            added = all_sum(torch.cat([each.sum(0)[:, None], each.mT @ x], 1), group)
+        mass = mass + added[:, 0]
+        centers = centers + (added[:, 1:] - added[:, :1] * centers) / mass.clamp(min=1)[:, None]
+    return centers
+
+
+@typed
+def nearest_centroids(
+    points: Float[Tensor, "*batch n d"], centroids: Float[Tensor, "*batch k d"]
+) -> Integer[Tensor, "*batch n"]:
+    """The nearest centroid of each point, by Euclidean distance.
+
+    Args:
+        points: n points.
+        centroids: k centroids (`minibatch_kmeans`, `kmeans`).
+
+    Returns:
+        Index of the nearest centroid; of several as near, the first.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: There is no centroid.
+
+    Examples:
+        >>> nearest_centroids(torch.tensor([[0.2], [0.9]]), torch.tensor([[1.0], [0.0]]))
+        tensor([1, 0])
+
+    References:
+        Lloyd, Least squares quantization in PCM.
+    """
+    if not centroids.shape[-2]:
+        raise ValueError("densekit.kmeans.nearest_centroids: give one or more centroids.")
+    x, centers = widen(points.detach()), widen(centroids.detach())
+    # ||x - c||^2 up to ||x||^2, about the mean m of the centroids: differences of squares are
+    # precise near the origin only, and the points themselves need no copy so.
+    mean = centers.mean(-2, keepdim=True)
+    centers = centers - mean
+    bias = centers.square().sum(-1) / 2 + (centers * mean).sum(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x @ centers.mT.to(x)).sub_(bias[..., None, :].to(x)).argmax(-1)
+
+
+def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance to the nearest center, and its index."""
+    if not x.shape[-2]:
+        return x.sum(-1), x.sum(-1).long()
+    square = centers.square().sum(-1)[..., None, :] - 2 * (x @ centers.mT)
+    least, labels = square.min(-1)
+    return (least + x.square().sum(-1)).clamp(min=0), labels

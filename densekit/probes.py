@@ -1,0 +1,665 @@
+"""What frozen features know: linear classifiers, nearest neighbours, labels through a video.
+
+Features come as arrays: rows `(n, d)`, or maps `(n, d, h, w)`. What a protocol predicts on maps are
+class scores `(n, classes, h, w)`; `segmentation_counts` compares them with labels of any size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from densekit.losses import l2_normalize
+from densekit.metrics import Accuracy, accuracy, confusion_matrix, mean_iou
+from densekit.sampling import grid_points, gridsample
+from densekit.schedules import cosine_schedule
+from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+
+__all__ = [
+    "LinearProbe",
+    "SegmentationScore",
+    "fit_linear_probe",
+    "fit_svm",
+    "knn_votes",
+    "linear_maps",
+    "linear_segmentation",
+    "object_knn",
+    "propagate_labels",
+    "propagate_video",
+    "segmentation_counts",
+    "train_linear_probe",
+]
+
+
+class SegmentationScore(NamedTuple):
+    """How well images are segmented, and how well without looking at them.
+
+    Attributes:
+        miou: Mean IoU, in [0, 1].
+        prior_miou: Mean IoU of saying the most frequent class everywhere.
+    """
+
+    miou: Float[Tensor, ""]
+    prior_miou: Float[Tensor, ""]
+
+
+class LinearProbe(NamedTuple):
+    """A linear classifier of features.
+
+    Attributes:
+        weight: Weights; `features @ weight + bias` are the class scores.
+        bias: Offsets.
+        prior: Share of each class among the rows it was fitted on.
+    """
+
+    weight: Float[Tensor, "d classes"]
+    bias: Float[Tensor, " classes"]
+    prior: Float[Tensor, " classes"]
+
+
+@typed
+def fit_linear_probe(
+    features: Float[Tensor, "n d"],
+    labels: Integer[Tensor, " n"],
+    *,
+    classes: int,
+    ignore: int = 255,
+    penalty: float = 1e-3,
+) -> LinearProbe:
+    r"""Fit a linear classifier in closed form: ridge regression onto one-hot labels.
+
+    A quick stand-in for a linear layer trained by SGD. Features are standardised, so that the
+    penalty means the same at every scale; the result applies to the raw features.
+
+    Args:
+        features: Frozen features, one row a cell.
+        labels: Class of each row.
+        classes: How many classes there are.
+        ignore: Label of the rows to leave out.
+        penalty: Ridge penalty, per row.
+
+    Returns:
+        The classifier in float32; `(features @ probe.weight + probe.bias).argmax(-1)` predicts.
+
+    Raises:
+        TypeError: The counts of features and labels differ.
+        ValueError: There is no class, or the penalty is not positive.
+
+    Examples:
+        >>> features = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
+        >>> probe = fit_linear_probe(features, torch.tensor([0, 0, 1, 1]), classes=2)
+        >>> (features @ probe.weight + probe.bias).argmax(-1)
+        tensor([0, 0, 1, 1])
+
+    References:
+        CrOC, Sec 4.2 (linear segmentation); Hastie et al. 2009, Sec 3.4.1 and 4.2.
+    """
+    if classes < 1 or not penalty > 0:
+        raise ValueError(
+            f"densekit.probes.fit_linear_probe: classes is {classes} and penalty {penalty}; "
+            "give at least one class and a penalty above 0."
+        )
+    labels = labels.long()
+    keep = (labels != ignore) & (labels >= 0) & (labels < classes)
+    rows = keep.sum().clamp(min=1)
+    x = torch.where(keep[:, None], features.double(), 0.0)
+    mean = x.sum(0) / rows
+    rounding = 1e-12 * x.abs().amax(0) if len(x) else mean
+    x = torch.where(keep[:, None], x - mean, 0.0)
+    deviation = (x.square().sum(0) / rows).sqrt()
+    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # a constant says nothing
+    x = x / deviation
+    target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
+    target = torch.where(keep[:, None], target, 0.0)
+    prior = target.sum(0) / rows
+    gram = x.mT @ x / rows + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram, x.mT @ (target - prior) / rows) / deviation[:, None]
+    return LinearProbe(weight.float(), (prior - mean @ weight).float(), prior.float())
+
+
+@typed
+def linear_segmentation(
+    features: Float[Tensor, "n d h w"],
+    test_features: Float[Tensor, "m d h w"],
+    labels: Integer[Tensor, "n big_h big_w"],
+    test_labels: Integer[Tensor, "m big_h big_w"],
+    *,
+    classes: int,
+    ignore: int = 255,
+    stride: int = 4,
+    penalty: float = 1e-3,
+) -> SegmentationScore:
+    """Score frozen feature maps by linear segmentation of held-out images, in closed form.
+
+    Features are resized bilinearly to every `stride`-th pixel of the label maps, `fit_linear_probe`
+    is fitted there, and the held-out images are scored at the same pixels. It takes seconds and
+    no learning rate; it is no substitute for the papers' protocol, a linear layer trained by SGD.
+
+    Args:
+        features: Feature maps to fit on.
+        test_features: Feature maps to score.
+        labels: Class maps of the images to fit on, of any size.
+        test_labels: Class maps of the images to score.
+        classes: How many classes there are.
+        ignore: Label of the pixels to leave out.
+        stride: Use every `stride`-th pixel of the labels in each direction.
+        penalty: As in `fit_linear_probe`.
+
+    Returns:
+        The mean IoU over the held-out images, and that of the most frequent class to fit on.
+
+    Raises:
+        TypeError: Counts or channels do not fit.
+        ValueError: The stride is not positive, or as `fit_linear_probe`.
+
+    Examples:
+        >>> labels = torch.arange(4).repeat(2, 8, 2)
+        >>> features = torch.nn.functional.one_hot(labels).movedim(-1, 1).float()
+        >>> linear_segmentation(features, features, labels, labels, classes=4, stride=1).miou
+        tensor(1.)
+
+    References:
+        CrOC, Sec 4.2 (the protocol this stands in for).
+    """
+    if stride < 1:
+        raise ValueError(
+            f"densekit.probes.linear_segmentation: stride is {stride}; give 1 or more."
+        )
+    h, w = labels.shape[-2:]
+    offset = min(stride, h, w) // 2
+    points = grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0], device=features.device), (h, w))
+    points = points.unflatten(0, (h, w))[offset::stride, offset::stride].flatten(0, 1)
+
+    def rows(maps: Tensor, targets: Tensor):
+        sampled = gridsample(maps, points.expand(len(maps), *points.shape))
+        return sampled.flatten(0, 1), targets[:, offset::stride, offset::stride].flatten()
+
+    sampled, targets = rows(features, labels)
+    probe = fit_linear_probe(sampled, targets, classes=classes, ignore=ignore, penalty=penalty)
+    frequent = probe.prior.argmax()
+    sampled, targets = rows(test_features, test_labels)
+    with torch.autocast(sampled.device.type, enabled=False):
+        predictions = (sampled.float() @ probe.weight + probe.bias).argmax(-1)
+    scores = (
+        mean_iou(confusion_matrix(targets, guess, classes=classes, ignore=ignore))
+        for guess in (predictions, frequent.expand_as(predictions))
+    )
+    return SegmentationScore(*scores)
+
+
+@typed
+def train_linear_probe(
+    features: Float[Tensor, "n d h w"],
+    labels: Integer[Tensor, "n big_h big_w"],
+    *,
+    classes: int,
+    ignore: int = 255,
+    epochs: int = 25,
+    batch: int = 16,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> LinearProbe:
+    """Train a linear layer on frozen feature maps by SGD with cross-entropy: linear segmentation.
+
+    The scores are resized bilinearly to the labels. Features are standardised over the set (a batch
+    norm without weights, fixed), the learning rate falls along a cosine. For classification give
+    maps of one cell: `features[..., None, None]` and `labels[:, None, None]`.
+
+    Args:
+        features: Frozen feature maps.
+        labels: Class maps of the same images, of any size.
+        classes: How many classes there are.
+        ignore: Label of the pixels to leave out, as any other number outside [0, classes).
+        epochs: Passes over the images.
+        batch: Images a step.
+        lr: Learning rate at the start.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on the weights of the standardised features and on the offsets.
+        generator: Source of the order of the images, on the CPU.
+
+    Returns:
+        The classifier of the raw features (`linear_maps` applies it), in float32.
+
+    Raises:
+        ValueError: There is no class, cell or epoch, or the batch is below 1.
+
+    Examples:
+        >>> labels = torch.arange(2).repeat(8, 4, 2)
+        >>> maps = torch.nn.functional.one_hot(labels).movedim(-1, 1).float()
+        >>> probe = train_linear_probe(maps, labels, classes=2)
+        >>> bool((linear_maps(probe, maps).argmax(1) == labels).all())
+        True
+
+    References:
+        CrOC, Sec 4.2 and Appendix C.
+    """
+    n, _, h, w = features.shape
+    if min(classes, n * h * w, epochs, batch) < 1:
+        raise ValueError(
+            f"densekit.probes.train_linear_probe: classes is {classes}, epochs {epochs}, batch "
+            f"{batch} and there are {n} maps of {h} x {w} cells; give one or more of each."
+        )
+    x, y = features.detach(), labels.long()
+    y = torch.where((y >= 0) & (y < classes), y, ignore)
+    flat = x.double().movedim(1, -1).flatten(0, 2)
+    mean = flat.mean(0)
+    deviation = (flat - mean).square().mean(0).sqrt()
+    scale = 1 / torch.where(deviation > 1e-12 * flat.abs().amax(0), deviation, torch.inf)
+    mean, scale = (v.float()[:, None, None] for v in (mean, scale))
+    steps, step = epochs * -(-len(x) // batch), 0
+    with _gradients(x):
+        weight = x.new_zeros(x.shape[1], classes, dtype=torch.float32, requires_grad=True)
+        bias = x.new_zeros(classes, dtype=torch.float32, requires_grad=True)
+        optimizer = torch.optim.SGD([weight, bias], lr, momentum, weight_decay=weight_decay)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+                optimizer.param_groups[0]["lr"] = cosine_schedule(step, steps, start=lr)
+                maps = (x[rows].float() - mean) * scale
+                scores = _resize(_scores(maps, weight, bias), y.shape[-2:])
+                counted = (y[rows] != ignore).sum().clamp(min=1)
+                loss = torch.nn.functional.cross_entropy(
+                    scores, y[rows], ignore_index=ignore, reduction="sum"
+                )
+                optimizer.zero_grad()
+                (loss / counted).backward()
+                optimizer.step()
+                step += 1
+        weight = weight.detach() * scale[:, :, 0]
+        bias = bias.detach() - mean[:, 0, 0] @ weight
+    counts = y[y != ignore].bincount(minlength=classes)
+    return LinearProbe(weight, bias, counts / counts.sum().clamp(min=1))
+
+
+@typed
+def fit_svm(
+    features: Float[Tensor, "n d"],
+    targets: Bool[Tensor, "n classes"],
+    *,
+    cost: float = 1.0,
+    iterations: int = 200,
+) -> LinearProbe:
+    r"""Fit a linear support vector machine for each class, against all others.
+
+    `min ||w||^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2`, with y = 1 where the image holds the
+    class and -1 elsewhere, and the offset b in the norm, as in LIBLINEAR. An image may hold several
+    classes. Score it with `average_precision`.
+
+    Args:
+        features: Frozen features, one row an image; scale them alike, such as by
+            `l2_normalize`: the cost depends on it.
+        targets: True where the image holds the class.
+        cost: C, the price of a margin that is not kept.
+        iterations: At most so many steps of L-BFGS; it stops where nothing moves.
+
+    Returns:
+        The classifiers, in float32; `features @ svm.weight + svm.bias` are the scores.
+
+    Raises:
+        ValueError: The cost or the iterations are not positive.
+
+    Examples:
+        >>> svm = fit_svm(torch.tensor([[-1.0], [1.0]]), torch.tensor([[False], [True]]))
+        >>> (torch.tensor([[-2.0], [2.0]]) @ svm.weight + svm.bias > 0).flatten()
+        tensor([False,  True])
+
+    References:
+        DUPR, Table 1b; Fan et al. 2008 (LIBLINEAR), Eq 2.
+    """
+    if not cost > 0 or iterations < 1:
+        raise ValueError(
+            f"densekit.probes.fit_svm: cost is {cost} and iterations is {iterations}; give a cost "
+            "above 0 and one iteration or more."
+        )
+    with _gradients(features):
+        x = torch.nn.functional.pad(features.detach().double(), (0, 1), value=1.0)
+        sign = targets.double() * 2 - 1
+        weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [weight],
+            max_iter=iterations,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-14,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            slack = (1 - sign * (x @ weight)).clamp(min=0)
+            value = weight.square().sum() / 2 + cost * slack.square().sum()
+            value.backward()
+            return value
+
+        if weight.numel():
+            optimizer.step(objective)
+    fitted, prior = weight.detach().float(), targets.float().sum(0) / max(1, len(targets))
+    return LinearProbe(fitted[:-1], fitted[-1], prior)
+
+
+@typed
+def linear_maps(
+    probe: LinearProbe, features: Float[Tensor, "n d h w"]
+) -> Float[Tensor, "n classes h w"]:
+    """Class scores of a linear classifier at every cell.
+
+    Args:
+        probe: The classifier (`fit_linear_probe`, `train_linear_probe`).
+        features: Feature maps.
+
+    Returns:
+        Scores, in at least float32.
+
+    Raises:
+        TypeError: The channels do not fit.
+
+    Examples:
+        >>> probe = LinearProbe(torch.eye(2), torch.zeros(2), torch.ones(2) / 2)
+        >>> linear_maps(probe, torch.ones(1, 2, 3, 3)).shape
+        torch.Size([1, 2, 3, 3])
+
+    References:
+        CrOC, Sec 4.2.
+    """
+    x = widen(features)
+    with torch.autocast(x.device.type, enabled=False):
+        return _scores(x, probe.weight.to(x), probe.bias.to(x))
+
+
+@typed
+def segmentation_counts(
+    scores: Float[Tensor, "n clusters h w"],
+    labels: Integer[Tensor, "n big_h big_w"],
+    *,
+    classes: int | None = None,
+    ignore: int = 255,
+) -> Integer[Tensor, "n classes clusters"]:
+    """Compare class scores of any size with label maps: one confusion matrix for each image.
+
+    The scores are resized bilinearly to the labels, and the best one is the prediction. Sum the
+    matrices for the score of the set, and give them to `bootstrap` for its interval.
+
+    Args:
+        scores: Scores of classes, or of clusters: `one_hot` maps, votes, logits.
+        labels: Class maps.
+        classes: How many classes there are; as many as scores when left out.
+        ignore: Label to leave out, as in `confusion_matrix`.
+
+    Returns:
+        Counts: labels as rows, predictions as columns.
+
+    Raises:
+        ValueError: There is no class or no score.
+
+    Examples:
+        >>> labels = torch.tensor([[[0, 0, 1, 1]]]).expand(2, 4, 4)
+        >>> scores = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]]).expand(2, 2, 1, 2)
+        >>> segmentation_counts(scores, labels).sum(0)
+        tensor([[16,  0],
+                [ 0, 16]])
+
+    References:
+        CrOC, Sec 4.2; DenseSiam, Sec 4.3 (one matrix over the whole set).
+    """
+    clusters = scores.shape[1]
+    sizes = {"classes": clusters if classes is None else classes, "clusters": clusters}
+    if min(sizes.values()) < 1:
+        raise ValueError(
+            f"densekit.probes.segmentation_counts: {sizes} came; give one or more of each."
+        )
+    counts = [  # image by image: all scores at the size of the labels may not fit the memory
+        confusion_matrix(y, _resize(x[None], y.shape)[0].argmax(0), ignore=ignore, **sizes)
+        for x, y in zip(scores.detach(), labels, strict=True)
+    ]
+    empty = labels.new_zeros(0, *sizes.values(), dtype=torch.long)
+    return torch.stack(counts) if counts else empty
+
+
+@typed
+def knn_votes(
+    features: Float[Tensor, "n d"],
+    gallery: Float[Tensor, "m d"],
+    gallery_labels: Integer[Tensor, " m"],
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int | None = None,
+) -> Float[Tensor, "n classes"]:
+    """Let the nearest neighbours in a gallery vote for the class of each row.
+
+    The k nearest by cosine vote with `exp(cosine / t)`, here divided by the sum of the votes. Rows
+    are images (image kNN), objects (`object_knn`), or the cells of feature maps: retrieval
+    segmentation, where unflattened votes are the scores of `segmentation_counts`.
+
+    Args:
+        features: Rows to classify.
+        gallery: Rows whose class is known; one that is not finite has no vote.
+        gallery_labels: Their classes; one outside [0, classes) has no vote.
+        classes: How many classes there are.
+        k: Neighbours that vote; all when the gallery has fewer.
+        temperature: Divides the cosine in a vote.
+        chunk: Rows classified at a time, which bounds the memory to `chunk x m` numbers; when
+            left out as many as make 2^27 numbers (half a gigabyte), one at least.
+
+    Returns:
+        Share of the votes for each class, in at least float32; a row that is not finite, or has
+        no neighbour with a vote, has zeros.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: `classes`, `k` or `chunk` is below 1, or the temperature is not positive.
+
+    Examples:
+        >>> gallery, labels = torch.eye(2), torch.tensor([0, 1])
+        >>> knn_votes(torch.tensor([[1.0, 0.2]]), gallery, labels, classes=2).argmax(1)
+        tensor([0])
+
+    References:
+        Wu et al. 2018, Sec 3.4 (weighted vote); D3SSL, Sec 5.3.
+    """
+    chunk = max(1, 2**27 // max(1, len(gallery))) if chunk is None else chunk
+    if min(classes, k, chunk) < 1 or not temperature > 0:
+        raise ValueError(
+            f"densekit.probes.knn_votes: classes is {classes}, k {k}, chunk {chunk} and "
+            f"temperature {temperature}; give at least 1, and a temperature above 0."
+        )
+    known, k = l2_normalize(gallery), min(k, len(gallery))
+    known_labels = gallery_labels.long()
+    usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
+    known, known_labels = torch.where(usable[:, None], known, 0.0), known_labels * usable
+    bias = torch.where(usable, 0.0, -torch.inf).to(known)
+    shares = []
+    for rows in features.split(chunk):
+        with torch.autocast(features.device.type, enabled=False):
+            nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
+        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # no vote: NaN
+        votes = weights.new_zeros(len(rows), classes)
+        shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
+    return torch.cat(shares)
+
+
+@typed
+def object_knn(
+    features: Float[Tensor, "n d"],
+    labels: Integer[Tensor, " n"],
+    gallery: Float[Tensor, "m d"],
+    gallery_labels: Integer[Tensor, " m"],
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int | None = None,
+) -> Accuracy:
+    """Classify objects by their nearest neighbours in a gallery.
+
+    The k nearest by cosine vote (`knn_votes`). Features of objects are RoIAlign of their boxes,
+    averaged. For the disturbed protocol everything outside an object's box is replaced by another
+    image before encoding: `composite(images, others, boxes_to_mask(boxes, size))`.
+
+    Args:
+        features: One row an object to classify.
+        labels: Their classes; an object with a number outside [0, classes) is not counted.
+        gallery: One row for each known object; one that is not finite has no vote.
+        gallery_labels: Their classes; one outside [0, classes) has no vote.
+        classes: How many classes there are.
+        k: Neighbours that vote; all when the gallery has fewer.
+        temperature: Divides the cosine in a vote.
+        chunk: Objects classified at a time, as in `knn_votes`.
+
+    Returns:
+        Overall and macro accuracy, in [0, 1]; 0 without an object or without a gallery.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: As `knn_votes`.
+
+    Examples:
+        >>> gallery, labels = torch.eye(2), torch.tensor([0, 1])
+        >>> object_knn(gallery, labels, gallery, labels, classes=2).overall
+        tensor(1.)
+
+    References:
+        D3SSL, Sec 5.3, Table 4; Wu et al. 2018, Sec 3.4 (weighted vote).
+    """
+    options = {"classes": classes, "k": k, "temperature": temperature, "chunk": chunk}
+    votes = knn_votes(features, gallery, gallery_labels, **options)
+    best = votes.max(1)
+    named = torch.where(best.values > 0, best.indices, -1)
+    return accuracy(labels, named, classes=classes)
+
+
+@typed
+def propagate_labels(
+    features: Float[Tensor, "d h w"],
+    context: Float[Tensor, "t d h w"],
+    context_labels: Float[Tensor, "t c h w"],
+    *,
+    radius: int = 12,
+    k: int = 5,
+    temperature: float = 0.1,
+    chunk: int = 1024,
+) -> Float[Tensor, "c h w"]:
+    """Carry labels from earlier frames of a video to the next, by nearest neighbours.
+
+    Each cell takes the labels of the k cells of the earlier frames that are most alike, among
+    those at most `radius` rows and columns away, weighted by `exp(cosine / t)`.
+
+    Args:
+        features: Feature map of the new frame.
+        context: Feature maps of t earlier frames.
+        context_labels: Their labels: c shares in each cell, such as one-hot objects.
+        radius: How far an object may have moved, in cells.
+        k: Neighbours to take.
+        temperature: Divides the cosine.
+        chunk: Cells at a time: bounds the memory to `chunk x t h w` numbers.
+
+    Returns:
+        Shares of the new frame, in at least float32.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: There is no earlier frame, `k` or `chunk` is below 1, the radius is negative, or
+            the temperature is not positive.
+
+    Examples:
+        >>> maps = torch.eye(9).view(1, 9, 3, 3)
+        >>> labels = torch.rand(1, 2, 3, 3)
+        >>> torch.equal(propagate_labels(maps[0], maps, labels, k=1), labels[0])
+        True
+
+    References:
+        Caron et al. 2021 (DINO), Sec 4.2.2; Jabri et al. 2020; CrOC, Appendix D.
+    """
+    t, _, h, w = context.shape
+    if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
+        raise ValueError(
+            f"densekit.probes.propagate_labels: {t} frames, k={k}, chunk={chunk}, radius={radius} "
+            f"and temperature={temperature} came; give 1 or more frames, k and chunk, a radius "
+            "from 0, and a temperature above 0."
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        own = l2_normalize(features.flatten(1).mT)
+        known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
+        labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
+        cell = torch.arange(h * w, device=features.device)
+        place = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
+        found = []
+        for rows, at in zip(own.split(chunk), place.split(chunk), strict=True):
+            far = ((at[:, None] - place).abs() > radius).any(-1).repeat(1, t)
+            best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
+            weights = (best.values / temperature).softmax(-1)
+            found.append((weights[..., None] * labels[best.indices]).sum(1))
+    return torch.cat(found).mT.unflatten(-1, (h, w))
+
+
+@typed
+def propagate_video(
+    features: Float[Tensor, "t d h w"],
+    first: Float[Tensor, "c h w"],
+    *,
+    context: int = 7,
+    radius: int = 12,
+    k: int = 5,
+    temperature: float = 0.1,
+) -> Float[Tensor, "t c h w"]:
+    """Carry the labels of a video's first frame through all others.
+
+    Each frame is labelled from the first one and the `context` frames before it, by
+    `propagate_labels`; nothing is learned.
+
+    Args:
+        features: Feature maps of the frames, in order.
+        first: Labels of the first frame: c shares in each cell.
+        context: Frames before the current one that are used, besides the first.
+        radius: As in `propagate_labels`.
+        k: As in `propagate_labels`.
+        temperature: As in `propagate_labels`.
+
+    Returns:
+        Shares of all frames, in at least float32; resize them bilinearly and take the best.
+
+    Raises:
+        ValueError: There is no frame, the context is negative, or as `propagate_labels`.
+
+    Examples:
+        >>> features = torch.rand(1, 9, 3, 3).expand(4, 9, 3, 3)  # nothing moves
+        >>> first = torch.rand(2, 3, 3)
+        >>> torch.allclose(propagate_video(features, first, k=1), first.expand(4, 2, 3, 3))
+        True
+
+    References:
+        Caron et al. 2021 (DINO), Sec 4.2.2 (7 frames, radius 12, the 5 nearest); CrOC, Appendix D.
+    """
+    if not len(features) or context < 0:
+        raise ValueError(
+            f"densekit.probes.propagate_video: {len(features)} frames and context={context} came; "
+            "give a frame or more, and a context of 0 or more."
+        )
+    labels = [widen(first)]
+    for now in range(1, len(features)):
+        used = sorted({0, *range(max(0, now - context), now)})
+        known = torch.stack([labels[i] for i in used])
+        options = {"radius": radius, "k": k, "temperature": temperature}
+        labels.append(propagate_labels(features[now], features[used], known, **options))
+    return torch.stack(labels)
+
+
+@contextlib.contextmanager
+def _gradients(x: Tensor) -> Iterator[None]:
+    """Full precision and gradients, whatever the caller has turned on or off."""
+    full = torch.autocast(x.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), full:
+        yield
+
+
+def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # No convolution: on a GPU that rounds to TF32, and without a channel it gives no classes.
+    return (weight.mT @ maps.flatten(2) + bias[:, None]).unflatten(2, maps.shape[-2:])
+
+
+def _resize(scores: Tensor, size: torch.Size) -> Tensor:
+    if scores.shape[-2:] == size:
+        return scores
+    return torch.nn.functional.interpolate(scores.float(), tuple(size), mode="bilinear")

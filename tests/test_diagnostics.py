@@ -1,0 +1,643 @@
+"""Diagnostics of dense features against the papers' formulas and slow loops."""
+
+import math
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+from strategies import (
+    batches,
+    boxes_within,
+    degenerate_boxes,
+    generators,
+    image_box,
+    sizes,
+    tensors,
+    uniform,
+    valid_rows,
+)
+from torch import nn
+from torchvision import ops
+from densekit import (
+    affinity_matrix,
+    coupling_images,
+    coupling_rate,
+    layer_bias,
+    layer_features,
+    match_patches,
+    mean_cosine_similarity,
+    nearest_maps,
+    pca_colors,
+    sample_boxes_at_iou,
+    similarity_iou_curve,
+)
+
+# ---------------------------------------------------------------------------------- affinity
+
+
+@st.composite
+def feature_pairs(draw):
+    """Rows of two views `(*batch, n, d)` and `(*batch, m, d)`."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    counts = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    return tuple(draw(tensors((*batch, count, d))) for count in counts)
+
+
+def slow_affinity(rows, columns, temperature):
+    """DUPR's Eq 9, entry by entry."""
+
+    def similarity(a, b):
+        return a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)
+
+    got = np.zeros((len(rows), len(columns)))
+    for j, b in enumerate(columns):
+        total = sum(math.exp(similarity(a, b) / temperature) for a in rows)
+        for i, a in enumerate(rows):
+            got[i, j] = math.exp(similarity(a, b) / temperature) / total
+    return torch.from_numpy(got)
+
+
+@given(feature_pairs(), st.floats(1e-3, 10))
+def test_each_column_of_the_affinity_sums_to_one(pair, temperature):
+    got = affinity_matrix(*pair, temperature=temperature)
+    assert got.shape == (*pair[0].shape[:-1], pair[1].shape[-2])
+    assert ((got >= 0) & (got <= 1)).all()
+    torch.testing.assert_close(got.sum(-2), torch.ones_like(pair[1][..., 0]))
+
+
+@given(feature_pairs(), st.floats(0.05, 2))
+def test_the_affinity_is_the_papers_formula(pair, temperature):
+    got = affinity_matrix(*pair, temperature=temperature)
+    for index in np.ndindex(pair[0].shape[:-2]):
+        rows, columns = (x[index].numpy() for x in pair)
+        torch.testing.assert_close(got[index], slow_affinity(rows, columns, temperature))
+
+
+@given(feature_pairs(), generators())
+def test_permuted_rows_permute_the_affinity(pair, generator):
+    orders = [torch.randperm(x.shape[-2], generator=generator) for x in pair]
+    moved = (x[..., order, :] for x, order in zip(pair, orders, strict=True))
+    want = affinity_matrix(*pair, temperature=0.1)[..., orders[0], :][..., orders[1]]
+    torch.testing.assert_close(affinity_matrix(*moved, temperature=0.1), want)
+
+
+@given(feature_pairs(), generators())
+def test_the_length_of_the_features_does_not_matter(pair, generator):
+    longer = (x * uniform(generator, *x.shape[:-1], 1, low=0.1, high=10) for x in pair)
+    got = affinity_matrix(*longer, temperature=0.1)
+    torch.testing.assert_close(got, affinity_matrix(*pair, temperature=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_that_are_found_again_give_the_identity(dtype):
+    angles = torch.arange(12) * math.tau / 12  # neighbours have cosine 0.87
+    rows = torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
+    got = affinity_matrix(rows, rows)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got, torch.eye(12, dtype=got.dtype), rtol=0, atol=1e-6)
+
+
+def test_zero_features_are_found_nowhere_in_particular():
+    got = affinity_matrix(torch.zeros(4, 3), torch.rand(2, 3))
+    assert torch.equal(got, torch.full((4, 2), 0.25))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"affinity_matrix: temperature is {temperature}"):
+        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 3), temperature=temperature)
+
+
+def test_the_affinity_refuses_features_of_another_width():
+    with pytest.raises(TypeError, match=r"affinity_matrix: argument 'features2'.*d=3.*\(2, 4\)"):
+        affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# ------------------------------------------------------------------------------------ matches
+
+
+@given(feature_pairs(), st.integers(1, 8))
+def test_matches_are_the_best_cosines_of_a_loop(pair, k):
+    got = match_patches(*pair, k=k)
+    n, m = pair[0].shape[-2], pair[1].shape[-2]
+    assert got.indices.shape == got.similarity.shape == (*pair[0].shape[:-2], n, min(k, m))
+    for index in np.ndindex(pair[0].shape[:-2]):
+        for i, row in enumerate(pair[0][index]):
+            cosines = torch.cosine_similarity(row, pair[1][index], dim=-1) if m else row[:0]
+            want = cosines.sort(descending=True).values[:k]
+            torch.testing.assert_close(got.similarity[index][i], want)
+            chosen = got.indices[index][i]
+            assert len(chosen.unique()) == len(chosen)
+            torch.testing.assert_close(cosines[chosen], want)
+
+
+@given(feature_pairs(), generators())
+def test_permuted_patches_are_found_where_they_went(pair, generator):
+    rows = torch.cat([pair[0], torch.ones_like(pair[0][..., :1])], -1)  # no two are parallel
+    order = torch.randperm(rows.shape[-2], generator=generator)
+    lengths = uniform(generator, *rows.shape[:-1], 1, low=0.1, high=10)
+    got = match_patches(rows, (rows * lengths)[..., order, :])
+    assert (got.indices[..., 0] == order.argsort()).all()
+    torch.testing.assert_close(got.similarity, torch.ones_like(got.similarity))
+
+
+def test_matches_ignore_autocast():
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = match_patches(rows, rows)
+    assert got.indices.flatten().tolist() == [0, 1]
+    assert got.similarity.dtype == torch.float32
+
+
+@given(st.data(), sizes(high=3), st.integers(1, 6))
+def test_nearest_maps_agree_place_by_place(data, size, k):
+    d, counts = data.draw(st.integers(1, 3)), data.draw(st.tuples(*[st.integers(0, 5)] * 2))
+    maps, gallery = (data.draw(tensors((count, d, *size))) for count in counts)
+    got = nearest_maps(maps, gallery, k=k)
+    assert got.indices.shape == (counts[0], min(k, counts[1]))
+    for i, one in enumerate(maps):
+        cosines = [((one * other).sum() / one.norm() / other.norm()).item() for other in gallery]
+        want = sorted(cosines, reverse=True)[:k]
+        assert got.similarity[i].tolist() == pytest.approx(want, abs=1e-9)
+        assert [cosines[j] for j in got.indices[i]] == pytest.approx(want, abs=1e-9)
+
+
+def test_a_map_with_its_object_elsewhere_is_far():
+    one = torch.zeros(1, 2, 4, 4)
+    one[:, :, 0, 0] = 1
+    moved, alike = one.roll(2, -1), one + 0.1 * torch.rand(1, 2, 4, 4)
+    got = nearest_maps(one, torch.cat([moved, alike, one]), k=3)
+    assert got.indices.tolist() == [[2, 1, 0]]  # their means are the same
+    assert got.similarity[0, 2] == 0
+
+
+def test_matches_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"densekit.diagnostics.match_patches: k is 0; give 1"):
+        match_patches(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
+    with pytest.raises(ValueError, match="k is -1; give 1"):
+        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1), k=-1)
+    with pytest.raises(TypeError, match=r"match_patches: argument 'features2'.*d=3"):
+        match_patches(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"nearest_maps: argument 'gallery'.*h=1"):
+        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 2, 1))
+
+
+# ------------------------------------------------------------------------- similarity and IoU
+
+# Boxes here lie in the middle third: as large as they can be, their moves stay inside the map.
+MIDDLE = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3], dtype=torch.float64)
+
+
+@st.composite
+def objects(draw, batch=None, least=0):
+    """Maps `(*batch, d, h, w)`, boxes in their middle, and which to use."""
+    batch = draw(batches()) if batch is None else batch
+    d, n = draw(st.integers(2, 4)), draw(st.integers(least, 3))
+    maps = draw(tensors((*batch, d, *draw(sizes()))))
+    regions = boxes_within(draw(generators()), MIDDLE.expand(*batch, n, 4))
+    return maps, regions, draw(valid_rows((*batch, n)))
+
+
+def levels(least=0):
+    """A few overlaps in [0, 1]."""
+    return st.lists(st.floats(0, 1), min_size=least, max_size=4)
+
+
+@given(objects())
+def test_a_box_is_like_itself(case):
+    maps, regions, valid = case
+    got, found = similarity_iou_curve(maps, regions, valid, ious=(1.0, 1))
+    assert (found == valid.any()).all()
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.full_like(got, float(valid.any())))
+
+
+def test_the_affinity_ignores_autocast():
+    features = [torch.rand(9, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    want = affinity_matrix(*features)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = affinity_matrix(*features)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@given(objects(), st.floats(0.1, 2), levels())
+def test_a_constant_map_is_alike_everywhere(case, value, ious):
+    maps, regions, valid = case
+    got, _ = similarity_iou_curve(torch.full_like(maps, value), regions, valid, ious=ious)
+    torch.testing.assert_close(got, torch.full((len(ious),), float(valid.any())).double())
+
+
+@given(objects((2,), 1), levels(1), st.integers(1, 4), st.integers(0, 99))
+def test_the_curve_is_the_papers_formula(case, ious, size, seed):
+    maps, regions, valid = case
+    h, w = maps.shape[-2:]
+    got, _ = similarity_iou_curve(
+        maps, regions, valid, ious=ious, size=size, generator=torch.Generator().manual_seed(seed)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for similarity, iou in zip(got, ious, strict=True):
+        moved = sample_boxes_at_iou(regions, iou, generator=generator)
+        cosines = []
+        for index in valid.nonzero().tolist():
+            image = maps[tuple(index[:-1])][None]
+            cells = torch.stack([x[tuple(index)] for x in (regions, moved)])
+            cells = cells * torch.tensor([w, h, w, h])
+            pooled = ops.roi_align(image, [cells], size, sampling_ratio=2, aligned=True)
+            cosines.append(torch.cosine_similarity(*pooled, dim=0).mean())
+        want = torch.stack(cosines).mean() if cosines else torch.zeros(()).double()
+        torch.testing.assert_close(similarity, want)
+
+
+@given(objects(), st.data(), levels())
+def test_boxes_that_are_not_used_may_be_anything(case, data, ious):
+    maps, regions, valid = case
+    bad = data.draw(degenerate_boxes(valid.shape), label="bad") / 8
+    spoilt = torch.where(valid[..., None], regions, bad)
+
+    def curve(regions, valid):
+        generator = torch.Generator().manual_seed(0)
+        return similarity_iou_curve(maps, regions, valid, ious=ious, generator=generator)
+
+    want = curve(regions, valid)
+    torch.testing.assert_close(curve(spoilt, valid), want)
+    torch.testing.assert_close(curve(spoilt, None), want)
+
+
+def test_features_of_places_fall_off_with_the_overlap():
+    y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32 * 6] * 2, indexing="ij")
+    waves = torch.stack([x.sin(), x.cos(), y.sin(), y.cos()])
+    regions = MIDDLE.float().expand(200, 4)
+    got, _ = similarity_iou_curve(
+        waves,
+        regions,
+        ious=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert (got.diff() > 0.005).all()
+    assert got[-1].item() == pytest.approx(1)
+    # A shift by s turns half the features by 6 s: (cos 6 dx + cos 6 dy) / 2, and s = 1/3 at 0.
+    assert got[0].item() == pytest.approx(math.cos(2), abs=0.02)
+
+
+def test_a_moved_box_that_leaves_the_map_is_left_out():
+    maps, corner = torch.ones(2, 6, 6), torch.tensor([0.0, 0.0, 0.3, 0.3]).expand(50, 4)
+    generator = torch.Generator().manual_seed(0)
+    got = similarity_iou_curve(maps, corner, ious=(0.1, 0.5, 0.9), generator=generator)
+    torch.testing.assert_close(got.similarity, torch.ones(3))  # outside the map would count as 0
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    got = similarity_iou_curve(maps, whole, ious=(0.5, 1.0))
+    assert got.similarity.tolist() == pytest.approx([0, 1])
+    assert got.valid.tolist() == [False, True]  # the 0 is no measurement
+
+
+def test_no_overlap_to_measure_gives_an_empty_curve():
+    empty = similarity_iou_curve(torch.rand(2, 3, 3), image_box((1, 1))[None], ious=())
+    assert empty.similarity.shape == empty.valid.shape == (0,)
+    half = torch.rand(2, 3, 3, dtype=torch.bfloat16)
+    empty = similarity_iou_curve(half, image_box((1, 1))[None].float(), ious=())
+    assert empty.similarity.dtype == torch.float32
+
+
+def test_no_box_to_measure_gives_zeros_with_a_graph():
+    maps = torch.rand(2, 3, 3, requires_grad=True)
+    got, found = similarity_iou_curve(maps, torch.zeros(0, 4), ious=(0.0, 0.5))
+    assert not found.any()
+    assert got.tolist() == [0, 0]
+    assert (torch.autograd.grad(got.sum(), maps)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_curve_of_half_features_is_float32(dtype):
+    maps = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    got, want = (
+        similarity_iou_curve(
+            x,
+            MIDDLE.float().expand(9, 4),
+            ious=(0.2, 1.0),
+            generator=torch.Generator().manual_seed(0),
+        ).similarity
+        for x in (maps.to(dtype), maps.to(dtype).float())
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
+def test_the_curve_refuses_what_makes_no_sense():
+    maps, regions = torch.zeros(2, 3, 3), torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"sample_boxes_at_iou: iou is 1.5"):
+        similarity_iou_curve(maps, regions, ious=(0.5, 1.5))
+    with pytest.raises(ValueError, match=r"roi_align: size is 0"):
+        similarity_iou_curve(maps, regions, ious=(0.5,), size=0)
+    with pytest.raises(TypeError, match=r"similarity_iou_curve: argument 'valid'.*n=4"):
+        similarity_iou_curve(maps, regions, torch.ones(3).bool(), ious=(0.5,))
+
+
+# ------------------------------------------------------------------------------ layer features
+
+
+def small_net():
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(3, 4, 3, 2, 1), act=nn.ReLU(inplace=True),
+            block=nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(inplace=True)),
+        )
+    )  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """A patch embedding with two tokens in front, as a ViT with registers has."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.layer = nn.Conv2d(3, 5, 4, 4), nn.Identity()
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).mT
+        return self.layer(torch.cat([tokens.new_full((len(x), 2, 5), 9.0), tokens], 1)).mean(1)
+
+
+@given(generators(), st.permutations(["stem", "act", "block", "block.0"]))
+def test_layer_features_are_what_the_layers_give(generator, names):
+    torch.manual_seed(0)
+    net, x = small_net().double(), uniform(generator, 2, 3, 6, 10)
+    got = layer_features(net, x, names)
+    assert [*got] == names
+    stem = net.stem(x)
+    want = {"stem": stem.clone(), "act": stem.relu(), "block.0": net.block[0](stem.relu())}
+    want["block"] = want["block.0"].relu()
+    for name in names:  # the ReLUs behind them work in place
+        torch.testing.assert_close(got[name], want[name])
+
+
+def test_layer_features_carry_gradients_and_leave_no_hook():
+    net, x = small_net(), torch.rand(1, 3, 8, 8, requires_grad=True)
+    net.train()
+    layer_features(net, x, ["block"])["block"].sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert net.stem.weight.grad is not None
+    assert net.training
+    with pytest.raises(RuntimeError):
+        layer_features(net, torch.rand(1, 4, 8, 8), ["block"])  # the model itself refuses
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_tokens_become_the_map_of_their_grid():
+    net, x = Tokens(), torch.rand(2, 3, 8, 12)
+    got = layer_features(net, x, ["layer"], patch=4)["layer"]
+    torch.testing.assert_close(got, net.patch(x))
+
+
+def test_of_a_layer_that_runs_twice_the_last_output_counts():
+    net = nn.Sequential(shared := nn.Conv2d(3, 3, 1), nn.ReLU(), shared)
+    x = torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(layer_features(net, x, ["0"])["0"], net(x))
+
+
+def test_layers_that_cannot_be_read_are_named():
+    x = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"no layer 'blok'.*'block'"):
+        layer_features(small_net(), x, ["blok"])
+    for patch in (None, 1):
+        with pytest.raises(ValueError, match=r"'layer' gives shape \(1, 6, 5\).*the side of their"):
+            layer_features(Tokens(), x, ["layer"], patch=patch)
+    net = Tokens()
+    net.unused = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="'unused' was not run"):
+        layer_features(net, x, ["unused"])
+    net.layer.forward = lambda x: (x, x)
+    net.layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="'layer' gives tuple"):
+        layer_features(net, x, ["layer"], patch=4)
+
+
+@given(generators(), st.integers(2, 5))
+def test_the_bias_of_layers_is_that_of_their_maps(generator, n):
+    torch.manual_seed(0)
+    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
+    got = layer_bias(net, objects, ["block", "stem"])
+    rates, cosines = (torch.zeros(2, n, dtype=torch.float64) for _ in "rc")
+    for i in range(n):
+        made = coupling_images(objects[i], objects[i - 1])
+        for k in (0, 1):
+            layer = [lambda x: net(x), lambda x: net.stem(x)][k]
+            pair = (layer(x[None])[0] for x in (made.together, made.alone))
+            rates[k, i] = coupling_rate(*pair, made.box_a, made.box_b)
+            cosines[k, i] = mean_cosine_similarity(layer(objects[i, None].repeat(1, 1, 3, 3))[0])
+    torch.testing.assert_close(got.coupling_rate, rates.mean(1))
+    torch.testing.assert_close(got.mean_cosine, cosines.mean(1))
+
+
+def test_zero_padding_and_a_wide_kernel_show_as_bias():
+    torch.manual_seed(0)
+    objects = torch.randn(8, 3, 12, 12)
+    narrow, wide = (nn.Conv2d(3, 32, side, padding=side // 2) for side in (1, 13))
+    assert layer_bias(narrow, objects, [""]).mean_cosine.item() == pytest.approx(1, abs=1e-5)
+    assert layer_bias(narrow, objects, [""]).coupling_rate.item() == pytest.approx(1, abs=1e-5)
+    assert layer_bias(wide, objects, [""]).mean_cosine < 0.95
+    with pytest.raises(ValueError, match="two objects or more"):
+        layer_bias(narrow, objects[:1], [""])
+
+
+@given(generators(), st.integers(2, 7), st.integers(1, 8))
+def test_the_bias_does_not_depend_on_the_chunk(generator, n, chunk):
+    torch.manual_seed(0)
+    net, objects = small_net().double().eval(), uniform(generator, n, 3, 8, 8)
+    torch.testing.assert_close(
+        layer_bias(net, objects, ["stem"], chunk=chunk), layer_bias(net, objects, ["stem"])
+    )
+
+
+def test_tokens_have_a_bias_too():
+    torch.manual_seed(0)
+    got = layer_bias(Tokens(), torch.rand(4, 3, 8, 8), ["layer", "patch"], patch=4)
+    torch.testing.assert_close(got.mean_cosine[0], got.mean_cosine[1])
+    torch.testing.assert_close(got.coupling_rate[0], got.coupling_rate[1])
+
+
+# ---------------------------------------------------------------------------------- coupling
+
+
+@given(st.data(), sizes(high=9))
+def test_the_objects_are_where_their_boxes_say_and_all_else_is_black(data, size):
+    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
+    a, b = (data.draw(tensors(shape, 1, 2), label=name) for name in "ab")
+    got = coupling_images(a, b)
+    (h, w), (tall, wide) = size, got.together.shape[-2:]
+    assert (tall, wide) == (h * 3 // 2, w * 5 // 2)
+    assert got.box_a.shape == got.box_b.shape == (*shape[:-3], 4)
+    pixels = torch.tensor([wide, tall, wide, tall]).double()
+    frame = (slice(None),) * (len(shape) - 2)
+    want = {"together": torch.zeros_like(got.together), "alone": torch.zeros_like(got.alone)}
+    for box, objects, shown in ((got.box_a, a, want), (got.box_b, b, ("together",))):
+        corners = (box * pixels).reshape(-1, 4)
+        torch.testing.assert_close(corners, corners.round(), rtol=0, atol=1e-9)
+        for x1, y1, x2, y2 in corners.round().int().unique(dim=0).tolist():
+            assert (y2 - y1, x2 - x1) == size
+            for name in shown:
+                want[name][(*frame, slice(y1, y2), slice(x1, x2))] = objects
+    assert torch.equal(got.together, want["together"])
+    assert torch.equal(got.alone, want["alone"])
+
+
+def test_the_objects_touch_and_have_a_margin_of_a_quarter():
+    got = coupling_images(torch.ones(3, 64, 32), torch.ones(3, 64, 32))
+    pixels = torch.tensor([80.0, 96.0, 80.0, 96.0])
+    assert (got.box_a * pixels).tolist() == pytest.approx([8, 16, 40, 80])
+    assert (got.box_b * pixels).tolist() == pytest.approx([40, 16, 72, 80])
+
+
+@st.composite
+def coupled(draw):
+    """Directions of A beside B, of A alone and of B, near enough that no cosine is 0."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    return [draw(tensors((*batch, d), 0.1, 2)) for _ in range(3)]
+
+
+def painted(*columns):
+    """Maps of 4 x 6 cells whose left, middle and right third are constant."""
+    return torch.stack(columns, -1).repeat_interleave(2, -1)[..., None, :].repeat_interleave(4, -2)
+
+
+LEFT = torch.tensor([0.0, 0.25, 1 / 3, 1.0], dtype=torch.float64)
+RIGHT = torch.tensor([2 / 3, 0.0, 1.0, 0.75], dtype=torch.float64)
+
+
+@given(coupled(), generators())
+def test_the_coupling_rate_is_the_ratio_of_two_cosines(directions, generator):
+    beside, free, other = directions
+    places = (x.expand(*beside.shape[:-1], 4) for x in (LEFT, RIGHT))
+    noise = uniform(generator, *beside.shape)
+    maps = painted(beside, noise, other), painted(free, other, noise)
+    want = torch.cosine_similarity(beside, other, -1) / torch.cosine_similarity(free, other, -1)
+    torch.testing.assert_close(coupling_rate(*maps, *places), want)
+
+
+@given(coupled(), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_coupling_rate_does_not_know_the_length_of_features(directions, one, other):
+    places = [x.expand(*directions[0].shape[:-1], 4) for x in (LEFT, RIGHT)]
+    maps = painted(*directions), painted(*directions[::-1])
+    got = coupling_rate(maps[0] * one, maps[1] * other, *places)
+    torch.testing.assert_close(got, coupling_rate(*maps, *places))
+
+
+@given(st.data())
+def test_features_that_do_not_know_their_neighbour_have_rate_one(data):
+    shape = (*data.draw(batches()), 3, *data.draw(sizes(2, 6)))
+    a, b = (data.draw(tensors(shape, 0.5, 2), label=name) for name in "ab")
+    got = coupling_images(a, b)
+    # The pixels are the features: nothing passes from one to the other.
+    rate = coupling_rate(*got)
+    torch.testing.assert_close(rate, torch.ones_like(rate))
+
+
+def test_features_that_take_over_from_the_neighbour_have_a_rate_above_one():
+    got = coupling_images(*torch.eye(3)[:2, :, None, None].expand(2, 3, 8, 8) + 0.1)
+    blurred = [torch.nn.functional.avg_pool2d(x, 7, 1, 3) for x in (got.together, got.alone)]
+    assert coupling_rate(*blurred, got.box_a, got.box_b) > 1.05
+
+
+def test_a_rate_over_nothing_is_zero_and_has_a_gradient():
+    maps = torch.zeros(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    got = coupling_rate(maps, maps, LEFT.expand(2, 4), RIGHT.expand(2, 4))
+    assert got.tolist() == [0, 0]
+    assert torch.autograd.grad(got.sum(), maps)[0].isfinite().all()
+
+
+# ----------------------------------------------------------------------------- positional bias
+
+
+@given(st.data(), sizes(high=4))
+def test_the_same_features_at_nine_places_have_similarity_one(data, size):
+    shape = (*data.draw(batches()), data.draw(st.integers(1, 3)), *size)
+    one = data.draw(tensors(shape, 0.1, 2), label="features")
+    got = mean_cosine_similarity(one.repeat(*[1] * (len(shape) - 2), 3, 3))
+    torch.testing.assert_close(got, torch.ones_like(got))
+
+
+@given(st.data(), sizes(high=3), st.floats(0.1, 10))
+def test_positional_bias_is_the_mean_cosine_of_the_pooled_thirds(data, size, scale):
+    shape = (*data.draw(batches()), 3, 3 * size[0], 3 * size[1])
+    maps = data.draw(tensors(shape), label="features")
+    got = mean_cosine_similarity(maps)
+    assert got.shape == shape[:-3]
+    for index in np.ndindex(shape[:-3]):
+        thirds = torch.nn.functional.avg_pool2d(maps[index], size).flatten(1).T
+        others = torch.cat([thirds[:4], thirds[5:]])
+        want = torch.cosine_similarity(thirds[4:5], others, dim=-1).mean()
+        torch.testing.assert_close(got[index], want)
+    torch.testing.assert_close(mean_cosine_similarity(maps * scale), got)
+
+
+@given(tensors((4, 5, 5), 0.5, 2))
+def test_features_that_know_the_border_are_less_alike(one):
+    maps = one.repeat(1, 3, 3)
+    maps[:, 0] = torch.tensor([2.0, 0.0, -2.0, 0.0])[:, None]
+    assert mean_cosine_similarity(maps) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features_at_nine_places_are_as_alike(dtype):
+    one = torch.randn(64, 14, 14, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = mean_cosine_similarity(one.repeat(1, 3, 3))
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_diagnostics_refuse_what_does_not_fit():
+    maps, place = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4)
+    with pytest.raises(TypeError, match="coupling_images: argument 'objects_b'"):
+        coupling_images(maps, maps[..., :3])
+    with pytest.raises(TypeError, match="coupling_rate: argument 'alone'"):
+        coupling_rate(maps, maps[:, :2], place, place)
+    with pytest.raises(TypeError, match="coupling_rate: argument 'box_b'"):
+        coupling_rate(maps, maps, place, place[:1])
+    with pytest.raises(ValueError, match="the map 0 x 4"):
+        mean_cosine_similarity(maps[:, :, :0])
+
+
+# --------------------------------------------------------------------------------------- PCA
+
+
+def test_colours_are_the_stretched_components_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([5.0, 3.0, 2.0, 0.5, 0.1])[:, None, None]
+    maps = torch.randn(2, 5, 4, 3, generator=generator) * scale
+    got = pca_colors(maps).movedim(1, -1).reshape(-1, 3).double()
+    want = torch.from_numpy(PCA(3).fit_transform(maps.movedim(1, -1).reshape(-1, 5)))
+    want = (want - want.amin(0)) / (want.amax(0) - want.amin(0))
+    for one, other in zip(got.T, want.T, strict=True):
+        # The sign of a component is free.
+        off = min((one - other).abs().max(), (1 - one - other).abs().max())
+        assert off < 1e-4
+
+
+@given(st.data())
+def test_colours_are_between_zero_and_one(data):
+    shape = data.draw(st.sampled_from([(1, 1, 2, 2), (2, 3, 3, 2), (1, 5, 2, 4), (3, 2, 1, 1)]))
+    got = pca_colors(data.draw(tensors(shape, dtype=torch.float32), label="maps"))
+    assert got.shape == (shape[0], 3, *shape[2:])
+    assert ((got >= 0) & (got <= 1)).all()
+
+
+@given(tensors((1, 5, 1, 2), dtype=torch.float32))
+def test_components_that_do_not_exist_are_zero(maps):
+    got = pca_colors(maps)  # two cells lie on one line
+    assert got[0, 0, 0].sort().values.tolist() == [0, 1]
+    assert (got[0, 1:] == 0).all()
+
+
+@given(st.floats(-10, 10, width=32))
+def test_constant_features_have_one_colour(value):
+    assert (pca_colors(torch.full((2, 4, 3, 3), value)) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 0, 2, 2), (2, 4, 0, 2), (1, 1, 1, 1)])
+def test_nothing_to_paint_is_black(shape):
+    got = pca_colors(torch.zeros(shape))
+    assert got.shape == (shape[0], 3, *shape[2:])
+    assert (got == 0).all()

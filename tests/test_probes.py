@@ -1,0 +1,805 @@
+"""Probes of frozen features against scikit-learn and slow loops, and their promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from strategies import flips, generators, sizes, tensors, uniform
+from torch import nn
+from densekit import (
+    LinearProbe,
+    confusion_matrix,
+    fit_linear_probe,
+    fit_svm,
+    knn_votes,
+    linear_maps,
+    linear_segmentation,
+    mean_iou,
+    object_knn,
+    propagate_labels,
+    propagate_video,
+    segmentation_counts,
+    train_linear_probe,
+)
+
+CLASSES = 4
+
+
+# ------------------------------------------------------------------------------ linear probe
+
+
+@st.composite
+def probes(draw):
+    """Features with a spread in each channel, labels with rows to leave out, a penalty."""
+    n, d = draw(st.integers(8, 20)), draw(st.integers(1, 4))
+    generator = draw(generators())
+    features = uniform(generator, n, d) * 10 ** uniform(generator, d, low=-2, high=2)
+    labels = torch.randint(0, CLASSES, (n,), generator=generator)
+    labels[3:][torch.rand(n - 3, generator=generator) < 0.3] = 255
+    return features, labels, draw(st.sampled_from([1e-3, 0.1, 10.0]))
+
+
+@given(probes())
+def test_the_probe_is_scikit_learns_ridge_on_one_hot_labels(case):
+    features, labels, penalty = case
+    keep = labels != 255
+    scaler = StandardScaler().fit(features[keep])
+    target = torch.nn.functional.one_hot(labels[keep], CLASSES).double()
+    ridge = Ridge(alpha=penalty * int(keep.sum()), solver="cholesky")
+    ridge.fit(scaler.transform(features[keep]), target)
+    want = torch.from_numpy(ridge.predict(scaler.transform(features)))
+    probe = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
+    got = features @ probe.weight.double() + probe.bias.double()
+    # The weights are float32, and the scores are of the order of one.
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@given(probes(), st.floats(0.01, 100), st.floats(-5, 5))
+def test_the_scores_do_not_depend_on_the_scale_of_the_features(case, scale, shift):
+    features, labels, penalty = case
+    scores = []
+    for x in (features, features * scale + shift * scale):
+        probe = fit_linear_probe(x, labels, classes=CLASSES, penalty=penalty)
+        scores.append(x @ probe.weight.double() + probe.bias.double())
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3, 123.456])
+def test_a_constant_feature_gets_no_weight(value):
+    # Its mean rounds at some of the counts, and leaves a deviation that is not zero.
+    for count in range(5, 30):
+        features = uniform(torch.Generator().manual_seed(count), count, 2)
+        features[:, 1] = value
+        labels = (torch.arange(count) % 3 == 0).long()
+        probe = fit_linear_probe(features, labels, classes=2)
+        assert (probe.weight[0] != 0).all()
+        torch.testing.assert_close(probe.weight[1], torch.zeros(2), rtol=0, atol=1e-6)
+
+
+@given(probes())
+def test_rows_to_ignore_may_hold_anything(case):
+    features, labels, penalty = case
+    want = fit_linear_probe(features, labels, classes=CLASSES, penalty=penalty)
+    poisoned = torch.where((labels == 255)[:, None], torch.nan, features)
+    got = fit_linear_probe(poisoned, labels, classes=CLASSES, penalty=penalty)
+    assert torch.equal(got.weight, want.weight)
+    assert torch.equal(got.bias, want.bias)
+
+
+@given(probes())
+def test_the_prior_is_the_share_of_each_class(case):
+    features, labels, _ = case
+    counts = torch.bincount(labels[labels != 255], minlength=CLASSES).float()
+    got = fit_linear_probe(features, labels, classes=CLASSES).prior
+    torch.testing.assert_close(got, counts / counts.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features_are_fitted_as_the_numbers_they_are(dtype):
+    features = uniform(torch.Generator().manual_seed(0), 30, 3).to(dtype)
+    labels = torch.arange(30) % CLASSES
+    got = fit_linear_probe(features, labels, classes=CLASSES)
+    want = fit_linear_probe(features.double(), labels, classes=CLASSES)
+    assert torch.equal(got.weight, want.weight)
+
+
+def test_a_probe_of_nothing_is_finite():
+    for features, labels in (
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
+        (torch.rand(4, 3), torch.full((4,), 255)),
+        (torch.rand(1, 3), torch.zeros(1, dtype=torch.long)),
+        (torch.rand(4, 0), torch.arange(4)),
+    ):
+        probe = fit_linear_probe(features, labels, classes=CLASSES)
+        assert probe.weight.isfinite().all()
+        assert probe.bias.isfinite().all()
+
+
+def test_classes_that_a_line_can_tell_apart_are_told_apart():
+    labels = torch.arange(60) % 3
+    corners = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    features = corners[labels] + uniform(
+        torch.Generator().manual_seed(0), 60, 2, dtype=torch.float32
+    )
+    probe = fit_linear_probe(features, labels, classes=3)
+    assert torch.equal((features @ probe.weight + probe.bias).argmax(-1), labels)
+
+
+@pytest.mark.parametrize("options", [{"classes": 0}, {"classes": 2, "penalty": 0.0}])
+def test_the_probe_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=f"fit_linear_probe: classes is {options['classes']}"):
+        fit_linear_probe(torch.rand(3, 2), torch.zeros(3, dtype=torch.long), **options)
+
+
+def test_the_probe_wants_a_label_for_each_row():
+    with pytest.raises(TypeError, match=r"argument 'labels' should be .* n=3"):
+        fit_linear_probe(torch.rand(3, 2), torch.zeros(4, dtype=torch.long), classes=2)
+
+
+# ----------------------------------------------------------------------- linear segmentation
+
+
+def stripes(generator, count, stride):
+    """Label maps of blocks of `stride` pixels, and features at a block a cell that tell them."""
+    cells = torch.randint(0, CLASSES, (count, 6, 6), generator=generator)
+    labels = cells.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+    return torch.nn.functional.one_hot(cells, CLASSES).movedim(-1, 1).float(), labels
+
+
+def test_features_that_tell_the_classes_score_one_and_noise_scores_little():
+    generator = torch.Generator().manual_seed(0)
+    # The middle of each block of 3 pixels is the centre of its cell.
+    (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))
+    options = {"classes": CLASSES, "stride": 3}
+    assert linear_segmentation(train, test, labels, test_labels, **options).miou == 1
+    noise = [torch.rand(x.shape, generator=generator) for x in (train, test)]
+    assert linear_segmentation(*noise, labels, test_labels, **options).miou < 0.5
+
+
+def test_linear_segmentation_is_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(n, 5, 4, 3, generator=generator) for n in (3, 2))
+    labels, test_labels = (
+        torch.randint(0, CLASSES, (n, 9, 7), generator=generator) for n in (3, 2)
+    )
+    labels[0, :4] = 255
+
+    def rows(maps, targets):
+        # torch's own resize holds the feature at every pixel centre; every second is used.
+        up = torch.nn.functional.interpolate(maps, (9, 7), mode="bilinear")[:, :, 1::2, 1::2]
+        return up.movedim(1, -1).flatten(0, 2), targets[:, 1::2, 1::2].flatten()
+
+    x, y = rows(train, labels)
+    probe = fit_linear_probe(x, y, classes=CLASSES, penalty=0.1)
+    x, y = rows(test, test_labels)
+    frequent = torch.tensor([int((labels[:, 1::2, 1::2] == c).sum()) for c in range(CLASSES)])
+    guesses = (x @ probe.weight + probe.bias).argmax(-1), torch.full_like(y, frequent.argmax())
+    want = [mean_iou(confusion_matrix(y, guess, classes=CLASSES)) for guess in guesses]
+    got = linear_segmentation(
+        train, test, labels, test_labels, classes=CLASSES, stride=2, penalty=0.1
+    )
+    torch.testing.assert_close(list(got), want)
+
+
+def test_linear_segmentation_refuses_what_does_not_fit():
+    maps, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"densekit.probes.linear_segmentation: stride is 0"):
+        linear_segmentation(maps, maps, labels, labels, classes=2, stride=0)
+    with pytest.raises(ValueError, match="classes is 0"):
+        linear_segmentation(maps, maps, labels, labels, classes=0)
+    with pytest.raises(TypeError, match=r"argument 'labels'.*n=2"):
+        linear_segmentation(maps, maps, labels[:1], labels, classes=2)
+    with pytest.raises(TypeError, match=r"argument 'test_features'.*d=3"):
+        linear_segmentation(maps, maps[:, :1], labels, labels, classes=2)
+
+
+# ------------------------------------------------------------------------ linear layer by SGD
+
+
+@st.composite
+def labelled_maps(draw, dtype=torch.float64):
+    """Feature maps of any scale, and label maps of another size, some pixels without a class."""
+    generator, n, d = draw(generators()), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    size, big = draw(sizes(high=4)), draw(sizes(high=6))
+    features = uniform(generator, n, d, *size, low=-1)
+    features = features * 10 ** uniform(generator, d, 1, 1, low=-2, high=2)
+    labels = torch.randint(0, CLASSES, (n, *big), generator=generator)
+    labels[torch.rand(n, *big, generator=generator) < 0.2] = 255
+    labels[:, 0, 0] = torch.randint(0, CLASSES, (n,), generator=generator)  # no image is empty
+    return features.to(dtype), labels
+
+
+OPTIONS = {"classes": CLASSES, "epochs": 3, "batch": 2, "lr": 0.3}
+
+
+def trained(features, labels, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return train_linear_probe(features, labels, generator=generator, **OPTIONS | options)
+
+
+def slow_training(features, labels, *, epochs, batch, lr, momentum=0.9, weight_decay=0.0):
+    """torch's convolution, resizing, loss, SGD and cosine schedule: scores of all maps."""
+    n, d = features.shape[:2]
+    variance, mean = torch.var_mean(features.double(), (0, 2, 3), correction=0, keepdim=True)
+    # As a batch norm on the whole set; one cell alone has no variance.
+    maps = ((features - mean) / variance.sqrt().clamp(min=1e-9)).float()
+    net = nn.Conv2d(d, CLASSES, 1)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
+    steps = epochs * math.ceil(n / batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator)
+        for rows in order.split(batch):
+            scores = net(maps[rows])
+            scores = nn.functional.interpolate(scores, labels.shape[-2:], mode="bilinear")
+            optimizer.zero_grad()
+            loss(scores, labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return net(maps).detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0, "weight_decay": 0.1}])
+@given(case=labelled_maps(torch.float32), epochs=st.integers(1, 3), batch=st.integers(1, 6))
+def test_training_is_that_of_a_loop_of_torchs_parts(options, case, epochs, batch):
+    features, labels = case
+    features = features[..., :1, :1] if epochs == 1 else features  # one cell: classification
+    options = options | {"epochs": epochs, "batch": batch, "lr": 0.3}
+    probe = train_linear_probe(
+        features, labels, classes=CLASSES, generator=torch.Generator().manual_seed(0), **options
+    )
+    got, want = linear_maps(probe, features), slow_training(features, labels, **options)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@given(labelled_maps(), st.floats(0.1, 100), st.floats(-5, 5))
+def test_trained_scores_do_not_depend_on_the_scale_of_the_features(case, scale, shift):
+    features, labels = case
+    shift = shift * features.abs().amax((0, 2, 3), keepdim=True)
+    moved = scale * (features + shift)
+    got, want = (linear_maps(trained(x, labels), x) for x in (moved, features))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
+@given(labelled_maps())
+def test_pixels_to_ignore_may_have_any_number(case):
+    features, labels = case
+    want = trained(features, labels)
+    for other in (-1, CLASSES, 254):
+        got = trained(features, torch.where(labels == 255, other, labels))
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    # A class to ignore is as pixels without one.
+    got = trained(features, labels, ignore=2)
+    want = trained(features, torch.where(labels == 2, 255, labels))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@given(labelled_maps(), st.integers(0, 99))
+def test_a_generator_fixes_the_training_and_the_prior_is_the_share_of_each_class(case, seed):
+    features, labels = case
+    one, other = (trained(features, labels, seed) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    counts = torch.bincount(labels[labels != 255], minlength=CLASSES)
+    torch.testing.assert_close(one.prior, counts / counts.sum())
+
+
+def test_another_generator_trains_in_another_order():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 3, 2, 2, generator=generator)
+    labels = torch.randint(CLASSES, (6, 4, 4), generator=generator)
+    assert not torch.equal(trained(features, labels, 0).weight, trained(features, labels, 1).weight)
+
+
+def test_maps_that_tell_the_classes_score_one():
+    features, labels = stripes(torch.Generator().manual_seed(0), 6, 1)
+    noise = 0.15 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
+    features = (features + noise) * 100 + 7
+    probe = train_linear_probe(features, labels, classes=CLASSES, epochs=50, batch=2, lr=0.5)
+    counts = segmentation_counts(linear_maps(probe, features), labels)
+    assert mean_iou(counts.sum(0)) > 0.98
+    rows = features.movedim(1, -1).flatten(0, 2)[:200]
+    cells = labels.flatten()[:200]
+    probe = train_linear_probe(
+        rows[..., None, None], cells[:, None, None], classes=CLASSES, epochs=20, batch=20
+    )
+    assert ((rows @ probe.weight + probe.bias).argmax(-1) == cells).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fitting_works_where_gradients_are_off_and_in_full_precision_under_autocast(mode):
+    features = torch.rand(5, 2, 2, 2, requires_grad=True)
+    labels, targets = torch.randint(CLASSES, (5, 4, 4)), torch.eye(5).bool()
+
+    def fitted(maps):
+        return *trained(maps, labels), *fit_svm(maps[..., 0, 0], targets)
+
+    want = fitted(features)
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        made = features * 1
+        inside = fitted(made)
+    for got in (inside, fitted(made)):
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+        assert not any(x.requires_grad for x in got)
+    assert features.grad is None
+
+
+def test_linear_segmentation_is_in_full_precision_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    maps = 100 + torch.rand(3, 5, 4, 4, generator=generator)
+    labels = torch.randint(CLASSES, (3, 4, 4), generator=generator)
+    options = {"classes": CLASSES, "stride": 1}
+    want = linear_segmentation(maps, maps, labels, labels, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_segmentation(maps, maps, labels, labels, **options) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_labels_of_few_bits_train_alike(dtype):
+    features, labels = torch.rand(3, 2, 2, 2), torch.tensor([0, 3, 255]).repeat(3, 3, 1)
+    want = trained(features, labels)
+    got = trained(features, labels.to(dtype))
+    assert torch.equal(got.weight, want.weight)
+
+
+def test_training_on_nothing_that_tells_is_finite():
+    labels = torch.randint(CLASSES, (3, 4, 4), generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(3, 2, 2, 2)
+    constant = torch.cat([maps, torch.full_like(maps, 123.4)], 1)
+    assert (trained(constant, labels).weight[2:] == 0).all()
+    nothing = trained(maps, torch.full_like(labels, 255))
+    assert all((x == 0).all() for x in nothing)
+    assert trained(maps[:, :0], labels).weight.shape == (0, CLASSES)
+    one = trained(maps[:1, :, :1, :1], labels[:1])
+    assert all(x.isfinite().all() for x in one)
+
+
+@pytest.mark.parametrize("option", [{"classes": 0}, {"epochs": 0}, {"batch": 0}])
+def test_training_refuses_what_makes_no_sense(option):
+    maps, labels = torch.rand(3, 2, 2, 2), torch.zeros(3, 4, 4).long()
+    with pytest.raises(ValueError, match=r"densekit.probes.train_linear_probe: .*one or more of"):
+        train_linear_probe(maps, labels, **{"classes": 2} | option)
+
+
+def test_training_refuses_maps_that_do_not_fit():
+    maps, labels = torch.rand(3, 2, 2, 2), torch.zeros(3, 4, 4).long()
+    for empty in (maps[:0], maps[:, :, :0]):
+        with pytest.raises(ValueError, match=r"train_linear_probe: .* maps of . x 2 cells"):
+            train_linear_probe(empty, labels[: len(empty)], classes=2)
+    with pytest.raises(TypeError, match=r"train_linear_probe: argument 'labels'.*n=3"):
+        train_linear_probe(maps, labels[:2], classes=2)
+
+
+# ------------------------------------------------------------------- support vector machine
+
+
+@st.composite
+def images_with_classes(draw):
+    """Rows and targets, at times apart, at times mixed; every class has both kinds."""
+    generator, n, d = draw(generators()), draw(st.integers(4, 20)), draw(st.integers(1, 4))
+    features, targets = uniform(generator, n, d, low=-1), flips(generator, n, 3)
+    targets[0], targets[1] = True, False
+    gap = draw(st.sampled_from([0.0, 0.5, 3.0]))
+    features[:, 0] += gap * (targets[:, 0] * 2.0 - 1)
+    return features, targets, draw(st.sampled_from([0.1, 1.0, 10.0]))
+
+
+@given(images_with_classes())
+def test_the_svm_is_that_of_liblinear(case):
+    features, targets, cost = case
+    got = fit_svm(features, targets, cost=cost)
+    for c in range(3):
+        oracle = LinearSVC(C=cost, loss="squared_hinge", dual=False, tol=1e-10, max_iter=10_000)
+        oracle.fit(features.numpy(), targets[:, c].numpy())
+        want = torch.from_numpy(oracle.coef_[0]), torch.from_numpy(oracle.intercept_)[0]
+        torch.testing.assert_close(got.weight[:, c].double(), want[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.bias[c].double(), want[1], rtol=1e-4, atol=1e-4)
+
+
+@given(images_with_classes(), generators(), st.data())
+def test_the_svm_is_at_the_minimum_whatever_the_order_and_the_other_classes(case, generator, data):
+    features, targets, cost = case
+    got = fit_svm(features, targets, cost=cost)
+    sign, x = targets * 2.0 - 1, nn.functional.pad(features, (0, 1), value=1.0)
+    weight = torch.cat([got.weight, got.bias[None]]).double()
+    slack = (1 - sign * (x @ weight)).clamp(min=0)
+    slope = weight - 2 * cost * x.mT @ (sign * slack)
+    # The weights are float32: the slope at them is their rounding times the curvature.
+    curvature = 1 + 2 * cost * x.square().sum()
+    assert (slope.abs() <= 1e-6 * curvature * weight.abs().amax().clamp(min=1)).all()
+    order, c = torch.randperm(len(x), generator=generator), data.draw(st.integers(0, 2))
+    one = fit_svm(features[order], targets[order, c : c + 1], cost=cost)
+    alone = [part[..., c : c + 1] for part in got]
+    torch.testing.assert_close([*one], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.prior, targets.float().mean(0))
+
+
+def test_the_svm_of_nothing_is_finite_and_of_one_kind_sure():
+    rows = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    for targets, side in ((torch.ones(5, 2), 1), (torch.zeros(5, 2), -1)):
+        svm = fit_svm(rows, targets.bool(), cost=100.0)
+        assert (side * (rows @ svm.weight + svm.bias) > 0.9).all()
+    for features, targets in ((rows[:0], torch.ones(0, 2)), (rows, torch.ones(5, 0))):
+        svm = fit_svm(features, targets.bool())
+        assert svm.weight.shape == (3, targets.shape[1])
+        assert all(x.isfinite().all() for x in svm)
+    assert (fit_svm(rows[:0], torch.ones(0, 2).bool()).weight == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"cost": 0.0}, {"cost": math.nan}, {"iterations": 0}])
+def test_the_svm_refuses_what_makes_no_sense(options):
+    with pytest.raises(ValueError, match=r"densekit.probes.fit_svm: cost is .* above 0 and one"):
+        fit_svm(torch.zeros(2, 3), torch.zeros(2, 1).bool(), **options)
+    with pytest.raises(TypeError, match=r"fit_svm: argument 'targets'.*n=2"):
+        fit_svm(torch.zeros(2, 3), torch.zeros(3, 1).bool())
+
+
+# ------------------------------------------------------------------------- scores and counts
+
+
+@given(st.data())
+def test_linear_maps_are_the_classifier_at_every_cell(data):
+    n, d = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 3))
+    maps = data.draw(tensors((n, d, *data.draw(sizes(high=4)))), label="maps")
+    probe = LinearProbe(*(data.draw(tensors(shape)) for shape in ((d, 5), (5,), (5,))))
+    got = linear_maps(probe, maps)
+    want = (maps.movedim(1, -1) @ probe.weight + probe.bias).movedim(-1, 1)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_maps_are_float32_also_under_autocast(dtype):
+    maps = torch.rand(2, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    probe = LinearProbe(maps[0, :, 0], maps[0, 0, 0], maps[0, 0, 0])
+    want = linear_maps(probe, maps.to(dtype).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_maps(probe, maps.to(dtype))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+    with pytest.raises(TypeError, match="linear_maps"):
+        linear_maps(probe, maps[:, 1:])
+
+
+@given(st.data())
+def test_counts_are_those_of_scores_resized_by_torch(data):
+    n, clusters = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    scores = data.draw(tensors((n, clusters, *data.draw(sizes(high=4)))), label="scores").float()
+    big, generator = data.draw(sizes()), data.draw(generators())
+    labels = torch.randint(-1, 6, (n, *big), generator=generator)
+    ignore = data.draw(st.integers(0, 5), label="ignore")
+    classes = data.draw(st.sampled_from([None, 1, 5]), label="classes")
+    up = nn.functional.interpolate(scores, big, mode="bilinear").argmax(1)
+    got = segmentation_counts(scores, labels, classes=classes, ignore=ignore)
+    assert got.shape == (n, classes or clusters, clusters)
+    for one, y, guess in zip(got, labels, up, strict=True):
+        want = torch.zeros(classes or clusters, clusters, dtype=torch.long)
+        for a, b in zip(y.flatten().tolist(), guess.flatten().tolist(), strict=True):
+            if a != ignore and 0 <= a < len(want):
+                want[a, b] += 1
+        assert torch.equal(one, want)
+
+
+@given(generators(), sizes())
+def test_the_scores_of_the_labels_themselves_count_on_the_diagonal(generator, size):
+    labels = torch.randint(0, CLASSES, (3, *size), generator=generator)
+    scores = nn.functional.one_hot(labels, CLASSES).movedim(-1, 1).float()
+    got = segmentation_counts(scores, labels.to(torch.uint8))
+    assert torch.equal(got.sum(0), got.sum(0).diagonal().diag())
+    assert (got.sum((1, 2)) == size[0] * size[1]).all()
+    halves = torch.cat([segmentation_counts(scores[k], labels[k]) for k in (slice(1), slice(1, 3))])
+    assert torch.equal(halves, got)
+
+
+def test_counts_of_no_image_are_empty_and_of_no_class_refused():
+    scores, labels = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 4).long()
+    assert segmentation_counts(scores[:0], labels[:0], classes=5).shape == (0, 5, 3)
+    for wrong, options in ((scores, {"classes": 0}), (scores[:, :0], {})):
+        with pytest.raises(ValueError, match=r"probes.segmentation_counts: .* one or more of each"):
+            segmentation_counts(wrong, labels, **options)
+    with pytest.raises(TypeError, match=r"segmentation_counts: argument 'labels'.*n=2"):
+        segmentation_counts(scores, labels[:1])
+
+
+# ------------------------------------------------------------------------ nearest neighbours
+
+
+@st.composite
+def galleries(draw, least=1):
+    """Objects and a gallery: features and labels of both."""
+    d, generator = draw(st.integers(2, 4)), draw(generators())
+    counts = draw(st.integers(1, 12)), draw(st.integers(least, 12))
+    features = (2 * uniform(generator, count, d) - 1 for count in counts)
+    labels = (torch.randint(CLASSES, (count,), generator=generator) for count in counts)
+    (one, known), (label, known_label) = features, labels
+    return one, label, known, known_label
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+@given(galleries(), st.integers(1, 12), st.floats(0.05, 1))
+def test_the_neighbours_vote_as_in_scikit_learn(case, k, temperature):
+    features, labels, gallery, known = (x.numpy() for x in case)
+    oracle = KNeighborsClassifier(
+        min(k, len(gallery)),
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    guess = oracle.fit(gallery, known).predict(features)
+    got = object_knn(*case, classes=CLASSES, k=k, temperature=temperature)
+    assert got.overall.item() == pytest.approx(accuracy_score(labels, guess))
+    assert got.macro.item() == pytest.approx(balanced_accuracy_score(labels, guess))
+
+
+@given(galleries(), st.integers(1, 14), st.integers(1, 14), generators())
+def test_chunks_and_the_order_and_length_of_rows_do_not_matter(case, k, chunk, generator):
+    features, labels, gallery, known = case
+    want = object_knn(*case, classes=CLASSES, k=k)
+    order = torch.randperm(len(known), generator=generator)
+    turn = torch.randperm(len(labels), generator=generator)
+    length = uniform(generator, len(labels), 1, low=0.1, high=9)
+    moved = (features[turn] * length, labels[turn], 3 * gallery[order], known[order])
+    for rows, size in ((case, chunk), (moved, 4096), (moved, chunk)):
+        got = object_knn(*rows, classes=CLASSES, k=k, chunk=size)
+        torch.testing.assert_close(got, want)
+
+
+@given(galleries())
+def test_more_neighbours_than_there_are_is_all_of_them(case):
+    want = object_knn(*case, classes=CLASSES, k=len(case[2]))
+    assert object_knn(*case, classes=CLASSES, k=99) == want
+    assert object_knn(*case, classes=CLASSES + 3, k=99) == want
+
+
+@given(galleries(), st.integers(1, 14))
+def test_rows_without_numbers_or_without_a_class_change_nothing(case, k):
+    features, labels, gallery, known = case
+    want = object_knn(*case, classes=CLASSES, k=min(k, len(known)))
+    gallery = torch.cat([gallery, gallery[:1] * torch.nan, gallery[:1] / 0, gallery, gallery])
+    known = torch.cat([known, known[:1], known[:1], known * 0 - 1, known * 0 + CLASSES])
+    queries = torch.cat([features, features])
+    targets = torch.cat([labels, labels * 0 + CLASSES])
+    got = object_knn(queries, targets, gallery, known, classes=CLASSES, k=min(k, len(case[3])))
+    torch.testing.assert_close(got, want)
+    got = object_knn(features * torch.nan, labels, *case[2:], classes=CLASSES, k=k)
+    assert got == (0, 0)
+    got = object_knn(features, labels, gallery * torch.nan, known, classes=CLASSES, k=k)
+    assert got == (0, 0)
+
+
+def test_objects_are_compared_in_full_precision_under_autocast():
+    gallery = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = object_knn(gallery, torch.arange(2), gallery, torch.arange(2), classes=2, k=1)
+    assert got.overall == 1
+
+
+@given(galleries())
+def test_the_nearest_neighbour_of_a_known_object_is_itself(case):
+    _, _, gallery, known = case
+    got = object_knn(gallery, known, gallery, known, classes=CLASSES, k=1)
+    assert got == (1, 1)
+
+
+def test_near_neighbours_outvote_many_far_ones_when_it_is_cold():
+    angles = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
+    gallery = torch.stack([angles.cos(), angles.sin()], -1)
+    known, one = torch.tensor([0, 1, 1, 1, 1]), torch.tensor([[1.0, 0.1]])
+    for temperature, label in ((0.07, 0), (10.0, 1)):
+        got = object_knn(
+            one, torch.tensor([label]), gallery, known, classes=2, temperature=temperature
+        )
+        assert got.overall == 1
+
+
+def test_macro_accuracy_counts_every_class_that_occurs_once():
+    gallery, known = torch.eye(3), torch.tensor([0, 1, 4])
+    labels = torch.tensor([0, 0, 0, 1])  # three are rightly named, the one of class 1 is not
+    got = object_knn(gallery[[0, 0, 0, 2]], labels, gallery, known, classes=6, k=1)
+    assert got.overall == 0.75
+    assert got.macro == 0.5
+
+
+def test_no_object_and_no_gallery_score_zero():
+    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
+    for one, known in ((0, 4), (4, 0), (0, 0)):
+        got = object_knn(rows[:one], labels[:one], rows[:known], labels[:known], classes=2)
+        assert got == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"classes": 0}, {"k": 0}, {"chunk": 0}, {"temperature": 0.0}, {"temperature": math.nan}],
+)
+def test_a_vote_that_makes_no_sense_is_refused(options):
+    rows, labels = torch.rand(4, 3), torch.zeros(4).long()
+    with pytest.raises(ValueError, match=r"densekit.probes.knn_votes: classes is .*above 0"):
+        object_knn(rows, labels, rows, labels, **{"classes": 2} | options)
+
+
+def test_neighbours_that_do_not_fit_are_refused():
+    labels = torch.zeros(4).long()
+    with pytest.raises(TypeError, match="object_knn: argument 'gallery'"):
+        object_knn(torch.zeros(4, 3), labels, torch.zeros(4, 2), labels, classes=2)
+    with pytest.raises(TypeError, match="object_knn: argument 'gallery_labels'"):
+        object_knn(torch.zeros(4, 3), labels, torch.zeros(5, 3), labels, classes=2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+@given(galleries(), st.integers(1, 12), st.floats(0.05, 1))
+def test_the_votes_are_scikit_learns_shares(case, k, temperature):
+    features, _, gallery, known = case
+    oracle = KNeighborsClassifier(
+        min(k, len(gallery)),
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    shares = oracle.fit(gallery.numpy(), known.numpy()).predict_proba(features.numpy())
+    want = torch.zeros(len(features), CLASSES, dtype=torch.float64)
+    want[:, oracle.classes_] = torch.from_numpy(shares)
+    options = {"classes": CLASSES, "k": k, "temperature": temperature}
+    for chunk in (None, 1, 5):
+        got = knn_votes(features, gallery, known, chunk=chunk, **options)
+        torch.testing.assert_close(got, want)
+
+
+@given(galleries(), st.integers(1, 14))
+def test_votes_of_rows_without_numbers_are_zero_and_they_have_none(case, k):
+    features, _, gallery, known = case
+    want = knn_votes(features, gallery, known, classes=CLASSES, k=min(k, len(known)))
+    torch.testing.assert_close(want.sum(1), torch.ones(len(features)).double())
+    more = torch.cat([gallery, gallery * torch.nan, gallery / 0, gallery, gallery])
+    names = torch.cat([known, known, known, known * 0 - 1, known * 0 + CLASSES])
+    queries = torch.cat([features, features * torch.nan, features * torch.inf])
+    got = knn_votes(queries, more, names, classes=CLASSES, k=min(k, len(known)))
+    torch.testing.assert_close(got[: len(features)], want)
+    assert (got[len(features) :] == 0).all()
+
+
+def test_cold_votes_do_not_overflow():
+    gallery, known = torch.eye(3), torch.arange(3)
+    got = knn_votes(gallery, gallery, known, classes=3, temperature=1e-6)
+    assert torch.equal(got, torch.eye(3))
+
+
+@given(generators())
+def test_cells_that_are_known_are_segmented_without_an_error(generator):
+    maps = torch.randn(2, 5, 4, 3, generator=generator)
+    labels = torch.randint(CLASSES, (2, 4, 3), generator=generator)
+    rows = maps.movedim(1, -1).flatten(0, 2)
+    votes = knn_votes(rows, rows, labels.flatten(), classes=CLASSES, k=1)
+    counts = segmentation_counts(votes.unflatten(0, (2, 4, 3)).movedim(-1, 1), labels)
+    assert mean_iou(counts.sum(0)) == 1
+
+
+# -------------------------------------------------------------------------------- video labels
+
+
+@st.composite
+def videos(draw, frames=None):
+    """Feature maps of some frames, and shares in each cell of all of them."""
+    generator, t = draw(generators()), frames or draw(st.integers(2, 4))
+    size, d, c = draw(sizes(high=5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    features = uniform(generator, t, d, *size, low=-1)
+    shares = uniform(generator, t, c, *size, low=0.1)
+    return features, shares / shares.sum(1, keepdim=True)
+
+
+def slow_propagation(features, context, labels, *, radius, k, temperature):
+    """Cell by cell: the k most alike within the radius, weighted."""
+    _, h, w = features.shape
+    got = torch.zeros(labels.shape[1], h, w, dtype=torch.float64)
+    for y in range(h):
+        for x in range(w):
+            near = []
+            for frame, known in zip(context, labels, strict=True):
+                for b in range(max(0, y - radius), min(h, y + radius + 1)):
+                    for a in range(max(0, x - radius), min(w, x + radius + 1)):
+                        one, other = features[:, y, x], frame[:, b, a]
+                        cosine = (one @ other / one.norm() / other.norm()).item()
+                        near.append((cosine, known[:, b, a]))
+            best = sorted(near, key=lambda pair: -pair[0])[:k]
+            weights = [math.exp(cosine / temperature) for cosine, _ in best]
+            for weight, (_, shares) in zip(weights, best, strict=True):
+                got[:, y, x] += weight / sum(weights) * shares
+    return got
+
+
+@given(videos(), st.integers(0, 5), st.integers(1, 7), st.floats(0.05, 2), st.integers(1, 30))
+def test_labels_are_carried_as_in_a_loop(video, radius, k, temperature, chunk):
+    (*context, now), (*labels, _) = video
+    context, labels = torch.stack(context), torch.stack(labels)
+    options = {"radius": radius, "k": k, "temperature": temperature}
+    if now.shape[0] == 1:  # all cosines are 1 or -1: which of equal ones is taken is free
+        options["k"] = 10_000
+    got = propagate_labels(now, context, labels, chunk=chunk, **options)
+    torch.testing.assert_close(got, slow_propagation(now, context, labels, **options))
+
+
+@given(videos(), st.integers(0, 5), st.integers(1, 7))
+def test_shares_stay_shares_whatever_the_length_of_the_features(video, radius, k):
+    (*context, now), (*labels, _) = video
+    context, labels = torch.stack(context), torch.stack(labels)
+    got = propagate_labels(now, context, labels, radius=radius, k=k)
+    torch.testing.assert_close(got.sum(0), torch.ones(now.shape[1:]).double())
+    assert (got >= labels.amin((0, 2, 3))[:, None, None] - 1e-12).all()
+    assert (got <= labels.amax((0, 2, 3))[:, None, None] + 1e-12).all()
+    if now.shape[0] > 1:
+        longer = propagate_labels(3 * now, 0.1 * context, labels, radius=radius, k=k)
+        torch.testing.assert_close(longer, got)
+    one = propagate_labels(now, context, torch.ones_like(labels), radius=radius, k=k)
+    torch.testing.assert_close(one, torch.ones_like(one))
+
+
+@given(videos(5), st.integers(0, 5), st.integers(1, 3))
+def test_a_video_is_labelled_frame_by_frame_from_the_first_and_the_last_ones(video, context, k):
+    features, (first, *_) = video
+    options = {"radius": 2, "k": k, "temperature": 0.3}
+    want = [first]
+    for now in range(1, 5):
+        used = sorted({0} | {i for i in range(now) if now - i <= context})
+        known = torch.stack([want[i] for i in used])
+        want.append(propagate_labels(features[now], features[used], known, **options))
+    got = propagate_video(features, first, context=context, **options)
+    assert torch.equal(got, torch.stack(want))
+
+
+def test_an_object_that_moves_is_followed_as_far_as_the_radius_reaches():
+    generator = torch.Generator().manual_seed(0)
+    scene = torch.randn(16, 8, 8, generator=generator)
+    things = torch.zeros(2, 8, 8)
+    things[1, 2:5, :3] = 1
+    things[0] = 1 - things[1]
+    video = torch.stack([scene.roll(step, 2) for step in range(4)])
+    want = torch.stack([things.roll(step, 2) for step in range(4)])
+    # All cells move by one; a seam of the torus jumps, and only its neighbours are near.
+    got = propagate_video(video, things, radius=1, k=1, context=1)
+    assert torch.equal(got[..., 4:], want[..., 4:])
+    far = propagate_video(video, things, radius=0, k=1, context=1)
+    assert not torch.equal(far[..., 4:], want[..., 4:])
+    whole = propagate_video(video, things, radius=8, k=1)
+    assert torch.equal(whole, want)
+
+
+def test_half_features_carry_labels_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 8, 4, 4, generator=generator).bfloat16()
+    first = torch.rand(2, 4, 4, generator=generator)
+    want = propagate_video(features.float(), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = propagate_video(features, first.bfloat16())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 0}, {"chunk": 0}, {"radius": -1}, {"temperature": 0.0}, {"t": 0}]
+)
+def test_labels_are_not_carried_where_it_makes_no_sense(options):
+    t = {"t": 2} | options
+    maps, labels = torch.rand(t.pop("t"), 3, 2, 2), torch.rand(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"densekit.probes.propagate_labels: . frames, k="):
+        propagate_labels(torch.rand(3, 2, 2), maps, labels[: len(maps)], **t)
+
+
+def test_a_video_that_makes_no_sense_is_refused():
+    maps, first = torch.rand(2, 3, 2, 2), torch.rand(1, 2, 2)
+    with pytest.raises(ValueError, match=r"propagate_video: 0 frames and context=7 came"):
+        propagate_video(maps[:0], first)
+    with pytest.raises(ValueError, match=r"propagate_video: 2 frames and context=-1 came"):
+        propagate_video(maps, first, context=-1)
+    with pytest.raises(TypeError, match="propagate_video: argument 'first'"):
+        propagate_video(maps, first[:, :1])
+    with pytest.raises(TypeError, match="propagate_labels: argument 'context_labels'"):
+        propagate_labels(maps[0], maps, first[None])
