@@ -1,0 +1,239 @@
+"""Every kind of name of an encoder, and what is wrong with a name that is none."""
+
+import json
+
+import encoders
+import harness
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from encoders import load_encoder
+from harness import UserError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run folder's encoder of this architecture, and the network that it holds."""
+
+    def save(architecture, called=None, mean=MEAN):
+        torch.manual_seed(1)
+        network = encoders.build(architecture).eval()
+        for value in network.parameters():
+            value.data += torch.randn_like(value) / 20
+        path, facts = tmp_path / "encoder.safetensors", {"method": "croc", "std": STD}
+        called = called or architecture
+        harness.save_encoder(path, network, architecture=called, mean=mean, **facts)
+        return path, network
+
+    return save
+
+
+def last_map(network, images):
+    """What timm itself makes of images in [0, 1]."""
+    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    features = network.forward_features(images)
+    if features.ndim == 3:  # tokens, the class token first
+        cells = [side // network.patch_embed.patch_size[0] for side in images.shape[2:]]
+        features = features[:, 1:].mT.unflatten(2, cells)
+    return features
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("architecture", "called"),
+    [("tiny", "tiny"), ("tiny-vit", "tiny"), ("resnet18", "resnet18")],
+)
+def test_a_checkpoint_computes_what_its_network_does(checkpoint, architecture, called):
+    path, network = checkpoint(architecture, called)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    wanted = last_map(network, images)
+    for name in (path, path.parent):  # the file, or its folder
+        encoder = load_encoder(str(name))
+        assert (encoder.architecture, encoder.name) == (architecture, str(path))
+        assert encoder.facts["method"] == "croc"
+        assert (tuple(encoder.mean), tuple(encoder.std)) == (MEAN, STD)
+        torch.testing.assert_close(encoder(images), wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(encoder(images), encoder.levels(images)[-1])
+        assert not encoder.training
+        assert not any(x.requires_grad for x in encoder.parameters())
+
+
+def test_a_missing_file_is_named(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"none does not exist: name a run folder .* random:NAME"):
+        load_encoder("none")
+    with pytest.raises(UserError, match=r"encoder.safetensors does not exist"):
+        load_encoder(str(tmp_path))
+    path, _ = checkpoint("tiny")
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match=r"encoder.json does not exist"):
+        load_encoder(str(path))
+
+
+FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "colour_order": "RGB"}
+
+
+@pytest.mark.parametrize(
+    ("side_car", "message"),
+    [
+        ("", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        *((json.dumps({k: FACTS[k] for k in FACTS if k != x}), f"Error: '{x}'") for x in FACTS),
+        *(
+            (json.dumps(FACTS | changes), message)
+            for changes, message in [
+                ({"architecture": "resnet"}, "no model resnet in timm: try"),
+                ({"architecture": 7}, "no model 7 in timm: try"),
+                ({"architecture": "resnet18"}, "does not fit resnet18: .*conv1"),
+                ({"architecture": "tiny-vit"}, "does not fit tiny-vit: .*cls_token"),
+                ({"mean": None}, "cannot be read"),
+                ({"mean": [0, 0]}, "three numbers each"),
+                ({"std": [1, 0, 1]}, "the second above 0"),
+                ({"colour_order": "BGR"}, "BGR: .*RGB are needed"),
+            ]
+        ),
+    ],
+)
+def test_a_side_car_that_does_not_fit_is_refused(checkpoint, side_car, message):
+    path, _ = checkpoint("tiny")
+    path.with_suffix(".json").write_text(side_car)
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_broken_weights_are_refused(checkpoint):
+    path, _ = checkpoint("tiny")
+    content = path.read_bytes()
+    for broken in (b"", b"no weights", content[: len(content) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"encoder.json cannot be read"):
+            load_encoder(str(path))
+    path.write_bytes(content)
+    weights = safetensors.torch.load_file(path)
+    for name in ("conv1.0.weight", "layer4.0.bn2.running_var"):
+        rest = {key: value for key, value in weights.items() if key != name}
+        safetensors.torch.save_file(rest, path)
+        with pytest.raises(UserError, match=f"does not fit tiny: .*{name}"):
+            load_encoder(str(path))
+
+
+# ---- levels and strides --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("architecture", "strides", "channels"),
+    [
+        ("tiny", (4, 8, 8, 8), (16, 32, 64, 64)),
+        ("resnet18", (4, 8, 16, 32), (64, 128, 256, 512)),
+        ("tiny-vit", (8, 8, 8), (96, 96, 96)),  # three blocks
+        ("vit_tiny_patch16_224", (16, 16, 16, 16), (192, 192, 192, 192)),
+    ],
+)
+def test_the_levels_have_their_strides_and_channels(architecture, strides, channels):
+    encoder = load_encoder(f"random:{architecture}")
+    maps = encoder.levels(torch.rand(2, 3, 64, 96))
+    assert [x.shape for x in maps] == [
+        (2, d, 64 // stride, 96 // stride) for d, stride in zip(channels, strides, strict=True)
+    ]
+    assert encoder.stride == strides[-1]
+
+
+@torch.no_grad()
+def test_the_levels_of_a_vit_are_its_last_blocks():
+    encoder = load_encoder("random:tiny-vit")
+    images, network = torch.rand(1, 3, 64, 64), encoder.network
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    x = network._pos_embed(network.patch_embed((images - mean) / std))
+    for block, found in zip(network.blocks, encoder.levels(images), strict=True):
+        x = block(x)
+        torch.testing.assert_close(found, network.norm(x)[:, 1:].mT.unflatten(2, (8, 8)))
+
+
+# ---- random, timm, torchvision -------------------------------------------------------------------
+@pytest.mark.parametrize("architecture", ["tiny", "tiny-vit"])
+def test_a_random_encoder_belongs_to_its_seed(architecture):
+    state = torch.get_rng_state()
+    first, again = (load_encoder(f"random:{architecture}") for _ in range(2))
+    other = load_encoder(f"random:{architecture}", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(first(images), again(images))
+    assert not torch.allclose(first(images), other(images))
+    assert first.facts["method"] == "random"
+
+
+def test_timms_weights_come_with_their_own_normalisation(monkeypatch):
+    create, asked = timm.create_model, []
+
+    def offline(name, pretrained, **options):
+        asked.append((name, pretrained))
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    encoder = load_encoder("timm:vit_tiny_patch16_224")
+    assert asked == [("vit_tiny_patch16_224", True)]
+    assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert encoder.facts["method"] == "timm:vit_tiny_patch16_224"
+    images = torch.rand(1, 3, 32, 32)
+    features = encoder.network.forward_features(images * 2 - 1)[:, 1:]
+    torch.testing.assert_close(encoder(images), features.mT.unflatten(2, (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "strides"),
+    [("resnet18", 4, (4, 8, 16, 32)), ("squeezenet1_1", 1, (17,))],
+)
+def test_torchvisions_networks_have_levels_or_one_map(monkeypatch, name, levels, strides):
+    get_model, asked = torchvision.models.get_model, []
+
+    def offline(name, weights):
+        asked.append((name, weights))
+        return get_model(name)
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    encoder = load_encoder(f"torchvision:{name}")
+    assert asked == [(name, "DEFAULT")]
+    assert not encoder.by_timm
+    maps = encoder.levels(torch.rand(1, 3, 224, 224))
+    assert len(maps) == levels
+    assert [224 // x.shape[-1] for x in maps] == list(strides)
+    assert encoder.stride == strides[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("random:vit_tiny_patch16_224.zzz", "timm's .* cannot be made: "),
+        ("random:resnet1", "no model resnet1 in timm: try .*resnet"),
+        ("timm:qqq", "no model qqq in timm: try resnet50"),
+        ("torchvision:resnet1", "no classifier resnet1 in torchvision"),
+        ("torchvision:fcn_resnet50", "no classifier fcn_resnet50 in torchvision"),
+        ("resnet18", r"resnet18 does not exist: name .* timm:NAME"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        load_encoder(name)
+
+
+def test_weights_that_do_not_arrive_are_refused(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(UserError, match=r"resnet18 has no weights to load here: no route\."):
+        load_encoder("timm:resnet18")
+    with pytest.raises(UserError, match="weights of torchvision:resnet18 did not arrive: no route"):
+        load_encoder("torchvision:resnet18")
+
+
+def test_a_network_of_torchvision_without_a_map_is_refused(monkeypatch):
+    get_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
+    with pytest.raises(UserError, match="shufflenet_v2_x0_5 has no feature map: take timm's"):
+        load_encoder("torchvision:shufflenet_v2_x0_5")
