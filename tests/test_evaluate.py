@@ -1,0 +1,299 @@
+"""The evaluation recipe: features that know the answer score one, and figures are their parts'."""
+
+import dataclasses
+import json
+
+import evaluate
+import harness
+import image_sets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from protocols import FITTED, Features, main_class, position_prior, segmentation, small_labels
+from torch import nn
+import densekit as dk
+
+SEGMENTATION = ("linear-seg", "ridge-seg", "kmeans-seg", "retrieval-seg")
+COLORS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+
+
+class Colors(nn.Module):
+    """An encoder whose features are the image at an eighth of its size: they know the colours."""
+
+    name, stride = "colors", 8
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def levels(self, images):
+        self.seen.append(images.clone())
+        return [nn.functional.avg_pool2d(images, size) * self.scale for size in (4, 8)]
+
+    def forward(self, images):
+        return self.levels(images)[-1]
+
+
+def write_set(root, count=8, side=32):
+    """A folder of images whose colour is the class: three cells of one, one object of another."""
+    generator = torch.Generator().manual_seed(0)
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    boxes = []
+    for number in range(2 * count):
+        labels = torch.zeros(side, side, dtype=torch.long)
+        kind = 1 + number % 3
+        x, y = (8 * torch.randint(side // 8 - 1, (2,), generator=generator)).tolist()
+        labels[y : y + 16, x : x + 16] = kind
+        image, name = COLORS[labels].numpy(), f"{number:03d}"
+        Image.fromarray(image).save(root / "images" / f"{name}.png")
+        Image.fromarray(labels.numpy().astype(np.uint8)).save(root / "labels" / f"{name}.png")
+        row = {"box": [x, y, x + 16, y + 16], "cat": kind, "crowd": 0}
+        boxes.append({"id": name, "objects": [row]})
+    names = [f"{number:03d}" for number in range(2 * count)]
+    splits = {"train": names[:count], "val": names[count:]}
+    (root / "classes.json").write_text(json.dumps({"labels": ["ground", "a", "b", "c"]}))
+    (root / "splits.json").write_text(json.dumps(splits))
+    (root / "boxes.json").write_text(json.dumps(boxes))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("set"))
+
+
+def configured(data, tmp_path, **changes):
+    config = evaluate.Config(
+        ("random:tiny",), data=data, size=(32, 32), out=tmp_path / "out", workers=0, draws=20,
+        batch=5, neighbours=1, epochs=60, lr=1.0, device="cpu", cost=100.0,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def samples(config, split):
+    return evaluate.Samples(image_sets.open_images(config.data, split=split), config)
+
+
+def both(config, encoder=None, **options):
+    encoder = encoder or Colors()
+    return [
+        evaluate.encode(encoder, samples(config, x), config, **options) for x in ("train", "val")
+    ]
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def test_features_of_objects_are_torchvisions_roi_align_averaged(data, tmp_path):
+    config = configured(data, tmp_path)
+    encoder, source = Colors(), samples(config, "val")
+    features = evaluate.encode(encoder, source, config)
+    assert features.objects.shape == (8, 3)
+    for number, sample in enumerate(source[i] for i in range(len(source))):
+        maps = encoder(sample.image[None])
+        box = sample.boxes * 4  # in cells
+        want = torchvision.ops.roi_align(maps, [box], 7, sampling_ratio=2, aligned=True)
+        torch.testing.assert_close(features.objects[number], want.mean((-2, -1))[0])
+        torch.testing.assert_close(features.maps[number].float(), maps[0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(features.pooled[1][number], maps[0].mean((-2, -1)))
+    assert features.object_images.tolist() == list(range(8))
+    assert main_class(features).tolist() == [0] * 8  # the ground covers three quarters
+
+
+def test_disturbed_objects_keep_their_pixels_and_no_others(data, tmp_path):
+    config = configured(data, tmp_path)
+    encoder, source = Colors(), samples(config, "val")
+    evaluate.encode(encoder, source, config, disturb=True)
+    batches = [x for x in encoder.seen if len(x)]
+    number = 0
+    for images, made in zip(batches[::2], batches[1::2], strict=True):
+        for image in made:
+            sample = source[number]
+            x1, y1, x2, y2 = (sample.boxes[0] * 32).int().tolist()
+            inside = torch.zeros(32, 32, dtype=torch.bool)
+            inside[y1:y2, x1:x2] = True
+            assert torch.equal(image[:, inside], sample.image[:, inside])
+            rest = [torch.equal(image[:, ~inside], other[:, ~inside]) for other in images]
+            assert any(rest)
+            assert not torch.equal(image[:, ~inside], sample.image[:, ~inside])
+            number += 1
+    assert number == 8
+
+
+def test_a_limit_draws_the_same_images_again(data, tmp_path):
+    config = configured(data, tmp_path, limit=3)
+    rows = samples(config, "val").rows
+    assert len(rows) == 3
+    assert rows == sorted(rows) == samples(config, "val").rows
+
+
+# ---- protocols -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", SEGMENTATION)
+def test_features_that_know_the_classes_segment_without_a_fault(data, tmp_path, protocol):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    if protocol == "kmeans-seg":
+        config = dataclasses.replace(config, clusters=12)  # many to one: no bad start hurts
+    found = FITTED[protocol](fit, test, config, 0)
+    # Class scores are resized bilinearly: at the corner of an object a pixel or two is wrong.
+    assert found["miou"].value > 0.93
+    assert found["images"] == 8
+    assert set(found["iou"]) == {"ground", "a", "b", "c"}
+
+
+@pytest.mark.parametrize("protocol", ["object-knn", "disturbed-object-knn"])
+def test_features_that_know_the_classes_name_all_objects(data, tmp_path, protocol):
+    config = configured(data, tmp_path)
+    features = both(config, disturb=protocol.startswith("disturbed"))
+    found = FITTED[protocol](*features, config, 0)
+    assert found["overall"].value == found["macro"].value == 1
+    assert found["overall"].deviation == 0
+    assert found["rows"] == 8
+
+
+def test_features_that_know_nothing_are_at_chance(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    blank = [x._replace(maps=x.maps * 0, objects=x.objects * 0) for x in (fit, test)]
+    prior = dk.confusion_scores(
+        torch.stack([
+            dk.confusion_matrix(x, x * 0, classes=4) for x in test.labels if x is not None
+        ]).sum(0)
+    )  # fmt: skip
+    for protocol in ("linear-seg", "ridge-seg"):
+        torch.testing.assert_close(FITTED[protocol](*blank, config, 0)["miou"].value, prior.miou)
+    assert FITTED["object-knn"](*blank, config, 0)["overall"].value < 0.8
+
+
+def test_classification_of_whole_images(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    kinds = [x.area[:, 1:].argmax(1) + 1 for x in (fit, test)]
+    area = [nn.functional.one_hot(x, 4).float() for x in kinds]
+    fit, test = (x._replace(area=y) for x, y in zip((fit, test), area, strict=True))
+    assert FITTED["image-knn"](fit, test, config, 0)["overall"].value == 1
+    linear = FITTED["image-linear"](fit, test, config, 0)
+    assert linear["level2"]["overall"].value == 1
+    svm = FITTED["image-svm"](fit, test, config, 0)
+    assert svm["level2_map"] == pytest.approx(1)
+    assert svm["classes"] == 3
+
+
+def test_the_interval_is_over_images(data, tmp_path):
+    config = configured(data, tmp_path, draws=500)
+    _, test = both(config)
+    counts = torch.zeros(8, 4, 4, dtype=torch.long)
+    counts[:4, 0, 0], counts[4:, 0, 1] = 10, 10  # half of the images right, half wrong
+    found = segmentation(counts, test, config)["miou"]
+    assert found.value == pytest.approx(0.25)  # 40 / 80 of the ground, none of a
+    assert found.low < 0.2 < 0.3 < found.high
+
+
+def test_the_position_prior_is_the_commonest_class_at_each_place(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    stripes = torch.arange(4).repeat_interleave(8).expand(32, 32).contiguous()
+    fit, test = (x._replace(labels=[stripes] * 8) for x in (fit, test))
+    found = position_prior(fit, test, config)
+    assert found["miou"].value > 0.8  # of stripes of one place, but for bilinear edges
+    upright = test._replace(labels=[stripes.T.contiguous()] * 8)
+    assert position_prior(fit, upright, config)["miou"].value < 0.3
+
+
+def test_labels_to_fit_on_are_those_of_the_cells_centres(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, _ = both(config)
+    small = small_labels(fit, 4)
+    assert small.shape == (8, 16, 16)
+    assert torch.equal(small[0], fit.labels[0][1::2, 1::2])  # nearest, two pixels apart
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_compares_encoders_and_writes_its_report(data, tmp_path, capsys):
+    config = configured(
+        data, tmp_path, encoders=("random:tiny", "random:tiny-vit"), size=(64, 64), seeds=2,
+        protocol="ridge-seg,object-knn,patches,similarity-iou,retrieval,bias",
+    )  # fmt: skip
+    evaluate.evaluate(config)
+    results = json.loads((config.out / "results.json").read_text())
+    assert set(results["results"]) == {"position prior", "random:tiny", "random:tiny-vit"}
+    one = results["results"]["random:tiny"]
+    assert set(one) == set(config.protocol.split(","))
+    seeds = [x["miou"]["value"] for x in results["seeds"]["random:tiny"]["ridge-seg"]]
+    assert len(seeds) == 2
+    assert seeds[0] != seeds[1]  # random encoders of two seeds
+    assert one["ridge-seg"]["miou"]["value"] == pytest.approx(sum(seeds) / 2)
+    text = (config.out / "report.md").read_text()
+    assert "| random:tiny-vit |" in text
+    assert "## bias" in text
+    assert "nan" not in text.lower()
+    for name in ("affinity", "similarity", "retrieval"):
+        assert f"figures/{name}-random-tiny.png" in text
+        assert (config.out / "figures" / f"{name}-random-tiny.png").stat().st_size > 1000
+    assert text in capsys.readouterr().out
+
+
+def davis(root, frames=5):
+    """A red square that moves by a cell a frame, and a still blue one."""
+    for folder in ("JPEGImages/480p/moving", "Annotations/480p/moving", "ImageSets/2017"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets/2017/val.txt").write_text("moving\n")
+    for number in range(frames):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[8:24, 8 * number : 8 * number + 16], mask[40:56, 40:56] = 1, 2
+        image = COLORS[torch.from_numpy(mask).long()].numpy()
+        Image.fromarray(image).save(
+            root / f"JPEGImages/480p/moving/{number:05d}.jpg", quality=100, subsampling=0
+        )
+        palette = Image.fromarray(mask, "P")
+        palette.putpalette(COLORS.flatten().tolist())
+        palette.save(root / f"Annotations/480p/moving/{number:05d}.png")
+    return root
+
+
+def test_labels_follow_a_moving_object(tmp_path):
+    config = configured(davis(tmp_path / "DAVIS"), tmp_path, size=(64, 64))
+    found = evaluate.video(Colors(), config)
+    assert (found["videos"], found["objects"]) == (1, 2)
+    assert found["J"].value > 0.8  # of 2 x 2 cells, whose corners the bilinear resize rounds
+    assert found["F"].value > 0.8
+    assert found["J&F"].value == pytest.approx((found["J"].value + found["F"].value) / 2)
+    blind = Colors()
+    blind.scale.data.zero_()
+    assert evaluate.video(blind, config)["J"].value < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"protocol": "linear"}, "no protocol 'linear'"),
+        ({"encoders": ("random:tiny-vit",), "size": (60, 60)}, "multiples of 8"),
+        ({"encoders": ()}, "Give an encoder"),
+        ({"seeds": 0}, "1 or more seeds"),
+        ({"fit": "nothing"}, "nothing"),
+        ({"encoders": ("random:resnet19",)}, "no model resnet19"),
+    ],
+)
+def test_a_wrong_argument_gets_a_sentence(data, tmp_path, changes, sentence):
+    with pytest.raises(harness.UserError, match=sentence):
+        evaluate.evaluate(configured(data, tmp_path, **changes))
+
+
+def test_a_set_without_labels_or_objects_is_named(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    bare = test._replace(labels=[None] * 8)
+    with pytest.raises(harness.UserError, match="label map"):
+        FITTED["ridge-seg"](fit, bare, config, 0)
+    none = test._replace(object_classes=test.object_classes[:0], objects=test.objects[:0])
+    with pytest.raises(harness.UserError, match="no object"):
+        FITTED["object-knn"](fit, none, config, 0)
+    assert Features._fields[-1] == "classes"
