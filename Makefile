@@ -21,7 +21,7 @@ help:
 
 RECIPE ?= densesiam
 
-demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc, dupr or d3ssl for another method
+demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc, dupr, d3ssl, densesiam_segment or detect for another
 	$(BIN)/python recipes/$(RECIPE).py $(ARGS)
 
 test: $(VENV)/.dev ## run the tests and report coverage

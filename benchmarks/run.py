@@ -513,7 +513,71 @@ def regions() -> None:
     )
 
 
-FUNCTIONS = (geometry, checks, primitives, clustering, growth, moco, regions, step, memory)
+def evaluation(count: int = 1_000_000) -> None:
+    """k-means with Hungarian matching of a million tokens; object kNN of a large gallery."""
+    import faiss
+    from sklearn.cluster import MiniBatchKMeans
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    classes, width = 27, 384
+    labels = torch.randint(classes, (count,))
+    tokens = torch.randn(count, width).mul_(3).add_(3 * torch.randn(classes, width)[labels])
+    rows, inertia = tokens.numpy(), {}
+
+    def score(name: str, centers: torch.Tensor, clusters: torch.Tensor) -> None:
+        counts = dk.confusion_matrix(labels, clusters, classes=classes)
+        dk.confusion_scores(dk.merge_clusters(counts, dk.match_clusters(counts)))
+        if name not in inertia:
+            some = slice(0, 100_000)
+            inertia[name] = (tokens[some] - centers[clusters[some]]).square().sum().item()
+
+    def ours() -> None:
+        centers = dk.minibatch_kmeans(tokens, classes)
+        score("densekit", centers, dk.nearest_centroids(tokens, centers))
+
+    def by_faiss() -> None:
+        found = faiss.Kmeans(width, classes, seed=0)
+        found.train(rows)
+        clusters = torch.from_numpy(found.index.search(rows, 1)[1][:, 0])
+        score("faiss-cpu", torch.from_numpy(found.centroids), clusters)
+
+    def by_sklearn() -> None:
+        found = MiniBatchKMeans(classes, batch_size=4096, n_init=1, random_state=0).fit(rows)
+        centers = torch.from_numpy(found.cluster_centers_)
+        score("scikit-learn", centers, torch.from_numpy(found.labels_))
+
+    own, *rivals = times(ours, by_faiss, by_sklearn, rounds=3)
+    for name, seconds in zip(("faiss-cpu", "scikit-learn"), rivals, strict=True):
+        ratio = f"inertia {inertia['densekit'] / inertia[name]:.3f} x"
+        what = f"k-means and Hungarian matching, {count:,} x {width}, 27 clusters ({ratio})"
+        against(what, own, seconds, name)
+    gallery, queries = torch.randn(100_000, width, device=DEVICE), torch.randn(2048, width)
+    known, some = torch.randint(80, (100_000,), device=DEVICE), queries.to(DEVICE)
+    for k in (20, 200):
+
+        def classify(k: int = k) -> None:
+            dk.object_knn(some, known[:2048], gallery, known, classes=80, k=k)
+
+        def bare(k: int = k) -> None:
+            for part in some.split(2**27 // len(gallery)):
+                (part @ gallery.mT).topk(k)
+
+        what = f"`object_knn`, 2,048 objects, a gallery of 100,000 x {width}, k {k}"
+        against(what, *times(classify, bare, rounds=7), "bare product and topk")
+
+
+FUNCTIONS = (
+    geometry,
+    checks,
+    primitives,
+    clustering,
+    growth,
+    moco,
+    regions,
+    evaluation,
+    step,
+    memory,
+)
 SECTIONS = {function.__name__: function for function in FUNCTIONS}
 
 if __name__ == "__main__":

@@ -1,0 +1,591 @@
+"""Unsupervised segmentation: losses against slow ones, replayed geometry, scores, whole runs."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import densesiam_segment
+import encoders
+import harness
+import image_sets
+import pytest
+import torch
+import torch._dynamo  # before any fork: importing it in the children takes long
+from densesiam_segment import PRESETS, Segmenter, TwoViews, open_split, replay, segment_loss, train
+from PIL import Image
+from processes import on_processes
+from safetensors.torch import load_file
+from test_recipes import launch, rows
+from torch.nn.functional import avg_pool2d, normalize
+import densekit as dk
+from densekit.testing import scenes
+
+RECIPE = Path(densesiam_segment.__file__)
+MAPPING = RECIPE.with_name("coco_stuff_27.json")
+SMALL = replace(
+    PRESETS["demo"], image=32, size=32, aux=8, batch=8, epochs=5, workers=0, device="cpu",
+    log_every=1, save_every=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Labelled images in the layout of CamVid: 16 to train on, 6 to score, of two sizes."""
+    folder, splits = tmp_path_factory.mktemp("set"), {"train": 16, "val": 6}
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    names = {}
+    for number, (split, count) in enumerate(splits.items()):
+        for size in ((32, 40), (40, 32)):
+            draws = torch.Generator().manual_seed(number)
+            drawn = scenes(count // 2, size, generator=draws)
+            pixels = (drawn.images * 255).byte().movedim(1, -1).numpy()
+            for index, (image, labels) in enumerate(zip(pixels, drawn.labels, strict=True)):
+                name = f"{split}-{size[0]}-{index}"
+                Image.fromarray(image).save(folder / f"images/{name}.png")
+                labels[:3] = 255  # ignored
+                Image.fromarray(labels.byte().numpy()).save(folder / f"labels/{name}.png")
+                names.setdefault(split, []).append(name)
+    (folder / "splits.json").write_text(json.dumps(names))
+    (folder / "classes.json").write_text(
+        json.dumps({"labels": [*dk.testing.CLASS_NAMES], "ignore": 255})
+    )
+    return folder
+
+
+def small_on(folder, **changes):
+    return replace(SMALL, data=folder, **changes)
+
+
+def subset(items):
+    return torch.utils.data.Subset(items, range(len(items)))
+
+
+# ---- the loss --------------------------------------------------------------------------------
+
+
+def slow_replay(maps, box, flip):
+    """Bilinear, cell by cell; beyond the map its outermost cells are repeated."""
+    n, (x1, y1, x2, y2) = maps.shape[-1], (box * maps.shape[-1]).tolist()
+
+    def line(start, stop):
+        for cell in range(n):
+            place = start + (cell + 0.5) * (stop - start) / n - 0.5  # in indices of cells
+            low = math.floor(place)
+            yield [min(max(i, 0), n - 1) for i in (low, low + 1)], place - low
+
+    out = torch.zeros_like(maps)
+    for i, ((top, bottom), v) in enumerate(line(y1, y2)):
+        for j, ((left, right), u) in enumerate(line(x1, x2)):
+            above = (1 - u) * maps[:, top, left] + u * maps[:, top, right]
+            below = (1 - u) * maps[:, bottom, left] + u * maps[:, bottom, right]
+            out[:, i, n - 1 - j if flip else j] = (1 - v) * above + v * below
+    return out
+
+
+def slow_segment(z, weighting):
+    """L_seg, pixel by pixel."""
+    winners = [int(x.argmax()) for x in z]
+    counts, total = Counter(winners), 0
+    for x, k in zip(z, winners, strict=True):
+        weight = {
+            "frequency": counts[k] / len(z),
+            "balanced": len(z) / (len(counts) * counts[k]),
+            "plain": 1,
+        }[weighting]
+        total = total - weight * (x[k] - x.exp().sum().log()) / len(z)
+    return total
+
+
+def slow_loss(model, images, view, weighting, with_region):
+    """Eq 8 with the weights of Sec 4, in plain torch."""
+    maps = []
+    for x in images:
+        c2, c3, c4, c5 = (
+            lateral(level)
+            for lateral, level in zip(model.laterals, model.encoder.levels(x), strict=True)
+        )
+
+        def up(x, like):
+            return torch.nn.functional.interpolate(x, like.shape[2:], mode="bilinear")
+
+        p4 = c4 + up(c5, c4)
+        p3 = c3 + up(p4, c3)
+        maps.append(c2 + up(p3, c2))
+    views = zip(maps[1], view.box, view.flip, strict=True)
+    maps[1] = torch.stack([slow_replay(*x) for x in views])
+
+    def pixels(x):
+        return x.movedim(1, -1).flatten(0, 2)
+
+    terms = {}
+    for name in ("dense", "aux"):
+        z = [model.projectors[name](f) for f in maps]
+        p = [pixels(model.predictors[name](x)) for x in z]
+        z = [pixels(x) for x in z]
+        forth = -(z[1].detach().softmax(1) * p[0].log_softmax(1)).sum(1).mean()
+        back = -(z[0].detach().softmax(1) * p[1].log_softmax(1)).sum(1).mean()
+        terms[name] = (forth + back) / 2
+        if name == "dense":
+            terms["segment"] = sum(slow_segment(x, weighting) for x in z) / 2
+            masks = [
+                x.softmax(1).view(len(f), -1, x.shape[1]) for x, f in zip(z, maps, strict=True)
+            ]
+    n, m = math.log(5), math.log(8)  # classes of the model below, and of its auxiliary head
+    loss = m / (n + m) * terms["dense"] + n / (n + m) * terms["aux"] + terms["segment"]
+    if with_region:
+        v = []
+        for f, mask in zip(maps, masks, strict=True):
+            e = (mask[..., None] * f.flatten(2).mT[:, :, None]).sum(1)  # Eq 4: a sum
+            v.append(model.projectors["region"](e.reshape(-1, 128, 1, 1)))
+        u = [normalize(model.predictors["region"](x)[..., 0, 0]) for x in v]
+        v = [normalize(x[..., 0, 0]) for x in v]
+        losses = []
+        for query, key in ((u[0], v[1]), (u[1], v[0])):
+            for image in range(len(images[0])):
+                mine = slice(5 * image, 5 * image + 5)
+                logits = query[mine] @ key[mine].T / 0.1
+                losses.append((logits.exp().sum(1).log() - logits.diagonal()).mean())
+        terms["region"] = sum(losses) / len(losses)
+        loss = loss + 0.1 * terms["region"]
+    return loss, terms
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = list(torch.rand(2, 3, 3, 32, 32, generator=generator, dtype=torch.float64))
+    box = [[0.0, 0, 1, 1], [0.0, 0.38, 0.62, 1.0], [0.45, 0.2, 0.95, 0.7]]
+    flip = torch.tensor([True, False, True])
+    return images, dk.View(torch.tensor(box, dtype=torch.float64), flip)
+
+
+@pytest.mark.parametrize("with_region", [False, True])
+@pytest.mark.parametrize("weighting", ["frequency", "balanced", "plain"])
+def test_loss_and_gradients_are_those_of_a_slow_one(weighting, with_region):
+    torch.manual_seed(0)
+    model = Segmenter(replace(SMALL, weighting=weighting), 5).double()
+    loss, terms = model(*batch(), with_region)
+    slow, slow_terms = slow_loss(model, *batch(), weighting, with_region)
+    torch.testing.assert_close(terms, slow_terms)
+    torch.testing.assert_close(loss, slow)
+    parameters = [p for name, p in model.named_parameters() if with_region or "region" not in name]
+    found, expected = (torch.autograd.grad(x, parameters) for x in (loss, slow))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("copies", [1, 7])
+def test_balanced_lets_every_class_weigh_the_same_however_frequent(copies):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    logits[:, 3] = -9.0  # never wins, and does not count
+    first = logits[logits.argmax(1) == 0]
+    more = torch.cat([logits, *[first] * copies])
+    torch.testing.assert_close(segment_loss(more, "balanced"), segment_loss(logits, "balanced"))
+    each = [segment_loss(logits[logits.argmax(1) == k], "plain") for k in range(3)]
+    torch.testing.assert_close(segment_loss(logits, "balanced"), sum(each) / 3)
+    for weighting in ("plain", "frequency"):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(
+                segment_loss(more, weighting), segment_loss(logits, weighting)
+            )
+
+
+def test_the_two_heads_have_the_weights_of_the_paper():
+    share = Segmenter(replace(SMALL, aux=128), 27).share
+    assert (round(share, 4), round(1 - share, 4)) == (0.5955, 0.4045)
+
+
+def test_the_pyramid_has_stride_4_and_128_channels():
+    model = Segmenter(replace(SMALL, arch="resnet18"), 27)
+    assert model.features(torch.zeros(2, 3, 64, 96)).shape == (2, 128, 16, 24)
+    assert [tuple(x.weight.shape) for x in model.laterals] == [
+        (128, d, 1, 1) for d in (64, 128, 256, 512)
+    ]
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.encoder.network.bn1.training
+
+
+def test_projectors_end_in_plain_batch_norm_and_predictors_narrow_to_128():
+    model = Segmenter(SMALL, 12)
+    convolution, norm = model.projectors["dense"]
+    assert (convolution.in_channels, convolution.out_channels) == (128, 12)
+    assert convolution.bias is None
+    assert not norm.affine
+    for name, channels in {"dense": 12, "aux": 8, "region": 128}.items():
+        (first, norm, _), last = model.predictors[name]
+        assert (first.in_channels, first.out_channels) == (channels, 128)
+        assert (last.in_channels, last.out_channels) == (128, channels)
+        assert norm.affine
+    widths = [x.out_channels for x in model.projectors["region"].modules() if hasattr(x, "stride")]
+    assert widths == [128] * 3
+    assert not model.projectors["region"][-1].affine
+
+
+# ---- the views -------------------------------------------------------------------------------
+
+
+class Coordinates:
+    """An image whose red is x and whose green is y, at the centre of a pixel."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        line = torch.arange(64).mul(4).to(torch.uint8)
+        image = torch.stack(
+            [line.expand(64, 64), line[:, None].expand(64, 64), 0 * line.expand(64, 64)]
+        )
+        return SimpleNamespace(image=image)
+
+
+def plain_views(source, **changes):
+    dataset = TwoViews(source, replace(SMALL, image=64, size=64, **changes))
+    dataset.photometric = torch.nn.Identity()
+    return dataset
+
+
+def test_features_of_coordinates_show_the_same_image_points_in_both_views():
+    dataset, flips = plain_views(Coordinates()), set()
+    for epoch in range(6):
+        dataset.epoch = epoch
+        (near, whole), view = dataset[[0, 1, 2, 3]]
+        replayed = replay(avg_pool2d(whole, 4), view)
+        pooled = avg_pool2d(near, 4)
+        centre = slice(2, -2)  # nearer the border a crop does not see what is beside it
+        inside = (..., centre, centre)
+        torch.testing.assert_close(replayed[inside], pooled[inside], atol=1e-4, rtol=0)
+        assert (replayed - pooled).abs().max() < 0.5 * 4 * 4 / 255  # half a cell of 4 pixels
+        for maps, box, flip in zip(replayed, view.box, view.flip, strict=True):
+            x = box[0] + (torch.arange(16) + 0.5) / 16 * (box[2] - box[0])
+            x = x.flip(0) if flip else x
+            y = box[1] + (torch.arange(16) + 0.5) / 16 * (box[3] - box[1])
+            red, green = maps[0, 8] * 255 / 4 / 64, maps[1, :, 8] * 255 / 4 / 64
+            torch.testing.assert_close(red[centre], x[centre] - 0.5 / 64, atol=1e-5, rtol=0)
+            torch.testing.assert_close(green[centre], y[centre] - 0.5 / 64, atol=1e-5, rtol=0)
+            flips.add(bool(flip))
+    assert flips == {True, False}
+
+
+def test_a_whole_view_gives_the_map_itself_and_a_flip_its_mirror_image():
+    maps = torch.rand(2, 3, 8, 8)
+    whole = dk.full_view((1, 1), (2,))
+    torch.testing.assert_close(replay(maps, whole), maps)
+    mirrored = dk.View(whole.box, ~whole.flip)
+    torch.testing.assert_close(replay(maps, mirrored), maps.flip(-1))
+
+
+def test_geometry_depends_on_seed_epoch_and_image_alone():
+    dataset = plain_views(Coordinates())
+
+    def view(*indices, epoch=0, data=dataset):
+        data.epoch = epoch
+        return torch.cat([data[[*indices]][1].box, data[[*indices]][1].flip[:, None]], 1)
+
+    torch.testing.assert_close(view(0, 1, 2, 3)[[2, 0]], view(2, 0))
+    assert not torch.equal(view(1), view(2))
+    assert not torch.equal(view(1), view(1, epoch=1))
+    assert not torch.equal(view(1), view(1, data=plain_views(Coordinates(), seed=1)))
+    frozen = plain_views(Coordinates(), frozen_views=True)
+    assert torch.equal(view(1, data=frozen), view(1, epoch=3, data=frozen))
+    assert torch.equal(view(1), view(1, data=frozen))
+
+
+def test_crops_are_squares_of_half_to_all_of_the_side_anywhere_and_half_are_flipped():
+    dataset = plain_views(Coordinates())
+    views = []
+    for epoch in range(100):
+        dataset.epoch = epoch
+        views.append(dataset[[0, 1, 2, 3]][1])
+    box, flip = torch.cat([x.box for x in views]), torch.cat([x.flip for x in views])
+    width, height = (box[:, 2:] - box[:, :2]).unbind(1)
+    torch.testing.assert_close(width, height)
+    assert box.min() >= 0
+    assert box.max() <= 1 + 1e-6
+    assert width.min() >= 0.5 - 1e-6
+    assert (width.mean() - 0.75).abs() < 0.03  # U(0.5, 1): 0.75 +- 0.007
+    place = box[:, :2] / (1 - width)[:, None]
+    assert ((place.mean(0) - 0.5).abs() < 0.06).all()  # U(0, 1): 0.5 +- 0.014
+    assert (flip.float().mean() - 0.5).abs() < 0.1
+
+
+def test_photometric_changes_differ_between_the_views_but_not_between_runs(folder):
+    source = image_sets.open_images(folder, split="train")
+    dataset = TwoViews(source, replace(SMALL, image=32, size=32))
+    state = torch.get_rng_state()
+    (near, whole), _ = dataset[[3, 9, 12]]  # of both sizes
+    again, _ = dataset[[3, 9, 12]]
+    assert torch.equal(near, again[0])
+    assert torch.equal(whole, again[1])
+    assert torch.equal(state, torch.get_rng_state())
+    assert near.shape == whole.shape == (3, 3, 32, 32)
+    dataset.epoch = 1
+    assert not torch.equal(dataset[[3, 9, 12]][0][1], whole)
+    plain = TwoViews(source, dataset.config)
+    plain.photometric = torch.nn.Identity()
+    square = source[12].image[:, 4:36]  # the centre of 40 x 32
+    torch.testing.assert_close(plain[[12]][0][1][0], square / 255)
+
+
+def test_each_colour_change_is_drawn_on_its_own(folder):
+    source = image_sets.open_images(folder, split="train")
+    dataset = TwoViews(source, replace(PRESETS["paper"], data=folder))
+    changes = [x for x in dataset.photometric.transforms if hasattr(x, "p")]
+    assert [x.p for x in changes] == [0.8, 0.8, 0.8, 0.8, 0.2, 0.5]  # then grey, blur
+    names = ("brightness", "contrast", "saturation", "hue")
+    jitters = [change.transforms[0] for change in changes[:4]]
+    found = [{x: getattr(y, x) for x in names if getattr(y, x)} for y in jitters]
+    strong = (0.7, 1.3)
+    expected = {"brightness": strong, "contrast": strong, "saturation": strong, "hue": (-0.1, 0.1)}
+    assert found == [{name: value} for name, value in expected.items()]
+
+
+# ---- data and scores -------------------------------------------------------------------------
+
+
+def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
+    names = tmp_path / "list.txt"
+    names.write_text("train-40-2.jpg\n\n  train-32-1\n")
+    chosen = open_split(small_on(folder), "train", names)
+    assert [sample.name for sample in chosen] == ["train-40-2", "train-32-1"]
+    assert len(open_split(small_on(folder), "train", None)) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("train-32-0\nval-32-0\n", "val-32-0"), ("\n", "empty"), (None, "missing")],
+)
+def test_a_list_that_does_not_fit_is_one_sentence(folder, tmp_path, text, sentence):
+    names = tmp_path / "list.txt"
+    if text is not None:
+        names.write_text(text)
+    with pytest.raises(harness.UserError, match=sentence) as error:
+        open_split(small_on(folder), "train", names)
+    assert str(names) in str(error.value)
+
+
+class Flat(list):
+    """Images of flat patches: class k has colour k, in each image at other places."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, permutation=(0, 1, 2)):
+        colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
+        for index in range(7):
+            found = (torch.arange(8)[:, None] + torch.arange(16) + index) // 4 % 3
+            labels = torch.tensor(permutation)[found]
+            labels[0] = 255
+            image = colours[found].movedim(-1, 0)
+            self.append(image_sets.Labelled(image, labels, None, None, str(index)))
+
+
+def test_pseudo_classes_are_named_whatever_their_order():
+    val, run = Flat((2, 0, 1)), SimpleNamespace(world=harness.World(0, 1, torch.device("cpu")))
+    with harness.process_group("cpu"):
+        confusion, names, shown = densesiam_segment.match(
+            val, lambda image, size: image.argmax(0), 3, run
+        )
+    assert names.tolist() == [2, 0, 1]
+    assert confusion.sum() == 7 * 7 * 16  # the ignored row does not count
+    assert dk.mean_iou(dk.merge_clusters(confusion, names)) == 1
+    assert len(shown) == 6
+
+
+def test_k_means_on_colours_is_perfect_where_colour_is_the_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: subset(Flat()))
+    train(replace(SMALL, batch=6, epochs=1, run=tmp_path))
+    scored = rows(tmp_path, "miou")
+    assert scored[0]["colour_miou"] == 1
+    assert "colour_miou" not in scored[-1]
+    assert [row["step"] for row in scored] == [0, 1]
+
+
+def test_an_image_without_labels_cannot_be_scored(tmp_path, monkeypatch):
+    val = Flat()
+    val[2] = val[2]._replace(labels=None)
+    monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: subset(val))
+    with pytest.raises(harness.UserError, match="image 2 has no label"):
+        train(replace(SMALL, batch=6, epochs=1, run=tmp_path))
+
+
+def test_the_classes_of_coco_stuff_are_its_27_supercategories():
+    content = json.loads(MAPPING.read_text())
+    names, table = content["names"], {int(k): v for k, v in content["map"].items()}
+    assert sorted(table) == list(range(182))
+    assert len(names) == len(set(names)) == 27
+    assert set(table.values()) == set(range(27))
+    assert {k for k in table if table[k] < content["things"]} == set(range(91))  # the things
+    # One of each supercategory, by the id in the label map: COCO's id less 1.
+    known = {
+        "person": 0, "vehicle": 2, "outdoor": 9, "animal": 15, "accessory": 26, "sports": 36,
+        "kitchen": 43, "food": 52, "furniture": 61, "electronic": 71, "appliance": 81, "indoor": 83,
+        "textile": 92, "plant": 168, "building": 127, "furniture-stuff": 97, "structural": 112,
+        "raw-material": 131, "floor": 117, "ceiling": 101, "sky": 156, "ground": 148, "water": 154,
+        "food-stuff": 121, "solid": 149, "wall": 170, "window": 180,
+    }  # fmt: skip
+    assert set(known) == set(names)
+    assert {name: names[table[k]] for name, k in known.items()} == {name: name for name in known}
+    sizes = Counter(names[k] for k in table.values())
+    assert sizes["wall"] == 7
+    assert sizes["textile"] == sizes["furniture-stuff"] == sizes["ground"] == 11
+    assert sizes["plant"] == 9
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_and_resumes_and_region_begins_late(tmp_path, folder, monkeypatch):
+    config = small_on(folder)  # 2 batches an epoch, 10 steps
+    train(replace(config, run=tmp_path / "whole"))
+    whole = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert [row["step"] for row in rows(tmp_path / "whole")] == list(range(1, 11))
+    assert [row["step"] for row in rows(tmp_path / "whole", "region")] == [9, 10]
+    assert [row["step"] for row in rows(tmp_path / "whole", "miou")] == [0, 5, 10]
+    pictures = sorted((tmp_path / "whole" / "pictures").iterdir())
+    assert [path.stem for path in pictures] == ["step-000000", "step-000005", "step-000010"]
+    with Image.open(pictures[-1]) as picture:
+        assert picture.size == (3 * 226 + 2, 6 * 226 + 2)
+
+    asked = iter([False, False, True])  # stopped after the third step
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.Run, "stop_requested", lambda self: next(asked))
+        train(replace(config, run=tmp_path / "halted"))
+    assert len(rows(tmp_path / "halted")) == 3
+    assert not (tmp_path / "halted" / "encoder.json").exists()
+    train(replace(config, run=tmp_path / "halted", workers=1))
+    assert (tmp_path / "halted" / "metrics.jsonl").read_text() == whole
+    for name in ("encoder", "segmenter"):
+        left, right = (
+            load_file(tmp_path / run / f"{name}.safetensors") for run in ("whole", "halted")
+        )
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+        (tmp_path / "halted" / f"{name}.safetensors").unlink()
+    train(replace(config, run=tmp_path / "halted"))  # finished: it writes the files again
+    assert (tmp_path / "halted" / "metrics.jsonl").read_text() == whole
+
+    side_car = json.loads((tmp_path / "whole" / "segmenter.json").read_text())
+    assert (side_car["architecture"], side_car["step"]) == ("tiny", 10)
+    assert side_car["classes"] == [*dk.testing.CLASS_NAMES]
+    model = Segmenter(config, 12)
+    model.load_state_dict(load_file(tmp_path / "halted" / "segmenter.safetensors"))
+    assert sorted(model.names.tolist()) == list(range(12))
+    # The encoder is one that the other recipes can load, and that this one can start from.
+    encoder = encoders.load_encoder(str(tmp_path / "whole"))
+    other = Segmenter(replace(config, weights=str(tmp_path / "whole")), 12)
+    for name, x in encoder.network.state_dict().items():
+        torch.testing.assert_close(other.encoder.network.state_dict()[name], x)
+
+
+def test_a_saved_segmenter_scores_what_the_run_logged(tmp_path, folder):
+    config = small_on(folder, epochs=1, run=tmp_path)
+    train(config)
+    model = Segmenter(config, 12).eval()
+    model.load_state_dict(load_file(tmp_path / "segmenter.safetensors"))
+    confusion = torch.zeros(12, 12, dtype=torch.long)
+    with torch.no_grad():
+        for image, labels, *_ in image_sets.open_images(folder, split="val"):
+            logits = model.projectors["dense"](model.features(image[None] / 255))
+            logits = torch.nn.functional.interpolate(logits, labels.shape, mode="bilinear")
+            found = model.names[logits[0].argmax(0)]
+            for k in range(12):
+                for n in range(12):
+                    confusion[k, n] += ((labels == k) & (found == n)).sum()
+    hits = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    expected = (hits[union > 0] / union[union > 0]).mean()
+    assert rows(tmp_path, "miou")[-1]["miou"] == pytest.approx(float(expected), abs=1e-6)
+
+
+# It says nothing of the result.
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")
+def test_a_bf16_run_stays_close(tmp_path, folder):
+    config = small_on(folder, epochs=1, region_start=0.0)
+    train(replace(config, run=tmp_path / "plain"))
+    train(replace(config, run=tmp_path / "other", precision="bf16"))
+    for plain, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "other"), strict=True):
+        assert "region" in plain
+        assert other == pytest.approx(plain, rel=0.05, abs=0.05)
+
+
+def test_things_and_stuff_are_scored_apart_when_the_mapping_tells_them(tmp_path, folder):
+    mapping = tmp_path / "mapping.json"
+    table = {str(k): int(k < 4) + 2 * int(k in (0, 4)) for k in range(12)}  # 4 classes
+    content = {"names": ["things", "ground", "disk", "gradient"], "things": 1, "map": table}
+    mapping.write_text(json.dumps(content))
+    train(small_on(folder, mapping=mapping, epochs=1, run=tmp_path / "run"))
+    for row in rows(tmp_path / "run", "miou"):
+        assert {"things_miou", "stuff_miou", "things_wrong", "stuff_wrong"} <= row.keys()
+        assert row["things_miou"] in (0.0, 1.0)  # one class, and pixels within the group alone
+        assert 0 <= row["stuff_wrong"] <= 1
+
+
+def confusion_on(rank, group):
+    world = harness.World(rank, 2, torch.device("cpu"))
+    run = SimpleNamespace(world=world)
+    return densesiam_segment.match(Flat(), lambda image, size: image.argmax(0), 3, run)[0]
+
+
+def test_each_image_counts_once_over_all_processes():
+    left, right = on_processes(2, confusion_on)
+    assert torch.equal(left, right)
+    assert left.sum() == 7 * 7 * 16
+
+
+def two_processes(rank, name, port, config):
+    with pytest.MonkeyPatch.context() as patch:
+        values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        for key, value in {**values, "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(key, str(value))
+        torch.set_num_threads(1)
+        train(config)
+
+
+def test_two_processes_score_the_whole_set_together(tmp_path, folder):
+    config = small_on(folder, epochs=1)
+    launch(two_processes, "segment", replace(config, run=tmp_path / "two"))
+    train(replace(config, run=tmp_path / "one"))
+    one, two = (rows(tmp_path / run, "miou") for run in ("one", "two"))
+    assert two[0] == one[0]
+    assert [row["step"] for row in two] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"preset": "paper"}, "--data"),
+        ({"data": Path("nowhere")}, "nowhere"),
+        ({"data": "folder", "val_split": "exam"}, "exam"),
+        ({"data": "folder", "batch": 64}, "images for a batch of 64"),
+        ({"data": "folder", "arch": "resnet5"}, "timm"),
+        ({"data": "folder", "weights": "lost.safetensors"}, "lost.safetensors"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_sentence(tmp_path, folder, changes, sentence):
+    changes = {key: folder if value == "folder" else value for key, value in changes.items()}
+    with pytest.raises(harness.UserError, match=sentence) as error:
+        train(replace(SMALL, run=tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_the_paper_preset_is_the_papers():
+    paper = PRESETS["paper"]
+    assert (paper.arch, paper.aux, paper.batch, paper.epochs) == ("resnet18", 128, 256, 10)
+    assert (paper.lr, paper.weight_decay) == (0.05, 1e-4)
+    assert (paper.image, paper.size, paper.hue, paper.frozen_views) == (640, 320, 0.1, False)
+    assert (paper.weighting, paper.region, paper.region_start) == ("frequency", 0.1, 0.8)
+
+
+def test_help_answers_without_importing_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    done = subprocess.run(
+        [sys.executable, RECIPE, "--help"], capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--frozen-views" in done.stdout
+    assert "--val-list" in done.stdout
