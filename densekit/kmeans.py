@@ -13,6 +13,8 @@ from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
 
+_STARTS, _FEW = 4, 32  # short runs to begin with, on so many points for each cluster
+
 
 class KMeans(NamedTuple):
     """Result of `kmeans`.
@@ -154,10 +156,10 @@ def minibatch_kmeans(
 ) -> Float[Tensor, "clusters d"]:
     """Centroids of a large set: k-means on a sample, then steps on batches drawn from all points.
 
-    `kmeans` on `sample * clusters` points, from `kmeans_plus_plus` on a quarter of them, gives the
-    start. In a step, each centroid moves to the mean of all points it was given so far, those of
-    the sample included, so that the steps grow smaller. Over processes, each draws from its own
-    points, and sums are shared.
+    `kmeans` on `sample * clusters` points gives the start, itself from the best of four short runs
+    on some of them, each from `kmeans_plus_plus`. In a step, each centroid moves to the mean of all
+    points it was given so far, those of the sample included, so that the steps grow smaller. Over
+    processes, each draws as many from its own points, and sums are shared.
 
     Args:
         points: n points, such as the cells of all feature maps; what is not finite is left out.
@@ -185,11 +187,10 @@ def minibatch_kmeans(
         Sculley 2010, Web-scale k-means clustering; CrOC, Sec 4.2 (unsupervised segmentation).
     """
     counts = f"clusters={clusters}, steps={steps}, batch={batch}, sample={sample}"
-    if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0 or not len(points):
+    if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0:
         raise ValueError(
-            f"densekit.kmeans.minibatch_kmeans: {len(points)} points, {counts} and "
-            f"iterations={iterations} came; give a point, 1 or more clusters, batch and sample, "
-            "and 0 or more steps and iterations."
+            f"densekit.kmeans.minibatch_kmeans: {counts} and iterations={iterations} came; give 1 "
+            "or more clusters, batch and sample, and 0 or more steps and iterations."
         )
     if group is not None and generator is None:
         raise ValueError(
@@ -202,21 +203,25 @@ def minibatch_kmeans(
         usable = x.sum(-1).isfinite()
         return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
 
-    device, seed = (
-        points.device,
-        torch.randint(2**31, (), generator=generator, device=points.device),
-    )
+    device = points.device
+    seed = torch.randint(2**31, (), generator=generator, device=device)  # alike on all processes
     share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
     own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
     known, usable = (all_gather(x, group, ragged=True) for x in own)
+    if not len(known):  # on all processes alike: none waits for another
+        raise ValueError("densekit.kmeans.minibatch_kmeans: there is no point; give one or more.")
+    # One start may miss a cluster. Several are cheap on some of the points: of each process.
+    few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
+    some, good = (x[few].expand(_STARTS, *x[few].shape) for x in (known, usable))
     draws = torch.Generator(device).manual_seed(int(seed))
-    # A start takes clusters x points, one after the other: of each process every fourth point.
-    step = max(1, min(4, len(known) // clusters))
-    start = kmeans_plus_plus(known[::step], clusters, usable[::step], generator=draws)
-    centers, labels, _ = kmeans(known, start, usable, iterations=iterations)
+    start = kmeans_plus_plus(some, clusters, good, generator=draws)
+    tried = kmeans(some, start, good, iterations=iterations)
+    best = tried.centroids[tried.inertia.argmin()]
+    centers, labels, _ = kmeans(known, best, usable, iterations=iterations)
     mass = torch.nn.functional.one_hot(labels + 1, clusters + 1)[:, 1:].sum(0).to(centers)
     for _ in range(steps):
-        rows = torch.randint(len(points), (batch,), generator=generator, device=device)
+        count = batch if len(points) else 0
+        rows = torch.randint(max(1, len(points)), (count,), generator=generator, device=device)
         x, usable = take(rows)
         each = torch.nn.functional.one_hot(nearest_centroids(x, centers), clusters).to(x)
         each = each * usable[:, None]

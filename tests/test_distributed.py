@@ -400,7 +400,7 @@ def median_inertia(points, runs):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["alike", "apart"])
-@pytest.mark.parametrize("counts", [[600, 600], [1100, 100], [100, 1100]])
+@pytest.mark.parametrize("counts", [[600, 600], [1100, 100], [100, 1100], [0, 1200]])
 def test_kmeans_over_uneven_parts_has_one_result_as_good_as_one_process(counts, apart):
     middles = torch.tensor([[0.0, 0], [30, 0], [30, 30], [0, 30]], dtype=torch.float64)
     labels = torch.arange(1200) % 4
@@ -421,3 +421,12 @@ def no_generator(rank, group):
 
 def test_kmeans_over_processes_needs_a_generator_in_the_same_state():
     on_processes(1, no_generator)
+
+
+def no_point(rank, group):
+    with pytest.raises(ValueError, match="minibatch_kmeans: there is no point"):
+        minibatch_kmeans(torch.zeros(0, 2), 2, group=group, generator=seeded())
+
+
+def test_kmeans_over_processes_without_any_point_ends_on_all():
+    on_processes(2, no_point)

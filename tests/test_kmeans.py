@@ -322,6 +322,16 @@ def test_batches_come_near_to_scikit_learns_inertia(blobs, spread):
     assert np.median(got) <= np.median([oracle.inertia_ for oracle in oracles])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_no_cluster_is_missed_that_lies_apart(seed):
+    middles = 6 * torch.randn(6, 8, generator=seeded(seed))
+    labels = torch.randint(6, (2000,), generator=seeded(seed))
+    points = middles[labels] + torch.randn(2000, 8, generator=seeded(seed))
+    best = kmeans(points, middles).inertia
+    got = minibatch_kmeans(points, 6, batch=256, generator=seeded(seed))
+    assert torch.cdist(points, got).amin(1).square().sum() <= 1.1 * best
+
+
 def draws_by_hand(points, clusters, *, steps, batch, sample, seed):
     """The sample, and the batches."""
     generator = seeded(seed)
@@ -415,5 +425,6 @@ def test_batches_far_from_the_origin_find_the_same_clusters():
 def test_batches_that_make_no_sense_are_refused(options):
     options = {"clusters": 2, "n": 3} | options
     points = torch.zeros(options.pop("n"), 2)
-    with pytest.raises(ValueError, match=rf"minibatch_kmeans: {len(points)} points, clusters="):
+    found = "clusters=" if len(points) else "there is no point"
+    with pytest.raises(ValueError, match=rf"minibatch_kmeans: {found}"):
         minibatch_kmeans(points, **options)
