@@ -51,7 +51,7 @@ from densekit.distributed import (
     unshuffle_batch,
 )
 from densekit.ema import ema_update
-from densekit.kmeans import (
+from densekit.k_means import (
     KMeans,
     kmeans,
     kmeans_plus_plus,

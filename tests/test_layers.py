@@ -22,7 +22,7 @@ LAYERS = {
     "clustering": 2,
     "matching": 2,
     "metrics": 2,
-    "kmeans": 3,
+    "k_means": 3,
     "diagnostics": 3,
     "probes": 3,
     "testing": 4,

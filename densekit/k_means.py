@@ -65,7 +65,7 @@ def kmeans_plus_plus(
     """
     if count < 0 or (count and not points.shape[-2]):
         raise ValueError(
-            f"densekit.kmeans.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
+            f"densekit.k_means.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
             "give a count of 0 or more, and a point to draw."
         )
     x = widen(points.detach())
@@ -96,7 +96,7 @@ def kmeans(
     Args:
         points: n points.
         start: Where the centroids start
-            ([`kmeans_plus_plus`][densekit.kmeans.kmeans_plus_plus]).
+            ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
         valid: Points to use; all when left out.
         iterations: How often the centroids move, at most some dozens in practice.
 
@@ -116,7 +116,7 @@ def kmeans(
     """
     if not start.shape[-2] or iterations < 0:
         raise ValueError(
-            f"densekit.kmeans.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
+            f"densekit.k_means.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
             "came; give one or more centroids and 0 or more iterations."
         )
     x, centers = widen(points.detach()), widen(start.detach())
@@ -189,12 +189,12 @@ def minibatch_kmeans(
     counts = f"clusters={clusters}, steps={steps}, batch={batch}, sample={sample}"
     if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0:
         raise ValueError(
-            f"densekit.kmeans.minibatch_kmeans: {counts} and iterations={iterations} came; give 1 "
+            f"densekit.k_means.minibatch_kmeans: {counts} and iterations={iterations} came; give 1 "
             "or more clusters, batch and sample, and 0 or more steps and iterations."
         )
     if group is not None and generator is None:
         raise ValueError(
-            "densekit.kmeans.minibatch_kmeans: a group came without a generator; give one, in the "
+            "densekit.k_means.minibatch_kmeans: a group came without a generator; give one, in the "
             "same state on all processes, so that all start from the same centroids."
         )
 
@@ -209,7 +209,7 @@ def minibatch_kmeans(
     own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
     known, usable = (all_gather(x, group, ragged=True) for x in own)
     if not len(known):  # on all processes alike: none waits for another
-        raise ValueError("densekit.kmeans.minibatch_kmeans: there is no point; give one or more.")
+        raise ValueError("densekit.k_means.minibatch_kmeans: there is no point; give one or more.")
     # One start may miss a cluster. Several are cheap on some of the points: of each process.
     few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
     some, good = (x[few].expand(_STARTS, *x[few].shape) for x in (known, usable))
@@ -257,7 +257,7 @@ def nearest_centroids(
         Lloyd, Least squares quantization in PCM.
     """
     if not centroids.shape[-2]:
-        raise ValueError("densekit.kmeans.nearest_centroids: give one or more centroids.")
+        raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
     x, centers = widen(points.detach()), widen(centroids.detach())
     # ||x - c||^2 up to ||x||^2, about the mean m of the centroids: differences of squares are
     # precise near the origin only, and the points themselves need no copy so.
