@@ -87,18 +87,15 @@ from densekit.metrics import (
     region_similarity,
     row_permuted_group_scores,
 )
+from densekit.neighbors import knn_votes, object_knn, propagate_labels, propagate_video
 from densekit.pooling import pool_masks
 from densekit.probes import (
     LinearProbe,
     SegmentationScore,
     fit_linear_probe,
     fit_svm,
-    knn_votes,
     linear_maps,
     linear_segmentation,
-    object_knn,
-    propagate_labels,
-    propagate_video,
     segmentation_counts,
     train_linear_probe,
 )

@@ -24,6 +24,7 @@ LAYERS = {
     "metrics": 2,
     "k_means": 3,
     "diagnostics": 3,
+    "neighbors": 3,
     "probes": 3,
     "testing": 4,
 }
