@@ -113,6 +113,8 @@ def encode(
     title = f"{encoder.name}{' (disturbed)' if disturb else ''}"
     for batch in loader(samples, config, title):
         images = torch.stack([x.image for x in batch])
+        if disturb and len(images) < 2:
+            raise harness.UserError("To disturb an object takes another image: give --batch 2.")
         levels = encoder.levels(images.to(device))
         owner = torch.cat([torch.full((len(x.boxes),), i) for i, x in enumerate(batch)]).long()
         boxes = torch.cat([x.boxes for x in batch])

@@ -131,8 +131,11 @@ def classification(
     labels: Tensor, named: Tensor, images: Tensor, test: Features, config: Any
 ) -> dict:
     """Accuracies of rows (images or objects), the interval over images."""
+    keep = labels >= 0
+    labels, named, images = labels[keep], named[keep], images[keep]
     if not len(labels):
-        raise harness.UserError("The split to score has no object: choose another protocol.")
+        what = "has no object, or no image of a class"
+        raise harness.UserError(f"The split to score {what}: choose another protocol.")
     states = torch.zeros(len(test.maps), len(test.classes), 2, dtype=torch.long)
     right = torch.stack([(labels == named).long(), torch.ones_like(labels)], -1)
     states = states.index_put((images, labels), right, accumulate=True)
@@ -161,8 +164,8 @@ def object_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:
 
 
 def main_class(features: Features) -> Tensor:
-    """The class that covers most of each image; of boxes, the one of the largest."""
-    return features.area.argmax(1)
+    """The class that covers most of each image (of boxes, the largest's); -1 without any."""
+    return torch.where(features.area.amax(1) > 0, features.area.argmax(1), -1)
 
 
 def image_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:

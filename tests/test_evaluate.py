@@ -293,7 +293,20 @@ def test_a_set_without_labels_or_objects_is_named(data, tmp_path):
     bare = test._replace(labels=[None] * 8)
     with pytest.raises(harness.UserError, match="label map"):
         FITTED["ridge-seg"](fit, bare, config, 0)
-    none = test._replace(object_classes=test.object_classes[:0], objects=test.objects[:0])
+    some = {x: getattr(test, x)[:0] for x in ("objects", "object_classes", "object_images")}
+    none = test._replace(**some)
     with pytest.raises(harness.UserError, match="no object"):
         FITTED["object-knn"](fit, none, config, 0)
+    with pytest.raises(harness.UserError, match="no image of a class"):
+        FITTED["image-knn"](fit, test._replace(area=test.area * 0), config, 0)
+    with pytest.raises(harness.UserError, match="--batch 2"):
+        both(dataclasses.replace(config, batch=1), disturb=True)
+
+
+def test_images_without_a_class_are_left_out(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    bare = test._replace(area=test.area * (torch.arange(8) > 2)[:, None])
+    assert main_class(bare).tolist() == [-1] * 3 + [0] * 5
+    assert FITTED["image-knn"](fit, bare, config, 0)["rows"] == 5
     assert Features._fields[-1] == "classes"
