@@ -1,6 +1,7 @@
 """Scores of predictions: confusion, IoU, matched clusters, accuracy, precision, masks, intervals.
 
-Counts add: the matrices of batches or processes are summed (`+`, `all_sum`) and scored once.
+Counts are the state: add the matrices of batches (`+`) and of processes
+(`torch.distributed.all_reduce`), and score the sum once.
 """
 
 import math
