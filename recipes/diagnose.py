@@ -92,7 +92,9 @@ def retrieval(encoder: Encoder, images: Any, test: Features, folder: Path) -> di
 @torch.no_grad()
 def bias(encoder: Encoder, batches: Any, config: Any, folder: Path) -> dict:
     """Coupling rate and mean cosine of each level, on objects cut out (D3SSL, Sec 3)."""
-    side, cut = max(1, config.size[0] // 3 // encoder.stride) * encoder.stride, []
+    # The images made of a picture are 3/2 and 5/2 of its sides: all of them in whole cells.
+    step, cut = 2 * encoder.stride, []
+    side = max(1, config.size[0] // 3 // step) * step
     for batch in batches:
         for x in batch:
             h, w = x.image.shape[-2:]

@@ -241,6 +241,15 @@ def test_the_command_compares_encoders_and_writes_its_report(data, tmp_path, cap
     assert text in capsys.readouterr().out
 
 
+def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them(data, tmp_path):
+    config = configured(data, tmp_path, protocol="bias", size=(80, 80))
+    evaluate.evaluate(dataclasses.replace(config, encoders=("random:tiny-vit",)))
+    text = (config.out / "results.json").read_text()
+    assert set(json.loads(text)["results"]["random:tiny-vit"]["bias"]) == {
+        "level1", "level2", "level3"
+    }  # fmt: skip
+
+
 def davis(root, frames=5):
     """A red square that moves by a cell a frame, and a still blue one."""
     for folder in ("JPEGImages/480p/moving", "Annotations/480p/moving", "ImageSets/2017"):
