@@ -570,6 +570,7 @@ def bootstrap(
     return Interval(value, low, high, figures.std(0, correction=0))
 
 
+@typed
 def as_dict(result: Any) -> Any:
     """A result in plain Python numbers, for `json.dump`.
 
@@ -595,6 +596,7 @@ def as_dict(result: Any) -> Any:
     return [as_dict(x) for x in result] if isinstance(result, (list, tuple)) else result
 
 
+@typed
 def as_table(rows: Mapping[str, Any], *, digits: int = 3) -> str:
     """Results as a Markdown table: a row for each, a column for each single number they hold.
 
