@@ -24,3 +24,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The first backward pass of a process decides whether its forks may use autograd. A compile or an
+# export before it would register a GPU that is not there, and they might not.
+torch.ones((), requires_grad=True).backward()

@@ -4,7 +4,6 @@ Detectron2 and OpenMMLab are not installed: their networks are written here from
 """
 
 import json
-import multiprocessing
 import pickletools
 import subprocess
 import sys
@@ -32,9 +31,6 @@ import densekit as dk
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)  # no two alike
 IMAGES = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
-
-# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 def save(path, architecture, **facts):
@@ -83,29 +79,6 @@ def run(checkpoint, tmp_path, capsys):
         return facts
 
     return command
-
-
-def in_a_child(function):
-    """What `function()` gives or raises in a forked process: an export would leave this one unfit.
-
-    (torch.export registers a GPU even where there is none, and processes forked after a backward
-    pass with one may not use autograd, as those of other tests do.)
-    """
-
-    def child():
-        try:
-            send.send(function())
-        except BaseException as error:
-            send.send(error)
-
-    receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    result = receive.recv()
-    process.join()
-    if isinstance(result, BaseException):
-        raise result
-    return result
 
 
 @cache
@@ -402,7 +375,7 @@ def test_openmmlabs_backbones_compute_the_same(run, checkpoint, tmp_path, to, ar
 def test_onnxruntime_computes_the_same_of_images_of_any_size(
     run, checkpoint, architecture, normalise
 ):
-    facts = in_a_child(lambda: run(architecture, "onnx", ".onnx", normalise=normalise))
+    facts = run(architecture, "onnx", ".onnx", normalise=normalise)
     assert facts.get("normalised_inside", False) == normalise
     draws = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 64, 64), (5, 3, 40, 120), (2, 3, 224, 64)):  # also those not tried there
@@ -454,7 +427,7 @@ def test_a_network_of_one_size_does_not_go_to_onnx(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(encoders.Encoder, "levels", fixed)
     with pytest.raises(UserError, match="tiny does not go to ONNX: only 224"):
-        in_a_child(lambda: run("tiny", "onnx", ".onnx"))
+        run("tiny", "onnx", ".onnx")
     assert list(tmp_path.iterdir()) == []
 
 
