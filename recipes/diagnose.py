@@ -12,7 +12,7 @@ import harness
 import torch
 from encoders import Encoder
 from matplotlib.figure import Figure
-from protocols import Features
+from protocols import Features, main_class
 from torch import Tensor
 from torchvision.utils import make_grid
 import densekit as dk
@@ -85,7 +85,8 @@ def retrieval(encoder: Encoder, images: Any, test: Features, folder: Path) -> di
         folder / f"retrieval-{slug(encoder)}.png",
         lambda ax: ax.imshow(grid.permute(1, 2, 0).numpy()),
     )
-    same = (test.area.argmax(1)[best[:, 1:]] == test.area.argmax(1)[best[:, :1]]).float().mean()
+    classes = main_class(test)
+    same = (classes[best[:, 1:]] == classes[best[:, :1]]).float().mean()
     return {"same main class": same, "queries": len(best)}
 
 

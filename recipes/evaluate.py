@@ -132,14 +132,13 @@ def encode(
         rows["pooled"].append([x.float().mean((-2, -1)).cpu() for x in levels])
         rows["labels"] += [x.labels for x in batch]
         rows["area"] += [x.area for x in batch]
-        rows["boxes"] += [x.boxes for x in batch]
         rows["object_classes"] += [x.classes for x in batch]
         rows["object_images"].append(owner + first)
         first += len(batch)
     pooled = [torch.cat(level) for level in zip(*rows["pooled"], strict=True)]
     empty = torch.zeros(0, rows["maps"][0].shape[1])
     return Features(
-        torch.cat(rows["maps"]), pooled, rows["labels"], torch.stack(rows["area"]), rows["boxes"],
+        torch.cat(rows["maps"]), pooled, rows["labels"], torch.stack(rows["area"]),
         torch.cat([empty, *rows["objects"]]), torch.cat(rows["object_classes"]),
         torch.cat(rows["object_images"]), list(samples.data.classes),
     )  # fmt: skip
@@ -187,8 +186,11 @@ def report(results: dict, config: Config) -> str:
     return "\n".join(lines)
 
 
-def score(encoder: Encoder, wanted: list[str], fit: Any, test: Any, config: Config, seed: int):
-    """(protocol, figures) one by one; the features are made once for all."""
+def score(encoder: Encoder, wanted: list[str], sets: Any, config: Config, seed: int, prior: dict):
+    """(protocol, figures) one by one; features are made once, the prior in the first run."""
+    fit: Any
+    test: Any
+    fit, test = sets or (None, None)  # video reads its own
     features: dict[bool, list] = {}
     for protocol in wanted:
         disturb, figures = protocol.startswith("disturbed"), config.out / "figures"
@@ -207,8 +209,8 @@ def score(encoder: Encoder, wanted: list[str], fit: Any, test: Any, config: Conf
                 yield protocol, retrieval(encoder, lambda i: test[i].image, pair[1], figures)
                 continue
             yield protocol, FITTED[protocol](*pair, config, seed)
-            if protocol.endswith("-seg"):
-                yield f"prior:{protocol}", position_prior(*pair, config)
+            if protocol.endswith("-seg") and protocol not in prior:
+                prior[protocol] = dk.as_dict(position_prior(*pair, config))
 
 
 def evaluate(config: Config) -> None:
@@ -223,8 +225,8 @@ def evaluate(config: Config) -> None:
     sets = [image_sets.open_images(config.data, split=x, **options) for x in splits]
     if len(sets) == 2 and sets[0].classes != sets[1].classes:
         raise harness.UserError("The two splits name different classes.")
-    fit, test = [Samples(x, config) for x in sets] or (None, None)
-    results: dict[str, dict] = {}
+    sets = [Samples(x, config) for x in sets]
+    results: dict[str, dict] = {"position prior": {}}
     seeds: dict[str, dict] = {}
     for name in config.encoders:
         runs: dict[str, list] = {}
@@ -234,15 +236,12 @@ def evaluate(config: Config) -> None:
                 size = f"--size {config.size[0]} {config.size[1]}"
                 what = f"whole cells of {name}: give multiples of {encoder.stride}"
                 raise harness.UserError(f"{size} is not in {what}.")
-            for protocol, found in score(encoder, wanted, fit, test, config, seed):
-                if protocol.startswith("prior:"):
-                    prior = results.setdefault("position prior", {})
-                    prior[protocol.removeprefix("prior:")] = dk.as_dict(found)
-                else:
-                    runs.setdefault(protocol, []).append(dk.as_dict(found))
+            prior = results["position prior"]
+            for protocol, found in score(encoder, wanted, sets, config, seed, prior):
+                runs.setdefault(protocol, []).append(dk.as_dict(found))
         results[name] = {protocol: over_seeds(found) for protocol, found in runs.items()}
         seeds[name] = runs
-        (config.out / "figures").mkdir(parents=True, exist_ok=True)
+        config.out.mkdir(parents=True, exist_ok=True)
         facts = {"config": asdict(config), "results": results, "seeds": seeds}
         text = json.dumps(facts, indent=2, default=str) + "\n"
         harness.write(config.out / "results.json", text.encode())  # after each: nothing is lost

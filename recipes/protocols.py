@@ -1,7 +1,7 @@
 """The protocols of evaluate.py: features of two splits in, figures with their intervals out.
 
 No command of its own. Each is a function of the features of the split to fit on, those of the split
-to score, the configuration and a seed; `PROTOCOLS` has them by name.
+to score, the configuration and a seed; `FITTED` has them by name.
 """
 
 from functools import partial
@@ -24,7 +24,6 @@ class Features(NamedTuple):  # of a split, in the order of its images
     pooled: list[Tensor]  # of each level, (n, d)
     labels: list[Tensor | None]  # class maps at their own size
     area: Tensor  # (n, classes)
-    boxes: list[Tensor]
     objects: Tensor  # (m, d): RoIAlign of the last level, averaged
     object_classes: Tensor
     object_images: Tensor  # the image that each object is of

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from protocols import FITTED, Features, main_class, position_prior, segmentation, small_labels
+from protocols import FITTED, main_class, position_prior, segmentation, small_labels
 from torch import nn
 import densekit as dk
 
@@ -318,4 +318,3 @@ def test_images_without_a_class_are_left_out(data, tmp_path):
     bare = test._replace(area=test.area * (torch.arange(8) > 2)[:, None])
     assert main_class(bare).tolist() == [-1] * 3 + [0] * 5
     assert FITTED["image-knn"](fit, bare, config, 0)["rows"] == 5
-    assert Features._fields[-1] == "classes"
