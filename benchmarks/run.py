@@ -34,7 +34,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 import densekit as dk
-from densekit.testing import scenes
+from densekit.scenes import sample_scenes
 from densekit.typing import Float, Tensor, typed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def against(what: str, ours: float, rival: float, name: str) -> None:
 def geometry() -> None:
     """Sampling a pair of views, carrying it, mapping the grid, against loading and cropping."""
     files = []
-    for image in scenes(8, (480, 640)).images:
+    for image in sample_scenes(8, (480, 640)).images:
         file = io.BytesIO()
         Image.fromarray((image * 255).byte().movedim(0, -1).numpy()).save(file, "JPEG", quality=90)
         files.append(file)
@@ -180,7 +180,7 @@ def primitives() -> None:
     what = "`info_nce`, 16 sets of 512, 128-d, forward and backward"
     against(what, *times(ours, rival), "F.cross_entropy on the matrix")
     start = time.perf_counter()
-    scenes(2048, (64, 64))
+    sample_scenes(2048, (64, 64))
     seconds = time.perf_counter() - start
     row("`testing.scenes`, 64 x 64", f"{2048 / seconds:.0f} a second", "", "")
 
@@ -389,19 +389,21 @@ def moco() -> None:
     measured = times(lambda: dk.ema_update(teacher, student, momentum=0.999), loop)
     against("`ema_update` of a ResNet-50", *measured, "loop over parameters and buffers")
     keys = torch.rand(1024, 128, device=DEVICE)
-    bank = dk.push(dk.init_bank(65536, 128, device=DEVICE), keys)
+    bank = dk.push_to_bank(dk.init_bank(65536, 128, device=DEVICE), keys)
 
     def slice_assignment() -> None:
         bank.features[1024:2048] = keys
 
-    measured = times(lambda: dk.push(bank, keys), slice_assignment)
-    against("`push`, 1024 keys to a bank of 65536 x 128", *measured, "slice assignment in place")
-    bank = dk.push(bank, torch.rand(65536, 128, device=DEVICE))
+    measured = times(lambda: dk.push_to_bank(bank, keys), slice_assignment)
+    against(
+        "`push_to_bank`, 1024 keys to a bank of 65536 x 128", *measured, "slice assignment in place"
+    )
+    bank = dk.push_to_bank(bank, torch.rand(65536, 128, device=DEVICE))
     query = torch.rand(1568, 128, device=DEVICE, requires_grad=True)
     key = torch.rand(1568, 128, device=DEVICE)
 
     def dense() -> None:
-        dk.info_nce(query, key, dk.negatives(bank), temperature=0.2).backward()
+        dk.info_nce(query, key, dk.bank_negatives(bank), temperature=0.2).backward()
 
     def joined() -> None:
         q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
@@ -421,7 +423,7 @@ def moco() -> None:
         optimizer = torch.optim.SGD(model.student.parameters(), 0.06, 0.9, weight_decay=1e-4)
         banks = model.init_banks(DEVICE)
         full = torch.rand(65536, 128, device=DEVICE)
-        banks = {name: dk.push(bank, full) for name, bank in banks.items()}
+        banks = {name: dk.push_to_bank(bank, full) for name, bank in banks.items()}
 
         def function() -> None:
             dk.ema_update(model.teacher, model.student, momentum=0.999, buffers="keep")
@@ -467,7 +469,7 @@ def regions() -> None:
     size, (images, others) = (224, 224), torch.rand(2, 64, 3, 224, 224, device=DEVICE)
     low = torch.rand(64, 4, 2, device=DEVICE) * 120
     boxes = torch.cat([low, low + 32 + torch.rand(64, 4, 2, device=DEVICE) * 60], -1)
-    draws, beside = dk.sample_cutout(boxes), dk.proposal_mask(boxes)
+    draws, beside = dk.sample_cutout(boxes), dk.sample_surrounding_boxes(boxes)
     shift = dk.sample_shift(boxes, size)
     pasted = dk.boxes_to_mask(dk.shift_boxes(boxes, shift), size)
 
@@ -497,7 +499,9 @@ def regions() -> None:
     whole = dk.full_view((224, 224), (batch,), device=DEVICE)
     valid = torch.ones(batch, 4, dtype=torch.bool, device=DEVICE)
     regions = crops, [whole, whole], boxes[:batch], valid
-    bank = dk.push(dk.init_bank(65536, 128, device=DEVICE), torch.rand(65536, 128, device=DEVICE))
+    bank = dk.push_to_bank(
+        dk.init_bank(65536, 128, device=DEVICE), torch.rand(65536, 128, device=DEVICE)
+    )
     order = torch.arange(batch, device=DEVICE)
 
     def step() -> None:

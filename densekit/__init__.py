@@ -1,6 +1,6 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning."""
 
-from densekit.bank import Bank, Negatives, init_bank, negatives, push, sample_keys
+from densekit.bank import Bank, Negatives, bank_negatives, init_bank, push_to_bank, sample_keys
 from densekit.boxes import (
     RoIFeatures,
     SampledBoxes,
@@ -96,6 +96,7 @@ from densekit.probes import (
     fit_svm,
     linear_maps,
     linear_segmentation,
+    probe_scenes,
     segmentation_counts,
     train_linear_probe,
 )
@@ -104,12 +105,12 @@ from densekit.regions import (
     boxes_to_mask,
     composite,
     fill_mask,
-    jitter_boxes,
     proposal_cutout,
-    proposal_mask,
-    restricted_jitter,
     sample_cutout,
+    sample_inner_boxes,
+    sample_jittered_boxes,
     sample_shift,
+    sample_surrounding_boxes,
     shift_boxes,
 )
 from densekit.sampling import (
@@ -121,8 +122,9 @@ from densekit.sampling import (
     gridsample_pairs,
     hard_points,
     patch_pairs,
-    random_points,
+    sample_points,
 )
+from densekit.scenes import SCENE_CLASSES, Scenes, sample_scenes
 from densekit.schedules import cosine_schedule, linear_schedule, warmup_cosine
 from densekit.views import (
     BoxesInView,
@@ -145,6 +147,7 @@ from densekit.views import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SCENE_CLASSES",
     "Accuracy",
     "Bank",
     "BoxesInView",
@@ -164,6 +167,7 @@ __all__ = [
     "PrunedClusters",
     "RoIFeatures",
     "SampledBoxes",
+    "Scenes",
     "SegmentationScore",
     "SimilarityCurve",
     "View",
@@ -178,6 +182,7 @@ __all__ = [
     "as_table",
     "assign_levels",
     "average_precision",
+    "bank_negatives",
     "bootstrap",
     "boundary_f_measure",
     "box_area",
@@ -215,7 +220,6 @@ __all__ = [
     "init_bank",
     "intersect_boxes",
     "intersect_views",
-    "jitter_boxes",
     "kmeans",
     "kmeans_plus_plus",
     "knn_votes",
@@ -235,28 +239,30 @@ __all__ = [
     "nearest_centroids",
     "nearest_maps",
     "negative_cosine",
-    "negatives",
     "object_knn",
     "patch_pairs",
     "pca_colors",
     "pool_masks",
     "positional_cost",
+    "probe_scenes",
     "propagate_labels",
     "propagate_video",
     "proposal_cutout",
-    "proposal_mask",
     "prune_clusters",
-    "push",
-    "random_points",
+    "push_to_bank",
     "region_similarity",
-    "restricted_jitter",
     "roi_align",
     "row_permuted_group_scores",
     "sample_boxes",
     "sample_boxes_at_iou",
     "sample_cutout",
+    "sample_inner_boxes",
+    "sample_jittered_boxes",
     "sample_keys",
+    "sample_points",
+    "sample_scenes",
     "sample_shift",
+    "sample_surrounding_boxes",
     "sample_tokens",
     "sample_view_pairs",
     "sample_views",

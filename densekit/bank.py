@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from densekit.typing import Bool, Float, Int, Tensor, _fit_valid, typed
 
-__all__ = ["Bank", "Negatives", "init_bank", "negatives", "push", "sample_keys"]
+__all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
 
 
 class Bank(NamedTuple):
@@ -83,14 +83,14 @@ def init_bank(
 
 
 @typed
-def push(
+def push_to_bank(
     bank: Bank, keys: Float[Tensor, "*batch d"], valid: Bool[Tensor, "*valid"] | None = None
 ) -> Bank:
     """Add keys to a bank, in order; each replaces the oldest.
 
     The number of keys may vary from call to call and exceed the bank: then the last ones stay.
     Pushing in two parts is pushing once. So that all processes hold the same bank, push the same
-    keys everywhere: `push(bank, all_gather(keys, group))`.
+    keys everywhere: `push_to_bank(bank, all_gather(keys, group))`.
 
     Args:
         bank: Left as it is; no gradient flows.
@@ -104,7 +104,7 @@ def push(
         TypeError: The keys have another length than the bank's, or `valid` does not fit.
 
     Examples:
-        >>> bank = push(init_bank(2, 1), torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> bank = push_to_bank(init_bank(2, 1), torch.tensor([[1.0], [2.0], [3.0]]))
         >>> bank.features.flatten(), int(bank.cursor), int(bank.filled)
         (tensor([3., 2.]), 1, 2)
 
@@ -114,7 +114,7 @@ def push(
     features, cursor, filled = bank
     size = features.shape[0]
     shape = keys.shape[:-1]
-    valid = _fit_valid("bank.push", valid, shape)
+    valid = _fit_valid("bank.push_to_bank", valid, shape)
     use = torch.ones(shape, dtype=torch.bool, device=keys.device) if valid is None else valid
     use = use.flatten()
     place = use.long().cumsum(0)  # from 1, among the keys to use
@@ -132,11 +132,11 @@ def push(
 
 
 @typed
-def negatives(bank: Bank) -> Negatives:
+def bank_negatives(bank: Bank) -> Negatives:
     """The keys of a bank as the negatives of `info_nce`: only the rows that have been filled.
 
     The shape does not depend on how full the bank is, so that nothing is compiled twice and no
-    device waits: `info_nce(query, key, negatives(bank), temperature=0.2)`.
+    device waits: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
 
     Args:
         bank: The bank.
@@ -145,8 +145,8 @@ def negatives(bank: Bank) -> Negatives:
         All rows, and which of them hold a key.
 
     Examples:
-        >>> bank = push(init_bank(3, 1), torch.tensor([[1.0], [2.0]]))
-        >>> negatives(bank).valid
+        >>> bank = push_to_bank(init_bank(3, 1), torch.tensor([[1.0], [2.0]]))
+        >>> bank_negatives(bank).valid
         tensor([ True,  True, False])
 
     References:

@@ -33,7 +33,7 @@ class MergedClusters(NamedTuple):
     Attributes:
         assignments: The transport plan Q of the chosen step: the mass of each token in each
             cluster; the columns not in use are zero.
-        centroids: Mean of the L2-normalised tokens of each cluster, weighted by the plan; zero
+        centroids: Mean of the L2-normalized tokens of each cluster, weighted by the plan; zero
             where not in use.
         clusters: The chosen number of clusters K.
         costs: Transport cost of every step, from the number of start tokens down to 2 clusters.
@@ -73,9 +73,9 @@ def sinkhorn(
     valid: Bool[Tensor, "*batch n k"] | None = None,
     group: Group = None,
 ) -> Float[Tensor, "*batch n k"]:
-    """Entropic optimal transport: the plan with given marginals and the least regularised cost.
+    """Entropic optimal transport: the plan with given marginals and the least regularized cost.
 
-    Minimises `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: scales
+    Minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: scales
     the rows of `exp(-cost / reg)` and then its columns, `iterations` times, in the log domain. The
     columns come last: their sums are met exactly, the rows' in the limit.
 
@@ -235,8 +235,8 @@ def sinkhorn_merge(
     TF32, products choose another K now and then.
 
     Args:
-        tokens: n tokens; L2-normalised here.
-        positions: Their centres (x, y) in the image frame, of both views alike.
+        tokens: n tokens; L2-normalized here.
+        positions: Their centers (x, y) in the image frame, of both views alike.
         weights: Their weights r, not negative, such as the attention of [CLS]; scaled to sum 1
             here. A token of weight 0 takes no part.
         start: Indices of the start tokens, two or more, of tokens with some weight
@@ -251,7 +251,7 @@ def sinkhorn_merge(
             marginal is `softmax(Y^T r)` (the paper). "mass" weights both by their mass in the plan,
             and the marginal is each centroid's mean token weight, scaled to sum 1 (the program).
         cost_range: What the range of the cost is taken over: each "problem" alone, or the whole
-            "batch" (the program), which makes an image's clusters depend on its neighbours. Under
+            "batch" (the program), which makes an image's clusters depend on its neighbors. Under
             `vmap` the batch is what the function sees: one problem.
 
     Returns:
@@ -349,13 +349,13 @@ def split_assignments(
     views: int = 2,
     normalize: Literal["rows", "columns"] = "rows",
 ) -> Float[Tensor, "*batch v m k"]:
-    """Split the joint assignments of several views, and normalise them.
+    """Split the joint assignments of several views, and normalize them.
 
     Args:
         assignments: The plan over the tokens of all views, joined along n in the views' order.
         views: How many views share the n tokens evenly.
         normalize: "rows" makes each token's assignments sum to 1 (the paper); "columns" makes each
-            cluster's sum to 1 in each view, so that a token keeps its weight beside its neighbours
+            cluster's sum to 1 in each view, so that a token keeps its weight beside its neighbors
             (the authors' program). What sums to zero stays zero.
 
     Returns:
@@ -369,7 +369,7 @@ def split_assignments(
         torch.Size([2, 1, 2])
 
     References:
-        CrOC, Eq 1, and the end of Sec 3.3 (row-wise normalisation).
+        CrOC, Eq 1, and the end of Sec 3.3 (row-wise normalization).
     """
     if views < 1 or assignments.shape[-2] % views:
         raise ValueError(

@@ -72,7 +72,7 @@ class LayerBias(NamedTuple):
     """What the features of each layer carry besides the object itself.
 
     Attributes:
-        coupling_rate: How much they take over from a neighbour; 1 is none.
+        coupling_rate: How much they take over from a neighbor; 1 is none.
         mean_cosine: How alike they are at nine places; 1 is the same everywhere.
     """
 
@@ -355,7 +355,7 @@ def coupling_rate(
     box_a: Float[Tensor, "*batch 4"],
     box_b: Float[Tensor, "*batch 4"],
 ) -> Float[Tensor, "*batch"]:
-    """Coupling rate of a layer: how much an object's features take over from its neighbour.
+    """Coupling rate of a layer: how much an object's features take over from its neighbor.
 
     `CR = cos(A1, B) / cos(A2, B)`: A1 and B are pooled where both are in the image, A2 where A is
     alone. Above 1 A's features carry B; 1 is ideal. Take the mean over many pairs of objects.
@@ -403,7 +403,7 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
         features: Feature maps of images that hold the same picture nine times.
 
     Returns:
-        Mean cosine of the centre and the other eight, in at least float32.
+        Mean cosine of the center and the other eight, in at least float32.
 
     Raises:
         ValueError: The map has no cell.
@@ -434,8 +434,8 @@ def layer_bias(
 ) -> LayerBias:
     """Coupling rate and positional bias of each layer of a model, over pictures of objects.
 
-    Each object has the next one as its neighbour. Call it on a model in evaluation mode that
-    normalises its input itself (`torch.nn.Sequential(normalize, encoder)`, with the layers then
+    Each object has the next one as its neighbor. Call it on a model in evaluation mode that
+    normalizes its input itself (`torch.nn.Sequential(normalize, encoder)`, with the layers then
     named `"1.layer4"`), so that 0 is black.
 
     Args:
@@ -482,14 +482,14 @@ def layer_bias(
 def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     """Paint feature maps with their three principal components, for looking at them.
 
-    The components are those of all cells together, so that a colour means the same in every map;
+    The components are those of all cells together, so that a color means the same in every map;
     each is stretched to [0, 1].
 
     Args:
         features: Feature maps; what is not finite counts as 0.
 
     Returns:
-        Colour maps in [0, 1], in float32; components that do not exist (fewer than three channels
+        Color maps in [0, 1], in float32; components that do not exist (fewer than three channels
         or cells) are zero.
 
     Examples:

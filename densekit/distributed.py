@@ -157,7 +157,7 @@ def all_gather(
 def shuffle_batch(
     x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
 ) -> Shaped[Tensor, " n *row"]:
-    """Deal the rows of all processes out anew, for shuffled batch normalisation.
+    """Deal the rows of all processes out anew, for shuffled batch normalization.
 
     The keys' batch statistics must not tell which key belongs to a query: shuffle the images,
     encode them, `unshuffle_batch` the features, and only then use boxes or labels of theirs.

@@ -181,10 +181,10 @@ def info_nce(
     """InfoNCE: tell each query's own key from the others.
 
     `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with its key k and
-    the negatives k_j, on L2-normalised vectors. Without `negatives` the other keys of the same set
+    the negatives k_j, on L2-normalized vectors. Without `negatives` the other keys of the same set
     are the negatives; with them only those are. In its dense form a query is a cell or patch of
     one view, its key the same place of the other view, and the negatives come from a bank:
-    `info_nce(query, key, negatives(bank), temperature=0.2)`. Gradient flows to queries, keys and
+    `info_nce(query, key, bank_negatives(bank), temperature=0.2)`. Gradient flows to queries, keys and
     negatives: detach what comes from a momentum encoder. For several levels or kinds add weighted
     calls, as `recipes/dupr.py` does; for weights of queries take `reduction="none"`.
 
@@ -261,7 +261,7 @@ def self_distillation(
     teacher_temperature: float = 0.07,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Cross-entropy H(P_t, P_s) between a centred, sharpened teacher and a student.
+    """Cross-entropy H(P_t, P_s) between a centered, sharpened teacher and a student.
 
     `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and
     `H = -sum_l P_t log P_s`; the teacher is detached.

@@ -202,13 +202,13 @@ def match_clusters(
 ) -> Integer[Tensor, " clusters"]:
     """Name the class of each cluster: the Hungarian assignment, or the best class of each.
 
-    One to one maximises the sum over the pairs; with more clusters than classes some are left
+    One to one maximizes the sum over the pairs; with more clusters than classes some are left
     over. Many to one, for over-clustering, gives every cluster the class it fits best. Both know
     the labels: scores that follow are those of the best naming. It needs scipy.
 
     Args:
         confusion: Counts with classes as rows and clusters as columns, of the whole set.
-        by: What to maximise: the pixels that are right (as PiCIE and DenseSiam do), or the IoU of
+        by: What to maximize: the pixels that are right (as PiCIE and DenseSiam do), or the IoU of
             class and cluster.
         many_to_one: Let clusters share a class.
 

@@ -1,4 +1,4 @@
-"""Labels by nearest neighbours, nothing learned: of images, objects and cells; through a video."""
+"""Labels by nearest neighbors, nothing learned: of images, objects and cells; through a video."""
 
 import torch
 from densekit.losses import l2_normalize
@@ -19,7 +19,7 @@ def knn_votes(
     temperature: float = 0.07,
     chunk: int | None = None,
 ) -> Float[Tensor, "n classes"]:
-    """Let the nearest neighbours in a gallery vote for the class of each row.
+    """Let the nearest neighbors in a gallery vote for the class of each row.
 
     The k nearest by cosine vote with `exp(cosine / t)`, here divided by the sum of the votes. Rows
     are images (image kNN), objects (`object_knn`), or the cells of feature maps: retrieval
@@ -30,14 +30,14 @@ def knn_votes(
         gallery: Rows whose class is known; one that is not finite has no vote.
         gallery_labels: Their classes; one outside [0, classes) has no vote.
         classes: How many classes there are.
-        k: Neighbours that vote; all when the gallery has fewer.
+        k: Neighbors that vote; all when the gallery has fewer.
         temperature: Divides the cosine in a vote.
         chunk: Rows classified at a time, which bounds the memory to `chunk x m` numbers; when
             left out as many as make 2^27 numbers (half a gigabyte), one at least.
 
     Returns:
         Share of the votes for each class, in at least float32; a row that is not finite, or has
-        no neighbour with a vote, has zeros.
+        no neighbor with a vote, has zeros.
 
     Raises:
         TypeError: The shapes do not fit.
@@ -84,7 +84,7 @@ def object_knn(
     temperature: float = 0.07,
     chunk: int | None = None,
 ) -> Accuracy:
-    """Classify objects by their nearest neighbours in a gallery.
+    """Classify objects by their nearest neighbors in a gallery.
 
     The k nearest by cosine vote (`knn_votes`). Features of objects are RoIAlign of their boxes,
     averaged. For the disturbed protocol everything outside an object's box is replaced by another
@@ -96,7 +96,7 @@ def object_knn(
         gallery: One row for each known object; one that is not finite has no vote.
         gallery_labels: Their classes; one outside [0, classes) has no vote.
         classes: How many classes there are.
-        k: Neighbours that vote; all when the gallery has fewer.
+        k: Neighbors that vote; all when the gallery has fewer.
         temperature: Divides the cosine in a vote.
         chunk: Objects classified at a time, as in `knn_votes`.
 
@@ -133,7 +133,7 @@ def propagate_labels(
     temperature: float = 0.1,
     chunk: int = 1024,
 ) -> Float[Tensor, "c h w"]:
-    """Carry labels from earlier frames of a video to the next, by nearest neighbours.
+    """Carry labels from earlier frames of a video to the next, by nearest neighbors.
 
     Each cell takes the labels of the k cells of the earlier frames that are most alike, among
     those at most `radius` rows and columns away, weighted by `exp(cosine / t)`.
@@ -143,7 +143,7 @@ def propagate_labels(
         context: Feature maps of t earlier frames.
         context_labels: Their labels: c shares in each cell, such as one-hot objects.
         radius: How far an object may have moved, in cells.
-        k: Neighbours to take.
+        k: Neighbors to take.
         temperature: Divides the cosine.
         chunk: Cells at a time: bounds the memory to `chunk x t h w` numbers.
 
@@ -198,7 +198,7 @@ def propagate_video(
 ) -> Float[Tensor, "t c h w"]:
     """Carry the labels of a video's first frame through all others.
 
-    Each frame is labelled from the first one and the `context` frames before it, by
+    Each frame is labeled from the first one and the `context` frames before it, by
     `propagate_labels`; nothing is learned.
 
     Args:

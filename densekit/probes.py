@@ -5,14 +5,15 @@ class scores `(n, classes, h, w)`; `segmentation_counts` compares them with labe
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from densekit.metrics import confusion_matrix, mean_iou
 from densekit.sampling import grid_points, gridsample
+from densekit.scenes import SCENE_CLASSES, sample_scenes
 from densekit.schedules import cosine_schedule
-from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+from densekit.typing import Bool, Float, Integer, Size, Tensor, typed, widen
 
 __all__ = [
     "LinearProbe",
@@ -21,6 +22,7 @@ __all__ = [
     "fit_svm",
     "linear_maps",
     "linear_segmentation",
+    "probe_scenes",
     "segmentation_counts",
     "train_linear_probe",
 ]
@@ -63,7 +65,7 @@ def fit_linear_probe(
 ) -> LinearProbe:
     r"""Fit a linear classifier in closed form: ridge regression onto one-hot labels.
 
-    A quick stand-in for a linear layer trained by SGD. Features are standardised, so that the
+    A quick stand-in for a linear layer trained by SGD. Features are standardized, so that the
     penalty means the same at every scale; the result applies to the raw features.
 
     Args:
@@ -198,7 +200,7 @@ def train_linear_probe(
 ) -> LinearProbe:
     """Train a linear layer on frozen feature maps by SGD with cross-entropy: linear segmentation.
 
-    The scores are resized bilinearly to the labels. Features are standardised over the set (a batch
+    The scores are resized bilinearly to the labels. Features are standardized over the set (a batch
     norm without weights, fixed), the learning rate falls along a cosine. For classification give
     maps of one cell: `features[..., None, None]` and `labels[:, None, None]`.
 
@@ -211,7 +213,7 @@ def train_linear_probe(
         batch: Images a step.
         lr: Learning rate at the start.
         momentum: Of SGD.
-        weight_decay: Of SGD, on the weights of the standardised features and on the offsets.
+        weight_decay: Of SGD, on the weights of the standardized features and on the offsets.
         generator: Source of the order of the images, on the CPU.
 
     Returns:
@@ -409,6 +411,50 @@ def segmentation_counts(
     ]
     empty = labels.new_zeros(0, *sizes.values(), dtype=torch.long)
     return torch.stack(counts) if counts else empty
+
+
+@typed
+@torch.no_grad()
+def probe_scenes(
+    encode: Callable[[Tensor], Tensor],
+    *,
+    count: int = 512,
+    size: Size = (64, 64),
+    seed: int = 0,
+) -> SegmentationScore:
+    """Score an encoder by linear segmentation of scenes that it has never seen.
+
+    A quick yardstick for demos and for following a training: frozen features, a linear classifier
+    fitted on `count` scenes in closed form and scored on as many others.
+
+    Args:
+        encode: Maps images `(b, 3, h, w)` in [0, 1] to feature maps `(b, d, h', w')`; put the
+            network into evaluation mode and normalize the images inside.
+        count: Scenes to fit on, and to score.
+        size: Height and width of the scenes in pixels.
+        seed: Fixes both sets.
+
+    Returns:
+        The mean IoU over the classes of the scenes, and that of always saying the class that is
+        most frequent.
+
+    Examples:
+        >>> score = probe_scenes(lambda images: images, count=16)  # raw colors
+        >>> bool(score.miou < 0.3)
+        True
+
+    References:
+        CrOC, Sec 4.2 (linear segmentation, there with SGD).
+    """
+    rows = []
+    for part in (2 * seed, 2 * seed + 1):
+        drawn = sample_scenes(count, size, generator=torch.Generator().manual_seed(part))
+        maps = [encode(images).float().cpu() for images in drawn.images.split(64)]
+        rows.append((torch.cat(maps), drawn.labels))
+    (features, labels), (test_features, test_labels) = rows
+    return linear_segmentation(
+        features, test_features, labels, test_labels, classes=len(SCENE_CLASSES)
+    )
 
 
 @contextlib.contextmanager

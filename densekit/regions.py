@@ -17,12 +17,12 @@ __all__ = [
     "boxes_to_mask",
     "composite",
     "fill_mask",
-    "jitter_boxes",
     "proposal_cutout",
-    "proposal_mask",
-    "restricted_jitter",
     "sample_cutout",
+    "sample_inner_boxes",
+    "sample_jittered_boxes",
     "sample_shift",
+    "sample_surrounding_boxes",
     "shift_boxes",
 ]
 
@@ -40,18 +40,18 @@ class Cutout(NamedTuple):
 
 
 @typed
-def jitter_boxes(
+def sample_jittered_boxes(
     boxes: Float[Tensor, "*batch n 4"],
     *,
     center: float = 0.1,
     size: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
-    """Move and resize boxes at random: centres by a share of the sides, sides by a factor.
+    """Move and resize boxes at random: centers by a share of the sides, sides by a factor.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame. The result may leave the image: clip it.
-        center: A centre moves by up to this share of the box's width and height.
+        center: A center moves by up to this share of the box's width and height.
         size: Width and height change, each on its own, by up to this share.
         generator: Source of the random numbers, on the boxes' device.
 
@@ -62,7 +62,7 @@ def jitter_boxes(
         ValueError: `center` is negative, or `size` is outside [0, 1).
 
     Examples:
-        >>> jitter_boxes(torch.tensor([[10.0, 10.0, 30.0, 20.0]]), center=0.0, size=0.0)
+        >>> sample_jittered_boxes(torch.tensor([[10.0, 10.0, 30.0, 20.0]]), center=0.0, size=0.0)
         tensor([[10., 10., 30., 20.]])
 
     References:
@@ -70,7 +70,7 @@ def jitter_boxes(
     """
     if not (0 <= center < math.inf and 0 <= size < 1):
         raise ValueError(
-            f"densekit.regions.jitter_boxes: center is {center} and size {size}; give shares, 0 or "
+            f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; give shares, 0 or "
             "more, and size below 1."
         )
     draws = 2 * _rand(boxes, 4, generator=generator) - 1
@@ -82,7 +82,7 @@ def jitter_boxes(
 
 
 @typed
-def restricted_jitter(
+def sample_inner_boxes(
     boxes: Float[Tensor, "*batch n 4"],
     *,
     scale: tuple[float, float] = (0.8, 1.0),
@@ -106,7 +106,7 @@ def restricted_jitter(
 
     Examples:
         >>> boxes = torch.tensor([[10.0, 10.0, 30.0, 20.0]])
-        >>> inside = restricted_jitter(boxes)
+        >>> inside = sample_inner_boxes(boxes)
         >>> bool((inside[:, :2] >= boxes[:, :2]).all() and (inside[:, 2:] <= boxes[:, 2:]).all())
         True
 
@@ -116,7 +116,7 @@ def restricted_jitter(
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.restricted_jitter: scale is {scale}; give 0 < least <= largest <= 1."
+            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < least <= largest <= 1."
         )
     draws = _rand(boxes, 4, generator=generator)
     first, last = widen(boxes[..., :2]), widen(boxes[..., 2:])
@@ -239,7 +239,7 @@ def proposal_cutout(
 
 
 @typed
-def proposal_mask(
+def sample_surrounding_boxes(
     boxes: Float[Tensor, "*batch n 4"],
     *,
     ratio: tuple[float, float] = (0.2, 0.6),
@@ -266,7 +266,7 @@ def proposal_mask(
 
     Examples:
         >>> boxes = torch.tensor([[20.0, 20.0, 40.0, 30.0]])
-        >>> proposal_mask(boxes).shape
+        >>> sample_surrounding_boxes(boxes).shape
         torch.Size([1, 4])
 
     References:
@@ -274,7 +274,7 @@ def proposal_mask(
     """
     if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
         raise ValueError(
-            f"densekit.regions.proposal_mask: ratio is {ratio} and aspect {aspect}; give 0 <= "
+            f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; give 0 <= "
             "least <= largest, and an aspect above 0."
         )
     draws = _rand(boxes, 3, generator=generator)
@@ -288,7 +288,7 @@ def proposal_mask(
     half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
     angle = 2 * math.pi * draws[..., 2]
     direction = torch.stack([angle.cos(), angle.sin()], -1)
-    # From centre to centre, as far as it takes until one axis is free.
+    # From center to center, as far as it takes until one axis is free.
     reach = (extent.clamp(min=0) / 2 + half) / direction.abs().clamp(min=1e-6)
     center = (wide[..., :2] + wide[..., 2:]) / 2 + reach.amin(-1, keepdim=True) * direction
     return torch.cat([center - half, center + half], -1).to(boxes.dtype)
@@ -300,7 +300,7 @@ def boxes_to_mask(
     size: Size,
     valid: Bool[Tensor, "*batch n"] | None = None,
 ) -> Bool[Tensor, "*batch h w"]:
-    """The pixels whose centre lies in any of the boxes.
+    """The pixels whose center lies in any of the boxes.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)` in pixels, half-open.
@@ -345,7 +345,7 @@ def fill_mask(
     Args:
         images: Images.
         mask: True for the pixels to fill.
-        fill: One number or one for each channel; 0 is the mean of normalised images.
+        fill: One number or one for each channel; 0 is the mean of normalized images.
 
     Returns:
         The filled images.

@@ -16,7 +16,7 @@ __all__ = [
     "gridsample_pairs",
     "hard_points",
     "patch_pairs",
-    "random_points",
+    "sample_points",
 ]
 
 
@@ -54,7 +54,7 @@ class PairedFeatures(NamedTuple):
 def grid_points(
     boxes: Float[Tensor, "*batch 4"], size: int | Size = 7
 ) -> Float[Tensor, "*batch n 2"]:
-    """A regular grid of points inside each box: the centres of its h x w bins, row by row.
+    """A regular grid of points inside each box: the centers of its h x w bins, row by row.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
@@ -81,7 +81,7 @@ def grid_points(
 
 
 @typed
-def random_points(
+def sample_points(
     boxes: Float[Tensor, "*batch 4"], count: int, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch n 2"]:
     """Points drawn uniformly inside each box.
@@ -99,14 +99,14 @@ def random_points(
         ValueError: The count is negative.
 
     Examples:
-        >>> random_points(torch.tensor([[0.0, 0.0, 4.0, 8.0]]), 49).shape
+        >>> sample_points(torch.tensor([[0.0, 0.0, 4.0, 8.0]]), 49).shape
         torch.Size([1, 49, 2])
 
     References:
         DenseSiam, Table A2 (k = 1, beta = 0).
     """
     if count < 0:
-        raise ValueError(f"densekit.sampling.random_points: count is {count}; give 0 or more.")
+        raise ValueError(f"densekit.sampling.sample_points: count is {count}; give 0 or more.")
     draws = _rand(boxes, count, 2, generator=generator)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
     corners = boxes.to(draws).unflatten(-1, (2, 2)).expand(*draws.shape, 2)
@@ -123,7 +123,7 @@ def hard_points(
 ) -> Float[Tensor, "*batch n 2"]:
     """Replace the first beta n of n uniform points by the most dissimilar candidates.
 
-    PointRend's choice of points: draw `m = k n` candidates and n points with `random_points`,
+    PointRend's choice of points: draw `m = k n` candidates and n points with `sample_points`,
     measure how badly the two views agree at the candidates, and call this.
 
     Args:
@@ -164,9 +164,9 @@ def hard_points(
 def gridsample(
     features: Float[Tensor, "*batch d h w"], points: Float[Tensor, "*batch n 2"]
 ) -> Float[Tensor, "*batch n d"]:
-    """Features at points, bilinear between the four nearest cell centres.
+    """Features at points, bilinear between the four nearest cell centers.
 
-    Cell centres stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
+    Cell centers stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
     than half a cell, and outside the map, the outermost cells are repeated. Computed as one matrix
     product with n x hw weights, made in float32 and
     rounded to the dtype of the features: deterministic on every device and differentiable
@@ -292,7 +292,7 @@ def patch_pairs(
 
     RoIAlign of the shared region in each view, in the order of the image, row by row: patch (i, j)
     of both is the same piece of the image, also where a view is mirrored. `gridsample_pairs` takes
-    the features at the patches' centres alone.
+    the features at the patches' centers alone.
 
     Args:
         features1: Feature maps of the first views.

@@ -1,8 +1,8 @@
 """Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
 
 Two frames. **Image frame**: continuous pixels of the source image, x right and y down; pixel
-(row i, column j) covers `[j, j+1) x [i, i+1)` and its centre is `(j + 0.5, i + 0.5)`.
-**View frame**: the unit square of a view; cell (i, j) of an h x w map has its centre at
+(row i, column j) covers `[j, j+1) x [i, i+1)` and its center is `(j + 0.5, i + 0.5)`.
+**View frame**: the unit square of a view; cell (i, j) of an h x w map has its center at
 `((j + 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
 """
 
@@ -80,14 +80,14 @@ class Overlap(NamedTuple):
         box: The shared region in the image frame, in pixels.
         box1: The same region in the frame of the first view, in [0, 1].
         box2: The same region in the frame of the second view, in [0, 1].
-        fraction: Intersection over union of the two crops, in [0, 1].
+        iou: Intersection over union of the two crops, in [0, 1].
         valid: True where the two share an area; the boxes are zeros elsewhere.
     """
 
     box: Float[Tensor, "*batch 4"]
     box1: Float[Tensor, "*batch 4"]
     box2: Float[Tensor, "*batch 4"]
-    fraction: Float[Tensor, "*batch"]
+    iou: Float[Tensor, "*batch"]
     valid: Bool[Tensor, "*batch"]
 
 
@@ -136,7 +136,7 @@ def sample_views(
     """Draw random views with the distribution of RandomResizedCrop and RandomHorizontalFlip.
 
     The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`, the place uniform
-    over whole pixels; ten draws, then the largest centred crop whose aspect ratio is allowed.
+    over whole pixels; ten draws, then the largest centered crop whose aspect ratio is allowed.
     Choosing is apart from cropping: hand the views to `crop_views`, or their whole-pixel boxes to
     any other cropper.
 
@@ -255,14 +255,14 @@ def sample_view_pairs(
         size, (2, attempts, *batch), scale=scale, ratio=ratio, flip=flip, generator=generator
     )
     view1, view2 = View(drawn.box[0], drawn.flip[0]), View(drawn.box[1], drawn.flip[1])
-    fraction = box_iou(view1.box, view2.box)
-    enough = fraction >= min_overlap
-    best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), fraction.argmax(0))[None]
+    iou = box_iou(view1.box, view2.box)
+    enough = iou >= min_overlap
+    best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))[None]
     take = best[..., None].expand(1, *view1.box.shape[1:])
     view1, view2 = (
         View(v.box.gather(0, take)[0], v.flip.gather(0, best)[0]) for v in (view1, view2)
     )
-    share = fraction.gather(0, best)[0]
+    share = iou.gather(0, best)[0]
     return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
 
 
@@ -383,7 +383,7 @@ def boxes_in_view(
     boxes: Float[Tensor, "*batch n 4"],
     valid: Bool[Tensor, "*batch n"] | None = None,
     *,
-    least: float = 1.0,
+    min_share: float = 1.0,
 ) -> BoxesInView:
     """Carry boxes into a view: crop, resize and flip, and tell which are still to be seen.
 
@@ -391,7 +391,7 @@ def boxes_in_view(
         view: One view for each batch entry.
         boxes: Boxes `(x1, y1, x2, y2)` in the image frame, in pixels.
         valid: Boxes to use; all when left out.
-        least: Share of a box that the view must contain for it to stay valid; 1 is all of it.
+        min_share: Share of a box that the view must contain for it to stay valid; 1 is all of it.
 
     Returns:
         The boxes in the view frame, cut off at its border (zeros where nothing is inside), the
@@ -399,25 +399,25 @@ def boxes_in_view(
 
     Raises:
         TypeError: The leading axes do not fit.
-        ValueError: `least` is not within (0, 1].
+        ValueError: `min_share` is not within (0, 1].
 
     Examples:
         >>> view = View(torch.tensor([10.0, 0.0, 30.0, 10.0]), torch.tensor(True))
-        >>> seen = boxes_in_view(view, torch.tensor([[5.0, 0.0, 15.0, 10.0]]), least=0.5)
+        >>> seen = boxes_in_view(view, torch.tensor([[5.0, 0.0, 15.0, 10.0]]), min_share=0.5)
         >>> seen.boxes, seen.share, seen.valid
         (tensor([[0.7500, 0.0000, 1.0000, 1.0000]]), tensor([0.5000]), tensor([True]))
 
     References:
         D3SSL, Sec 4.1 (proposals that both views contain); SoCo, Sec 3.2.
     """
-    if not 0 < least <= 1:
+    if not 0 < min_share <= 1:
         raise ValueError(
-            f"densekit.views.boxes_in_view: least is {least}; give a share above 0, up to 1."
+            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0, up to 1."
         )
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
-    enough = (share > 0) & (share >= least - 1e-6)  # which rounding may take from a box
+    enough = (share > 0) & (share >= min_share - 1e-6)  # which rounding may take from a box
     return BoxesInView(seen, share, enough if valid is None else enough & valid)
 
 
@@ -460,14 +460,14 @@ def intersect_views(view1: View, view2: View) -> Overlap:
 
 @typed
 def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
-    """Image coordinates of the cell centres of a view's h x w map.
+    """Image coordinates of the cell centers of a view's h x w map.
 
     Args:
         view: One view for each batch entry.
         size: Size `(h, w)` of the map in cells.
 
     Returns:
-        `(x, y)` of each cell's centre in the image frame, in pixels; finite and of no meaning
+        `(x, y)` of each cell's center in the image frame, in pixels; finite and of no meaning
         where the view's box is not valid.
 
     Raises:
@@ -594,14 +594,14 @@ def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
 def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bool) -> Tensor:
     """Weights `(*batch, out, length)` that resize `[start, stop)` of a line of pixels to `out`.
 
-    A triangle (or Keys' cubic, a = -1/2) around each output centre, cut at the pixels that the crop
+    A triangle (or Keys' cubic, a = -1/2) around each output center, cut at the pixels that the crop
     touches; a triangle's sum counts pixels outside the image too, which are black.
     """
     start, stop = widen(start)[..., None], widen(stop)[..., None]
     step = (stop - start) / out
     reach = step.clamp(min=1.0)
     first, last = start.floor(), stop.ceil() - 1
-    # Positions in pixel indices: the centre of pixel k is k.
+    # Positions in pixel indices: the center of pixel k is k.
     center = start + (torch.arange(out, device=start.device) + 0.5) * step - 0.5
     pixel = torch.arange(length, device=start.device).to(start.dtype)
     x = (pixel - center[..., None]).abs() / reach[..., None]

@@ -90,7 +90,6 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 import densekit as dk
-from densekit.testing import probe_scenes
 
 
 # ==== views =======================================================================================
@@ -227,7 +226,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
     save_image(rearrange(panels, "p (v b) c h w -> (b v p) c h w", v=2), path, nrow=2 * len(panels))
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = probe_scenes(lambda x: to_map(encode(vit, normalize(x).to(pixels.device))[0]))
+        score = dk.probe_scenes(lambda x: to_map(encode(vit, normalize(x).to(pixels.device))[0]))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
 
 
@@ -270,7 +269,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             norms = [nn.utils.clip_grad_norm_(x, config.clip) for x in parameters]
-            values = run.reduce(step, {"loss": loss, "slope": torch.stack(norms).norm(), **terms})
+            values = run.reduce(
+                step, {"loss": loss, "grad_norm": torch.stack(norms).norm(), **terms}
+            )
             if step < config.freeze * epoch:
                 model.student["last"].zero_grad()
             optimizer.step()

@@ -88,7 +88,6 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 import densekit as dk
-from densekit.testing import probe_scenes
 
 
 # ==== views =======================================================================================
@@ -136,7 +135,7 @@ def augment(images: list, views: list, boxes: Tensor, valid: Tensor, config: Con
         return dk.proposal_cutout(boxes, draws, size, valid).mask
 
     def fill(x: Tensor, boxes: Tensor) -> Tensor:  # PRM after PRC, with the mean of the data
-        side, beside = x.shape[-2:], dk.proposal_mask(boxes, ratio=config.mask)
+        side, beside = x.shape[-2:], dk.sample_surrounding_boxes(boxes, ratio=config.mask)
         return dk.fill_mask(x, cut(boxes, side) | dk.boxes_to_mask(beside, side, valid))
 
     b1, b2 = (dk.boxes_in_view(view, boxes).boxes * size[0] for view in views)
@@ -145,7 +144,7 @@ def augment(images: list, views: list, boxes: Tensor, valid: Tensor, config: Con
     x3 = dk.composite(x2, x2.roll(1, 0), mask, shift)  # on another image of the batch
     small = fill(nn.functional.avg_pool2d(x2, 2), b2 / 2)
     pairs = (fill(x1, b1), b1), (x2, b2), (small, b2), (x3, b3)
-    return [(x, dk.restricted_jitter(b, scale=config.jitter) / size[0]) for x, b in pairs]  # RBJ
+    return [(x, dk.sample_inner_boxes(b, scale=config.jitter) / size[0]) for x, b in pairs]  # RBJ
 
 
 # ==== model =======================================================================================
@@ -188,7 +187,7 @@ class D3SSL(nn.Module):  # query (student) and key (teacher): each an encoder f 
         with torch.no_grad():  # dealt out anew: batch statistics then give no key away
             deal = ([dk.shuffle_batch(x, order, group) for x in view] for view in clean)
             k1, k2 = (dk.unshuffle_batch(embed(self.teacher, *x, bins), order, group) for x in deal)
-        options = {"negatives": dk.negatives(bank), "valid": valid, "reduction": "none"}
+        options = {"negatives": dk.bank_negatives(bank), "valid": valid, "reduction": "none"}
         info_nce = partial(dk.info_nce, temperature=config.temperature, **options)
         mean = partial(dk.masked_mean, valid=valid, group=group)  # over all processes' valid ones
         loss = mean(info_nce(z1, k2) + info_nce(z2, k1))  # Eq 4
@@ -199,7 +198,7 @@ class D3SSL(nn.Module):  # query (student) and key (teacher): each an encoder f 
             terms["depositioning"] = mean(info_nce(z3, k2) + info_nce(z3, k1))  # Eq 9
             loss = loss + config.depositioning * terms["depositioning"]
         rows, valid = (dk.all_gather(x, group) for x in (dk.l2_normalize(k1), valid))
-        return loss, terms, dk.push(bank, rows, valid)  # in one order everywhere
+        return loss, terms, dk.push_to_bank(bank, rows, valid)  # in one order everywhere
 
 
 # ==== evaluation ==================================================================================
@@ -225,7 +224,7 @@ def evaluate(model: D3SSL, source, preview, config: Config, run: harness.Run, st
     names = [f"{name}_{layer}" for name in bias._fields for layer in LAYERS]
     terms = dict(zip(names, torch.cat([*bias]), strict=True))
     if config.data is None:
-        score = probe_scenes(lambda x: encoder(x.to(run.world.device)))
+        score = dk.probe_scenes(lambda x: encoder(x.to(run.world.device)))
         terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
     run.log(step, **terms)
     for name, axes in zip(bias._fields, (figure := Figure()).subplots(2), strict=True):
@@ -272,7 +271,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(step, {"loss": loss, "slope": slope, **terms})  # ends if not finite
+            values = run.reduce(
+                step, {"loss": loss, "grad_norm": slope, **terms}
+            )  # ends if not finite
             optimizer.step()
             step += 1
             run.note_unreadable(unreadable)

@@ -86,7 +86,6 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 import densekit as dk
-from densekit.testing import probe_scenes
 
 
 # ==== views =======================================================================================
@@ -213,7 +212,7 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     )
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = probe_scenes(lambda x: model.encoder(normalize(x).to(pixels.device)))
+        score = dk.probe_scenes(lambda x: model.encoder(normalize(x).to(pixels.device)))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
@@ -256,7 +255,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(step, {"loss": loss, "slope": slope, **terms})  # ends if not finite
+            values = run.reduce(
+                step, {"loss": loss, "grad_norm": slope, **terms}
+            )  # ends if not finite
             optimizer.step()
             step += 1
             run.note_unreadable(unreadable)

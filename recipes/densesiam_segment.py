@@ -1,6 +1,6 @@
 """DenseSiam's unsupervised semantic segmentation: pseudo-classes on which two views agree.
 
-    python recipes/densesiam_segment.py      # the demo: CPU, minutes; --data SET: labelled images
+    python recipes/densesiam_segment.py      # the demo: CPU, minutes; --data SET: labeled images
     torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
 
 Labels are for the score alone. The same command run again resumes. Logged values, lists, deviations
@@ -23,7 +23,7 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     preset: Literal["demo", "paper"] = "demo"  # Where the defaults come from.
-    data: Path | None = None  # A labelled image set; the demo also runs without.
+    data: Path | None = None  # A labeled image set; the demo also runs without.
     layout: str = "auto"  # Of the data, such as coco-stuff or folder.
     mapping: Path | None = None  # JSON of classes, such as recipes/coco_stuff_27.json.
     train_split: str = "train"
@@ -37,7 +37,7 @@ class Config:
     weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Of the classes in L_seg.
     region: float = 0.1  # Weight of L_region.
     region_start: float = 0.8  # Share of the training after which L_region begins.
-    image: int = 640  # Side to which the centre square of an image is resized first.
+    image: int = 640  # Side to which the center square of an image is resized first.
     size: int = 320  # Side of both views, in pixels; scored images have it as their short side.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 goes all around.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
@@ -69,11 +69,10 @@ if __name__ == "__main__":  # the arguments before torch: --help answers at once
     default = PRESETS[first.parse_known_args()[0].preset]
     CONFIG = tyro.cli(Config, default=default, description=__doc__)
 
-import encoders
 import harness
-import image_sets
 import timm
 import torch
+from downstream import encoders, image_sets
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
@@ -105,11 +104,11 @@ class TwoViews:  # a square crop of each image, the whole square, and what the c
         self.source, self.config, self.epoch = source, config, 0
         size, jitter = config.image, transforms.ColorJitter
         self.square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-        colours = [jitter(0.3), jitter(0, 0.3), jitter(0, 0, 0.3), jitter(0, 0, 0, config.hue)]
+        colors = [jitter(0.3), jitter(0, 0.3), jitter(0, 0, 0.3), jitter(0, 0, 0, config.hue)]
         std = torch.distributions.Uniform(*map(torch.tensor, config.blur))
         self.photometric = transforms.Compose([
             transforms.ToPILImage(),  # the quickest on a CPU
-            *(transforms.RandomApply([x], p=0.8) for x in colours), transforms.RandomGrayscale(0.2),
+            *(transforms.RandomApply([x], p=0.8) for x in colors), transforms.RandomGrayscale(0.2),
             transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
             transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
         ])  # fmt: skip
@@ -225,12 +224,12 @@ def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: in
     for name, group in {"things": thing, "stuff": ~thing}.items() if things else ():
         wrong = dk.row_permuted_group_scores(confusion, names, group)
         row |= {f"{name}_miou": dk.group_scores(merged, group).miou, f"{name}_wrong": wrong.miou}
-    if step == 0:  # what a segmenter has to beat: k-means on the colours of the same images
-        colours = torch.cat([sample.image.flatten(1)[:, ::17].T / 255 for sample in val])
-        centers = dk.minibatch_kmeans(colours, classes, generator=harness.generator(0)).to(device)
+    if step == 0:  # what a segmenter has to beat: k-means on the colors of the same images
+        colors = torch.cat([sample.image.flatten(1)[:, ::17].T / 255 for sample in val])
+        centers = dk.minibatch_kmeans(colors, classes, generator=harness.generator(0)).to(device)
         nearest = partial(dk.nearest_centroids, centroids=centers)
-        of_colours = match(val, lambda x, size: nearest(x.flatten(1).T).view(size), classes, run)
-        row["colour_miou"] = dk.mean_iou(dk.merge_clusters(*of_colours[:2]))
+        of_colors = match(val, lambda x, size: nearest(x.flatten(1).T).view(size), classes, run)
+        row["color_miou"] = dk.mean_iou(dk.merge_clusters(*of_colors[:2]))
     run.log(step, **row)
     if run.world.is_main:
         palette, names, tiles = torch.rand(256, 3, generator=harness.generator(0)), names.cpu(), []

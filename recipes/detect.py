@@ -74,11 +74,11 @@ import harness
 import timm
 import torch
 import torchvision
-from encoders import load_encoder
+from downstream.encoders import load_encoder
+from downstream.object_sets import Objects, boxes_of, read, read_scenes
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from harness import UserError
-from object_sets import Objects, boxes_of, read, read_scenes
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, faster_rcnn, mask_rcnn
 from torchvision.models.detection.anchor_utils import AnchorGenerator

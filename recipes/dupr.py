@@ -84,7 +84,6 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 from tqdm import tqdm
 import densekit as dk
-from densekit.testing import probe_scenes
 
 
 # ==== views =======================================================================================
@@ -177,13 +176,13 @@ class DUPR(nn.Module):  # query (student) and key (teacher): each an encoder f a
             q, k, use = head(pair[0]), self.teacher["heads"][name](pair[1]), valid[:, None]
             info_nce = partial(dk.info_nce, temperature=config.temperature, reduction="none")
             mean = partial(dk.masked_mean, valid=use, group=group)  # over all processes' valid ones
-            terms[name] = mean(info_nce(q, k, dk.negatives(banks[name]), use))
+            terms[name] = mean(info_nce(q, k, dk.bank_negatives(banks[name]), use))
             terms[f"{name}_cosine"] = -mean(dk.negative_cosine(q.detach(), k, reduction="none"))
             terms[f"{name[:5]}_filled"] = banks[name].filled
             loss = loss + weight[level] * terms[name]
             k = dk.sample_keys(dk.l2_normalize(k), config.keys if is_patch else 1)
             k, valid = (dk.all_gather(rows, group) for rows in (k, valid))  # one order everywhere
-            new[name] = dk.push(banks[name], k, valid[:, None])
+            new[name] = dk.push_to_bank(banks[name], k, valid[:, None])
         terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
         return loss, terms, new
 
@@ -200,7 +199,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     affinity, own = dk.affinity_matrix(*rows), torch.arange(side**2).expand(len(valid), -1)
     found = affinity.argmax(-2)  # the patch of view 1 that is the nearest to each of view 2
     x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), side).T
-    colors, panels = torch.stack([x, y, 1 - x], 1), []  # a patch's colour tells its place
+    colors, panels = torch.stack([x, y, 1 - x], 1), []  # a patch's color tells its place
     shared = dk.View(dk.intersect_views(*views).box, torch.zeros_like(valid))
     for i, patch in ((0, own), (1, own), (1, found)):
         pixels = dk.coordinate_map(views[i], (224, 224)).flatten(1, 2)
@@ -227,7 +226,9 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     figure.savefig(path.with_name("similarity-iou.png"))
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = probe_scenes(lambda x: model.student["encoder"](normalize(x).to(run.world.device)))
+        score = dk.probe_scenes(
+            lambda x: model.student["encoder"](normalize(x).to(run.world.device))
+        )
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
@@ -273,7 +274,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(step, {"loss": loss, "slope": slope, **terms})  # ends if not finite
+            values = run.reduce(
+                step, {"loss": loss, "grad_norm": slope, **terms}
+            )  # ends if not finite
             optimizer.step()
             step += 1
             run.note_unreadable(unreadable)

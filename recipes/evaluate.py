@@ -22,17 +22,17 @@ import tyro
 class Config:
     encoders: Annotated[tuple[str, ...], tyro.conf.Positional]  # Run folders, timm:NAME, ...
     protocol: str = "linear-seg,kmeans-seg,object-knn"  # Some of the protocols, or all.
-    data: Path | None = None  # A labelled set (docs/recipes/image_sets.md), or DAVIS.
+    data: Path | None = None  # A labeled set (docs/recipes/labeled_images.md), or DAVIS.
     layout: str = "auto"  # Of the data: folder, coco, coco-stuff, voc, ade20k, cityscapes, ...
     mapping: Path | None = None  # Other classes for the labels' ids, as for image_sets.
-    fit: str = "train"  # Split to fit on; the gallery of neighbours.
+    fit: str = "train"  # Split to fit on; the gallery of neighbors.
     split: str = "val"  # Split to score.
     size: tuple[int, int] = (224, 224)  # Height and width that images are resized to.
     limit: int = 0  # At most so many images of a split, drawn at random; 0 takes all.
     out: Path = Path("runs/evaluate")  # Folder to write.
     seeds: int = 1  # Repeat with seeds 0, 1, ...: of random encoders, of fits, of k-means.
     clusters: int = 0  # Of kmeans-seg; 0 is one for each class; more match many to one.
-    neighbours: int = 20  # k of all nearest-neighbour protocols but video.
+    neighbors: int = 20  # k of all nearest-neighbor protocols but video.
     epochs: int = 25  # Of the linear layers.
     lr: float = 0.1  # Of the linear layers.
     objects: int = 10  # At most so many objects of an image, drawn at random.
@@ -47,11 +47,11 @@ if __name__ == "__main__":  # the arguments before torch: --help answers at once
     CONFIG = tyro.cli(Config, description=__doc__)
 
 import harness
-import image_sets
 import torch
-from diagnose import ALONE, place, retrieval
-from encoders import Encoder, load_encoder
-from protocols import FITTED, Features, position_prior, video
+from downstream import image_sets
+from downstream.diagnose import ALONE, place, retrieval
+from downstream.encoders import Encoder, load_encoder
+from downstream.protocols import FITTED, Features, position_prior, video
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
@@ -68,7 +68,7 @@ class Sample(NamedTuple):
     area: Tensor  # share of each class in the image
 
 
-class Samples:  # a labelled set at one size, as a DataLoader reads it
+class Samples:  # a labeled set at one size, as a DataLoader reads it
     def __init__(self, data: Any, config: Config):
         self.data, self.size, self.objects = data, config.size, config.objects
         drawn = torch.randperm(len(data), generator=harness.generator(0))

@@ -1,4 +1,4 @@
-"""A checkpoint's encoder for another framework: its names, its colour order, its normalisation.
+"""A checkpoint's encoder for another framework: its names, its color order, its normalization.
 
     python recipes/export.py runs/dupr-coco --to detectron2 --out dupr.pkl
     python recipes/export.py runs/croc-coco/encoder.safetensors --to onnx --out croc.onnx
@@ -18,8 +18,8 @@ class Config:
     checkpoint: tyro.conf.Positional[str]  # A run folder, encoder.safetensors, or timm:NAME.
     to: Literal["torchvision", "timm", "detectron2", "mmdetection", "mmsegmentation", "onnx"]
     out: Path  # The file to write; beside it FILE.json says how to load it.
-    colour_order: Literal["rgb", "bgr"] | None = None  # It takes; else bgr for detectron2 alone.
-    normalise: bool = True  # For onnx: inside the file, which takes images in [0, 1].
+    color_order: Literal["rgb", "bgr"] | None = None  # It takes; else bgr for detectron2 alone.
+    normalize: bool = True  # For onnx: inside the file, which takes images in [0, 1].
     overwrite: bool = False  # Replace FILE.
 
 
@@ -40,7 +40,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torchvision
-from encoders import TINY, Encoder, load_encoder
+from downstream.encoders import TINY, Encoder, load_encoder
 from harness import UserError
 from torch import Tensor, nn
 
@@ -261,18 +261,18 @@ def export(config: Config) -> None:
     if (out.exists() or side_car.exists()) and not config.overwrite:
         raise UserError(f"{out} or its .json exists: add --overwrite, or name another with --out.")
     top = 255 if to in ("detectron2", "mmdetection", "mmsegmentation") else 1  # value of white
-    if config.colour_order == "bgr" and top == 1:
-        raise UserError(f"Networks of {to} take RGB images: --colour-order bgr is refused.")
-    if not config.normalise and to != "onnx":
-        raise UserError(f"--no-normalise is for onnx: a file for {to} only holds weights.")
+    if config.color_order == "bgr" and top == 1:
+        raise UserError(f"Networks of {to} take RGB images: --color-order bgr is refused.")
+    if not config.normalize and to != "onnx":
+        raise UserError(f"--no-normalize is for onnx: a file for {to} only holds weights.")
     encoder = load(config)
-    order = (config.colour_order or ("bgr" if to == "detectron2" else "rgb")).upper()
+    order = (config.color_order or ("bgr" if to == "detectron2" else "rgb")).upper()
     mean, std = ([round(top * x, 6) for x in y] for y in (encoder.mean, encoder.std))
     weights = {k: v.clone() for k, v in encoder.network.state_dict().items()}
     if order == "BGR":
         first = next(k for k, v in weights.items() if v.ndim == 4)
         mean, std, weights[first] = mean[::-1], std[::-1], weights[first].flip(1)
-    if not config.normalise:
+    if not config.normalize:
         encoder.mean, encoder.std = (0.0,) * 3, (1.0,) * 3
     content, lines = FRAMEWORKS[to](Job(str(out), encoder, weights, order, mean, std))
     buffer = io.BytesIO(content if to == "onnx" else b"")
@@ -282,8 +282,8 @@ def export(config: Config) -> None:
         torch.save(content, buffer)
     elif out.suffix == ".safetensors":
         buffer.write(safetensors.torch.save(content, {"format": "pt"}))
-    images = {"colour_order": order, "white": top, "mean": mean, "std": std}
-    images |= {"normalised_inside": True} if to == "onnx" and config.normalise else {}
+    images = {"color_order": order, "white": top, "mean": mean, "std": std}
+    images |= {"normalized_inside": True} if to == "onnx" and config.normalize else {}
     facts = {"architecture": encoder.architecture, "checkpoint": encoder.name, "format": to}
     facts = {**encoder.facts, **facts, **images, "load": lines.splitlines()}
     harness.write(side_car, (json.dumps(facts, indent=2) + "\n").encode())

@@ -29,7 +29,7 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-import densekit.testing
+import densekit.scenes
 
 PLACE = ("run", "workers", "device", "log_every", "save_every")  # may change when a run resumes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -153,7 +153,7 @@ class SceneImages(list):  # a source of procedural scenes; their proposals, in [
         self.boxes = []
         for number, start in enumerate(range(0, count, 64)):  # bounds the memory
             n, draws = min(64, count - start), generator(0, number)
-            drawn = densekit.testing.scenes(n, (64, 64), generator=draws)
+            drawn = densekit.scenes.sample_scenes(n, (64, 64), generator=draws)
             self += [(image, ()) for image in (drawn.images * 255).round().byte()]
             others = densekit.sample_views((64, 64), (n, 4), scale=(0.1, 0.4), generator=draws)
             boxes = torch.cat([drawn.boxes, others.box], 1) / 64  # of objects, or not; unused: 0
@@ -344,7 +344,7 @@ def save_encoder(
 ) -> None:
     """Save the weights as safetensors (plain keys, float32) with a JSON side-car."""
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format).cpu().float()
-    facts = {"architecture": architecture, "mean": mean, "std": std, "colour_order": "RGB"}
+    facts = {"architecture": architecture, "mean": mean, "std": std, "color_order": "RGB"}
     facts |= {"method": method, "densekit": densekit.__version__, **more}
     write(path, safetensors.torch.save(_tensors(plain)))
     write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())

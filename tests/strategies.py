@@ -123,14 +123,14 @@ def spoil(good, kinds, sides):
     """Make each box degenerate: `kinds` index DEGENERATE, `sides` the corner for NaN and inf."""
     x1, y1, x2, y2 = good.unbind(-1)
     corner = torch.arange(4) == sides[..., None]
-    spoilt = [
+    spoiled = [
         torch.stack([x2, y1, x1, y2], -1),
         torch.stack([x1, y2, x2, y1], -1),
         torch.stack([x1, y1, x1, y2], -1),
         torch.stack([x1, y1, x2, y1], -1),
         *(torch.where(corner, value, good) for value in (torch.nan, torch.inf, -torch.inf)),
     ]
-    rows = torch.stack(spoilt, -2)
+    rows = torch.stack(spoiled, -2)
     return rows.gather(-2, kinds[..., None, None].expand(*kinds.shape, 1, 4))[..., 0, :]
 
 

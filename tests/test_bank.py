@@ -14,7 +14,15 @@ from processes import on_processes
 from scipy import stats
 from strategies import batches, generators, tensors, uniform, valid_rows
 from torch import nn
-from densekit import Bank, all_gather, info_nce, init_bank, negatives, push, sample_keys
+from densekit import (
+    Bank,
+    all_gather,
+    bank_negatives,
+    info_nce,
+    init_bank,
+    push_to_bank,
+    sample_keys,
+)
 
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -45,7 +53,7 @@ def banks(draw):
     """A bank, empty, partly filled or full, the oldest row anywhere."""
     size, dim = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     bank = init_bank(size, dim, dtype=torch.float64)
-    return push(bank, draw(tensors((draw(st.integers(0, 12)), dim))))
+    return push_to_bank(bank, draw(tensors((draw(st.integers(0, 12)), dim))))
 
 
 def rows_to_use(keys, valid):
@@ -74,7 +82,7 @@ def test_a_bank_is_a_deque_of_bounded_length(size, dim, random, generator, data)
     bank = init_bank(size, dim, random=random, generator=generator, dtype=torch.float64)
     model, count = deque(bank.features if random else (), maxlen=size), 0
     for keys, valid in data.draw(st.lists(pushes(dim), max_size=6), label="pushes"):
-        bank = push(bank, keys, valid)
+        bank = push_to_bank(bank, keys, valid)
         rows = rows_to_use(keys, valid)
         model.extend(rows)
         count += len(rows)
@@ -90,26 +98,28 @@ def test_pushing_in_two_parts_is_pushing_once(bank, data):
     keys, valid = data.draw(pushes(bank.features.shape[1], ((0,), (1,), (4,), (13,))), label="push")
     valid = torch.ones(len(keys), dtype=torch.bool) if valid is None else valid.expand(len(keys))
     cut = data.draw(st.integers(0, len(keys)), label="cut")
-    once = push(bank, keys, valid)
-    assert_same(push(push(bank, keys[:cut], valid[:cut]), keys[cut:], valid[cut:]), once)
+    once = push_to_bank(bank, keys, valid)
+    assert_same(
+        push_to_bank(push_to_bank(bank, keys[:cut], valid[:cut]), keys[cut:], valid[cut:]), once
+    )
 
 
 @given(banks(), st.data())
 def test_what_is_not_valid_may_be_anything_and_adds_nothing(bank, data):
     keys, valid = data.draw(pushes(bank.features.shape[1], ((5,), (3, 4))), label="push")
     valid = torch.zeros(()).bool() if valid is None else valid
-    spoilt = torch.where(valid.expand(keys.shape[:-1])[..., None], keys, torch.nan)
-    got = push(bank, spoilt, valid)
+    spoiled = torch.where(valid.expand(keys.shape[:-1])[..., None], keys, torch.nan)
+    got = push_to_bank(bank, spoiled, valid)
     assert got.features.isfinite().all()
-    assert_same(got, push(bank, keys, valid))
-    assert_same(push(bank, spoilt, torch.zeros_like(valid)), bank)
+    assert_same(got, push_to_bank(bank, keys, valid))
+    assert_same(push_to_bank(bank, spoiled, torch.zeros_like(valid)), bank)
 
 
 @given(banks(), st.data())
 def test_a_push_leaves_the_old_bank_and_the_keys_alone(bank, data):
     keys, valid = data.draw(pushes(bank.features.shape[1]), label="push")
     before, old = [x.clone() for x in bank], keys.clone()
-    new = push(bank, keys, valid)
+    new = push_to_bank(bank, keys, valid)
     for x in new:
         x.fill_(9)  # not a view of the old one either
     assert_same(bank, before)
@@ -120,7 +130,7 @@ def test_each_key_replaces_the_oldest():
     bank = init_bank(3, 1)
     states = []
     for keys in ([1.0], [2.0, 3.0], [], [4.0], [5.0, 6.0, 7.0, 8.0]):
-        bank = push(bank, torch.tensor(keys)[:, None])
+        bank = push_to_bank(bank, torch.tensor(keys)[:, None])
         states.append((bank.features.flatten().tolist(), int(bank.cursor), int(bank.filled)))
     assert states == [
         ([1, 0, 0], 1, 1),
@@ -133,28 +143,28 @@ def test_each_key_replaces_the_oldest():
 
 def test_one_valid_for_each_image_serves_all_of_its_keys():
     keys = torch.arange(6.0).view(3, 2, 1)
-    bank = push(init_bank(8, 1), keys, torch.tensor([[True], [False], [True]]))
+    bank = push_to_bank(init_bank(8, 1), keys, torch.tensor([[True], [False], [True]]))
     assert oldest_first(bank).flatten().tolist() == [0, 1, 4, 5]
 
 
 def test_no_gradient_flows_into_a_bank():
     keys = torch.rand(3, 2, requires_grad=True)
-    bank = push(init_bank(4, 2), keys * 2)
+    bank = push_to_bank(init_bank(4, 2), keys * 2)
     assert not any(x.requires_grad for x in bank)
     query = torch.rand(3, 2, requires_grad=True)
-    loss = info_nce(query, query.detach(), negatives(bank), temperature=0.2)
+    loss = info_nce(query, query.detach(), bank_negatives(bank), temperature=0.2)
     assert torch.autograd.grad(loss, keys, allow_unused=True) == (None,)
 
 
 @given(generators())
 def test_a_bfloat16_bank_holds_the_rounded_keys_and_gives_a_loss(generator):
     keys = uniform(generator, 5, 8, low=-1, dtype=torch.float32)
-    bank = push(init_bank(4, 8, dtype=torch.bfloat16), keys)
+    bank = push_to_bank(init_bank(4, 8, dtype=torch.bfloat16), keys)
     rounded = keys[1:].bfloat16()
     assert torch.equal(oldest_first(bank), rounded)
     assert (rounded.float() - keys[1:]).abs().max() <= 0.004 * keys.abs().max()
     query, key = (uniform(generator, 3, 8, low=-1, dtype=torch.float32) for _ in range(2))
-    got = info_nce(query.requires_grad_(), key, negatives(bank), temperature=0.2)
+    got = info_nce(query.requires_grad_(), key, bank_negatives(bank), temperature=0.2)
     assert got.dtype == torch.float32
     want = info_nce(query, key, rounded.float(), temperature=0.2)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
@@ -164,7 +174,7 @@ def test_a_bfloat16_bank_holds_the_rounded_keys_and_gives_a_loss(generator):
 def test_a_bank_stays_on_its_device_and_in_its_dtype():
     bank = init_bank(2, 3, dtype=torch.float16, device="meta")
     assert {x.device.type for x in bank} == {"meta"}
-    bank = push(init_bank(2, 3, dtype=torch.float16), torch.rand(1, 3, dtype=torch.float64))
+    bank = push_to_bank(init_bank(2, 3, dtype=torch.float16), torch.rand(1, 3, dtype=torch.float64))
     assert bank.features.dtype == torch.float16
     assert {bank.cursor.dtype, bank.filled.dtype} == {torch.int64}
 
@@ -188,7 +198,7 @@ def test_an_empty_bank_holds_zeros_and_no_key():
     bank = init_bank(3, 2)
     assert torch.equal(bank.features, torch.zeros(3, 2))
     assert (bank.cursor, bank.filled) == (0, 0)
-    assert not negatives(bank).valid.any()
+    assert not bank_negatives(bank).valid.any()
 
 
 # ---------------------------------------------------------------------------------- negatives
@@ -196,11 +206,11 @@ def test_an_empty_bank_holds_zeros_and_no_key():
 
 @given(banks(), generators())
 def test_only_filled_rows_are_negatives(bank, generator):
-    features, valid = negatives(bank)
+    features, valid = bank_negatives(bank)
     assert torch.equal(features, bank.features)
     assert torch.equal(valid, torch.arange(len(valid)) < bank.filled)
     query, key = (uniform(generator, 3, features.shape[1], low=-1) for _ in range(2))
-    got = info_nce(query, key, negatives(bank), temperature=0.2)
+    got = info_nce(query, key, bank_negatives(bank), temperature=0.2)
     want = info_nce(query, key, oldest_first(bank), temperature=0.2)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -253,8 +263,8 @@ def test_a_generator_decides_the_sample():
 
 def test_a_compiled_push_takes_any_number_of_keys_without_another_compilation():
     def step(bank, keys, valid, query):
-        bank = push(bank, keys, valid)
-        return bank, info_nce(query, query + 1, negatives(bank), temperature=0.2)
+        bank = push_to_bank(bank, keys, valid)
+        return bank, info_nce(query, query + 1, bank_negatives(bank), temperature=0.2)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -276,7 +286,7 @@ def test_a_compiled_push_takes_any_number_of_keys_without_another_compilation():
 def used_bank(dtype=torch.float32):
     bank = init_bank(5, 3, dtype=dtype)
     for n in (4, 3):
-        bank = push(bank, torch.rand(n, 3, generator=seeded(n)))
+        bank = push_to_bank(bank, torch.rand(n, 3, generator=seeded(n)))
     return bank
 
 
@@ -315,7 +325,7 @@ def test_banks_in_a_recipes_checkpoint_go_on_as_if_nothing_had_happened(tmp_path
     more = torch.rand(4, 3, generator=seeded())
     for name, bank in banks.items():
         assert_same(got[name], bank)
-        assert_same(push(got[name], more), push(bank, more))
+        assert_same(push_to_bank(got[name], more), push_to_bank(bank, more))
 
 
 # ----------------------------------------------------------------------------------- processes
@@ -327,7 +337,7 @@ def gathered_banks(rank, group, counts):
     for step, count in enumerate(counts):
         ragged = len({*count}) > 1
         keys = 100.0 * step + 10 * rank + torch.arange(count[rank])[:, None]
-        bank = push(bank, all_gather(keys, group, ragged=ragged))
+        bank = push_to_bank(bank, all_gather(keys, group, ragged=ragged))
         states.append(bank)
     return states
 
@@ -339,7 +349,7 @@ def test_processes_that_push_gathered_keys_hold_one_bank_in_rank_order(size):
     bank = init_bank(7, 1)
     for step, count in enumerate(counts):
         keys = [100.0 * step + 10 * rank + i for rank in range(size) for i in range(count[rank])]
-        bank = push(bank, torch.tensor(keys)[:, None])
+        bank = push_to_bank(bank, torch.tensor(keys)[:, None])
         for states in results:
             assert_same(states[step], bank)
 
@@ -361,21 +371,21 @@ def test_a_bank_without_rows_or_numbers_is_refused(size, dim, dtype):
 def test_keys_that_do_not_fit_are_refused():
     bank = init_bank(4, 3)
     for bad in (torch.zeros(2, 2), torch.zeros(1), torch.zeros(3, 4)):
-        with pytest.raises(TypeError, match=r"bank\.push: argument 'keys'.*d=3"):
-            push(bank, bad)
+        with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'keys'.*d=3"):
+            push_to_bank(bank, bad)
     for bad in (torch.zeros(2, 3).long(), torch.tensor(1.0), [[1.0, 2.0, 3.0]]):
-        with pytest.raises(TypeError, match=r"bank\.push: argument 'keys'"):
-            push(bank, bad)
+        with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'keys'"):
+            push_to_bank(bank, bad)
     for bad in (torch.ones(3).bool(), torch.ones(2, 1).bool(), torch.ones(2)):
-        with pytest.raises(TypeError, match=r"bank\.push: argument 'valid'"):
-            push(bank, torch.zeros(2, 3), bad)
+        with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'valid'"):
+            push_to_bank(bank, torch.zeros(2, 3), bad)
 
 
 def test_what_is_no_bank_is_refused():
     bank = init_bank(4, 3)
     for field, value in (("cursor", torch.zeros(1).long()), ("filled", torch.tensor(0.5))):
         bad = bank._replace(**{field: value})
-        for call in (partial(push, bad, torch.zeros(2, 3)), partial(negatives, bad)):
+        for call in (partial(push_to_bank, bad, torch.zeros(2, 3)), partial(bank_negatives, bad)):
             with pytest.raises(TypeError, match=rf"argument 'bank\.{field}'"):
                 call()
 

@@ -207,7 +207,7 @@ def test_a_constant_map_gives_the_constant(data, size, ratio):
 
 
 @given(batches(), sizes(2), sizes(1, 4), ratios(), generators())
-def test_a_map_of_coordinates_gives_the_centres_of_the_bins(batch, cells, size, ratio, generator):
+def test_a_map_of_coordinates_gives_the_centers_of_the_bins(batch, cells, size, ratio, generator):
     h, w = cells
     whole = image_box((1, 1))
     coordinates = grid_points(whole, cells).mT.unflatten(-1, cells).expand(*batch, 2, h, w)
@@ -367,8 +367,8 @@ def test_the_gradient_to_the_boxes_is_a_finite_difference(ratio):
 def test_a_bin_far_outside_is_zero_and_one_near_the_map_repeats_its_edge():
     maps = torch.ones(1, 1, 4)
     # One point a bin, in cells from the left edge: -0.6, -0.4, 4.4, 4.6.
-    centres = torch.tensor([-0.6, -0.4, 4.4, 4.6]) / 4
-    regions = torch.stack([centres - 0.1, torch.zeros(4), centres + 0.1, torch.ones(4)], -1)
+    centers = torch.tensor([-0.6, -0.4, 4.4, 4.6]) / 4
+    regions = torch.stack([centers - 0.1, torch.zeros(4), centers + 0.1, torch.ones(4)], -1)
     got = roi_align(maps, regions, 1, sampling_ratio=1)
     assert got.features.flatten().tolist() == [0, 1, 1, 0]
     assert got.valid.all()

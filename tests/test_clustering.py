@@ -98,7 +98,7 @@ def test_the_rows_have_their_mass_in_the_limit(dtype, atol, data):
 
 
 @given(transports(zeros=False))
-def test_the_limit_is_the_regularised_optimum(problem):
+def test_the_limit_is_the_regularized_optimum(problem):
     """There the logarithm of the plan is the cost's, but for a term a row and one a column."""
     cost, row, col = problem
     rest = sinkhorn(cost, row, col, reg=1.0, iterations=50).log() + cost
@@ -627,21 +627,21 @@ variants = pytest.mark.parametrize("options", VARIANTS, ids=["paper", "program",
 
 @variants
 @given(problem=problems((3,)))
-def test_clusters_of_an_image_do_not_depend_on_its_neighbours(options, problem):
+def test_clusters_of_an_image_do_not_depend_on_its_neighbors(options, problem):
     together = sinkhorn_merge(*problem, **options)
     for b in range(3):
         alone = sinkhorn_merge(*(x[b] for x in problem), **options)
         assert_same([x[b] for x in together], alone)
 
 
-def test_clusters_depend_on_the_neighbours_when_asked():
+def test_clusters_depend_on_the_neighbors_when_asked():
     problem = [
         uniform(seeded(0), 2, 8, 3, low=-1),
         uniform(seeded(1), 2, 8, 2),
         torch.ones(2, 8).double(),
         torch.arange(4).expand(2, 4),
     ]
-    problem[0][1] = problem[0][1, :1]  # the neighbour's cost has another range
+    problem[0][1] = problem[0][1, :1]  # the neighbor's cost has another range
     together = sinkhorn_merge(*problem, cost_range="batch")
     alone = sinkhorn_merge(*(x[:1] for x in problem), cost_range="batch")
     assert (together.costs[:1] - alone.costs).abs().max() > 1e-3

@@ -420,7 +420,7 @@ ONE_BANK = {"batched single": "one bank for all keys: its record has no leading 
 ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
 CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
-COLORS = {"batched single": "the colours are those of all images: they have no leading axes"}
+COLORS = {"batched single": "the colors are those of all images: they have no leading axes"}
 MASKS = {
     "gradcheck gradgradcheck": "masks have no gradient",
     "bfloat16 float16": "takes true or false",
@@ -506,7 +506,7 @@ TABLE = [
     row("boxes_view_to_image", view_and_boxes, (0, 1)),
     row("image_to_view", view_and_points, (0, 1), close=8),
     row("view_to_image", view_and_points, (0, 1)),
-    row("boxes_in_view", view_and_boxes, (0, 1), least=0.5, close=8),
+    row("boxes_in_view", view_and_boxes, (0, 1), min_share=0.5, close=8),
     row("intersect_views", two_views, (0, 1), close=8),
     row("coordinate_map", one_view, (0,), size=(2, 3)),
     row("crop_views", images_and_view, (0, 1), size=(3, 5)),
@@ -534,13 +534,13 @@ TABLE = [
     ),
     row("grid_points", one_box, (0,), size=(2, 3)),
     row("grid_pairs", two_views, (0, 1), size=2, close=8),
-    row("random_points", one_box, (0,), count=3, without=DRAWS | SYMBOLIC),
+    row("sample_points", one_box, (0,), count=3, without=DRAWS | SYMBOLIC),
     row("hard_points", hard_choice, (0, 2), beta=0.5),
     row("gridsample", map_and_points, (0, 1)),
     row("gridsample_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
     row("patch_pairs", two_maps_and_views, (0, 1, 2, 3), size=2),
-    row("jitter_boxes", some_boxes, (0,), without=DRAWS | SYMBOLIC),
-    row("restricted_jitter", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("sample_jittered_boxes", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("sample_inner_boxes", some_boxes, (0,), without=DRAWS | SYMBOLIC),
     row("sample_cutout", some_boxes, without=DRAWS | SYMBOLIC | DETACHED),
     row(
         "proposal_cutout",
@@ -549,7 +549,7 @@ TABLE = [
         call=cutout,
         without={"dynamic": "boxes are cut one after the other: it is compiled for their number"},
     ),
-    row("proposal_mask", some_boxes, (0,), without=DRAWS | SYMBOLIC),
+    row("sample_surrounding_boxes", some_boxes, (0,), without=DRAWS | SYMBOLIC),
     row("boxes_to_mask", boxes_and_valid, call=mask_of_boxes, without=TRUTH),
     row("fill_mask", images_and_mask, (0,), fill=0.5),
     row("fill_mask", images_mask_colors, (0, 2), call=fill_colors, without=COLORS),
@@ -595,8 +595,8 @@ TABLE = [
             "cuda": "takes no tensor; `device` says where",
         },
     ),
-    row("push", bank_and_keys, without=DETACHED | ONE_BANK),
-    row("negatives", used_bank, (0,), without=ONE_BANK),
+    row("push_to_bank", bank_and_keys, without=DETACHED | ONE_BANK),
+    row("bank_negatives", used_bank, (0,), without=ONE_BANK),
     row("sample_keys", keys_to_draw, (0,), count=2, without=DRAWS | SYMBOLIC),
     row(
         "self_distillation",

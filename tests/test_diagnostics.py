@@ -94,7 +94,7 @@ def test_the_length_of_the_features_does_not_matter(pair, generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_rows_that_are_found_again_give_the_identity(dtype):
-    angles = torch.arange(12) * math.tau / 12  # neighbours have cosine 0.87
+    angles = torch.arange(12) * math.tau / 12  # neighbors have cosine 0.87
     rows = torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
     got = affinity_matrix(rows, rows)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
@@ -257,15 +257,15 @@ def test_the_curve_is_the_papers_formula(case, ious, size, seed):
 def test_boxes_that_are_not_used_may_be_anything(case, data, ious):
     maps, regions, valid = case
     bad = data.draw(degenerate_boxes(valid.shape), label="bad") / 8
-    spoilt = torch.where(valid[..., None], regions, bad)
+    spoiled = torch.where(valid[..., None], regions, bad)
 
     def curve(regions, valid):
         generator = torch.Generator().manual_seed(0)
         return similarity_iou_curve(maps, regions, valid, ious=ious, generator=generator)
 
     want = curve(regions, valid)
-    torch.testing.assert_close(curve(spoilt, valid), want)
-    torch.testing.assert_close(curve(spoilt, None), want)
+    torch.testing.assert_close(curve(spoiled, valid), want)
+    torch.testing.assert_close(curve(spoiled, None), want)
 
 
 def test_features_of_places_fall_off_with_the_overlap():
@@ -526,7 +526,7 @@ def test_the_coupling_rate_does_not_know_the_length_of_features(directions, one,
 
 
 @given(st.data())
-def test_features_that_do_not_know_their_neighbour_have_rate_one(data):
+def test_features_that_do_not_know_their_neighbor_have_rate_one(data):
     shape = (*data.draw(batches()), 3, *data.draw(sizes(2, 6)))
     a, b = (data.draw(tensors(shape, 0.5, 2), label=name) for name in "ab")
     got = coupling_images(a, b)
@@ -535,7 +535,7 @@ def test_features_that_do_not_know_their_neighbour_have_rate_one(data):
     torch.testing.assert_close(rate, torch.ones_like(rate))
 
 
-def test_features_that_take_over_from_the_neighbour_have_a_rate_above_one():
+def test_features_that_take_over_from_the_neighbor_have_a_rate_above_one():
     got = coupling_images(*torch.eye(3)[:2, :, None, None].expand(2, 3, 8, 8) + 0.1)
     blurred = [torch.nn.functional.avg_pool2d(x, 7, 1, 3) for x in (got.together, got.alone)]
     assert coupling_rate(*blurred, got.box_a, got.box_b) > 1.05
@@ -603,7 +603,7 @@ def test_the_diagnostics_refuse_what_does_not_fit():
 # --------------------------------------------------------------------------------------- PCA
 
 
-def test_colours_are_the_stretched_components_of_scikit_learn():
+def test_colors_are_the_stretched_components_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([5.0, 3.0, 2.0, 0.5, 0.1])[:, None, None]
     maps = torch.randn(2, 5, 4, 3, generator=generator) * scale
@@ -617,7 +617,7 @@ def test_colours_are_the_stretched_components_of_scikit_learn():
 
 
 @given(st.data())
-def test_colours_are_between_zero_and_one(data):
+def test_colors_are_between_zero_and_one(data):
     shape = data.draw(st.sampled_from([(1, 1, 2, 2), (2, 3, 3, 2), (1, 5, 2, 4), (3, 2, 1, 1)]))
     got = pca_colors(data.draw(tensors(shape, dtype=torch.float32), label="maps"))
     assert got.shape == (shape[0], 3, *shape[2:])
@@ -632,7 +632,7 @@ def test_components_that_do_not_exist_are_zero(maps):
 
 
 @given(st.floats(-10, 10, width=32))
-def test_constant_features_have_one_colour(value):
+def test_constant_features_have_one_color(value):
     assert (pca_colors(torch.full((2, 4, 3, 3), value)) == 0).all()
 
 

@@ -100,7 +100,7 @@ def shortcomings(function):
     lines = re.findall(r"^ *(?:>>>|\.\.\.) ", found.get("Examples", ""), re.M)
     if not 1 <= len(lines) <= 6:
         yield f"Examples has {len(lines)} lines of code, not 1 to 6"
-    if function.__module__ != "densekit.testing" and not found.get("References", "").strip():
+    if function.__module__ != "densekit.scenes" and not found.get("References", "").strip():
         yield "References is missing"
 
 

@@ -400,7 +400,7 @@ def half_update(old, new, momentum, generator):
 
 
 @given(generators(), st.floats(0, 1), st.integers(-30, 30))
-def test_a_bfloat16_teacher_moves_to_a_neighbour_of_the_mean(generator, momentum, exponent):
+def test_a_bfloat16_teacher_moves_to_a_neighbor_of_the_mean(generator, momentum, exponent):
     old, new = uniform(generator, 2, 100, low=-1, dtype=torch.float32) * 2.0**exponent
     old = old.bfloat16()
     mean = torch.lerp(old.float(), new, 1 - momentum)
@@ -420,7 +420,7 @@ def test_the_mean_over_many_updates_is_exact(old, share):
     new = (old.double() + 4 * share * step).float()
     mean = torch.lerp(old.float(), new, 0.25).double()[0]
     got = half_update(old, new, 0.75, torch.Generator().manual_seed(0)).double()
-    unit = (got - got[0]).abs().max()  # between the two neighbours
+    unit = (got - got[0]).abs().max()  # between the two neighbors
     up = (mean - got.min()) / unit
     sigma = unit * (up * (1 - up) / len(got)).sqrt()
     assert len(got.unique()) == 2

@@ -11,6 +11,7 @@ LAYERS = {
     "typing": -1,  # what all signatures are made of
     "distributed": 0,
     "schedules": 0,
+    "scenes": 0,
     "ema": 0,
     "bank": 0,
     "boxes": 0,
@@ -26,7 +27,6 @@ LAYERS = {
     "diagnostics": 3,
     "neighbors": 3,
     "probes": 3,
-    "testing": 4,
 }
 GEOMETRY = {"boxes", "views", "sampling", "matching"}
 DEPENDENCIES = {"torch", "einops", "jaxtyping", "beartype"}
@@ -81,29 +81,20 @@ def recipes():
     return sorted((ROOT / "recipes").glob("*.py"))
 
 
-MORE = {  # what a recipe needs besides the harness
-    "d3ssl": {"proposals"},  # which made its data
-    "densesiam_segment": {"encoders", "image_sets"},
-    "detect": {"encoders", "object_sets"},
-    "diagnose": {"encoders", "protocols"},
-    "evaluate": {"diagnose", "encoders", "image_sets", "protocols"},
-    "export": {"encoders"},
-    "protocols": {"encoders", "image_sets"},
-}
+MORE = {"d3ssl": {"proposals"}}  # which made its data
 
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)
-def test_copying_a_recipe_means_copying_two_files(path):
-    local = {p.stem for p in recipes()} | {"recipes", "tests", "benchmarks", ""}
+def test_a_recipe_imports_only_what_lies_beside_it(path):
+    local = {p.stem for p in recipes()} | {"downstream", "recipes", "tests", "benchmarks", ""}
     tops = {name.split(".")[0] for name in imports(path.read_text())}
-    assert tops & local <= (
-        {"harness", *MORE.get(path.stem, set())} if path.stem != "harness" else set()
-    )
+    allowed = {"harness", "downstream", *MORE.get(path.stem, set())}
+    assert tops & local <= (allowed if path.stem != "harness" else set())
 
 
 def test_the_harness_knows_no_geometry_and_no_loss():
     source = (ROOT / "recipes" / "harness.py").read_text()
-    assert siblings(source) <= {"testing", "distributed"}
+    assert siblings(source) <= {"scenes", "distributed", ""}
 
 
 @pytest.mark.parametrize(

@@ -513,10 +513,10 @@ def test_negatives_that_are_not_valid_may_be_anything(problem):
     features, use = negatives
     want = info_nce(query, key, negatives, valid, temperature=0.2, reduction="none")
     for bad in (torch.nan, torch.inf, 1e300):
-        spoilt = torch.where(use[..., None], features, bad).requires_grad_()
-        leaves = [query.requires_grad_(), key.requires_grad_(), spoilt]
+        spoiled = torch.where(use[..., None], features, bad).requires_grad_()
+        leaves = [query.requires_grad_(), key.requires_grad_(), spoiled]
         options = {"temperature": 0.2, "reduction": "none"}
-        got = info_nce(query, key, Negatives(spoilt, use), valid, **options)
+        got = info_nce(query, key, Negatives(spoiled, use), valid, **options)
         assert torch.equal(got, want)
         for grad in torch.autograd.grad(got.sum(), leaves, allow_unused=True):
             assert grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""Labels by nearest neighbours against scikit-learn and slow loops, and their promises."""
+"""Labels by nearest neighbors against scikit-learn and slow loops, and their promises."""
 
 import math
 
@@ -22,7 +22,7 @@ from densekit import (
 CLASSES = 4
 
 
-# ------------------------------------------------------------------------ nearest neighbours
+# ------------------------------------------------------------------------ nearest neighbors
 
 
 @st.composite
@@ -38,7 +38,7 @@ def galleries(draw, least=1):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
 @given(galleries(), st.integers(1, 12), st.floats(0.05, 1))
-def test_the_neighbours_vote_as_in_scikit_learn(case, k, temperature):
+def test_the_neighbors_vote_as_in_scikit_learn(case, k, temperature):
     features, labels, gallery, known = (x.numpy() for x in case)
     oracle = KNeighborsClassifier(
         min(k, len(gallery)),
@@ -66,7 +66,7 @@ def test_chunks_and_the_order_and_length_of_rows_do_not_matter(case, k, chunk, g
 
 
 @given(galleries())
-def test_more_neighbours_than_there_are_is_all_of_them(case):
+def test_more_neighbors_than_there_are_is_all_of_them(case):
     want = object_knn(*case, classes=CLASSES, k=len(case[2]))
     assert object_knn(*case, classes=CLASSES, k=99) == want
     assert object_knn(*case, classes=CLASSES + 3, k=99) == want
@@ -96,13 +96,13 @@ def test_objects_are_compared_in_full_precision_under_autocast():
 
 
 @given(galleries())
-def test_the_nearest_neighbour_of_a_known_object_is_itself(case):
+def test_the_nearest_neighbor_of_a_known_object_is_itself(case):
     _, _, gallery, known = case
     got = object_knn(gallery, known, gallery, known, classes=CLASSES, k=1)
     assert got == (1, 1)
 
 
-def test_near_neighbours_outvote_many_far_ones_when_it_is_cold():
+def test_near_neighbors_outvote_many_far_ones_when_it_is_cold():
     angles = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
     gallery = torch.stack([angles.cos(), angles.sin()], -1)
     known, one = torch.tensor([0, 1, 1, 1, 1]), torch.tensor([[1.0, 0.1]])
@@ -138,7 +138,7 @@ def test_a_vote_that_makes_no_sense_is_refused(options):
         object_knn(rows, labels, rows, labels, **{"classes": 2} | options)
 
 
-def test_neighbours_that_do_not_fit_are_refused():
+def test_neighbors_that_do_not_fit_are_refused():
     labels = torch.zeros(4).long()
     with pytest.raises(TypeError, match="object_knn: argument 'gallery'"):
         object_knn(torch.zeros(4, 3), labels, torch.zeros(4, 2), labels, classes=2)
@@ -254,7 +254,7 @@ def test_shares_stay_shares_whatever_the_length_of_the_features(video, radius, k
 
 
 @given(videos(5), st.integers(0, 5), st.integers(1, 3))
-def test_a_video_is_labelled_frame_by_frame_from_the_first_and_the_last_ones(video, context, k):
+def test_a_video_is_labeled_frame_by_frame_from_the_first_and_the_last_ones(video, context, k):
     features, (first, *_) = video
     options = {"radius": 2, "k": k, "temperature": 0.3}
     want = [first]
@@ -274,7 +274,7 @@ def test_an_object_that_moves_is_followed_as_far_as_the_radius_reaches():
     things[0] = 1 - things[1]
     video = torch.stack([scene.roll(step, 2) for step in range(4)])
     want = torch.stack([things.roll(step, 2) for step in range(4)])
-    # All cells move by one; a seam of the torus jumps, and only its neighbours are near.
+    # All cells move by one; a seam of the torus jumps, and only its neighbors are near.
     got = propagate_video(video, things, radius=1, k=1, context=1)
     assert torch.equal(got[..., 4:], want[..., 4:])
     far = propagate_video(video, things, radius=0, k=1, context=1)

@@ -72,7 +72,7 @@ assert densekit.__file__.startswith({str(tmp_path)!r}), densekit.__file__
 for module in pkgutil.iter_modules(densekit.__path__):
     importlib.import_module("densekit." + module.name)
 print(densekit.__version__, tuple(densekit.crop_views(
-    densekit.testing.scenes(2, (8, 8)).images, densekit.full_view((8, 8), (2,)), 4).shape))
+    densekit.scenes.sample_scenes(2, (8, 8)).images, densekit.full_view((8, 8), (2,)), 4).shape))
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -19,6 +19,8 @@ from densekit import (
     linear_maps,
     linear_segmentation,
     mean_iou,
+    probe_scenes,
+    sample_scenes,
     segmentation_counts,
     train_linear_probe,
 )
@@ -149,7 +151,7 @@ def stripes(generator, count, stride):
 
 def test_features_that_tell_the_classes_score_one_and_noise_scores_little():
     generator = torch.Generator().manual_seed(0)
-    # The middle of each block of 3 pixels is the centre of its cell.
+    # The middle of each block of 3 pixels is the center of its cell.
     (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))
     options = {"classes": CLASSES, "stride": 3}
     assert linear_segmentation(train, test, labels, test_labels, **options).miou == 1
@@ -166,7 +168,7 @@ def test_linear_segmentation_is_its_parts():
     labels[0, :4] = 255
 
     def rows(maps, targets):
-        # torch's own resize holds the feature at every pixel centre; every second is used.
+        # torch's own resize holds the feature at every pixel center; every second is used.
         up = torch.nn.functional.interpolate(maps, (9, 7), mode="bilinear")[:, :, 1::2, 1::2]
         return up.movedim(1, -1).flatten(0, 2), targets[:, 1::2, 1::2].flatten()
 
@@ -198,7 +200,7 @@ def test_linear_segmentation_refuses_what_does_not_fit():
 
 
 @st.composite
-def labelled_maps(draw, dtype=torch.float64):
+def labeled_maps(draw, dtype=torch.float64):
     """Feature maps of any scale, and label maps of another size, some pixels without a class."""
     generator, n, d = draw(generators()), draw(st.integers(1, 5)), draw(st.integers(1, 3))
     size, big = draw(sizes(high=4)), draw(sizes(high=6))
@@ -245,7 +247,7 @@ def slow_training(features, labels, *, epochs, batch, lr, momentum=0.9, weight_d
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0, "weight_decay": 0.1}])
-@given(case=labelled_maps(torch.float32), epochs=st.integers(1, 3), batch=st.integers(1, 6))
+@given(case=labeled_maps(torch.float32), epochs=st.integers(1, 3), batch=st.integers(1, 6))
 def test_training_is_that_of_a_loop_of_torchs_parts(options, case, epochs, batch):
     features, labels = case
     features = features[..., :1, :1] if epochs == 1 else features  # one cell: classification
@@ -257,7 +259,7 @@ def test_training_is_that_of_a_loop_of_torchs_parts(options, case, epochs, batch
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-@given(labelled_maps(), st.floats(0.1, 100), st.floats(-5, 5))
+@given(labeled_maps(), st.floats(0.1, 100), st.floats(-5, 5))
 def test_trained_scores_do_not_depend_on_the_scale_of_the_features(case, scale, shift):
     features, labels = case
     shift = shift * features.abs().amax((0, 2, 3), keepdim=True)
@@ -266,7 +268,7 @@ def test_trained_scores_do_not_depend_on_the_scale_of_the_features(case, scale, 
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
 
 
-@given(labelled_maps())
+@given(labeled_maps())
 def test_pixels_to_ignore_may_have_any_number(case):
     features, labels = case
     want = trained(features, labels)
@@ -279,7 +281,7 @@ def test_pixels_to_ignore_may_have_any_number(case):
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-@given(labelled_maps(), st.integers(0, 99))
+@given(labeled_maps(), st.integers(0, 99))
 def test_a_generator_fixes_the_training_and_the_prior_is_the_share_of_each_class(case, seed):
     features, labels = case
     one, other = (trained(features, labels, seed) for _ in range(2))
@@ -502,3 +504,33 @@ def test_counts_of_no_image_are_empty_and_of_no_class_refused():
             segmentation_counts(wrong, labels, **options)
     with pytest.raises(TypeError, match=r"segmentation_counts: argument 'labels'.*n=2"):
         segmentation_counts(scores, labels[:1])
+
+
+# ---- the probe on scenes ---------------------------------------------------------------------
+
+
+def test_the_probe_scores_what_features_know_and_what_the_prior_knows():
+    size = (24, 32)
+    blind = probe_scenes(torch.zeros_like, count=24, size=size)
+    assert blind.miou == blind.prior_miou  # constants can only name the most frequent class
+    test = sample_scenes(24, size, generator=torch.Generator().manual_seed(1)).labels
+    fit = sample_scenes(24, size, generator=torch.Generator().manual_seed(0)).labels
+    offset = slice(2, None, 4)
+    frequent = fit[:, offset, offset].flatten().mode().values
+    truth = test[:, offset, offset]
+    classes = torch.cat([truth.flatten(), frequent[None]]).unique()
+    expected = (truth == frequent).float().mean() / len(classes)
+    torch.testing.assert_close(blind.prior_miou, expected)
+
+    calls = []
+
+    def oracle(images):
+        calls.append(images)
+        drawn = sample_scenes(24, size, generator=torch.Generator().manual_seed(len(calls) - 1))
+        assert torch.equal(drawn.images, images)
+        return torch.nn.functional.one_hot(drawn.labels, 12).movedim(-1, 1).float()
+
+    assert probe_scenes(oracle, count=24, size=size).miou > 0.99
+    assert not torch.equal(*calls)  # it is scored on other scenes than it was fitted on
+    other = probe_scenes(lambda x: x, count=24, size=size, seed=1)
+    assert other.miou != probe_scenes(lambda x: x, count=24, size=size).miou

@@ -29,12 +29,12 @@ from densekit import (
     boxes_valid,
     composite,
     fill_mask,
-    jitter_boxes,
     proposal_cutout,
-    proposal_mask,
-    restricted_jitter,
     sample_cutout,
+    sample_inner_boxes,
+    sample_jittered_boxes,
     sample_shift,
+    sample_surrounding_boxes,
     shift_boxes,
 )
 
@@ -225,9 +225,9 @@ def test_proposals_that_are_not_used_change_nothing(case, data):
     nan = torch.full_like(draws, torch.nan)
     want = proposal_cutout(regions, draws, size, valid)
     away = valid[..., None]
-    spoilt = torch.where(away, regions, bad)
+    spoiled = torch.where(away, regions, bad)
     for asked in (None, valid, torch.ones_like(valid)):
-        got = proposal_cutout(spoilt, torch.where(away, draws, nan), size, asked)
+        got = proposal_cutout(spoiled, torch.where(away, draws, nan), size, asked)
         assert torch.equal(got.mask, want.mask)
         assert torch.equal(got.boxes, want.boxes)
     assert (want.boxes[~valid] == 0).all()
@@ -340,7 +340,7 @@ def test_the_draws_of_a_cutout_are_uniform_and_independent():
 @given(boxes(), st.floats(0, 2), st.floats(0, 0.99), generators())
 def test_a_jittered_box_moves_and_grows_no_more_than_was_asked(good, center, size, generator):
     regions = good[..., None, :]
-    got = jitter_boxes(regions, center=center, size=size, generator=generator)
+    got = sample_jittered_boxes(regions, center=center, size=size, generator=generator)
     assert boxes_valid(got).all()
     before, after = (x[..., 2:] - x[..., :2] for x in (regions, got))
     moved = ((got[..., :2] + got[..., 2:]) - (regions[..., :2] + regions[..., 2:])).abs() / 2
@@ -350,7 +350,7 @@ def test_a_jittered_box_moves_and_grows_no_more_than_was_asked(good, center, siz
 
 def test_jitter_is_uniform_along_every_side():
     regions = torch.tensor([[10.0, 20.0, 14.0, 22.0]], dtype=torch.float64).expand(4000, 4)
-    got = jitter_boxes(regions, center=0.3, size=0.2, generator=seeded())
+    got = sample_jittered_boxes(regions, center=0.3, size=0.2, generator=seeded())
     extent = torch.tensor([4.0, 2.0])
     moved = ((got[:, :2] + got[:, 2:]) / 2 - torch.tensor([12.0, 21.0])) / extent / 0.3
     grown = ((got[:, 2:] - got[:, :2]) / extent - 1) / 0.2
@@ -364,7 +364,7 @@ def test_jitter_is_uniform_along_every_side():
 @pytest.mark.parametrize("dtype", [*LOWER, torch.float64])
 def test_a_box_that_is_not_to_be_jittered_stays(dtype):
     regions = boxes_within(seeded(), image_box((300, 300), (500,), torch.float32)).to(dtype)
-    got = jitter_boxes(regions, center=0.0, size=0.0)
+    got = sample_jittered_boxes(regions, center=0.0, size=0.0)
     close = 2 * torch.finfo(dtype).eps * 300 if dtype in (torch.float32, torch.float64) else 0
     torch.testing.assert_close(got, regions, rtol=0, atol=close)
 
@@ -374,7 +374,7 @@ def test_a_restricted_box_is_inside_and_of_the_scale_that_was_asked(data, one, o
     size = data.draw(sizes(), label="size")
     regions = data.draw(proposals(data.draw(batches()), size), label="boxes")
     low, high = sorted((one, other))
-    got = restricted_jitter(regions, scale=(low, high), generator=generator)
+    got = sample_inner_boxes(regions, scale=(low, high), generator=generator)
     assert (got[..., :2] >= regions[..., :2]).all()
     assert (got[..., 2:] <= regions[..., 2:]).all()
     share = (got[..., 2:] - got[..., :2]) / (regions[..., 2:] - regions[..., :2])
@@ -387,7 +387,7 @@ def test_a_restricted_box_is_inside_in_every_dtype(dtype, data, scale):
     generator = data.draw(generators(), label="generator")
     frame = torch.tensor([-900.0, -3.0, 900.0, 1700.0]).expand(200, 4)
     regions = boxes_within(generator, frame).to(dtype)
-    got = restricted_jitter(regions, scale=scale, generator=generator)
+    got = sample_inner_boxes(regions, scale=scale, generator=generator)
     assert got.dtype == dtype
     assert (got[:, :2] >= regions[:, :2]).all()
     assert (got[:, 2:] <= regions[:, 2:]).all()
@@ -397,7 +397,7 @@ def test_a_restricted_box_is_inside_in_every_dtype(dtype, data, scale):
 
 def test_restricted_boxes_have_uniform_sizes_and_uniform_places():
     regions = torch.tensor([[10.0, 20.0, 14.0, 22.0]], dtype=torch.float64).expand(4000, 4)
-    got = restricted_jitter(regions, scale=(0.5, 0.9), generator=seeded())
+    got = sample_inner_boxes(regions, scale=(0.5, 0.9), generator=seeded())
     extent = got[:, 2:] - got[:, :2]
     share = (extent / torch.tensor([4.0, 2.0]) - 0.5) / 0.4
     place = (got[:, :2] - regions[:, :2]) / (torch.tensor([4.0, 2.0]) - extent)
@@ -416,7 +416,7 @@ def test_a_mask_touches_its_proposal_from_outside(data, one, other, generator):
     size = data.draw(sizes(), label="size")
     regions = data.draw(proposals(data.draw(batches()), size), label="boxes")
     ranges = tuple(sorted((one, other)))
-    got = proposal_mask(regions, ratio=ranges, aspect=ranges, generator=generator)
+    got = sample_surrounding_boxes(regions, ratio=ranges, aspect=ranges, generator=generator)
     gap = torch.maximum(got[..., :2] - regions[..., 2:], regions[..., :2] - got[..., 2:])
     largest = gap.amax(-1)  # above 0 they are apart, below 0 they overlap
     torch.testing.assert_close(largest, torch.zeros_like(largest), **CLOSE)
@@ -429,7 +429,7 @@ def test_a_mask_touches_its_proposal_from_outside(data, one, other, generator):
 def test_masks_of_no_area_cover_nothing():
     regions = torch.tensor([[1.0, 2.0, 5.0, 4.0]]).expand(50, 1, 4)
     regions = regions.clone().requires_grad_()
-    got = proposal_mask(regions, ratio=(0.0, 0.0), generator=seeded())
+    got = sample_surrounding_boxes(regions, ratio=(0.0, 0.0), generator=seeded())
     assert got.isfinite().all()
     got.sum().backward()
     assert regions.grad.isfinite().all()
@@ -438,7 +438,7 @@ def test_masks_of_no_area_cover_nothing():
 
 def test_masks_lie_in_all_directions_alike():
     regions = torch.tensor([[10.0, 20.0, 14.0, 22.0]], dtype=torch.float64).expand(4000, 4)
-    got = proposal_mask(regions, generator=seeded())
+    got = sample_surrounding_boxes(regions, generator=seeded())
     x, y = ((got[:, :2] + got[:, 2:]) / 2 - torch.tensor([12.0, 21.0])).unbind(-1)
     assert stats.kstest(torch.atan2(y, x), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > 1e-4
     wide, tall = (got[:, 2:] - got[:, :2]).unbind(-1)
@@ -448,7 +448,9 @@ def test_masks_lie_in_all_directions_alike():
 
 
 @pytest.mark.parametrize(
-    "function", [jitter_boxes, restricted_jitter, proposal_mask], ids=lambda f: f.__name__
+    "function",
+    [sample_jittered_boxes, sample_inner_boxes, sample_surrounding_boxes],
+    ids=lambda f: f.__name__,
 )
 class TestDrawnBoxes:
     @given(bad=degenerate_boxes(), generator=generators())
@@ -476,9 +478,9 @@ class TestDrawnBoxes:
 
 
 @given(st.data(), sizes())
-def test_a_mask_is_true_where_the_centre_of_a_pixel_lies_in_a_box(data, size):
+def test_a_mask_is_true_where_the_center_of_a_pixel_lies_in_a_box(data, size):
     regions = data.draw(proposals(data.draw(batches()), size), label="boxes")
-    regions = regions.mul(2).round().div(2) if data.draw(st.booleans()) else regions  # on centres
+    regions = regions.mul(2).round().div(2) if data.draw(st.booleans()) else regions  # on centers
     valid = data.draw(valid_rows(regions.shape[:-1]), label="valid")
     got = boxes_to_mask(regions, size, valid)
     assert got.shape == (*regions.shape[:-2], *size)
@@ -577,8 +579,8 @@ def test_only_boxes_that_count_bound_the_shift(data, size):
     seed = data.draw(st.integers(0, 99), label="seed")
     want = sample_shift(regions, size, valid, generator=seeded(seed))
     for others, asked in ((bad, None), (bad, valid), (outside, valid)):
-        spoilt = torch.where(valid[..., None], regions, others)
-        assert torch.equal(sample_shift(spoilt, size, asked, generator=seeded(seed)), want)
+        spoiled = torch.where(valid[..., None], regions, others)
+        assert torch.equal(sample_shift(spoiled, size, asked, generator=seeded(seed)), want)
 
 
 def test_all_shifts_that_fit_occur_alike():
@@ -700,8 +702,8 @@ def test_a_nan_stays_in_the_pixels_of_its_image(case):
     front, back, mask, shift = case
     want = composite(*case)
     nan = torch.full_like(front, torch.nan)
-    for spoilt, clean in (((nan, back), want < 0), ((front, nan), want > 0)):
-        leaves = [x.clone().requires_grad_() for x in spoilt]
+    for spoiled, clean in (((nan, back), want < 0), ((front, nan), want > 0)):
+        leaves = [x.clone().requires_grad_() for x in spoiled]
         got = composite(*leaves, mask, shift)
         assert torch.equal(got.isnan(), ~clean)
         assert torch.equal(got[clean], want[clean])
@@ -748,20 +750,20 @@ def test_an_image_without_pixels_is_refused(call, size):
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        (jitter_boxes, {"center": -0.1}),
-        (jitter_boxes, {"center": math.nan}),
-        (jitter_boxes, {"size": -0.1}),
-        (jitter_boxes, {"size": 1.0}),
-        (restricted_jitter, {"scale": (0.0, 1.0)}),
-        (restricted_jitter, {"scale": (0.5, 1.1)}),
-        (restricted_jitter, {"scale": (0.9, 0.8)}),
+        (sample_jittered_boxes, {"center": -0.1}),
+        (sample_jittered_boxes, {"center": math.nan}),
+        (sample_jittered_boxes, {"size": -0.1}),
+        (sample_jittered_boxes, {"size": 1.0}),
+        (sample_inner_boxes, {"scale": (0.0, 1.0)}),
+        (sample_inner_boxes, {"scale": (0.5, 1.1)}),
+        (sample_inner_boxes, {"scale": (0.9, 0.8)}),
         (sample_cutout, {"ratio": (-0.1, 0.5)}),
         (sample_cutout, {"ratio": (0.5, 1.1)}),
         (sample_cutout, {"ratio": (0.5, 0.2)}),
-        (proposal_mask, {"ratio": (-0.1, 0.5)}),
-        (proposal_mask, {"ratio": (0.5, 0.2)}),
-        (proposal_mask, {"aspect": (0.0, 1.0)}),
-        (proposal_mask, {"aspect": (1.0, math.inf)}),
+        (sample_surrounding_boxes, {"ratio": (-0.1, 0.5)}),
+        (sample_surrounding_boxes, {"ratio": (0.5, 0.2)}),
+        (sample_surrounding_boxes, {"aspect": (0.0, 1.0)}),
+        (sample_surrounding_boxes, {"aspect": (1.0, math.inf)}),
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(function, options):

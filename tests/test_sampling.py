@@ -36,7 +36,7 @@ from densekit import (
     image_to_view,
     intersect_views,
     patch_pairs,
-    random_points,
+    sample_points,
     view_to_image,
 )
 
@@ -51,7 +51,7 @@ def seeded(seed=0):
 
 
 @given(boxes(), sizes())
-def test_every_centre_lies_strictly_inside(box, size):
+def test_every_center_lies_strictly_inside(box, size):
     points = grid_points(box, size)
     assert points.shape == (*box.shape[:-1], size[0] * size[1], 2)
     assert (points > box[..., None, :2]).all()
@@ -223,7 +223,7 @@ def test_gridsample_has_torchs_gradients(data):
 
 
 @pytest.mark.parametrize("length", [3, 4, 7])
-def test_the_slope_at_a_cell_centre_is_that_of_the_map(length):
+def test_the_slope_at_a_cell_center_is_that_of_the_map(length):
     # Where a K x K grid falls on a K x K map, every point is a kink of the interpolation.
     points = torch.tensor([[(j + 0.5) / length, 0.5] for j in range(1, length - 1)])
     points = points.double().requires_grad_()
@@ -272,7 +272,7 @@ def test_a_map_of_one_cell_is_constant(data):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_maps_are_sampled_where_float_points_say(dtype):
-    # At the cell centres the cells come back; positions in bfloat16 are off by a fifth of a cell.
+    # At the cell centers the cells come back; positions in bfloat16 are off by a fifth of a cell.
     maps = torch.arange(100.0)[None, None].to(dtype)
     points = torch.tensor([[(j + 0.5) / 100, 0.5] for j in range(100)])
     got = gridsample(maps, points)
@@ -327,14 +327,14 @@ def test_maps_that_do_not_belong_together_are_refused():
 
 @given(boxes(), st.integers(0, 9), generators())
 def test_random_points_lie_inside(box, count, generator):
-    points = random_points(box, count, generator=generator)
+    points = sample_points(box, count, generator=generator)
     assert points.shape == (*box.shape[:-1], count, 2)
     assert ((points >= box[..., None, :2]) & (points <= box[..., None, 2:])).all()
 
 
 def test_random_points_are_uniform():
     box = torch.tensor([[2.0, -3.0, 6.0, 5.0], [0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
-    x, y = random_points(box, 10_000, generator=seeded())[0].unbind(-1)
+    x, y = sample_points(box, 10_000, generator=seeded())[0].unbind(-1)
     assert stats.kstest(x, stats.uniform(2, 4).cdf).pvalue > 1e-4
     assert stats.kstest(y, stats.uniform(-3, 8).cdf).pvalue > 1e-4
     assert abs(stats.spearmanr(x, y).statistic) < 4 / math.sqrt(10_000)
@@ -342,26 +342,26 @@ def test_random_points_are_uniform():
 
 def test_a_generator_decides_the_points():
     box = torch.tensor([0.0, 0.0, 4.0, 4.0])
-    first, again, other = (random_points(box, 5, generator=seeded(s)) for s in (1, 1, 2))
+    first, again, other = (sample_points(box, 5, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 @given(degenerate_boxes(), generators())
 def test_random_points_of_a_degenerate_box_are_not_nan(box, generator):
-    assert not random_points(box, 5, generator=generator).isnan().any()
+    assert not sample_points(box, 5, generator=generator).isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_random_points_of_an_infinite_box_are_not_nan(dtype):
     box = torch.tensor([-torch.inf, -torch.inf, torch.inf, torch.inf], dtype=dtype)
     # Half precision draws an exact zero about once in 1000.
-    assert not random_points(box, 20_000, generator=seeded()).isnan().any()
+    assert not sample_points(box, 20_000, generator=seeded()).isnan().any()
 
 
 def test_a_negative_count_is_refused():
-    with pytest.raises(ValueError, match=r"densekit.sampling.random_points: count is -1"):
-        random_points(torch.zeros(4), -1)
+    with pytest.raises(ValueError, match=r"densekit.sampling.sample_points: count is -1"):
+        sample_points(torch.zeros(4), -1)
 
 
 # ----------------------------------------------------------------------------- hard points
@@ -428,7 +428,7 @@ def test_one_dissimilarity_for_each_candidate():
 @given(overlapping_views((2,)), generators())
 def test_random_points_of_the_overlap_can_be_carried_into_both_views(pair, generator):
     overlap = intersect_views(*pair)
-    points = random_points(overlap.box, 4, generator=generator)
+    points = sample_points(overlap.box, 4, generator=generator)
     for view in pair:
         local = image_to_view(view, points)
         assert ((local >= -1e-12) & (local <= 1 + 1e-12)).all()
@@ -470,7 +470,7 @@ def test_a_pair_of_patches_is_one_piece_of_the_image_in_the_order_of_the_image(p
         maps = [coordinate_map(v, s).movedim(-1, -3) for v, s in zip(views, fine, strict=True)]
         got = patch_pairs(*maps, *views, size, sampling_ratio=ratio)
         assert got.valid.all()
-        # The mean of a patch's coordinates is its centre.
+        # The mean of a patch's coordinates is its center.
         torch.testing.assert_close(got.features1, grid_points(shared, size), rtol=0, atol=1e-11)
         torch.testing.assert_close(got.features2, grid_points(shared, size), rtol=0, atol=1e-11)
 

@@ -143,7 +143,7 @@ def test_a_degenerate_view_leaves_points_as_they_are(data):
 
 
 def test_half_a_pixel_is_where_the_convention_puts_it():
-    # A 4-pixel crop seen at 2 cells: the first cell covers two pixels, its centre is their edge.
+    # A 4-pixel crop seen at 2 cells: the first cell covers two pixels, its center is their edge.
     view = View(torch.tensor([2.0, 0.0, 6.0, 4.0]), torch.tensor(False))
     assert coordinate_map(view, (2, 2))[0, 0].tolist() == [3.0, 1.0]
     flipped = View(view.box, torch.tensor(True))
@@ -185,8 +185,8 @@ def test_sampling_the_coordinate_map_returns_the_image_point_in_both_views(data)
     for view, size in zip(pair, maps, strict=True):
         local = image_to_view(view, points)
         sampled = gridsample(coordinate_map(view, size).movedim(-1, -3), local)
-        # Bilinear interpolation is exact between cell centres; nearer the edge than half a cell
-        # the outermost centre is repeated, so the clamped point comes back.
+        # Bilinear interpolation is exact between cell centers; nearer the edge than half a cell
+        # the outermost center is repeated, so the clamped point comes back.
         half = torch.tensor([0.5 / size[1], 0.5 / size[0]], dtype=torch.float64)
         want = view_to_image(view, local.maximum(half).minimum(1 - half))
         torch.testing.assert_close(sampled, want, **CLOSE)
@@ -219,7 +219,7 @@ def test_the_overlap_is_the_same_region_in_all_three_frames(pair):
 @given(overlapping_views())
 def test_the_overlap_fraction_is_torchvisions_iou(pair):
     want = ops.box_iou(*(view.box.reshape(-1, 4) for view in pair)).diagonal()
-    fraction = intersect_views(*pair).fraction
+    fraction = intersect_views(*pair).iou
     torch.testing.assert_close(fraction.flatten(), want, rtol=1e-12, atol=0)
 
 
@@ -229,7 +229,7 @@ def test_the_overlap_is_symmetric(pair):
     assert torch.equal(forth.box, back.box)
     assert torch.equal(forth.box1, back.box2)
     assert torch.equal(forth.box2, back.box1)
-    torch.testing.assert_close(forth.fraction, back.fraction, rtol=1e-12, atol=0)
+    torch.testing.assert_close(forth.iou, back.iou, rtol=1e-12, atol=0)
     assert torch.equal(forth.valid, back.valid)
 
 
@@ -650,7 +650,7 @@ def test_crops_of_photographic_size_are_torchvisions_in_float32():
 
 
 def loop_crop(line, start, stop, out):
-    """The docstring in plain Python: a triangle around each centre, over the pixels touched."""
+    """The docstring in plain Python: a triangle around each center, over the pixels touched."""
     step = (stop - start) / out
     reach = max(step, 1.0)
     result = []
@@ -696,8 +696,8 @@ def test_enlarging_an_image_of_its_own_coordinates_gives_the_coordinate_map(data
     pixels = coordinate_map(View(image_box((8, 8), batch), torch.zeros_like(view.flip)), (8, 8))
     got = crop_views(pixels.movedim(-1, -3), view, out).movedim(-3, -1)
     want = coordinate_map(view, out)
-    # A point between the centres of two touched pixels is interpolated; beyond them it is the
-    # nearest centre.
+    # A point between the centers of two touched pixels is interpolated; beyond them it is the
+    # nearest center.
     corners = view.box[..., None, None, :]
     low, high = corners[..., :2].floor() + 0.5, corners[..., 2:].ceil() - 0.5
     torch.testing.assert_close(got, want.maximum(low).minimum(high), rtol=0, atol=1e-10)
@@ -853,9 +853,9 @@ def views_and_boxes(draw):
 
 
 @given(views_and_boxes(), st.floats(0.01, 1))
-def test_boxes_in_a_view_are_mapped_and_cut_off_at_its_border(case, least):
+def test_boxes_in_a_view_are_mapped_and_cut_off_at_its_border(case, min_share):
     view, regions = case
-    got = boxes_in_view(view, regions, least=least)
+    got = boxes_in_view(view, regions, min_share=min_share)
     mapped = boxes_image_to_view(view, regions)
     want = mapped.clamp(0, 1).where((got.share > 0)[..., None], 0.0)
     torch.testing.assert_close(got.boxes, want, **CLOSE)
@@ -864,8 +864,8 @@ def test_boxes_in_a_view_are_mapped_and_cut_off_at_its_border(case, least):
     # The area that is left, in pixels, over the area there was.
     kept = box_area(got.boxes) * box_area(crop) / box_area(regions)
     torch.testing.assert_close(got.share, kept, rtol=0, atol=1e-10)
-    clear = (got.share - least).abs() > 1e-5
-    assert torch.equal(got.valid[clear], (got.share >= least)[clear])
+    clear = (got.share - min_share).abs() > 1e-5
+    assert torch.equal(got.valid[clear], (got.share >= min_share)[clear])
 
 
 @given(st.data())
@@ -880,18 +880,18 @@ def test_boxes_inside_the_crop_are_kept_whole(data):
 
 
 @given(disjoint_views(), st.sampled_from([1e-9, 1e-6, 0.5, 1.0]))
-def test_boxes_outside_the_crop_are_not_valid(pair, least):
-    got = boxes_in_view(pair[0], pair[1].box[..., None, :], least=least)
+def test_boxes_outside_the_crop_are_not_valid(pair, min_share):
+    got = boxes_in_view(pair[0], pair[1].box[..., None, :], min_share=min_share)
     assert (got.share == 0).all()
     assert not got.valid.any()
     assert not boxes_valid(got.boxes).any()
 
 
 @given(views_and_boxes(), st.floats(0.01, 1))
-def test_a_flipped_view_shows_the_boxes_mirrored(case, least):
+def test_a_flipped_view_shows_the_boxes_mirrored(case, min_share):
     view, regions = case
-    got = boxes_in_view(view, regions, least=least)
-    other = boxes_in_view(View(view.box, ~view.flip), regions, least=least)
+    got = boxes_in_view(view, regions, min_share=min_share)
+    other = boxes_in_view(View(view.box, ~view.flip), regions, min_share=min_share)
     x1, y1, x2, y2 = other.boxes.unbind(-1)
     mirrored = torch.stack([1 - x2, y1, 1 - x1, y2], -1).where((got.share > 0)[..., None], 0.0)
     torch.testing.assert_close(got.boxes, mirrored, **CLOSE)
@@ -900,18 +900,18 @@ def test_a_flipped_view_shows_the_boxes_mirrored(case, least):
 
 
 @given(st.data(), st.sampled_from([1e-9, 0.5, 1.0]))
-def test_boxes_and_views_that_enclose_nothing_show_nothing(data, least):
+def test_boxes_and_views_that_enclose_nothing_show_nothing(data, min_share):
     view, regions = data.draw(views_and_boxes(), label="case")
     asked = data.draw(valid_rows(regions.shape[:-1]), label="valid")
-    got = boxes_in_view(view, regions, asked, least=least)
+    got = boxes_in_view(view, regions, asked, min_share=min_share)
     assert not got.valid[~asked].any()
-    everything = boxes_in_view(view, regions, least=least)
+    everything = boxes_in_view(view, regions, min_share=min_share)
     assert torch.equal(got.valid, everything.valid & asked)
-    bad = boxes_in_view(view, data.draw(degenerate_boxes(regions.shape[:-1])), least=least)
+    bad = boxes_in_view(view, data.draw(degenerate_boxes(regions.shape[:-1])), min_share=min_share)
     assert not bad.valid.any()
     assert (bad.boxes == 0).all()
     nowhere = View(data.draw(degenerate_boxes(view.flip.shape), label="view"), view.flip)
-    assert not boxes_in_view(nowhere, regions, least=least).valid.any()
+    assert not boxes_in_view(nowhere, regions, min_share=min_share).valid.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -926,10 +926,10 @@ def test_rounding_takes_no_box_that_fills_its_view(dtype):
     torch.testing.assert_close(got.boxes, UNIT.to(dtype).expand(500, 1, 4), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("least", [0.0, -0.5, 1.1, math.nan])
-def test_a_share_outside_its_range_is_refused(least):
-    with pytest.raises(ValueError, match=f"densekit.views.boxes_in_view: least is {least}"):
-        boxes_in_view(full_view((4, 4)), torch.zeros(2, 4), least=least)
+@pytest.mark.parametrize("min_share", [0.0, -0.5, 1.1, math.nan])
+def test_a_share_outside_its_range_is_refused(min_share):
+    with pytest.raises(ValueError, match=f"densekit.views.boxes_in_view: min_share is {min_share}"):
+        boxes_in_view(full_view((4, 4)), torch.zeros(2, 4), min_share=min_share)
 
 
 def test_boxes_of_other_batches_are_not_in_view():

@@ -14,9 +14,9 @@ def curve(rows, name, x0, number):
         f"{x0 + W * x / end:.1f},{25 + H * (1 - (y - low) / max(high - low, 1e-9)):.1f}"
         for x, y in points
     ]
-    colour = f"hsl({number * 100 + 210},70%,50%)"
-    line = f'fill="none" stroke="{colour}" stroke-width="1.5"'
-    place = f'x="{x0}" y="{H + 42 + 15 * number}" font-size="12" fill="{colour}"'
+    color = f"hsl({number * 100 + 210},70%,50%)"
+    line = f'fill="none" stroke="{color}" stroke-width="1.5"'
+    place = f'x="{x0}" y="{H + 42 + 15 * number}" font-size="12" fill="{color}"'
     note = f"{name}: {low:.3f} to {high:.3f}"
     return f'<polyline points="{" ".join(places)}" {line}/><text {place}>{note}</text>'
 

@@ -1,19 +1,19 @@
-"""Labelled sets: every layout in its true format, masks against a slow loop, what can be wrong."""
+"""Labeled sets: every layout in its true format, masks against a slow loop, what can be wrong."""
 
 import json
 from pathlib import Path
 
 import harness
-import image_sets
 import numpy as np
 import pytest
 import torch
+from downstream import image_sets
+from downstream.image_sets import LAYOUTS, open_images, open_videos, read_frame, read_mask
 from harness import UserError
 from hypothesis import given
 from hypothesis import strategies as st
-from image_sets import LAYOUTS, open_images, open_videos, read_frame, read_mask
 from PIL import Image
-from densekit.testing import CLASS_NAMES
+from densekit.scenes import SCENE_CLASSES
 
 H, W = 6, 9
 # Of Cityscapes' own table: the ids that count, in the order of the train ids 0 ... 18.
@@ -28,7 +28,7 @@ def picture(path, size=(H, W), seed=0, **options):
 
 
 def png(path, labels, mode="L"):
-    """A label map; in mode P the colours are far from the numbers."""
+    """A label map; in mode P the colors are far from the numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(labels, np.uint8))
     if mode == "P":
@@ -193,7 +193,7 @@ every_layout = pytest.mark.parametrize("one_layout", MAKERS, indirect=True)
 
 # ---- every layout ----------------------------------------------------------------------------
 @every_layout
-def test_a_layout_is_recognised_and_keeps_the_contract(one_layout, capsys):
+def test_a_layout_is_recognized_and_keeps_the_contract(one_layout, capsys):
     _, root, layout = one_layout
     found = open_images(root, split=first(layout))
     assert found.layout == layout
@@ -285,7 +285,7 @@ def test_an_id_beyond_the_classes_is_named_with_its_file(layout, number, tmp_pat
         found[0]
 
 
-def test_a_coloured_label_map_is_refused(tmp_path):
+def test_a_colored_label_map_is_refused(tmp_path):
     found = open_images(make_folder(tmp_path))
     picture(found.labels["b"])
     with pytest.raises(UserError, match=r"b.png is no label map: its mode is RGB"):
@@ -438,7 +438,7 @@ def test_a_broken_coco_object_is_one_sentence(change, sentence, tmp_path):
         open_images(make_coco(tmp_path, [{**PERSON, **change}]))[0]
 
 
-def test_panoptic_colours_are_ids_to_the_base_256(tmp_path):
+def test_panoptic_colors_are_ids_to_the_base_256(tmp_path):
     found = open_images(make_panoptic(tmp_path))
     assert found.classes == ["person", "dog", "rug-merged"]
     expected = torch.full((H, W), 2)
@@ -527,7 +527,7 @@ def test_cityscapes_ids_become_train_ids(tmp_path):
 
 def test_scenes_depend_on_the_split_alone():
     a, b, train = open_images(None), open_images(None, "scenes"), open_images(None, split="train")
-    assert a.classes == [*CLASS_NAMES]
+    assert a.classes == [*SCENE_CLASSES]
     assert a.layout == "scenes"
     for x, y, other in zip(a, b, train, strict=True):
         assert x.image.equal(y.image)

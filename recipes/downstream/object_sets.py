@@ -1,6 +1,6 @@
 """Images with objects, for detection: COCO, VOC, boxes.json, procedural scenes, all in COCO's form.
 
-No command of its own: `from object_sets import Objects, read`. Layouts: docs/recipes/detect.md.
+`from downstream.object_sets import Objects, read`. Layouts: docs/recipes/detect.md.
 """
 
 import json
@@ -15,7 +15,7 @@ from faster_coco_eval import mask as rle
 from harness import UserError
 from torch import Tensor
 from torchvision.ops import box_convert
-from densekit.testing import CLASS_NAMES, scenes
+from densekit.scenes import SCENE_CLASSES, sample_scenes
 
 IGNORED = 1e12  # an area beyond the largest range of COCO's evaluation, which then ignores it
 
@@ -33,14 +33,14 @@ def in_coco_form(names: list[str], rows: list[tuple]) -> dict[str, list[dict]]:
 
 def read_scenes(count: int) -> tuple[list, dict]:
     """Procedural scenes, and their objects as far as they are seen."""
-    drawn = scenes(count, (64, 64), objects=(1, 4), generator=harness.generator(0))
+    drawn = sample_scenes(count, (64, 64), objects=(1, 4), generator=harness.generator(0))
     rows = [(f"scene {i}", 64, 64, []) for i in range(count)]
     for i, k in drawn.valid.nonzero().tolist():
         mask = rle.encode((drawn.instances[i] == k + 1).byte().numpy().copy(order="F"))
-        name, box = CLASS_NAMES[drawn.classes[i, k]], drawn.boxes[i, k].tolist()
+        name, box = SCENE_CLASSES[drawn.classes[i, k]], drawn.boxes[i, k].tolist()
         rows[i][-1].append((name, *box, {"segmentation": mask}))
     images = [(image, ()) for image in (drawn.images * 255).round().byte()]
-    return images, in_coco_form([*CLASS_NAMES[4:]], rows)  # the first four are no objects
+    return images, in_coco_form([*SCENE_CLASSES[4:]], rows)  # the first four are no objects
 
 
 def read_boxes(data: Path, splits: tuple[str, ...]) -> dict:

@@ -1,4 +1,4 @@
-"""The scenes and their ground truth agree, and what tells a class is not its colour."""
+"""The scenes and their ground truth agree, and what tells a class is not its color."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generators, sizes
-from densekit import testing
-from densekit.testing import CLASS_NAMES, probe_scenes, scenes
+from densekit import scenes
+from densekit.scenes import SCENE_CLASSES, sample_scenes
 
 STUFF = 4
 SLOTS = 8
@@ -31,13 +31,13 @@ def assert_same(first, second):
 
 @given(st.integers(0, 4), sizes(1, 16), ranges(), generators())
 def test_ground_truth_is_consistent(count, size, objects, generator):
-    batch = scenes(count, size, generator=generator, objects=objects)
+    batch = sample_scenes(count, size, generator=generator, objects=objects)
     assert batch.images.shape == (count, 3, *size)
     assert batch.labels.shape == batch.instances.shape == (count, *size)
     assert batch.boxes.shape == (count, SLOTS, 4)
     assert batch.images.isfinite().all()
     assert ((batch.images >= 0) & (batch.images <= 1)).all()
-    assert ((batch.labels >= 0) & (batch.labels < len(CLASS_NAMES))).all()
+    assert ((batch.labels >= 0) & (batch.labels < len(SCENE_CLASSES))).all()
     assert (batch.labels[batch.instances == 0] < STUFF).all()
     for labels, instances, boxes, classes, valid in zip(*batch[1:], strict=True):
         used = int((classes > 0).sum())
@@ -54,41 +54,41 @@ def test_ground_truth_is_consistent(count, size, objects, generator):
             assert (labels[rows, columns] == classes[slot]).all()
             tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert boxes[slot].tolist() == [int(edge) for edge in tight]
-            # Centres of the pixels of a shape lie within its diameter.
+            # Centers of the pixels of a shape lie within its diameter.
             longest = max(tight[2] - tight[0], tight[3] - tight[1])
             assert longest <= 0.55 * min(size) + 1
 
 
 @given(st.integers(1, 3), sizes(1, 12), SEEDS)
 def test_seed_decides(count, size, seed):
-    first = scenes(count, size, generator=seeded(seed))
-    assert_same(first, scenes(count, size, generator=seeded(seed)))
-    other = scenes(count, size, generator=seeded(seed + 1))
+    first = sample_scenes(count, size, generator=seeded(seed))
+    assert_same(first, sample_scenes(count, size, generator=seeded(seed)))
+    other = sample_scenes(count, size, generator=seeded(seed + 1))
     assert not torch.equal(first.images, other.images)
     generator = seeded(seed)
-    scenes(count, size, generator=generator)
-    assert not torch.equal(first.images, scenes(count, size, generator=generator).images)
+    sample_scenes(count, size, generator=generator)
+    assert not torch.equal(first.images, sample_scenes(count, size, generator=generator).images)
 
 
 def test_global_generator_is_the_default():
     torch.manual_seed(5)
-    assert_same(scenes(2, (8, 9)), scenes(2, (8, 9), generator=seeded(5)))
+    assert_same(sample_scenes(2, (8, 9)), sample_scenes(2, (8, 9), generator=seeded(5)))
 
 
 @given(st.integers(0, 5), sizes(1, 12), SEEDS, st.integers(1, 400))
 def test_chunks_do_not_change_the_scenes(count, size, seed, chunk):
-    whole = scenes(count, size, generator=seeded(seed))
+    whole = sample_scenes(count, size, generator=seeded(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "_CHUNK", chunk)
-        parts = scenes(count, size, generator=seeded(seed))
+        patch.setattr(scenes, "_CHUNK", chunk)
+        parts = sample_scenes(count, size, generator=seeded(seed))
     assert_same(whole, parts)
 
 
 @given(sizes(2, 16), SEEDS, st.integers(1, SLOTS))
 def test_later_objects_hide_earlier_ones(size, seed, most):
     """The last object only covers: everywhere else the scene is as it was without it."""
-    before = scenes(3, size, generator=seeded(seed), objects=(most - 1, most - 1))
-    after = scenes(3, size, generator=seeded(seed), objects=(most, most))
+    before = sample_scenes(3, size, generator=seeded(seed), objects=(most - 1, most - 1))
+    after = sample_scenes(3, size, generator=seeded(seed), objects=(most, most))
     covered = after.instances == most
     assert torch.equal(after.instances[~covered], before.instances[~covered])
     assert torch.equal(after.labels[~covered], before.labels[~covered])
@@ -96,35 +96,35 @@ def test_later_objects_hide_earlier_ones(size, seed, most):
 
 
 def test_every_class_occurs():
-    batch = scenes(300, (16, 24), generator=seeded(0))
-    shares = torch.bincount(batch.labels.flatten(), minlength=len(CLASS_NAMES))
+    batch = sample_scenes(300, (16, 24), generator=seeded(0))
+    shares = torch.bincount(batch.labels.flatten(), minlength=len(SCENE_CLASSES))
     assert (shares > 0).all()
-    assert len(set(CLASS_NAMES)) == len(CLASS_NAMES)
-    counts = torch.bincount(batch.classes[batch.classes > 0], minlength=len(CLASS_NAMES))
+    assert len(set(SCENE_CLASSES)) == len(SCENE_CLASSES)
+    counts = torch.bincount(batch.classes[batch.classes > 0], minlength=len(SCENE_CLASSES))
     # The classes of the objects are equally likely: five standard deviations of a binomial.
-    total, share = int(counts.sum()), 1 / (len(CLASS_NAMES) - STUFF)
+    total, share = int(counts.sum()), 1 / (len(SCENE_CLASSES) - STUFF)
     spread = 5 * math.sqrt(total * share * (1 - share))
     assert ((counts[STUFF:] - total * share).abs() < spread).all()
     used = (batch.classes > 0).sum(1)
     assert set(used.tolist()) == set(range(2, SLOTS + 1))
 
 
-def test_colour_does_not_tell_the_class():
-    batch = scenes(3000, (16, 16), generator=seeded(1))
+def test_color_does_not_tell_the_class():
+    batch = sample_scenes(3000, (16, 16), generator=seeded(1))
     assert (batch.images >= 0).all()  # enough pixels for the rare one that noise takes below 0
-    hot = torch.nn.functional.one_hot(batch.labels, len(CLASS_NAMES)).flatten(1, 2).double()
+    hot = torch.nn.functional.one_hot(batch.labels, len(SCENE_CLASSES)).flatten(1, 2).double()
     area = hot.sum(1)
-    # Mean colour of each class in each scene, then its mean over the scenes that show the class.
-    colour = torch.einsum("bcp,bpk->bkc", batch.images.flatten(2).double(), hot)
-    colour = colour / area.clamp(min=1).unsqueeze(-1)
-    expected = colour[area > 0].mean(0)
-    for index, name in enumerate(CLASS_NAMES):
-        shown = colour[area[:, index] > 0, index]
+    # Mean color of each class in each scene, then its mean over the scenes that show the class.
+    color = torch.einsum("bcp,bpk->bkc", batch.images.flatten(2).double(), hot)
+    color = color / area.clamp(min=1).unsqueeze(-1)
+    expected = color[area > 0].mean(0)
+    for index, name in enumerate(SCENE_CLASSES):
+        shown = color[area[:, index] > 0, index]
         assert len(shown) > 500, name
         error = shown.std(0) / math.sqrt(len(shown))
         # 12 classes x 3 channels: five standard errors are passed by chance once in 50,000.
         assert ((shown.mean(0) - expected).abs() < 5 * error).all(), name
-        assert (shown.std(0) > 0.08).all(), name  # and the colours do vary within a class
+        assert (shown.std(0) > 0.08).all(), name  # and the colors do vary within a class
 
 
 # Area and polar moment about the centroid, of the shapes within the unit circle.
@@ -147,9 +147,9 @@ SHAPES = {
 
 def test_every_object_has_the_shape_of_its_class():
     """Area squared over polar moment depends on the shape alone, not on its size or angle."""
-    assert set(SHAPES) == set(CLASS_NAMES[STUFF:])
+    assert set(SHAPES) == set(SCENE_CLASSES[STUFF:])
     side = 128
-    batch = scenes(400, (side, side), generator=seeded(2), objects=(1, 1))
+    batch = sample_scenes(400, (side, side), generator=seeded(2), objects=(1, 1))
     box = batch.boxes[:, 0]
     whole = (box[:, :2] > 0).all(1) & (box[:, 2:] < side).all(1) & batch.valid[:, 0]
     mask = (batch.instances[whole] == 1).double()
@@ -161,7 +161,7 @@ def test_every_object_has_the_shape_of_its_class():
         moment = moment + (line * (place - mean[:, None]) ** 2).sum(1)
     ratio, classes = area**2 / moment, batch.classes[whole, 0]
     for name, (true_area, true_moment) in SHAPES.items():
-        mine = ratio[classes == CLASS_NAMES.index(name)]
+        mine = ratio[classes == SCENE_CLASSES.index(name)]
         assert len(mine) >= 10, name
         torch.testing.assert_close(
             mine.mean(), torch.tensor(true_area**2 / true_moment).double(), rtol=0.02, atol=0
@@ -171,7 +171,7 @@ def test_every_object_has_the_shape_of_its_class():
 @given(generators())
 def test_shapes_have_no_handedness_and_a_diameter_of_two(generator):
     u, v = torch.rand(2, 200, generator=generator).mul(3).sub(1.5)
-    for name, (shape, _) in testing._THINGS.items():
+    for name, (shape, _) in scenes._THINGS.items():
         inside = shape(u, v) > 0
         assert torch.equal(inside, shape(-u, v) > 0), name
         points = torch.stack([u, v], 1)[inside]
@@ -182,7 +182,7 @@ def test_shapes_have_no_handedness_and_a_diameter_of_two(generator):
 def test_textures_are_weights(generator):
     """Outside [0, 1] a weight would spill into the number of the region."""
     u, v = torch.rand(2, 500, generator=generator).mul(40).sub(20)
-    for name, (_, texture) in testing._CLASSES.items():
+    for name, (_, texture) in scenes._CLASSES.items():
         weight = texture(u, v)
         assert ((weight >= 0) & (weight <= 1)).all(), name
         if name != "plain ring":
@@ -201,54 +201,24 @@ def test_textures_are_weights(generator):
     ],
 )
 def test_wrong_numbers_are_named(count, size, objects, words):
-    with pytest.raises(ValueError, match=rf"^densekit\.testing\.scenes: {words}"):
-        scenes(count, size, objects=objects)
+    with pytest.raises(ValueError, match=rf"^densekit\.scenes\.sample_scenes: {words}"):
+        sample_scenes(count, size, objects=objects)
 
 
 def test_wrong_types_are_named():
     with pytest.raises(TypeError, match="argument 'size'"):
-        scenes(1, 8)
+        sample_scenes(1, 8)
     with pytest.raises(TypeError, match="argument 'count'"):
-        scenes(1.5, (8, 8))
+        sample_scenes(1.5, (8, 8))
 
 
 def test_a_large_image():
-    batch = scenes(1, (480, 640), generator=seeded(0))
+    batch = sample_scenes(1, (480, 640), generator=seeded(0))
     assert batch.images.shape == (1, 3, 480, 640)
     assert batch.valid.any()
 
 
 def test_light_reaches_the_ends_of_a_long_image():
-    """Expected brightness is that of the colours, 0.5, times a light between 0.43 and 1."""
-    brightness = scenes(400, (4, 200), generator=seeded(0)).images.mean((0, 1, 2))
+    """Expected brightness is that of the colors, 0.5, times a light between 0.43 and 1."""
+    brightness = sample_scenes(400, (4, 200), generator=seeded(0)).images.mean((0, 1, 2))
     assert ((brightness > 0.5 * 0.7) & (brightness < 0.5)).all()
-
-
-# ---- the probe -------------------------------------------------------------------------------
-
-
-def test_the_probe_scores_what_features_know_and_what_the_prior_knows():
-    size = (24, 32)
-    blind = probe_scenes(torch.zeros_like, count=24, size=size)
-    assert blind.miou == blind.prior_miou  # constants can only name the most frequent class
-    test = scenes(24, size, generator=torch.Generator().manual_seed(1)).labels
-    fit = scenes(24, size, generator=torch.Generator().manual_seed(0)).labels
-    offset = slice(2, None, 4)
-    frequent = fit[:, offset, offset].flatten().mode().values
-    truth = test[:, offset, offset]
-    classes = torch.cat([truth.flatten(), frequent[None]]).unique()
-    expected = (truth == frequent).float().mean() / len(classes)
-    torch.testing.assert_close(blind.prior_miou, expected)
-
-    calls = []
-
-    def oracle(images):
-        calls.append(images)
-        drawn = scenes(24, size, generator=torch.Generator().manual_seed(len(calls) - 1))
-        assert torch.equal(drawn.images, images)
-        return torch.nn.functional.one_hot(drawn.labels, 12).movedim(-1, 1).float()
-
-    assert probe_scenes(oracle, count=24, size=size).miou > 0.99
-    assert not torch.equal(*calls)  # it is scored on other scenes than it was fitted on
-    other = probe_scenes(lambda x: x, count=24, size=size, seed=1)
-    assert other.miou != probe_scenes(lambda x: x, count=24, size=size).miou

@@ -1,4 +1,4 @@
-"""Labelled images and videos, in the field's layouts on a disk: docs/recipes/image_sets.md.
+"""Labeled images and videos, in the field's layouts on a disk: docs/recipes/labeled_images.md.
 
 image, labels, boxes, box_classes, name = open_images(Path("VOCdevkit"), split="val")[0]
 name, frames, masks = open_videos(Path("DAVIS"))[0]
@@ -23,7 +23,7 @@ from harness import UserError
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import Cityscapes
-from densekit.testing import CLASS_NAMES, scenes
+from densekit.scenes import SCENE_CLASSES, sample_scenes
 
 IGNORED = 255
 VOC = "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -53,7 +53,7 @@ read_list = partial(read, lambda path: [*map(str.strip, path.read_text().strip()
 
 
 def read_mask(path: Path, modes: tuple[str, ...] = ("L", "P", "1", "I", "I;16")) -> Tensor:
-    """The numbers in a grey or palette PNG, int64 (H, W), or in one of COCO panoptic (RGB)."""
+    """The numbers in a gray or palette PNG, int64 (H, W), or in one of COCO panoptic (RGB)."""
     with reading(path), Image.open(path) as file:
         if file.mode not in modes:
             raise UserError(f"{path} is no label map: its mode is {file.mode}, not {modes[0]}.")
@@ -90,7 +90,7 @@ def by_stem(folder: Path, names: Iterable[str] | None = None) -> dict[str, Path]
     return files if names is None else {x: files.get(x, folder / f"{x}.jpg") for x in names}
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     image: Tensor  # uint8 (3, H, W), upright RGB
     labels: Tensor | None  # int64 (H, W), the class of each pixel or 255: ignored; None: no map
     boxes: Tensor  # float32 (n, 4), x0 y0 x1 y1 in pixels, half-open
@@ -119,7 +119,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Labelled:
+    def __getitem__(self, index: int) -> Labeled:
         name = self.names[index]
         file, source, labels = self.images[name], self.labels.get(name), None
         image = file if isinstance(file, Tensor) else read_frame(file)
@@ -131,7 +131,7 @@ class ImageSet:
         rows = torch.tensor(self.boxes.get(name, []), dtype=torch.float32).view(-1, 5)
         kinds = translate(rows[:, 4].long(), self.table, f"A box of {file}")
         keep = (rows[:, :2] < rows[:, 2:4]).all(1) & (kinds != IGNORED)
-        return Labelled(image, labels, rows[keep, :4], kinds[keep], name)
+        return Labeled(image, labels, rows[keep, :4], kinds[keep], name)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -234,13 +234,15 @@ def cityscapes(root: Path, split: str) -> ImageSet:
 def draw_scenes(split: str) -> ImageSet:
     splits = ["train", "val", "test"]
     seed = 27, splits.index(split := choose(split, splits, "The set of scenes")), 0
-    drawn = scenes(256, (64, 64), generator=harness.generator(*seed))  # not those of training
+    drawn = sample_scenes(
+        256, (64, 64), generator=harness.generator(*seed)
+    )  # not those of training
     names = [f"{split}-{i:03d}" for i in range(256)]
     images = dict(zip(names, (drawn.images * 255).round().byte(), strict=True))
     labels = dict(zip(names, drawn.labels, strict=True))
     rows = torch.cat([drawn.boxes, drawn.classes[..., None]], -1)
     boxes = {name: rows[i, drawn.valid[i]].tolist() for i, name in enumerate(names)}
-    return ImageSet([*CLASS_NAMES], images, labels, boxes, draw=labels.__getitem__)
+    return ImageSet([*SCENE_CLASSES], images, labels, boxes, draw=labels.__getitem__)
 
 
 LAYOUTS: dict[str, tuple[Any, str]] = {  # the reader, and what shows that it is the one
@@ -256,7 +258,7 @@ INNER = ("", "VOC*/", "VOCdevkit/VOC*/", "ADEChallengeData2016/")  # where below
 
 
 def open_images(data: Path | None, layout="auto", split="val", mapping: Any = None) -> ImageSet:
-    """The labelled images below a folder; without one, scenes. A `mapping` gives other classes."""
+    """The labeled images below a folder; without one, scenes. A `mapping` gives other classes."""
     kind = choose(layout, ["auto", *(LAYOUTS if data else ["scenes"])], "The list of layouts")
     if data is None:
         found, kind = draw_scenes(split), "scenes"

@@ -147,7 +147,7 @@ def test_without_any_valid_cluster_the_loss_is_finite_and_carries_the_graph(monk
         assert parameter.grad.isfinite().all(), name
 
 
-def test_an_images_clusters_do_not_depend_on_its_neighbours(monkeypatch):
+def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
     torch.manual_seed(0)
     model, (images, views) = CrOC(SMALL), batch()
     starts = torch.rand(3, 3, 32).argsort(-1)[..., :4]

@@ -4,7 +4,7 @@
     timm:vit_small_patch16_224            weights that timm downloads; torchvision:resnet50 likewise
     random:resnet18                       no training; also random:tiny and random:tiny-vit
 
-No command of its own: `from encoders import load_encoder`.
+No command of its own: `from downstream.encoders import load_encoder`.
 """
 
 import json
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
     Attributes:
         name: What the command called it.
         architecture: Its name in timm or torchvision, or one of TINY.
-        mean, std: Of the input's normalisation, RGB.
+        mean, std: Of the input's normalization, RGB.
         stride: Pixels of a cell of the last map.
         facts: The side-car of a checkpoint, or where the weights come from.
     """
@@ -123,14 +123,14 @@ def read_checkpoint(path: Path) -> Encoder:
             )
     try:
         facts, weights = json.loads(side_car.read_text()), safetensors.torch.load_file(path)
-        architecture, order = facts["architecture"], facts["colour_order"]
+        architecture, order = facts["architecture"], facts["color_order"]
         numbers = [[float(x) for x in facts[key]] for key in ("mean", "std")]
     except Exception as error:  # broken bytes raise nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise harness.UserError(f"{path} and {side_car.name} cannot be read ({reason}).") from error
     if [*map(len, numbers)] != [3, 3] or not min(numbers[1]) > 0 or order != "RGB":
         raise harness.UserError(
-            f"{side_car} has mean {facts['mean']}, std {facts['std']} and colour_order {order}: "
+            f"{side_car} has mean {facts['mean']}, std {facts['std']} and color_order {order}: "
             "three numbers each, the second above 0, and RGB are needed."
         )
     if architecture == "tiny" and "patch_embed.proj.weight" in weights:

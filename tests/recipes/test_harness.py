@@ -299,15 +299,15 @@ def test_extras_come_back_in_place(tmp_path, world):
     nested = {"queues": {"a": Queue(torch.arange(6.0).view(2, 3), torch.tensor(4))}}
     with harness.Run(tmp_path / "run", Config(), world) as run:
         run.resume(net, optimizer)
-        run.save(5, net, optimizer, teacher=net.head, nested=nested, centre=torch.ones(3))
+        run.save(5, net, optimizer, teacher=net.head, nested=nested, center=torch.ones(3))
     empty = {"queues": {"a": Queue(torch.zeros(2, 3), torch.tensor(0))}}
-    teacher, centre = nn.Linear(8, 4), torch.zeros(3)
+    teacher, center = nn.Linear(8, 4), torch.zeros(3)
     with harness.Run(tmp_path / "run", Config(), world) as run:
-        assert run.resume(net, optimizer, teacher=teacher, nested=empty, centre=centre) == 5
+        assert run.resume(net, optimizer, teacher=teacher, nested=empty, center=center) == 5
     assert torch.equal(teacher.weight, net.head.weight)
     assert torch.equal(empty["queues"]["a"].bank, torch.arange(6.0).view(2, 3))
     assert empty["queues"]["a"].position == 4
-    assert torch.equal(centre, torch.ones(3))
+    assert torch.equal(center, torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -550,7 +550,7 @@ def test_second_interrupt_is_at_once_and_handlers_are_restored(tmp_path, world):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def signalled_with_workers(world, folder, number):
+def signaled_with_workers(world, folder, number):
     os.setpgrp()  # the signal must not reach the tests
     with harness.Run(folder, Config(), world) as run:
         loader = harness.batches(Noise(128), 2, world, seed=0, start=0, stop=64, workers=2)
@@ -565,7 +565,7 @@ def signalled_with_workers(world, folder, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_loader_processes_outlive_a_stop_request(tmp_path, number):
     def child():
-        result = on_processes(1, tmp_path, signalled_with_workers, tmp_path / "run", number)
+        result = on_processes(1, tmp_path, signaled_with_workers, tmp_path / "run", number)
         torch.save(result, tmp_path / "result")
 
     assert in_a_fork(child) == 0
@@ -688,7 +688,7 @@ def test_streams_are_equal_only_for_equal_keys(first, second):
     ("first", "second"),
     [((1,), (1, 0)), ((0, 1), (1, 0)), ((1, 23), (12, 3)), ((0,), (2**32,)), ((1,), (-1,))],
 )
-def test_streams_of_neighbouring_keys_differ(first, second):
+def test_streams_of_neighboring_keys_differ(first, second):
     assert draw(first) != draw(second)
 
 
@@ -1074,7 +1074,7 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
         images = torch.full((count, 3, *size), 0.5)
         return type("Scenes", (), {"images": images, "boxes": boxes})
 
-    monkeypatch.setattr(harness.densekit.testing, "scenes", fake)
+    monkeypatch.setattr(harness.densekit.scenes, "scenes", fake)
     source = harness.image_source(None, scenes=130)
     assert source[0][0].unique().tolist() == [128]
     assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 + 4 for i in range(64)]
@@ -1124,7 +1124,7 @@ def test_encoder_goes_into_torchvision_strictly(tmp_path):
     assert found.pop("densekit")
     assert found == {
         "architecture": "resnet18", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2],
-        "colour_order": "RGB", "method": "densesiam", "step": 7,
+        "color_order": "RGB", "method": "densesiam", "step": 7,
     }  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from proposals import Config, read_proposals, select
-from densekit.testing import scenes
+from densekit.scenes import sample_scenes
 
 FOLDER = Path(proposals.__file__).parent
 NAMES = ["0.png", "a/1.png", "a/b c/2.png", "z.png"]
@@ -37,7 +37,7 @@ def _fork_server():
 
 
 def draw(count=4, size=(96, 80)):
-    drawn = scenes(count, size, generator=torch.Generator().manual_seed(0)).images
+    drawn = sample_scenes(count, size, generator=torch.Generator().manual_seed(0)).images
     return (drawn * 255).byte().movedim(1, -1).numpy()
 
 

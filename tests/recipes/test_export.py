@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import encoders
 import export
 import harness
 import numpy as np
@@ -23,6 +22,7 @@ import timm
 import torch
 import torchvision
 import yaml
+from downstream import encoders
 from export import Config
 from harness import UserError
 from torch import nn
@@ -94,10 +94,10 @@ def same(found, wanted):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def normalised(facts, images=IMAGES):
+def normalized(facts, images=IMAGES):
     """What a framework feeds the network, by what the file's side-car says."""
     images = images * (facts["white"] / 255)
-    images = images.flip(1) if facts["colour_order"] == "BGR" else images
+    images = images.flip(1) if facts["color_order"] == "BGR" else images
     mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (images - mean) / std
 
@@ -108,7 +108,7 @@ def normalised(facts, images=IMAGES):
 def test_torchvision_loads_it_and_computes_the_same(run, checkpoint, architecture):
     facts = run(architecture, "torchvision", ".pth")
     exec(facts["lines"], space := {"torch": torch, "torchvision": torchvision})
-    network, images = space["network"].eval(), normalised(facts)
+    network, images = space["network"].eval(), normalized(facts)
     left_out = network.load_state_dict(space["weights"], strict=False)
     assert left_out.unexpected_keys == []
     wanted = expected(checkpoint, architecture)
@@ -141,7 +141,7 @@ def test_timm_loads_it_with_and_without_a_new_head(run, checkpoint, architecture
         state = {k: v for k, v in network.state_dict().items() if k not in head}
         assert state.keys() == weights.keys()
         assert all(torch.equal(state[key], weights[key]) for key in weights)
-        features = network.forward_features(normalised(facts))
+        features = network.forward_features(normalized(facts))
         if architecture == "tiny-vit":
             features = features[:, 1:].mT.unflatten(2, (8, 8))
         same([features], expected(checkpoint, architecture)[-1:])
@@ -232,7 +232,7 @@ class Detectron2ResNet(nn.Module):
     [("resnet18", "bgr"), ("resnet50", "rgb"), ("resnext50_32x4d", None)],
 )
 def test_detectron2s_resnet_computes_the_same(run, checkpoint, tmp_path, architecture, order):
-    facts = run(architecture, "detectron2", ".pkl", colour_order=order)
+    facts = run(architecture, "detectron2", ".pkl", color_order=order)
     config = yaml.safe_load(facts["lines"])
     model, form = config["MODEL"], config["INPUT"]["FORMAT"]
     assert model["WEIGHTS"] == str(tmp_path / "a b.pkl")
@@ -247,7 +247,7 @@ def test_detectron2s_resnet_computes_the_same(run, checkpoint, tmp_path, archite
     mean, std = (torch.tensor(model[f"PIXEL_{x}"]).view(3, 1, 1) for x in ("MEAN", "STD"))
     images = IMAGES.flip(1) if form == "BGR" else IMAGES  # as detectron2 reads them, 0..255
     same(network((images - mean) / std), expected(checkpoint, architecture))
-    assert torch.equal(normalised(facts), (images - mean) / std)
+    assert torch.equal(normalized(facts), (images - mean) / std)
 
 
 def test_the_pickle_names_nothing_that_an_old_numpy_lacks(run, tmp_path):
@@ -345,7 +345,7 @@ def mm_resnet(type, depth, style, groups=1, base_width=64):  # whose names are t
     ],
 )
 def test_openmmlabs_backbones_compute_the_same(run, checkpoint, tmp_path, to, architecture, order):
-    facts = run(architecture, to, ".pth", colour_order=order)
+    facts = run(architecture, to, ".pth", color_order=order)
     exec(facts["lines"], space := {})
     backbone, reader = space["model"]["backbone"], space["model"]["data_preprocessor"]
     path = str(tmp_path / "a b.pth")
@@ -366,21 +366,21 @@ def test_openmmlabs_backbones_compute_the_same(run, checkpoint, tmp_path, to, ar
         names = [f"layer{i}" for i in (1, 2, 3, 4)]
         same(list(dk.layer_features(network, images, names).values()), wanted)
     assert reader["bgr_to_rgb"] == (order != "bgr")
-    assert torch.equal(normalised(facts), images)
+    assert torch.equal(normalized(facts), images)
 
 
 # ---- onnx ----------------------------------------------------------------------------------------
 @torch.no_grad()
-@pytest.mark.parametrize(("architecture", "normalise"), [("tiny", False), ("tiny-vit", True)])
+@pytest.mark.parametrize(("architecture", "normalize"), [("tiny", False), ("tiny-vit", True)])
 def test_onnxruntime_computes_the_same_of_images_of_any_size(
-    run, checkpoint, architecture, normalise
+    run, checkpoint, architecture, normalize
 ):
-    facts = run(architecture, "onnx", ".onnx", normalise=normalise)
-    assert facts.get("normalised_inside", False) == normalise
+    facts = run(architecture, "onnx", ".onnx", normalize=normalize)
+    assert facts.get("normalized_inside", False) == normalize
     draws = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 64, 64), (5, 3, 40, 120), (2, 3, 224, 64)):  # also those not tried there
         pixels = torch.randint(0, 256, shape, generator=draws)
-        images = pixels / 255 if normalise else normalised(facts, pixels)
+        images = pixels / 255 if normalize else normalized(facts, pixels)
         space = {"onnxruntime": onnxruntime, "images": images.numpy()}
         exec(facts["lines"], space)
         names = [x.name for x in space["session"].get_outputs()]
@@ -450,7 +450,7 @@ def test_the_side_car_says_what_the_file_is(run, checkpoint):
     assert facts["architecture"] == "resnet18"
     assert (facts["method"], facts["step"]) == ("croc", 12)
     assert facts["checkpoint"] == checkpoint("resnet18")
-    assert (facts["format"], facts["colour_order"], facts["white"]) == ("detectron2", "BGR", 255)
+    assert (facts["format"], facts["color_order"], facts["white"]) == ("detectron2", "BGR", 255)
     assert facts["mean"] == [76.5, 102, 127.5]
     assert facts["std"] == [63.75, 51, 76.5]
 
@@ -493,9 +493,9 @@ def test_an_encoder_without_a_checkpoint_is_exported_too(tmp_path):
         ("tiny", "detectron2", ".pth", {}, "should end in .pkl for detectron2"),
         ("tiny", "timm", ".onnx", {}, "should end in .safetensors or .pth for timm"),
         ("tiny", "torchvision", "", {}, "should end in .pth for torchvision"),
-        ("tiny", "timm", ".pth", {"colour_order": "bgr"}, "timm take RGB .* bgr is refused"),
-        ("tiny", "onnx", ".onnx", {"colour_order": "bgr"}, "onnx take RGB .* bgr is refused"),
-        ("tiny", "timm", ".pth", {"normalise": False}, "--no-normalise is for onnx"),
+        ("tiny", "timm", ".pth", {"color_order": "bgr"}, "timm take RGB .* bgr is refused"),
+        ("tiny", "onnx", ".onnx", {"color_order": "bgr"}, "onnx take RGB .* bgr is refused"),
+        ("tiny", "timm", ".pth", {"normalize": False}, "--no-normalize is for onnx"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
@@ -552,7 +552,7 @@ def test_a_resnet_that_computes_something_else_is_refused():
         export.check_fit(stub("wide_resnet50_2", plain.network), "mmdetection")
 
 
-def test_a_checkpoint_of_unknown_or_other_colours_is_refused(tmp_path):
+def test_a_checkpoint_of_unknown_or_other_colors_is_refused(tmp_path):
     path = save(tmp_path / "encoder.safetensors", "tiny")
     side_car, out = path.with_suffix(".json"), tmp_path / "a.pth"
     facts = json.loads(side_car.read_text())
@@ -562,11 +562,11 @@ def test_a_checkpoint_of_unknown_or_other_colours_is_refused(tmp_path):
             export.export(Config(str(path), to="timm", out=out))
         assert not out.exists()
 
-    side_car.write_text(json.dumps(facts | {"colour_order": "BGR"}))
-    refused("colour_order BGR: .*RGB are needed")
+    side_car.write_text(json.dumps(facts | {"color_order": "BGR"}))
+    refused("color_order BGR: .*RGB are needed")
     facts = {key: facts[key] for key in ("architecture", "mean")}
     side_car.write_text(json.dumps(facts))
-    refused("cannot be read .*colour_order")
+    refused("cannot be read .*color_order")
     side_car.unlink()
     refused("encoder.json does not exist")
 
@@ -623,7 +623,7 @@ def test_the_command_exports_and_says_how_to_load_it(checkpoint, tmp_path):
     assert done.stderr == ""
     lines = json.loads((tmp_path / "vit.pth.json").read_text())["load"]
     assert done.stdout.splitlines()[: len(lines)] == lines
-    assert "'colour_order': 'RGB'" in done.stdout
+    assert "'color_order': 'RGB'" in done.stdout
 
 
 def test_a_refusal_is_one_line_and_the_exit_code_2(checkpoint, tmp_path, capsys):

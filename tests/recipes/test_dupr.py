@@ -42,7 +42,7 @@ def filled_banks(model, count, dtype=torch.float32):
     banks = {name: dk.init_bank(32, 8) for name in names}
     keys = [torch.randn(count, 8, generator=generator, dtype=dtype) for _ in banks]
     banks = {name: bank._replace(features=bank.features.to(dtype)) for name, bank in banks.items()}
-    return {x: dk.push(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
+    return {x: dk.push_to_bank(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
 
 
 def different_teacher(model):
@@ -320,7 +320,7 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
         assert torch.equal(tiles[1], tiles[2])
 
 
-def test_synchronised_statistics_need_a_gpu(tmp_path):
+def test_synchronized_statistics_need_a_gpu(tmp_path):
     config = replace(SMALL, run=tmp_path, norm="sync")
     with pytest.raises(dupr.harness.UserError, match="--norm shuffled"):
         dupr.train(config)

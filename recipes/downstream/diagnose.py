@@ -10,12 +10,12 @@ from typing import Any
 
 import harness
 import torch
-from encoders import Encoder
 from matplotlib.figure import Figure
-from protocols import Features, main_class
 from torch import Tensor
 from torchvision.utils import make_grid
 import densekit as dk
+from downstream.encoders import Encoder
+from downstream.protocols import Features, main_class
 
 
 def place(encoder: Encoder) -> torch.device:

@@ -5,13 +5,13 @@ import json
 
 import evaluate
 import harness
-import image_sets
 import numpy as np
 import pytest
 import torch
 import torchvision
+from downstream import image_sets
+from downstream.protocols import FITTED, main_class, position_prior, segmentation, small_labels
 from PIL import Image
-from protocols import FITTED, main_class, position_prior, segmentation, small_labels
 from torch import nn
 import densekit as dk
 
@@ -20,7 +20,7 @@ COLORS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=
 
 
 class Colors(nn.Module):
-    """An encoder whose features are the image at an eighth of its size: they know the colours."""
+    """An encoder whose features are the image at an eighth of its size: they know the colors."""
 
     name, stride = "colors", 8
 
@@ -38,7 +38,7 @@ class Colors(nn.Module):
 
 
 def write_set(root, count=8, side=32):
-    """A folder of images whose colour is the class: three cells of one, one object of another."""
+    """A folder of images whose color is the class: three cells of one, one object of another."""
     generator = torch.Generator().manual_seed(0)
     (root / "images").mkdir(parents=True)
     (root / "labels").mkdir()
@@ -69,7 +69,7 @@ def data(tmp_path_factory):
 def configured(data, tmp_path, **changes):
     config = evaluate.Config(
         ("random:tiny",), data=data, size=(32, 32), out=tmp_path / "out", workers=0, draws=20,
-        batch=5, neighbours=1, epochs=60, lr=1.0, device="cpu", cost=100.0,
+        batch=5, neighbors=1, epochs=60, lr=1.0, device="cpu", cost=100.0,
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -206,7 +206,7 @@ def test_the_position_prior_is_the_commonest_class_at_each_place(data, tmp_path)
     assert position_prior(fit, upright, config)["miou"].value < 0.3
 
 
-def test_labels_to_fit_on_are_those_of_the_cells_centres(data, tmp_path):
+def test_labels_to_fit_on_are_those_of_the_cells_centers(data, tmp_path):
     config = configured(data, tmp_path)
     fit, _ = both(config)
     small = small_labels(fit, 4)

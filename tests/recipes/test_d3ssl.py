@@ -26,7 +26,7 @@ from strategies import flips, image_box, uniform
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 import densekit as dk
-from densekit.testing import scenes
+from densekit.scenes import sample_scenes
 
 SMALL = replace(
     PRESETS["demo"], cut=(0.2, 0.5), mask=(0.2, 0.6), jitter=(0.8, 1.0), bins=4, head=(16, 8),
@@ -88,10 +88,10 @@ def carried(view, boxes):
 
 
 def covered(boxes, valid, side):
-    """The pixels whose centre lies in a valid box; the boxes are in [0, 1]."""
-    centre = (torch.arange(side) + 0.5) / side
+    """The pixels whose center lies in a valid box; the boxes are in [0, 1]."""
+    center = (torch.arange(side) + 0.5) / side
     x1, y1, x2, y2 = (x[..., None] for x in boxes.unbind(-1))
-    across, down = (centre >= x1) & (centre < x2), (centre >= y1) & (centre < y2)
+    across, down = (center >= x1) & (center < x2), (center >= y1) & (center < y2)
     return (down[..., :, None] & across[..., None, :] & valid[..., None, None]).any(1)
 
 
@@ -236,7 +236,7 @@ def test_images_without_any_proposal_stay_clean_and_finite():
 
 def filled_bank(count=13, dtype=torch.float64):
     keys = uniform(torch.Generator().manual_seed(1), count, 8, low=-1).to(dtype)
-    return dk.push(dk.init_bank(16, 8, dtype=dtype), keys)
+    return dk.push_to_bank(dk.init_bank(16, 8, dtype=dtype), keys)
 
 
 def different_teacher(model):
@@ -424,7 +424,7 @@ def test_the_keys_are_shuffled_over_the_processes_with_their_boxes():
 
 
 class Source(list):
-    """Images of one colour each, whose proposals tell them apart."""
+    """Images of one color each, whose proposals tell them apart."""
 
     def __init__(self, sizes, boxes):
         super().__init__(
@@ -498,7 +498,7 @@ def folder(tmp_path):
     """Five images, some proposals of each."""
     folder, names = tmp_path / "photos", [f"{k}.png" for k in range(5)]
     folder.mkdir()
-    drawn = scenes(5, (40, 48), generator=torch.Generator().manual_seed(0)).images
+    drawn = sample_scenes(5, (40, 48), generator=torch.Generator().manual_seed(0)).images
     for name, image in zip(names, (drawn * 255).byte().movedim(1, -1).numpy(), strict=True):
         Image.fromarray(image).save(folder / name)
     boxes = {name: [[k, 2, 20 + k, 38]] for k, name in enumerate(names)}

@@ -1,14 +1,13 @@
 """Procedural scenes of many objects, with ground truth, for tests, demos and documentation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from densekit.probes import SegmentationScore, linear_segmentation
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
-__all__ = ["CLASS_NAMES", "Scenes", "probe_scenes", "scenes"]
+__all__ = ["SCENE_CLASSES", "Scenes", "sample_scenes"]
 
 _SLOTS = 8  # object slots of a scene
 _GROUNDS = 2  # background regions of a scene; regions 0, 1 are grounds, 2 ... 9 the object slots
@@ -20,7 +19,7 @@ class Scenes(NamedTuple):
 
     Attributes:
         images: RGB values in [0, 1].
-        labels: Class of every pixel, an index into `CLASS_NAMES`.
+        labels: Class of every pixel, an index into `SCENE_CLASSES`.
         instances: 0 on the background, `i + 1` where the object of slot `i` is seen.
         boxes: Half-open xyxy boxes, tight around the visible pixels; zeros where not valid.
         classes: Class of the object in each slot; 0 where the slot is unused.
@@ -36,7 +35,7 @@ class Scenes(NamedTuple):
 
 
 @typed
-def scenes(
+def sample_scenes(
     count: int,
     size: Size,
     *,
@@ -47,9 +46,9 @@ def scenes(
 
     Use it where a test, a demo or an example needs images whose content is known to the pixel.
     The background is one or two of the stuff classes. An object's class fixes its shape and the
-    family of its texture; colours, angle, scale and phase of the texture, rotation, position,
+    family of its texture; colors, angle, scale and phase of the texture, rotation, position,
     diameter (20 to 55 % of the short side), illumination and pixel noise are random and
-    independent of the class, so colour alone does not tell the class. No class has a handedness:
+    independent of the class, so color alone does not tell the class. No class has a handedness:
     a mirrored object belongs to the same class. Objects are drawn in slot order, later ones hide
     earlier ones, and all may reach over the image border.
 
@@ -68,25 +67,27 @@ def scenes(
             ascending pair within [0, 8].
 
     Examples:
-        >>> batch = scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
+        >>> batch = sample_scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
         >>> batch.images.shape, batch.boxes.shape
         (torch.Size([4, 3, 48, 64]), torch.Size([4, 8, 4]))
         >>> bool((batch.labels[batch.instances == 0] < 4).all())  # the stuff classes
         True
 
     References:
-        House data: every class is told by texture and shape, never by colour.
+        House data: every class is told by texture and shape, never by color.
     """
     height, width = size
     if count < 0:
-        raise ValueError(f"densekit.testing.scenes: count should be 0 or more, but it is {count}.")
+        raise ValueError(
+            f"densekit.scenes.sample_scenes: count should be 0 or more, but it is {count}."
+        )
     if height < 1 or width < 1:
         raise ValueError(
-            f"densekit.testing.scenes: size should be (height, width), each >= 1, but it is {size}."
+            f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it is {size}."
         )
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(
-            "densekit.testing.scenes: objects should be (fewest, most) with "
+            "densekit.scenes.sample_scenes: objects should be (fewest, most) with "
             f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
     # Everything random is drawn here for all scenes at once, so chunks cannot change the result.
@@ -101,57 +102,13 @@ def scenes(
         rows = slice(start, start + step)
         part = _Plan(*(field[rows] for field in plan))
         regions[rows], mix = _paint(part, size)
-        for channel, colour in enumerate(_colours(part, regions[rows], mix)):
-            torch.add(colour, noise[rows], out=images[rows, channel]).clamp_(0, 1)
+        for channel, color in enumerate(_colors(part, regions[rows], mix)):
+            torch.add(color, noise[rows], out=images[rows, channel]).clamp_(0, 1)
     labels = plan.classes.gather(1, regions.flatten(1)).view_as(regions)
     boxes, valid = _tight_boxes(regions)
     instances = regions.sub_(_GROUNDS - 1).clamp_(min=0)
     classes = plan.classes[:, _GROUNDS:].clamp(min=0)
     return Scenes(images, labels, instances, boxes, classes, valid)
-
-
-@typed
-@torch.no_grad()
-def probe_scenes(
-    encode: Callable[[Tensor], Tensor],
-    *,
-    count: int = 512,
-    size: Size = (64, 64),
-    seed: int = 0,
-) -> SegmentationScore:
-    """Score an encoder by linear segmentation of scenes that it has never seen.
-
-    A quick yardstick for demos and for following a training: frozen features, a linear classifier
-    fitted on `count` scenes in closed form and scored on as many others.
-
-    Args:
-        encode: Maps images `(b, 3, h, w)` in [0, 1] to feature maps `(b, d, h', w')`; put the
-            network into evaluation mode and normalise the images inside.
-        count: Scenes to fit on, and to score.
-        size: Height and width of the scenes in pixels.
-        seed: Fixes both sets.
-
-    Returns:
-        The mean IoU over the classes of the scenes, and that of always saying the class that is
-        most frequent.
-
-    Examples:
-        >>> score = probe_scenes(lambda images: images, count=16)  # raw colours
-        >>> bool(score.miou < 0.3)
-        True
-
-    References:
-        CrOC, Sec 4.2 (linear segmentation, there with SGD).
-    """
-    rows = []
-    for part in (2 * seed, 2 * seed + 1):
-        drawn = scenes(count, size, generator=torch.Generator().manual_seed(part))
-        maps = [encode(images).float().cpu() for images in drawn.images.split(64)]
-        rows.append((torch.cat(maps), drawn.labels))
-    (features, labels), (test_features, test_labels) = rows
-    return linear_segmentation(
-        features, test_features, labels, test_labels, classes=len(CLASS_NAMES)
-    )
 
 
 class _Plan(NamedTuple):
@@ -160,7 +117,7 @@ class _Plan(NamedTuple):
     classes: Tensor  # (b, r): class of each region, -1 for an unused object slot
     shape: Tensor  # (b, r, 4): from the image to the shape's frame, see `_similarity`
     texture: Tensor  # (b, r, 4): from the image to the texture's frame, one unit a period
-    colours: Tensor  # (b, r, 2, 3): the two colours that the texture mixes
+    colors: Tensor  # (b, r, 2, 3): the two colors that the texture mixes
     light: Tensor  # (b, 3): per unit of x, per unit of y, at the origin
     horizon: Tensor  # (b, 5): unit normal (2), offset, amplitude and phase of the waves
 
@@ -181,27 +138,27 @@ def _draw_plan(
     stuff = len(_STUFF)
     first = integers(0, stuff, 1)
     second = (first + integers(1, stuff, 1)) % stuff  # never the same stuff on both sides
-    things = integers(stuff, len(CLASS_NAMES), _SLOTS)
+    things = integers(stuff, len(SCENE_CLASSES), _SLOTS)
     used = torch.arange(_SLOTS, device=device) < integers(objects[0], objects[1] + 1, 1)
-    centre = uniform(total, 2, low=0.08, high=0.92) * extent
+    center = uniform(total, 2, low=0.08, high=0.92) * extent
     radius = uniform(total, low=0.1, high=0.275)
     # A texture has some four periods across its object, but none finer than three pixels.
     period = 2 * radius * uniform(total, low=0.2, high=0.32)
     period[:, :_GROUNDS] = uniform(_GROUNDS, low=0.09, high=0.18)
-    texture = _similarity(uniform(total), period.clamp(min=3 / short), centre)
+    texture = _similarity(uniform(total), period.clamp(min=3 / short), center)
     texture[..., 2:] += uniform(total, 2, low=-0.5, high=0.5)
-    # Colours live on a circle and the second is opposite the first: both are uniform in [0, 1]
+    # Colors live on a circle and the second is opposite the first: both are uniform in [0, 1]
     # whatever the class, and differ in each channel by at least 0.35.
-    colour = uniform(total, 3)
-    other = (colour + uniform(total, 3, low=0.35, high=0.65)) % 1
+    color = uniform(total, 3)
+    other = (color + uniform(total, 3, low=0.35, high=0.65)) % 1
     slope = _direction(uniform()) * uniform(1, high=0.4) / extent
     angle = _direction(uniform())
     offset = (angle * extent * uniform(2, low=0.2, high=0.8)).sum(-1, keepdim=True)
     return _Plan(
         classes=torch.cat([first, second, torch.where(used, things, -1)], 1),
-        shape=_similarity(uniform(total), radius, centre),
+        shape=_similarity(uniform(total), radius, center),
         texture=texture,
-        colours=torch.stack([colour, other], 2) * 0.9 + 0.05,
+        colors=torch.stack([color, other], 2) * 0.9 + 0.05,
         # Light falls linearly from 1 in the brightest corner to 0.43 or more in the opposite.
         light=torch.cat([slope, 1 - (slope * extent).clamp(min=0).sum(-1, keepdim=True)], 1),
         horizon=torch.cat([angle, offset, uniform(1, high=0.08), uniform(1, high=6.28)], dim=1),
@@ -212,22 +169,22 @@ def _direction(turns: Tensor) -> Tensor:
     return torch.stack([torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)], -1)
 
 
-def _similarity(turns: Tensor, unit: Tensor, centre: Tensor) -> Tensor:
-    """`(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `centre` to 0, `unit` to 1."""
+def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
+    """`(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `center` to 0, `unit` to 1."""
     a, b = (_direction(turns) / unit.unsqueeze(-1)).unbind(-1)
-    x, y = centre.unbind(-1)
+    x, y = center.unbind(-1)
     return torch.stack([a, b, -a * x - b * y, b * x - a * y], -1)
 
 
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coordinates of the pixel centres, x as `(w,)` and y as `(h, 1)`."""
+    """Coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
     height, width = size
     x, y = torch.arange(width, device=device), torch.arange(height, device=device).unsqueeze(1)
     return (x + 0.5) / min(size), (y + 0.5) / min(size)
 
 
 def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Region seen in each pixel (0 or 1, or 2 + slot), and the weight of its second colour."""
+    """Region seen in each pixel (0 or 1, or 2 + slot), and the weight of its second color."""
     x, y = _axes(size, plan.classes.device)
     count, total = plan.classes.shape
     # One number holds both: the whole part is the region, the fraction half the weight. So the
@@ -272,15 +229,15 @@ def _tight_boxes(
     return (torch.stack([left, top, right, bottom], -1) * valid.unsqueeze(-1)).float(), valid
 
 
-def _colours(
+def _colors(
     plan: _Plan, regions: Int[Tensor, "b h w"], mix: Float[Tensor, "b h w"]
 ) -> Iterator[Float[Tensor, "b h w"]]:
-    """Lit colours of the pixels without noise, channel by channel."""
+    """Lit colors of the pixels without noise, channel by channel."""
     x, y = _axes((regions.shape[1], regions.shape[2]), regions.device)
     slope_x, slope_y, level = plan.light[..., None, None].unbind(1)
     light = (slope_x * x + level) + slope_y * y
     owner = regions.flatten(1)
-    for base, other in plan.colours.permute(3, 2, 0, 1).contiguous():
+    for base, other in plan.colors.permute(3, 2, 0, 1).contiguous():
         start, change = base.gather(1, owner), (other - base).gather(1, owner)
         yield torch.addcmul(start.view_as(mix), change.view_as(mix), mix).mul_(light)
 
@@ -328,7 +285,7 @@ def _bricks(u: Tensor, v: Tensor) -> Tensor:
 
 # A class is a shape and a texture, each a function of u and v. A shape is positive inside, in a
 # frame where its diameter is at most 2 (numbers, not Booleans: comparing and converting would
-# take most of the time); grounds have none. A texture is the weight of the second colour, from 0
+# take most of the time); grounds have none. A texture is the weight of the second color, from 0
 # to 1, in a frame whose unit is one period. None has a handedness: every shape is symmetric in u,
 # and every mirrored texture is one of the same family.
 _STUFF = {
@@ -360,5 +317,5 @@ _THINGS = {
     ),
 }
 _CLASSES = {**_STUFF, **_THINGS}
-CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
+SCENE_CLASSES: tuple[str, ...] = tuple(_CLASSES)
 """Names of the classes, by index: the background (stuff) classes first, then the objects."""

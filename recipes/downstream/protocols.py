@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import harness
-import image_sets
 import torch
-from encoders import Encoder
-from image_sets import IGNORED
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 import densekit as dk
+from downstream import image_sets
+from downstream.encoders import Encoder
+from downstream.image_sets import IGNORED
 
 
 class Features(NamedTuple):  # of a split, in the order of its images
@@ -104,14 +104,14 @@ def kmeans_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
 
 
 def retrieval_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """The nearest of 100,000 labelled cells vote."""
+    """The nearest of 100,000 labeled cells vote."""
     labels, k = small_labels(fit, 1).flatten(), len(fit.classes)
     keep = (labels != IGNORED).nonzero()[:, 0]
     keep = keep[torch.randperm(len(keep), generator=harness.generator(seed))[:100_000]]
     known = rows_of(fit.maps)[keep], labels[keep]
 
     def scores(maps: Tensor) -> Tensor:
-        votes = dk.knn_votes(rows_of(maps), *known, classes=k, k=config.neighbours)
+        votes = dk.knn_votes(rows_of(maps), *known, classes=k, k=config.neighbors)
         return votes.view(-1, *maps.shape[-2:], k).movedim(-1, 1)
 
     return segmentation(count(scores, test, k), test, config)
@@ -153,10 +153,10 @@ def classification(
 
 
 def object_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """Objects by their nearest neighbours (D3SSL, Sec 5.3), disturbed or not."""
+    """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
     k = len(test.classes)
     votes = dk.knn_votes(
-        test.objects, fit.objects, fit.object_classes, classes=k, k=config.neighbours
+        test.objects, fit.objects, fit.object_classes, classes=k, k=config.neighbors
     )
     named = torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
     return classification(test.object_classes, named, test.object_images, test, config)
@@ -168,10 +168,10 @@ def main_class(features: Features) -> Tensor:
 
 
 def image_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """Images by the nearest neighbours of their pooled last level."""
+    """Images by the nearest neighbors of their pooled last level."""
     k = len(test.classes)
     votes = dk.knn_votes(
-        test.pooled[-1], fit.pooled[-1], main_class(fit), classes=k, k=config.neighbours
+        test.pooled[-1], fit.pooled[-1], main_class(fit), classes=k, k=config.neighbors
     )
     images = torch.arange(len(test.maps))
     return classification(main_class(test), votes.argmax(1), images, test, config)

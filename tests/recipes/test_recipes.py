@@ -27,7 +27,7 @@ from test_d3ssl import write_proposals
 from test_densesiam import SMALL as DENSESIAM
 from test_dupr import SMALL as DUPR
 import densekit as dk
-from densekit.testing import scenes
+from densekit.scenes import sample_scenes
 
 FOLDER = Path(harness.__file__).parent
 # The module, the model, a small configuration, the baseline's name and how to get it, another
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     folder, boxes, sizes = tmp_path_factory.mktemp("images"), {}, {}
     generator = torch.Generator().manual_seed(0)
     for number, size in enumerate(((40, 48), (48, 40))):
-        drawn = scenes(10, size, generator=torch.Generator().manual_seed(number)).images
+        drawn = sample_scenes(10, size, generator=torch.Generator().manual_seed(number)).images
         for index, image in enumerate((drawn * 255).byte().movedim(1, -1).numpy()):
             Image.fromarray(image).save(folder / (name := f"{number}-{index}.png"))
             draws, room = torch.rand(2, index % 4 + 3, 2, generator=generator), torch.tensor(size)
@@ -131,17 +131,17 @@ def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
             torch.testing.assert_close(crop[row], alone)
 
 
-def test_views_and_colours_draw_other_numbers(recipe, folder, monkeypatch):
+def test_views_and_colors_draw_other_numbers(recipe, folder, monkeypatch):
     drawn = {}
     generator, seeded = harness.generator, harness.seeded
     monkeypatch.setattr(
         harness, "generator", lambda *key: drawn.setdefault("views", key) and generator(*key)
     )
     monkeypatch.setattr(
-        harness, "seeded", lambda *key: drawn.setdefault("colours", key) and seeded(*key)
+        harness, "seeded", lambda *key: drawn.setdefault("colors", key) and seeded(*key)
     )
     recipe.module.TwoViews(image_source(recipe, folder), recipe.small)[[0, 1]]
-    first = [torch.rand(4, generator=generator(*drawn[name])) for name in ("views", "colours")]
+    first = [torch.rand(4, generator=generator(*drawn[name])) for name in ("views", "colors")]
     assert not torch.equal(*first)
 
 
@@ -162,7 +162,7 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
         assert picture.size == (recipe.panels * 226 + 2, 6 * 226 + 2)
     sidecar = json.loads((tmp_path / "whole" / "encoder.json").read_text())
     assert (sidecar["architecture"], sidecar["method"]) == ("tiny", name)
-    assert (sidecar["step"], sidecar["colour_order"]) == (6, "RGB")
+    assert (sidecar["step"], sidecar["color_order"]) == (6, "RGB")
     recipe.encoder().load_state_dict(load_file(tmp_path / "whole" / "encoder.safetensors"))
 
     asked = iter([False, True])  # stopped after the second step... and again after the third

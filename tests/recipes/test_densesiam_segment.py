@@ -10,20 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import densesiam_segment
-import encoders
 import harness
-import image_sets
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 from densesiam_segment import PRESETS, Segmenter, TwoViews, open_split, replay, segment_loss, train
+from downstream import encoders, image_sets
 from PIL import Image
 from processes import on_processes
 from safetensors.torch import load_file
 from test_recipes import launch, rows
 from torch.nn.functional import avg_pool2d, normalize
 import densekit as dk
-from densekit.testing import scenes
+from densekit.scenes import sample_scenes
 
 RECIPE = Path(densesiam_segment.__file__)
 MAPPING = RECIPE.with_name("coco_stuff_27.json")
@@ -35,7 +34,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Labelled images in the layout of CamVid: 16 to train on, 6 to score, of two sizes."""
+    """Labeled images in the layout of CamVid: 16 to train on, 6 to score, of two sizes."""
     folder, splits = tmp_path_factory.mktemp("set"), {"train": 16, "val": 6}
     for kind in ("images", "labels"):
         (folder / kind).mkdir()
@@ -43,7 +42,7 @@ def folder(tmp_path_factory):
     for number, (split, count) in enumerate(splits.items()):
         for size in ((32, 40), (40, 32)):
             draws = torch.Generator().manual_seed(number)
-            drawn = scenes(count // 2, size, generator=draws)
+            drawn = sample_scenes(count // 2, size, generator=draws)
             pixels = (drawn.images * 255).byte().movedim(1, -1).numpy()
             for index, (image, labels) in enumerate(zip(pixels, drawn.labels, strict=True)):
                 name = f"{split}-{size[0]}-{index}"
@@ -53,7 +52,7 @@ def folder(tmp_path_factory):
                 names.setdefault(split, []).append(name)
     (folder / "splits.json").write_text(json.dumps(names))
     (folder / "classes.json").write_text(
-        json.dumps({"labels": [*dk.testing.CLASS_NAMES], "ignore": 255})
+        json.dumps({"labels": [*dk.testing.SCENE_CLASSES], "ignore": 255})
     )
     return folder
 
@@ -230,7 +229,7 @@ def test_projectors_end_in_plain_batch_norm_and_predictors_narrow_to_128():
 
 
 class Coordinates:
-    """An image whose red is x and whose green is y, at the centre of a pixel."""
+    """An image whose red is x and whose green is y, at the center of a pixel."""
 
     def __len__(self):
         return 4
@@ -256,8 +255,8 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
         (near, whole), view = dataset[[0, 1, 2, 3]]
         replayed = replay(avg_pool2d(whole, 4), view)
         pooled = avg_pool2d(near, 4)
-        centre = slice(2, -2)  # nearer the border a crop does not see what is beside it
-        inside = (..., centre, centre)
+        center = slice(2, -2)  # nearer the border a crop does not see what is beside it
+        inside = (..., center, center)
         torch.testing.assert_close(replayed[inside], pooled[inside], atol=1e-4, rtol=0)
         assert (replayed - pooled).abs().max() < 0.5 * 4 * 4 / 255  # half a cell of 4 pixels
         for maps, box, flip in zip(replayed, view.box, view.flip, strict=True):
@@ -265,8 +264,8 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
             x = x.flip(0) if flip else x
             y = box[1] + (torch.arange(16) + 0.5) / 16 * (box[3] - box[1])
             red, green = maps[0, 8] * 255 / 4 / 64, maps[1, :, 8] * 255 / 4 / 64
-            torch.testing.assert_close(red[centre], x[centre] - 0.5 / 64, atol=1e-5, rtol=0)
-            torch.testing.assert_close(green[centre], y[centre] - 0.5 / 64, atol=1e-5, rtol=0)
+            torch.testing.assert_close(red[center], x[center] - 0.5 / 64, atol=1e-5, rtol=0)
+            torch.testing.assert_close(green[center], y[center] - 0.5 / 64, atol=1e-5, rtol=0)
             flips.add(bool(flip))
     assert flips == {True, False}
 
@@ -327,15 +326,15 @@ def test_photometric_changes_differ_between_the_views_but_not_between_runs(folde
     assert not torch.equal(dataset[[3, 9, 12]][0][1], whole)
     plain = TwoViews(source, dataset.config)
     plain.photometric = torch.nn.Identity()
-    square = source[12].image[:, 4:36]  # the centre of 40 x 32
+    square = source[12].image[:, 4:36]  # the center of 40 x 32
     torch.testing.assert_close(plain[[12]][0][1][0], square / 255)
 
 
-def test_each_colour_change_is_drawn_on_its_own(folder):
+def test_each_color_change_is_drawn_on_its_own(folder):
     source = image_sets.open_images(folder, split="train")
     dataset = TwoViews(source, replace(PRESETS["paper"], data=folder))
     changes = [x for x in dataset.photometric.transforms if hasattr(x, "p")]
-    assert [x.p for x in changes] == [0.8, 0.8, 0.8, 0.8, 0.2, 0.5]  # then grey, blur
+    assert [x.p for x in changes] == [0.8, 0.8, 0.8, 0.8, 0.2, 0.5]  # then gray, blur
     names = ("brightness", "contrast", "saturation", "hue")
     jitters = [change.transforms[0] for change in changes[:4]]
     found = [{x: getattr(y, x) for x in names if getattr(y, x)} for y in jitters]
@@ -369,18 +368,18 @@ def test_a_list_that_does_not_fit_is_one_sentence(folder, tmp_path, text, senten
 
 
 class Flat(list):
-    """Images of flat patches: class k has colour k, in each image at other places."""
+    """Images of flat patches: class k has color k, in each image at other places."""
 
     classes = ("a", "b", "c")
 
     def __init__(self, permutation=(0, 1, 2)):
-        colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
+        colors = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
         for index in range(7):
             found = (torch.arange(8)[:, None] + torch.arange(16) + index) // 4 % 3
             labels = torch.tensor(permutation)[found]
             labels[0] = 255
-            image = colours[found].movedim(-1, 0)
-            self.append(image_sets.Labelled(image, labels, None, None, str(index)))
+            image = colors[found].movedim(-1, 0)
+            self.append(image_sets.Labeled(image, labels, None, None, str(index)))
 
 
 def test_pseudo_classes_are_named_whatever_their_order():
@@ -395,12 +394,12 @@ def test_pseudo_classes_are_named_whatever_their_order():
     assert len(shown) == 6
 
 
-def test_k_means_on_colours_is_perfect_where_colour_is_the_class(tmp_path, monkeypatch):
+def test_k_means_on_colors_is_perfect_where_color_is_the_class(tmp_path, monkeypatch):
     monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: subset(Flat()))
     train(replace(SMALL, batch=6, epochs=1, run=tmp_path))
     scored = rows(tmp_path, "miou")
-    assert scored[0]["colour_miou"] == 1
-    assert "colour_miou" not in scored[-1]
+    assert scored[0]["color_miou"] == 1
+    assert "color_miou" not in scored[-1]
     assert [row["step"] for row in scored] == [0, 1]
 
 
@@ -469,7 +468,7 @@ def test_a_run_leaves_everything_and_resumes_and_region_begins_late(tmp_path, fo
 
     side_car = json.loads((tmp_path / "whole" / "segmenter.json").read_text())
     assert (side_car["architecture"], side_car["step"]) == ("tiny", 10)
-    assert side_car["classes"] == [*dk.testing.CLASS_NAMES]
+    assert side_car["classes"] == [*dk.testing.SCENE_CLASSES]
     model = Segmenter(config, 12)
     model.load_state_dict(load_file(tmp_path / "halted" / "segmenter.safetensors"))
     assert sorted(model.names.tolist()) == list(range(12))

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import detect
-import encoders
 import harness
 import numpy as np
-import object_sets
 import pytest
 import torch
 import torchvision
 from detect import PRESETS, average_precision, build_detector, load
+from downstream import encoders, object_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -362,7 +361,7 @@ def test_the_detectors_begin_as_the_encoder(name, norm):
     config = replace(SMALL, encoder=name, norm=norm)
     for kind in DETECTORS:
         model = build_detector(replace(config, detector=kind), 3).eval()
-        pixels = model.transform([images[0]])[0].tensors  # normalised as the encoder's
+        pixels = model.transform([images[0]])[0].tensors  # normalized as the encoder's
         if kind.endswith("fpn"):
             for mine, level in zip(model.backbone.body(pixels).values(), levels, strict=True):
                 torch.testing.assert_close(mine, level, rtol=1e-5, atol=1e-5)

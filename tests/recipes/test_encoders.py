@@ -2,14 +2,14 @@
 
 import json
 
-import encoders
 import harness
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
-from encoders import load_encoder
+from downstream import encoders
+from downstream.encoders import load_encoder
 from harness import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
@@ -74,7 +74,7 @@ def test_a_missing_file_is_named(checkpoint, tmp_path):
         load_encoder(str(path))
 
 
-FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "colour_order": "RGB"}
+FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_order": "RGB"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "colour_or
                 ({"mean": None}, "cannot be read"),
                 ({"mean": [0, 0]}, "three numbers each"),
                 ({"std": [1, 0, 1]}, "the second above 0"),
-                ({"colour_order": "BGR"}, "BGR: .*RGB are needed"),
+                ({"color_order": "BGR"}, "BGR: .*RGB are needed"),
             ]
         ),
     ],
@@ -166,7 +166,7 @@ def test_a_random_encoder_belongs_to_its_seed(architecture):
     assert first.facts["method"] == "random"
 
 
-def test_timms_weights_come_with_their_own_normalisation(monkeypatch):
+def test_timms_weights_come_with_their_own_normalization(monkeypatch):
     create, asked = timm.create_model, []
 
     def offline(name, pretrained, **options):
