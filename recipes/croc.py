@@ -37,7 +37,9 @@ class Config:
     head: tuple[int, int, int] = (2048, 65536, 8192)  # Width, outputs for images, for clusters.
     alpha: float = 1.0  # Weight of the clusters' loss.
     tokens: Literal["values", "keys", "queries", "last"] = "values"  # The tokens to cluster.
-    token_weights: Literal["attention", "cosine"] = "attention"  # Similarity of [CLS] and token.
+    token_weights: Literal["attention", "cosine"] = (
+        "attention"  # Measure of a token's similarity to [CLS].
+    )
     start: int = 12  # Tokens that the clusters start from, K_start.
     position: float = 4.0  # Weight of the positional cost, lambda_pos.
     teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)  # From, to, in epochs.
@@ -107,55 +109,49 @@ import densekit as dk
 def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
-    with torch.device("meta"):  # without memory, and without random numbers
-        encoder = build_encoder(config.arch, 0.0)
+    encoder = build_encoder(config.arch, 0.0)
+    size = config.views.size
     patch = encoder.patch_embed.patch_size[0]
+    tokens = 2 * (size // patch) ** 2  # of both views
     harness.check(
-        config.views.size % patch == 0,
-        f"--views.size is {config.views.size}: give a multiple of {patch}, the side of a patch.",
+        size % patch == 0,
+        f"--views.size is {size}: give a multiple of {patch}, the side of a patch.",
     )
-    both_views = 2 * (config.views.size // patch) ** 2
     harness.check(
-        2 <= config.start <= both_views,
-        f"--start is {config.start}: give 2 tokens to {both_views}, all tokens of both views.",
+        2 <= config.start <= tokens,
+        f"--start is {config.start}: give a number from 2 to {tokens}, the tokens of both views.",
     )
     width, image_outputs, cluster_outputs = config.head
     harness.check(
         width >= 8 and image_outputs >= 2 and cluster_outputs >= 2,
-        f"--head is {width} {image_outputs} {cluster_outputs}: give a width of 8 or more and two "
-        "numbers of outputs, 2 or more each.",
-    )
-    harness.check(
-        0 <= config.alpha < math.inf, f"--alpha is {config.alpha}: give a weight of 0 or more."
-    )
-    harness.check(
-        0 <= config.position < math.inf,
-        f"--position is {config.position}: give a weight of 0 or more.",
+        f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and two numbers of "
+        "outputs that are 2 or more.",
     )
     start, end, epochs = config.teacher_temperature
     harness.check(
         0 < start < math.inf and 0 < end < math.inf and 0 <= epochs < math.inf,
-        f"--teacher-temperature is {start} {end} {epochs}: give two temperatures above 0 and a "
-        "number of epochs of 0 or more.",
+        f"--teacher-temperature is {harness.as_typed(config.teacher_temperature)}: give two "
+        "temperatures above 0, and a number of epochs that is 0 or more.",
     )
+    start, end = config.weight_decay
     harness.check(
-        0 <= config.warmup < math.inf, f"--warmup is {config.warmup}: give 0 epochs or more."
+        0 <= start < math.inf and 0 <= end < math.inf,
+        f"--weight-decay is {harness.as_typed(config.weight_decay)}: give two numbers, 0 or more.",
     )
-    harness.check(
-        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a number from 0 to 1."
-    )
+    for name in ("alpha", "position", "warmup", "freeze"):
+        value = getattr(config, name)
+        harness.check(0 <= value < math.inf, f"--{name} is {value}: give 0 or more.")
+    momentum = config.momentum
+    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
     harness.check(
         0 <= config.drop_path < 1,
         f"--drop-path is {config.drop_path}: give a share from 0 to less than 1.",
     )
     harness.check(config.clip > 0, f"--clip is {config.clip}: give a norm above 0.")
-    harness.check(
-        0 <= config.freeze < math.inf, f"--freeze is {config.freeze}: give 0 epochs or more."
-    )
 
 
 # ==== views =======================================================================================
-def photometric(views: Views, *, blurred: float, solarized: float) -> transforms.Compose:
+def build_photometric(views: Views, *, blurred: float, solarized: float) -> transforms.Compose:
     """DINO's random changes of the colors of one crop, which is then normalized."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, views.hue)
     sigma = torch.distributions.Uniform(*views.blur)
@@ -185,9 +181,9 @@ class TwoViews:
         self.seed = config.seed
         self.config = config.views
         self.epoch = 0  # `harness.batches` sets it
-        self.photometric = [  # the two views differ in them, as in DINO
-            photometric(config.views, blurred=1.0, solarized=0.0),
-            photometric(config.views, blurred=0.1, solarized=0.2),
+        self.photometric = [  # one for each view, as in DINO
+            build_photometric(config.views, blurred=1.0, solarized=0.0),
+            build_photometric(config.views, blurred=0.1, solarized=0.2),
         ]
 
     def __len__(self) -> int:
@@ -203,14 +199,12 @@ class TwoViews:
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            crop = dk.crop_views(pixels, view, self.config.size, interpolation="bicubic")
-            crops.append((crop.clamp(0, 1) * 255).round().byte())
         augmented = []
         with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            for change, crop in zip(self.photometric, crops, strict=True):
-                augmented.append(torch.stack([change(x) for x in crop]))
+            for view, photometric in zip(views, self.photometric, strict=True):
+                crops = dk.crop_views(pixels, view, self.config.size, interpolation="bicubic")
+                crops_uint8 = (crops.clamp(0, 1) * 255).round().byte()
+                augmented.append(torch.stack([photometric(crop) for crop in crops_uint8]))
         return augmented, views, unreadable
 
 
@@ -259,16 +253,16 @@ def to_map(tokens: Tensor) -> Tensor:
     return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=round(tokens.shape[1] ** 0.5))
 
 
-def attention_to_cls(queries: Tensor, keys: Tensor) -> Tensor:
-    """Softmax attention of [CLS] to all tokens, [CLS] included, (b, heads, tokens)."""
+def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """The attention of [CLS] to every token, (2b, heads, tokens)."""
     scores = queries[:, :, :1] @ keys.mT / queries.shape[-1] ** 0.5
     return scores.float().softmax(-1)[:, :, 0]
 
 
-def cosine_to_cls(tokens: Tensor) -> Tensor:
-    """Exponential of half the cosine of [CLS] and each token, as in the authors' program."""
-    cosine = dk.l2_normalize(tokens[:, :, :1]) @ dk.l2_normalize(tokens).mT
-    return (cosine / 2).exp()[:, :, 0]
+def cosine_weights(tokens: Tensor) -> Tensor:
+    """The exponential of half the cosine of [CLS] and every token, as in the authors' program."""
+    cosines = dk.l2_normalize(tokens[:, :, :1]) @ dk.l2_normalize(tokens).mT
+    return (cosines / 2).exp()[:, :, 0]
 
 
 def join_views(x: Tensor) -> Tensor:
@@ -318,30 +312,34 @@ class CrOC(nn.Module):
         self, tokens: Tensor, queries: Tensor, keys: Tensor, values: Tensor, views: list[dk.View]
     ) -> tuple[Tensor, dk.PrunedClusters]:
         """K, and the clusters of both views together, for each attention head (Sec 3.3)."""
-        candidates = {"queries": queries, "keys": keys, "values": values, "last": tokens[:, None]}
-        z = candidates[self.config.tokens]
+        tokens_by_name = {
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "last": tokens[:, None],
+        }
+        chosen = tokens_by_name[self.config.tokens]  # (2b, heads, tokens, d)
         if self.config.token_weights == "cosine":
-            weights = cosine_to_cls(z)
+            weights = cosine_weights(chosen)
         else:
-            weights = attention_to_cls(queries, keys)
-            if self.config.tokens == "last":  # they are clustered once, not for each head
+            weights = attention_weights(queries, keys)
+            if self.config.tokens == "last":  # these are clustered once, not for each head
                 weights = weights.mean(1, keepdim=True)
-        z = join_views(z)
-        weights = join_views(weights)
 
+        z = join_views(chosen)
+        r = join_views(weights)
         size = to_map(tokens).shape[-2:]
-        positions = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
-        positions = torch.cat(positions, 1)[:, None].expand(*z.shape[:-1], 2)
-
-        start = dk.sample_tokens(weights, self.config.start)
-        found = dk.sinkhorn_merge(
-            z, positions, weights, start, position_weight=self.config.position
-        )
+        centers = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
+        positions = torch.cat(centers, 1)[:, None].expand(*z.shape[:-1], 2)  # for every head
+        start = dk.sample_tokens(r, self.config.start)
+        found = dk.sinkhorn_merge(z, positions, r, start, position_weight=self.config.position)
         return found.clusters, dk.prune_clusters(dk.split_assignments(found.assignments))
 
     # ==== loss ====================================================================================
-    def forward(self, images: list[Tensor], views: list[dk.View], temperature: float):
-        """The total loss, and the terms that are logged; the teacher is sharpened by temperature."""
+    def forward(
+        self, images: list[Tensor], views: list[dk.View], temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss, and the terms that are logged."""
         pixels = torch.cat(images)
         student = self.student["encoder"].forward_features(pixels)
         teacher, queries, keys, values = encode(self.teacher["encoder"], pixels)
@@ -362,8 +360,13 @@ class CrOC(nn.Module):
         terms["valid"] = valid.double().sum(1).mean()
         return loss + self.config.alpha * cluster_loss, terms
 
-    def distill(self, kind: str, student_rows: Tensor, teacher_rows: Tensor, temperature: float):
-        """DINO's loss of one kind of rows, those of view 1 first (Eq 4 and 6); moves the center."""
+    def distill(
+        self, kind: str, student_rows: Tensor, teacher_rows: Tensor, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DINO's loss of one kind of rows (Eq 4 and 6); the center moves with the teacher's.
+
+        The rows of view 1 come first, and then those of view 2, as many.
+        """
         student = self.head(self.student, student_rows, kind)
         teacher = self.head(self.teacher, teacher_rows, kind)
         center = self.get_buffer(kind)
@@ -395,12 +398,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
         normalize = transforms.Normalize(MEAN, STD)
         device = images[0].device
         vit = model.teacher["encoder"]
-
-        def encode_scenes(scenes: Tensor) -> Tensor:
-            tokens, *_ = encode(vit, normalize(scenes).to(device))
-            return to_map(tokens)
-
-        score = dk.probe_scenes(encode_scenes)
+        score = dk.probe_scenes(lambda x: to_map(encode(vit, normalize(x).to(device))[0]))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
 
 
@@ -500,13 +498,14 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
+            method = "croc" if config.alpha else "dino"
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.teacher["encoder"],
                 architecture=config.arch,
                 mean=MEAN,
                 std=STD,
-                method="croc" if config.alpha else "dino",
+                method=method,
                 step=step,
             )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"

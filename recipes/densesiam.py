@@ -103,6 +103,8 @@ import densekit as dk
 def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
+    decay = config.weight_decay
+    harness.check(0 <= decay < math.inf, f"--weight-decay is {decay}: give 0 or more.")
     harness.check(
         config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
@@ -111,21 +113,17 @@ def check(config: Config) -> None:
         config.hidden >= 4,
         f"--hidden is {config.hidden}: give 4 or more, since the predictor narrows to a quarter.",
     )
-    harness.check(
-        config.categories >= 2, f"--categories is {config.categories}: give 2 categories or more."
-    )
+    categories = config.categories
+    harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
+
     loss = config.loss
-    harness.check(
-        0 <= loss.dense < math.inf, f"--loss.dense is {loss.dense}: give a weight of 0 or more."
-    )
-    harness.check(
-        0 <= loss.region < math.inf, f"--loss.region is {loss.region}: give a weight of 0 or more."
-    )
+    harness.check(0 <= loss.dense < math.inf, f"--loss.dense is {loss.dense}: give 0 or more.")
+    harness.check(0 <= loss.region < math.inf, f"--loss.region is {loss.region}: give 0 or more.")
     harness.check(
         0 <= loss.region_start <= 1,
         f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",
     )
-    harness.check(loss.grid >= 1, f"--loss.grid is {loss.grid}: give 1 point a side or more.")
+    harness.check(loss.grid >= 1, f"--loss.grid is {loss.grid}: give 1 or more.")
     harness.check(
         0 < loss.temperature < math.inf,
         f"--loss.temperature is {loss.temperature}: give a number above 0.",
@@ -133,7 +131,7 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
-def photometric(views: Views) -> transforms.Compose:
+def build_photometric(views: Views) -> transforms.Compose:
     """SimSiam's random changes of the colors of one crop, which is then normalized."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
     sigma = torch.distributions.Uniform(*views.blur)
@@ -162,7 +160,7 @@ class TwoViews:
         self.seed = config.seed
         self.config = config.views
         self.epoch = 0  # `harness.batches` sets it
-        self.photometric = photometric(config.views)
+        self.photometric = build_photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -177,10 +175,12 @@ class TwoViews:
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
+        augmented = []
         with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
-        return crops, views, unreadable
+            for view in views:
+                crops = dk.crop_views(pixels, view, self.config.size)
+                augmented.append(torch.stack([self.photometric(crop) for crop in crops]))
+        return augmented, views, unreadable
 
 
 # ==== model =======================================================================================
@@ -253,7 +253,9 @@ class DenseSiam(nn.Module):
             self.region_predictor = build_predictor(nn.Linear, nn.BatchNorm1d, regions, regions)
 
     # ==== loss ====================================================================================
-    def forward(self, images: list[Tensor], views: list[dk.View], with_region: bool):
+    def forward(
+        self, images: list[Tensor], views: list[dk.View], with_region: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
         maps = [self.encoder(x) for x in images]
         loss, terms = self.global_loss(maps)
@@ -270,7 +272,7 @@ class DenseSiam(nn.Module):
             loss = loss + self.loss.region * terms["region"]
         return loss, terms
 
-    def global_loss(self, maps: list[Tensor]):
+    def global_loss(self, maps: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """SimSiam: negative cosine of the pooled features of the whole views (Table 4e)."""
         projections = [self.projector(x.mean((-2, -1))) for x in maps]
         predictions = [self.predictor(z) for z in projections]
@@ -281,7 +283,7 @@ class DenseSiam(nn.Module):
         spread = deviation * projections[0].shape[1] ** 0.5
         return loss, {"sim": loss, "spread": spread}
 
-    def dense_loss(self, maps: list[Tensor], pairs: dk.PairedPoints):
+    def dense_loss(self, maps: list[Tensor], pairs: dk.PairedPoints) -> tuple[Tensor, list[Tensor]]:
         """PixSim: the views agree at the same points (Eq 1 and 3). Also returns the projections."""
         projected_maps = [self.dense_projector(x) for x in maps]
         predicted_maps = [self.dense_predictor(x) for x in projected_maps]
@@ -293,7 +295,9 @@ class DenseSiam(nn.Module):
         valid = pairs.valid[:, None]
         return dk.symmetric_loss(distance, predictions, projections, valid), projections
 
-    def region_loss(self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints):
+    def region_loss(
+        self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
+    ) -> Tensor:
         """RegionSim: InfoNCE of soft regions, whose masks are the softmax of `logits` (Eq 4-6)."""
         # Eq 4 is linear in the features. So the first layer of the projector may come before the
         # sum over the points; the result is the same, for fewer rows.
@@ -432,13 +436,14 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
+            method = "densesiam" if config.loss.dense else "simsiam"
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.encoder,
                 architecture=config.arch,
                 mean=MEAN,
                 std=STD,
-                method="densesiam" if config.loss.dense else "simsiam",
+                method=method,
                 step=step,
             )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
