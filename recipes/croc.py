@@ -109,7 +109,8 @@ import densekit as dk
 def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
-    encoder = build_encoder(config.arch, 0.0)
+
+    encoder = build_encoder(config.arch, 0.0)  # which checks --arch
     size = config.views.size
     patch = encoder.patch_embed.patch_size[0]
     tokens = 2 * (size // patch) ** 2  # of both views
@@ -121,26 +122,30 @@ def check(config: Config) -> None:
         2 <= config.start <= tokens,
         f"--start is {config.start}: give a number from 2 to {tokens}, the tokens of both views.",
     )
+
     width, image_outputs, cluster_outputs = config.head
     harness.check(
         width >= 8 and image_outputs >= 2 and cluster_outputs >= 2,
         f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and two numbers of "
         "outputs that are 2 or more.",
     )
-    start, end, epochs = config.teacher_temperature
+    first, last, epochs = config.teacher_temperature
     harness.check(
-        0 < start < math.inf and 0 < end < math.inf and 0 <= epochs < math.inf,
+        0 < first < math.inf and 0 < last < math.inf and 0 <= epochs < math.inf,
         f"--teacher-temperature is {harness.as_typed(config.teacher_temperature)}: give two "
         "temperatures above 0, and a number of epochs that is 0 or more.",
     )
     start, end = config.weight_decay
     harness.check(
         0 <= start < math.inf and 0 <= end < math.inf,
-        f"--weight-decay is {harness.as_typed(config.weight_decay)}: give two numbers, 0 or more.",
+        f"--weight-decay is {harness.as_typed(config.weight_decay)}: give two finite numbers, 0 or more.",
     )
+
     for name in ("alpha", "position", "warmup", "freeze"):
         value = getattr(config, name)
-        harness.check(0 <= value < math.inf, f"--{name} is {value}: give 0 or more.")
+        harness.check(
+            0 <= value < math.inf, f"--{name} is {value}: give a finite number, 0 or more."
+        )
     momentum = config.momentum
     harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
     harness.check(
@@ -211,11 +216,7 @@ class TwoViews:
 # ==== model =======================================================================================
 def build_encoder(arch: str, drop_path: float) -> Any:
     """A plain ViT of timm, whose last block `encode` can take apart."""
-    options: dict[str, Any] = {
-        "dynamic_img_size": True,
-        "drop_path_rate": drop_path,
-        "num_classes": 0,
-    }
+    options: Any = {"dynamic_img_size": True, "drop_path_rate": drop_path, "num_classes": 0}
     if arch == "tiny":
         shape = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
         return timm.create_model("vit_tiny_patch16_224", **shape, **options)
@@ -312,13 +313,8 @@ class CrOC(nn.Module):
         self, tokens: Tensor, queries: Tensor, keys: Tensor, values: Tensor, views: list[dk.View]
     ) -> tuple[Tensor, dk.PrunedClusters]:
         """K, and the clusters of both views together, for each attention head (Sec 3.3)."""
-        tokens_by_name = {
-            "queries": queries,
-            "keys": keys,
-            "values": values,
-            "last": tokens[:, None],
-        }
-        chosen = tokens_by_name[self.config.tokens]  # (2b, heads, tokens, d)
+        kinds = {"queries": queries, "keys": keys, "values": values, "last": tokens[:, None]}
+        chosen = kinds[self.config.tokens]  # (2b, heads, tokens, d)
         if self.config.token_weights == "cosine":
             weights = cosine_weights(chosen)
         else:
@@ -326,7 +322,7 @@ class CrOC(nn.Module):
             if self.config.tokens == "last":  # these are clustered once, not for each head
                 weights = weights.mean(1, keepdim=True)
 
-        z = join_views(chosen)
+        z = join_views(chosen)  # (b, heads, tokens of both views, d)
         r = join_views(weights)
         size = to_map(tokens).shape[-2:]
         centers = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
@@ -353,9 +349,11 @@ class CrOC(nn.Module):
         valid = pruned.valid.flatten(1).repeat(2, 1)  # the same clusters in both views
         student_rows = pool(student, weights)[valid]
         teacher_rows = pool(teacher, weights)[valid]
-        cluster_loss, more = self.distill("cluster", student_rows, teacher_rows, temperature)
+        cluster_loss, cluster_terms = self.distill(
+            "cluster", student_rows, teacher_rows, temperature
+        )
 
-        terms |= more
+        terms |= cluster_terms
         terms["clusters"] = clusters.double().mean()
         terms["valid"] = valid.double().sum(1).mean()
         return loss + self.config.alpha * cluster_loss, terms
@@ -463,9 +461,10 @@ def train(config: Config) -> None:
             optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
             optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)
 
-            start, end, epochs = config.teacher_temperature
-            temperature = dk.linear_schedule(step, epochs * steps_per_epoch, start=start, end=end)
-            harness.seed_step(config.seed, step, world.rank)  # of start tokens and dropped paths
+            first, last, epochs = config.teacher_temperature
+            temperature = dk.linear_schedule(step, epochs * steps_per_epoch, start=first, end=last)
+
+            harness.seed_step(config.seed, step, world.rank)  # for start tokens and dropped paths
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms = ddp(images, views, temperature)
 

@@ -104,7 +104,9 @@ def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
     decay = config.weight_decay
-    harness.check(0 <= decay < math.inf, f"--weight-decay is {decay}: give 0 or more.")
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
     harness.check(
         config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
@@ -117,8 +119,14 @@ def check(config: Config) -> None:
     harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
 
     loss = config.loss
-    harness.check(0 <= loss.dense < math.inf, f"--loss.dense is {loss.dense}: give 0 or more.")
-    harness.check(0 <= loss.region < math.inf, f"--loss.region is {loss.region}: give 0 or more.")
+    harness.check(
+        0 <= loss.dense < math.inf,
+        f"--loss.dense is {loss.dense}: give a finite number, 0 or more.",
+    )
+    harness.check(
+        0 <= loss.region < math.inf,
+        f"--loss.region is {loss.region}: give a finite number, 0 or more.",
+    )
     harness.check(
         0 <= loss.region_start <= 1,
         f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",

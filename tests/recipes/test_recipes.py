@@ -306,16 +306,21 @@ def test_unreadable_files_are_named_and_the_run_goes_on(recipe, tmp_path, folder
     ],
 )  # fmt: skip
 def test_croc_takes_plain_vits_only(arch):
-    with pytest.raises(harness.UserError, match=f"{arch} is no plain ViT"):
+    with pytest.raises(harness.UserError, match=f"--arch is {arch}: give a plain ViT"):
         croc.build_encoder(arch, 0.0)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"start": 1}, {"start": 33}, {"views": croc.Views(size=36)}], ids=str
+    ("changes", "sentence"),
+    [
+        ({"start": 1}, "--start is 1: give a number from 2 to 32"),
+        ({"start": 33}, "--start is 33: give a number from 2 to 32"),
+        ({"views": croc.Views(size=36)}, "--views.size is 36: give a multiple of 8"),
+    ],
 )
-def test_croc_answers_impossible_numbers_of_tokens_with_a_sentence(changes):
-    with pytest.raises(harness.UserError, match="multiples of 8"):
-        croc.CrOC(replace(CROC, **changes))
+def test_croc_answers_impossible_numbers_of_tokens_with_a_sentence(changes, sentence):
+    with pytest.raises(harness.UserError, match=sentence):
+        croc.check(replace(CROC, **changes))
 
 
 def test_a_warm_up_longer_than_the_run_is_the_run(tmp_path, folder):
