@@ -138,7 +138,8 @@ def check(config: Config) -> None:
     start, end = config.weight_decay
     harness.check(
         0 <= start < math.inf and 0 <= end < math.inf,
-        f"--weight-decay is {harness.as_typed(config.weight_decay)}: give two finite numbers, 0 or more.",
+        f"--weight-decay is {harness.as_typed(config.weight_decay)}: give two finite numbers, 0 or "
+        "more.",
     )
 
     for name in ("alpha", "position", "warmup", "freeze"):
@@ -156,7 +157,7 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
-def build_photometric(views: Views, *, blurred: float, solarized: float) -> transforms.Compose:
+def photometric(views: Views, *, blurred: float, solarized: float) -> transforms.Compose:
     """DINO's random changes of the colors of one crop, which is then normalized."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, views.hue)
     sigma = torch.distributions.Uniform(*views.blur)
@@ -187,8 +188,8 @@ class TwoViews:
         self.config = config.views
         self.epoch = 0  # `harness.batches` sets it
         self.photometric = [  # one for each view, as in DINO
-            build_photometric(config.views, blurred=1.0, solarized=0.0),
-            build_photometric(config.views, blurred=0.1, solarized=0.2),
+            photometric(config.views, blurred=1.0, solarized=0.0),
+            photometric(config.views, blurred=0.1, solarized=0.2),
         ]
 
     def __len__(self) -> int:
@@ -204,12 +205,14 @@ class TwoViews:
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
+        crops = []
+        for view in views:
+            crop = dk.crop_views(pixels, view, self.config.size, interpolation="bicubic")
+            crops.append((crop.clamp(0, 1) * 255).round().byte())
         augmented = []
         with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            for view, photometric in zip(views, self.photometric, strict=True):
-                crops = dk.crop_views(pixels, view, self.config.size, interpolation="bicubic")
-                crops_uint8 = (crops.clamp(0, 1) * 255).round().byte()
-                augmented.append(torch.stack([photometric(crop) for crop in crops_uint8]))
+            for change, crop in zip(self.photometric, crops, strict=True):
+                augmented.append(torch.stack([change(x) for x in crop]))
         return augmented, views, unreadable
 
 

@@ -139,7 +139,7 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
-def build_photometric(views: Views) -> transforms.Compose:
+def photometric(views: Views) -> transforms.Compose:
     """SimSiam's random changes of the colors of one crop, which is then normalized."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
     sigma = torch.distributions.Uniform(*views.blur)
@@ -168,7 +168,7 @@ class TwoViews:
         self.seed = config.seed
         self.config = config.views
         self.epoch = 0  # `harness.batches` sets it
-        self.photometric = build_photometric(config.views)
+        self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -183,11 +183,9 @@ class TwoViews:
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
-        augmented = []
+        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
         with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            for view in views:
-                crops = dk.crop_views(pixels, view, self.config.size)
-                augmented.append(torch.stack([self.photometric(crop) for crop in crops]))
+            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
         return augmented, views, unreadable
 
 
