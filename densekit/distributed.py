@@ -76,7 +76,7 @@ def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "
     """Mean of a tensor over the processes of a group; itself without one.
 
     The mean of masked means is no masked mean where processes have different numbers of valid
-    entries: for that give [`masked_mean`][densekit.losses.masked_mean] the group.
+    entries: for that give [`masked_mean`][densekit.numerics.masked_mean] the group.
 
     Args:
         x: The same shape on every process.

@@ -83,7 +83,8 @@ def sample_scenes(
         )
     if height < 1 or width < 1:
         raise ValueError(
-            f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it is {size}."
+            f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it "
+            f"is {size}."
         )
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(
