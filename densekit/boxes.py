@@ -44,9 +44,6 @@ def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
     Examples:
         >>> boxes_valid(torch.tensor([[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 0.0, 1.0]]))
         tensor([ True, False])
-
-    References:
-        House convention: what makes no sense is reported through `valid`, never raised.
     """
     return _valid(boxes)
 

@@ -64,9 +64,6 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     Examples:
         >>> all_sum(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if _alone(group) else _Sum.apply(x, group)
 
@@ -88,9 +85,6 @@ def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "
     Examples:
         >>> all_mean(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if group is None else all_sum(x, group) / group.size()
 
@@ -109,9 +103,6 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     Examples:
         >>> all_max(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if group is None or _alone(group) else _all_reduce(x, dist.ReduceOp.MAX, group)
 

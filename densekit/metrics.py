@@ -464,9 +464,6 @@ def as_dict(result: Any) -> Any:
     Examples:
         >>> as_dict({"knn": Accuracy(torch.tensor(0.5), torch.tensor(0.25))})
         {'knn': {'overall': 0.5, 'macro': 0.25}}
-
-    References:
-        The `json` module of Python.
     """
     if isinstance(result, Tensor):
         return result.tolist()

@@ -81,9 +81,6 @@ def masked_mean(
     Examples:
         >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
         tensor(2.)
-
-    References:
-        House convention: an empty pair changes nothing.
     """
     values, valid = widened(values), fit_valid("numerics.masked_mean", valid, values.shape)
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid

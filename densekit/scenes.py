@@ -72,9 +72,6 @@ def sample_scenes(
         (torch.Size([4, 3, 48, 64]), torch.Size([4, 8, 4]))
         >>> bool((batch.labels[batch.instances == 0] < 4).all())  # the stuff classes
         True
-
-    References:
-        House data: every class is told by texture and shape, never by color.
     """
     height, width = size
     if count < 0:

@@ -68,7 +68,7 @@ def faults(module, source):
         elif module not in ONLY_FOR.get(name, {module}):
             yield f"{module} imports {name}, which only {sorted(ONLY_FOR[name])} may import"
     for name in private_names(source):
-        if name.startswith("densekit") or "." in name and name.split(".")[0] in LAYERS:
+        if name.startswith("densekit") or ("." in name and name.split(".")[0] in LAYERS):
             yield f"{module} imports the private name {name}"
     for name in sorted(set(imports(source))):
         top = name.split(".")[0]

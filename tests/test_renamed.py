@@ -30,13 +30,14 @@ def target(old):
 
 
 def lookup(name):
-    """The object of a dotted name: a module, a member of it, or a field of a record."""
+    """The object of a dotted name: a module, what it lists as public, or a field of a record."""
     first, *rest = name.split(".")
     found = importlib.import_module(first)
     for part in rest:
-        if not hasattr(found, part) and inspect.ismodule(found):
-            importlib.import_module(f"{found.__name__}.{part}")
-        found = getattr(found, part)
+        if not inspect.ismodule(found) or part in getattr(found, "__all__", vars(found)):
+            found = getattr(found, part)
+        else:
+            found = importlib.import_module(f"{found.__name__}.{part}")
     return found
 
 
@@ -64,8 +65,8 @@ def exists(name):
         sources = (path.read_text() for path in (ROOT / "recipes").glob("**/*.py"))
         return any(re.search(rf'"{field}"|\b{field}=', source) for source in sources)
     if name.startswith("recipes/"):
-        path, *option = name.split(" ")
-        return (ROOT / path).is_file() and set(option) <= options(path)
+        path, _, option = name.partition(" ")
+        return (ROOT / path).is_file() and (not option or option in options(path))
     function, _, parameter = name.rstrip(")").partition("(")
     try:
         found = lookup(function)
