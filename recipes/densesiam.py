@@ -39,7 +39,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "simsiam"] = "demo"  # The preset that sets the defaults.
+    preset: Literal["demo", "paper", "simsiam"] = "demo"  # The preset of the defaults.
     data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
     run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
@@ -134,7 +134,7 @@ def check(config: Config) -> None:
     harness.check(loss.grid >= 1, f"--loss.grid is {loss.grid}: give 1 or more.")
     harness.check(
         0 < loss.temperature < math.inf,
-        f"--loss.temperature is {loss.temperature}: give a number above 0.",
+        f"--loss.temperature is {loss.temperature}: give a finite number above 0.",
     )
 
 
@@ -412,7 +412,7 @@ def train(config: Config) -> None:
         )
         for images, views, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0].update(lr=lr)
 
             with_region = has_region and step >= config.loss.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
