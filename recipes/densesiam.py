@@ -293,7 +293,7 @@ class DenseSiam(nn.Module):
         """PixSim: the views agree at the same points (Eq 1 and 3). Also returns the projections."""
         projected_maps = [self.dense_projector(x) for x in maps]
         predicted_maps = [self.dense_predictor(x) for x in projected_maps]
-        # The order is: project, predict, sample (Table 4d).
+        # The maps are sampled last, after the projection and the prediction (Table 4d).
         projections = sample_maps(projected_maps, pairs)
         predictions = sample_maps(predicted_maps, pairs)
 
@@ -305,15 +305,15 @@ class DenseSiam(nn.Module):
         self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
     ) -> Tensor:
         """RegionSim: InfoNCE of soft regions, whose masks are the softmax of `logits` (Eq 4-6)."""
-        # Eq 4 is linear in the features. So the first layer of the projector may come before the
-        # sum over the points; the result is the same, for fewer rows.
+        # Eq 4 is linear in the features. So the first layer of the projector may act before the
+        # sum over the points. The result is the same, and there are fewer points than regions.
         first_layer = self.region_projector[0]
         other_layers = self.region_projector[1:]
         features = [first_layer(x) for x in sample_maps(maps, pairs)]
         masks = [x.softmax(-1) for x in logits]
         regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
 
-        # Batch normalization takes one row per region of the whole batch.
+        # For the heads and their batch normalization every region of every image is a row.
         shape = regions[0].shape[:2]
         projected_rows = [other_layers(x.flatten(0, 1)) for x in regions]
         predicted_rows = [self.region_predictor(x) for x in projected_rows]
@@ -358,13 +358,19 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
     pairs = dk.grid_pairs(*views, model.loss.grid)
     points = torch.cat([pairs.points1, pairs.points2])
     valid = pairs.valid.repeat(2)  # once for each view
-    for tile, places, use in zip(tiles[0], (points * 224).int().tolist(), valid, strict=True):
-        if use:
-            for (x, y), color in zip(places, palette, strict=False):
-                tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
+    for tile, places, overlap in zip(tiles[0], points, valid, strict=True):
+        if overlap:
+            mark(tile, places, palette[: len(places)])
 
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
+
+
+def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:
+    """Mark each point, in [0, 1], by a square of 7 x 7 pixels in its color; the tile changes."""
+    places = (points * tile.shape[-1]).int().tolist()
+    for (x, y), color in zip(places, colors, strict=True):
+        tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
 
 
 # ==== loop ========================================================================================
