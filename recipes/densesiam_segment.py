@@ -122,6 +122,12 @@ def check(config: Config) -> None:
         config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
     )
+    weights = config.weights
+    harness.check(
+        weights is None or ":" in weights or Path(weights).exists(),
+        f"--weights is {weights}: give a run folder or its encoder.safetensors, timm:NAME or "
+        "torchvision:NAME.",
+    )
     harness.check(config.aux >= 2, f"--aux is {config.aux}: give 2 pseudo-classes or more.")
     harness.check(
         0 <= config.region < math.inf, f"--region is {config.region}: give a weight of 0 or more."

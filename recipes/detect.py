@@ -9,7 +9,6 @@ Other data, logged values, deviations from the papers, results: docs/recipes/det
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,22 +30,14 @@ class Config:
     val_annotations: tuple[str, ...] = ("val",)  # The same, to test on.
     scenes: int = 128  # Number of procedural scenes, to train and to test on.
     run: Path | None = None  # Run folder; by default runs/detect-PRESET-DETECTOR[-NAME OF DATA].
-    norm: Literal["trained", "frozen"] = (
-        "trained"  # Batch norms: synchronized, or left as they are.
-    )
+    norm: Literal["trained", "frozen"] = "trained"  # Train the batch norms, or leave them as is.
     steps: int = 24_000
     milestones: tuple[int, ...] = (18_000, 22_000)  # Steps after which the rate falls tenfold.
     warmup: int = 100  # Steps in which the learning rate rises to its full value.
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
     sides: tuple[int, ...] = tuple(range(480, 801, 32))  # Short sides to train at; last: to test.
-    anchors: tuple[int, ...] = (
-        32,
-        64,
-        128,
-        256,
-        512,
-    )  # Sides of the anchors; in an FPN one a level.
+    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
     proposals: int = 1000  # Regions per image in a test; twice as many in training.
@@ -125,6 +116,11 @@ def check(config: Config) -> None:
         f"--data is {config.data}: give the folder of VOCdevkit, COCO or boxes.json.",
     )
     harness.check(
+        ":" in config.encoder or Path(config.encoder).exists(),
+        f"--encoder is {config.encoder}: give a run folder or its encoder.safetensors, timm:NAME, "
+        "torchvision:NAME or random:NAME.",
+    )
+    harness.check(
         len(config.annotations) >= 1, "--annotations is empty: name what to train on, below --data."
     )
     harness.check(
@@ -141,19 +137,17 @@ def check(config: Config) -> None:
     )
     harness.check(config.warmup >= 0, f"--warmup is {config.warmup}: give 0 steps or more.")
 
+    sides = harness.as_typed(config.sides)
+    harness.check(len(config.sides) >= 1, "--sides is empty: give one short side or more.")
+    harness.check(min(config.sides) >= 1, f"--sides is {sides}: give sides of 1 pixel or more.")
+    anchors = harness.as_typed(config.anchors)
+    harness.check(len(config.anchors) >= 1, "--anchors is empty: give one side or more.")
     harness.check(
-        len(config.sides) >= 1 and min(config.sides) >= 1,
-        f"--sides is {harness.as_typed(config.sides)}: give one side or more, of 1 pixel or more.",
-    )
-    harness.check(
-        len(config.anchors) >= 1 and min(config.anchors) >= 1,
-        f"--anchors is {harness.as_typed(config.anchors)}: give one side or more, of 1 pixel or "
-        "more.",
+        min(config.anchors) >= 1, f"--anchors is {anchors}: give sides of 1 pixel or more."
     )
     harness.check(
         config.detector not in WITH_PYRAMID or len(config.anchors) == 5,
-        f"--anchors is {harness.as_typed(config.anchors)}: give five sides, one for each level P2 "
-        "to P6 of an FPN.",
+        f"--anchors is {anchors}: give five sides, one for each level P2 to P6 of an FPN.",
     )
     harness.check(config.width >= 1, f"--width is {config.width}: give 1 channel or more.")
     harness.check(config.rois >= 1, f"--rois is {config.rois}: give 1 region or more.")
@@ -181,8 +175,11 @@ def load(config: Config) -> tuple[Objects, Objects]:
 
 
 # ==== model =======================================================================================
+RATIOS = (0.5, 1.0, 2.0)  # Height of an anchor, divided by its width.
+
+
 def build_detector(config: Config, classes: int) -> nn.Module:
-    """The detector of torchvision on the encoder's levels; `classes` leaves out the background."""
+    """The detector of torchvision whose backbone is the encoder; `classes` are those of objects."""
     encoder = load_encoder(config.encoder)
     network = encoder.network
     harness.check(
@@ -197,10 +194,10 @@ def build_detector(config: Config, classes: int) -> nn.Module:
         network = timm.layers.freeze_batch_norm_2d(network)
     if config.detector in WITH_PYRAMID:
         parts = pyramid_parts(config, network, channels, classes + 1)
-        before_nms = config.proposals  # of each level
+        candidates = config.proposals  # of each level, before non-maximum suppression
     else:
         parts = c4_parts(config, network, channels, classes + 1)
-        before_nms = 6 * config.proposals
+        candidates = 6 * config.proposals
 
     build = MaskRCNN if config.detector in WITH_MASKS else FasterRCNN
     return build(
@@ -208,15 +205,12 @@ def build_detector(config: Config, classes: int) -> nn.Module:
         image_mean=encoder.mean,
         image_std=encoder.std,
         box_batch_size_per_image=config.rois,
-        rpn_pre_nms_top_n_train=2 * before_nms,
-        rpn_pre_nms_top_n_test=before_nms,
+        rpn_pre_nms_top_n_train=2 * candidates,
+        rpn_pre_nms_top_n_test=candidates,
         rpn_post_nms_top_n_train=2 * config.proposals,
         rpn_post_nms_top_n_test=config.proposals,
         **parts,
     )
-
-
-RATIOS = (0.5, 1.0, 2.0)  # heights of the anchors to their widths
 
 
 def pyramid_parts(
@@ -236,7 +230,7 @@ def pyramid_parts(
 def c4_parts(
     config: Config, network: nn.Module, channels: list[int], outputs: int
 ) -> dict[str, Any]:
-    """The encoder up to C4 as backbone; its fifth block is the head of every region."""
+    """The encoder up to C4 is the backbone, and its fifth block is the head of the regions."""
     children = list(network.children())
     backbone = nn.Sequential(*children[: children.index(network.layer4)])
     backbone.out_channels = channels[2]
@@ -263,11 +257,11 @@ def c4_parts(
 # ==== evaluation ==================================================================================
 def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, Any]:
     """COCO's AP over the IoU 0.5 to 0.95, AP50, AP75, and AP of each class that has an object."""
-    evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
-    evaluation.evaluate()
+    coco_eval = COCOeval_faster(truth, truth.loadRes(found), kind)
+    coco_eval.evaluate()
     # The first range of areas is that of all objects, and the last limit of detections is 100.
-    precision = evaluation.eval["precision"][..., 0, -1]  # IoU x recall x class
-    precision = precision.mean(1)
+    curves = coco_eval.eval["precision"][..., 0, -1]  # IoU x recall x class
+    precision = curves.mean(1)
     occurs = precision[0] > -1  # COCO gives -1 to a class without an object
 
     by_iou = precision[:, occurs].mean(1).tolist()  # IoU 0.5, 0.55 ... 0.95
@@ -344,6 +338,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     torch.distributed.all_gather_object(parts, (found, unreadable))
     if not world.is_main:
         return
+
     all_found = []
     for part_found, part_unreadable in parts:
         all_found += part_found
@@ -357,6 +352,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
         for name in ("AP", "AP50", "AP75"):
             row[f"{kind}_{name}"] = scores[name]
     run.log(step, **row)
+
     text = json.dumps({"step": step, "images": len(data), **results}, indent=2)
     harness.write(run.folder / "results.json", text.encode())
     draw(data, all_found, run.picture_path(step))
@@ -385,7 +381,7 @@ def train(config: Config) -> None:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(device).train()
         ddp = nn.parallel.DistributedDataParallel(model)
-        # The learning rate is set at each step.
+        # The loop sets the learning rate of each step.
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
         step = run.resume(model, optimizer)
 
