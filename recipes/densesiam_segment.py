@@ -3,7 +3,7 @@
     python recipes/densesiam_segment.py      # the demo: CPU, minutes; --data SET: labeled images
     torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
 
-Labels serve for the score alone. The same command run again resumes. Logged values, lists of
+Labels are used for the score alone. The same command run again resumes. Logged values, lists of
 images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
 """
 
@@ -152,7 +152,7 @@ def check(config: Config) -> None:
 
 
 # ==== data ========================================================================================
-def open_split(config: Config, split: str, list_file: Path | None) -> Subset:
+def open_split(config: Config, split: str, list_file: Path | None) -> Any:
     """The labeled images of a split: all of them, or those that a list names, in its order."""
     images = image_sets.open_images(config.data, config.layout, split, config.mapping)
     if list_file is None:
@@ -536,7 +536,7 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            encoder = model.encoder
+            encoder: Any = model.encoder
             facts = {
                 "architecture": encoder.architecture,
                 "mean": encoder.mean,

@@ -3,7 +3,7 @@
     python recipes/detect.py --encoder runs/d3ssl-demo      # procedural scenes: CPU, minutes
     torchrun --nproc-per-node 8 -- recipes/detect.py --preset voc --encoder ... --data VOCdevkit
 
-The same command run again resumes. `--encoder` is whatever encoders.py loads, if it is a ResNet.
+The same command run again resumes. `--encoder` is a ResNet: of a recipe, of timm or of torchvision.
 Other data, logged values, deviations from the papers, results: docs/recipes/detect.md.
 """
 
@@ -22,12 +22,13 @@ import tyro
 class Config:
     preset: Literal["demo", "voc", "coco"] = "demo"  # The preset that sets the defaults.
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
+    # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
     detector: Literal["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"] = (
-        "faster-rcnn-fpn"  # On the levels C2 to C5, or on C4 with C5 as the head.
+        "faster-rcnn-fpn"
     )
-    data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; by default, scenes.
-    annotations: tuple[str, ...] = ("train",)  # Below --data: a COCO .json; or VOC2007/trainval.
-    val_annotations: tuple[str, ...] = ("val",)  # The same, to test on.
+    data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; the demo needs none.
+    annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
+    val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
     scenes: int = 128  # Number of procedural scenes, to train and to test on.
     run: Path | None = None  # Run folder; by default runs/detect-PRESET-DETECTOR[-NAME OF DATA].
     norm: Literal["trained", "frozen"] = "trained"  # Train the batch norms, or leave them as is.
@@ -36,7 +37,9 @@ class Config:
     warmup: int = 100  # Steps in which the learning rate rises to its full value.
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
-    sides: tuple[int, ...] = tuple(range(480, 801, 32))  # Short sides to train at; last: to test.
+    sides: tuple[int, ...] = tuple(
+        range(480, 801, 32)
+    )  # Short sides in training; the last in tests.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
@@ -109,7 +112,7 @@ def check(config: Config) -> None:
     harness.check_training(config)
     harness.check(
         config.data is not None or config.preset == "demo",
-        f"--data is missing: the preset {config.preset} needs the folder of its images.",
+        f"--data is missing: the preset {config.preset} needs the folder of the images.",
     )
     harness.check(
         config.data is None or config.data.is_dir(),
@@ -121,11 +124,11 @@ def check(config: Config) -> None:
         "torchvision:NAME or random:NAME.",
     )
     harness.check(
-        len(config.annotations) >= 1, "--annotations is empty: name what to train on, below --data."
+        len(config.annotations) >= 1, "--annotations is empty: name a file or list to train on."
     )
     harness.check(
         len(config.val_annotations) >= 1,
-        "--val-annotations is empty: name what to test on, below --data.",
+        "--val-annotations is empty: name a file or list to test on.",
     )
     harness.check(config.scenes >= 1, f"--scenes is {config.scenes}: give 1 scene or more.")
 
@@ -334,7 +337,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
         found += coco_rows(output, targets[0]["image_id"])
     model.train()
 
-    parts = [None] * world.size
+    parts: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(parts, (found, unreadable))
     if not world.is_main:
         return
