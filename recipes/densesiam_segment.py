@@ -84,6 +84,7 @@ import harness
 import timm
 import torch
 from downstream import encoders, image_sets
+from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
@@ -376,6 +377,30 @@ class Segmenter(nn.Module):
 
 
 # ==== evaluation ==================================================================================
+def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: int) -> None:
+    """Name and score the pseudo-classes, log the scores and save a picture.
+
+    The first `things` classes are things and the others stuff; with 0 they are not told apart.
+    """
+    classes = len(model.names)
+    model.eval()
+    matching = match(val, model.segment, classes, run)
+    model.names.copy_(matching.names)
+    model.train()
+
+    scores = {"miou": matching.mean_iou()}
+    if things:
+        is_thing = torch.arange(classes, device=run.world.device) < things
+        scores |= group_scores(matching, "things", is_thing)
+        scores |= group_scores(matching, "stuff", ~is_thing)
+    if step == 0:
+        scores["color_miou"] = match_colors(val, classes, run).mean_iou()
+    run.log(step, **scores)
+
+    if run.world.is_main:
+        draw(matching, run.picture_path(step))
+
+
 class Matching(NamedTuple):
     """What the pseudo-classes of a whole set are."""
 
@@ -424,35 +449,11 @@ def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
     return match(val, segment, classes, run)
 
 
-def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: int) -> None:
-    """Name and score the pseudo-classes, log the scores and save a picture.
-
-    The first `things` classes are things and the others stuff; with 0 they are not told apart.
-    """
-    classes = len(model.names)
-    model.eval()
-    matching = match(val, model.segment, classes, run)
-    model.names.copy_(matching.names)
-    model.train()
-
-    scores = {"miou": matching.mean_iou()}
-    if things:
-        is_thing = torch.arange(classes, device=run.world.device) < things
-        scores |= group_scores(matching, "things", is_thing)
-        scores |= group_scores(matching, "stuff", ~is_thing)
-    if step == 0:
-        scores["color_miou"] = match_colors(val, classes, run).mean_iou()
-    run.log(step, **scores)
-
-    if run.world.is_main:
-        draw(matching, run.picture_path(step))
-
-
 def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tensor]:
     """Mean IoU within a group of classes, and as the papers publish it."""
     merged = dk.merge_clusters(matching.confusion, matching.names)
     right = dk.group_scores(merged, group)
-    published = dk.row_permuted_group_scores(matching.confusion, matching.names, group)
+    published = row_permuted_group_scores(matching.confusion, matching.names, group)
     return {f"{name}_miou": right.miou, f"{name}_wrong": published.miou}
 
 

@@ -258,6 +258,64 @@ def c4_parts(
 
 
 # ==== evaluation ==================================================================================
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> None:
+    """Test a share of the images in each process; the first one scores what all have found."""
+    world = run.world
+    found = []
+    unreadable = []
+    model.eval()
+    share = range(world.rank, len(data), world.size)
+    for index in tqdm(share, "test", leave=False, disable=not world.is_main, ncols=100):
+        images, targets, skipped = data[[index]]
+        unreadable += skipped
+        if skipped:  # this is the next readable image, which is tested anyway
+            continue
+        output = model([images[0].to(world.device) / 255])[0]
+        found += coco_rows(output, targets[0]["image_id"])
+    model.train()
+
+    parts: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(parts, (found, unreadable))
+    if not world.is_main:
+        return
+
+    all_found = []
+    for part_found, part_unreadable in parts:
+        all_found += part_found
+        run.note_unreadable(part_unreadable)
+
+    results = {"box": average_precision(data.coco, all_found, "bbox")}
+    if data.masks:
+        results["mask"] = average_precision(data.coco, all_found, "segm")
+    row = {}
+    for kind, scores in results.items():
+        for name in ("AP", "AP50", "AP75"):
+            row[f"{kind}_{name}"] = scores[name]
+    run.log(step, **row)
+
+    text = json.dumps({"step": step, "images": len(data), **results}, indent=2)
+    harness.write(run.folder / "results.json", text.encode())
+    draw(data, all_found, run.picture_path(step))
+
+
+def coco_rows(output: dict[str, Tensor], image_id: int) -> list[dict]:
+    """What the detector found in one image, as COCO's evaluation takes it."""
+    output = {name: x.cpu() for name, x in output.items()}
+    boxes = box_convert(output["boxes"], "xyxy", "xywh").tolist()
+    labels = output["labels"].tolist()
+    scores = output["scores"].tolist()
+    rows = []
+    for box, label, score in zip(boxes, labels, scores, strict=True):
+        rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+
+    if "masks" in output:
+        for row, mask in zip(rows, output["masks"][:, 0], strict=True):
+            pixels = (mask > 0.5).byte().numpy()
+            row["segmentation"] = rle.encode(pixels.copy(order="F"))
+    return rows
+
+
 def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, Any]:
     """COCO's AP over the IoU 0.5 to 0.95, AP50, AP75, and AP of each class that has an object."""
     coco_eval = COCOeval_faster(truth, truth.loadRes(found), kind)
@@ -301,64 +359,6 @@ def draw_rows(image: Tensor, rows: list[dict], classes: list[str]) -> Tensor:
     scale = 320 / torch.tensor([width, height, width, height])
     names = [classes[row["category_id"] - 1] for row in rows]  # 0 is the background
     return draw_bounding_boxes(picture, boxes_of(rows) * scale, names, "white", width=2)
-
-
-def coco_rows(output: dict[str, Tensor], image_id: int) -> list[dict]:
-    """What the detector found in one image, as COCO's evaluation takes it."""
-    output = {name: x.cpu() for name, x in output.items()}
-    boxes = box_convert(output["boxes"], "xyxy", "xywh").tolist()
-    labels = output["labels"].tolist()
-    scores = output["scores"].tolist()
-    rows = []
-    for box, label, score in zip(boxes, labels, scores, strict=True):
-        rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
-
-    if "masks" in output:
-        for row, mask in zip(rows, output["masks"][:, 0], strict=True):
-            pixels = (mask > 0.5).byte().numpy()
-            row["segmentation"] = rle.encode(pixels.copy(order="F"))
-    return rows
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> None:
-    """Test a share of the images in each process; the first one scores what all have found."""
-    world = run.world
-    found = []
-    unreadable = []
-    model.eval()
-    share = range(world.rank, len(data), world.size)
-    for index in tqdm(share, "test", leave=False, disable=not world.is_main, ncols=100):
-        images, targets, skipped = data[[index]]
-        unreadable += skipped
-        if skipped:  # this is the next readable image, which is tested anyway
-            continue
-        output = model([images[0].to(world.device) / 255])[0]
-        found += coco_rows(output, targets[0]["image_id"])
-    model.train()
-
-    parts: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(parts, (found, unreadable))
-    if not world.is_main:
-        return
-
-    all_found = []
-    for part_found, part_unreadable in parts:
-        all_found += part_found
-        run.note_unreadable(part_unreadable)
-
-    results = {"box": average_precision(data.coco, all_found, "bbox")}
-    if data.masks:
-        results["mask"] = average_precision(data.coco, all_found, "segm")
-    row = {}
-    for kind, scores in results.items():
-        for name in ("AP", "AP50", "AP75"):
-            row[f"{kind}_{name}"] = scores[name]
-    run.log(step, **row)
-
-    text = json.dumps({"step": step, "images": len(data), **results}, indent=2)
-    harness.write(run.folder / "results.json", text.encode())
-    draw(data, all_found, run.picture_path(step))
 
 
 # ==== loop ========================================================================================
