@@ -402,11 +402,11 @@ def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: in
 
 
 class Matching(NamedTuple):
-    """What the pseudo-classes of a whole set are."""
+    """Pseudo-classes of a whole set, matched to its classes."""
 
-    confusion: Tensor  # pixels by label and pseudo-class
+    confusion: Tensor  # how many pixels have this label and that pseudo-class
     names: Tensor  # the class of each pseudo-class
-    examples: list[tuple[Tensor, Tensor, Tensor]]  # image, labels, pseudo-classes; this process's
+    examples: list[tuple[Tensor, Tensor, Tensor]]  # images, labels and pseudo-classes, to draw
 
     def mean_iou(self) -> Tensor:
         return dk.mean_iou(dk.merge_clusters(self.confusion, self.names))
@@ -416,9 +416,9 @@ class Matching(NamedTuple):
 def match(
     val: Any, segment: Callable[[Tensor, torch.Size], Tensor], classes: int, run: harness.Run
 ) -> Matching:
-    """Match pseudo-classes to labels, by the pixels of all images over all processes.
+    """Match pseudo-classes to classes, by the pixels of all images over all processes.
 
-    `segment(image, size)` is the pseudo-class of each pixel of an image.
+    `segment(image, size)` gives the pseudo-class of each pixel of an image.
     """
     device = run.world.device
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
@@ -429,7 +429,7 @@ def match(
             raise harness.UserError(f"The image {sample.name} has no label map to score with.")
         found = segment(sample.image.to(device) / 255, sample.labels.shape)
         confusion += dk.confusion_matrix(sample.labels.to(device), found, classes=classes)
-        sixth = 6 * index // len(val)  # one example of each sixth of the set is kept
+        sixth = 6 * index // len(val)  # the picture shows one image of each sixth of the set
         examples[sixth] = (sample.image, sample.labels, found.cpu())
 
     torch.distributed.all_reduce(confusion)
@@ -437,7 +437,7 @@ def match(
 
 
 def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
-    """The same with k-means on the colors of the images, which a segmenter has to beat."""
+    """Match k-means clusters of the colors: the baseline that a segmenter has to beat."""
     colors = [sample.image.flatten(1)[:, ::17].T / 255 for sample in val]
     generator = harness.generator(0)
     centers = dk.minibatch_kmeans(torch.cat(colors), classes, generator=generator)
@@ -450,7 +450,7 @@ def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
 
 
 def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tensor]:
-    """Mean IoU within a group of classes, and as the papers publish it."""
+    """Mean IoU within a group of classes, and the wrong one that the papers publish."""
     merged = dk.merge_clusters(matching.confusion, matching.names)
     right = dk.group_scores(merged, group)
     published = row_permuted_group_scores(matching.confusion, matching.names, group)
