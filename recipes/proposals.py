@@ -181,12 +181,38 @@ def default_path(data: Path) -> Path:
     return data.with_name(f"{data.name}.proposals.npz")
 
 
+class SceneProposals(list):
+    """Procedural scenes, `source[i]` as of the harness, and their proposals, `boxes[i]` in [0, 1].
+
+    The proposals are the boxes of the scene's objects and four random boxes, as selective search
+    misses too. Boxes that cover less than 0.09 of the image are left out.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.boxes = []
+        size = 64, 64
+        for number, start in enumerate(range(0, count, 64)):  # bounds the memory
+            n = min(64, count - start)
+            generator = harness.generator(0, number)
+            scenes = densekit.sample_scenes(n, size, generator=generator)
+            others = densekit.sample_views(size, (n, 4), scale=(0.1, 0.4), generator=generator)
+
+            images = (scenes.images * 255).round().byte()
+            self.extend((image, ()) for image in images)
+            proposals = torch.cat([scenes.boxes, others.box], 1) / 64
+            large = densekit.box_area(proposals) > 0.09  # false, too, for unused boxes, which are 0
+            self.boxes.extend(x[keep] for x, keep in zip(proposals, large, strict=True))
+
+
 def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
-    """Images with proposals, `boxes[i]` of each in [0, 1] of it: a folder's; without, scenes."""
+    """The images of a folder that have proposals, with `boxes[i]` in [0, 1]; or that many scenes."""
     if data is None and path is not None:
         raise UserError("--proposals belong to images: name their folder with --data.")
+    if data is None and not scenes:
+        raise UserError("This preset trains on your images: name their folder with --data.")
     if data is None:
-        return harness.image_source(data, scenes=scenes)
+        return SceneProposals(scenes)
     images, known = harness.FolderImages(data), read_proposals(path or default_path(data))
     spans = itertools.pairwise(known.offsets.tolist())
     places = {
