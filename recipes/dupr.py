@@ -8,10 +8,11 @@ The same command run again resumes; `mocov2` is the baseline. More: docs/recipes
 
 import argparse
 import copy
+import math
+import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -21,7 +22,7 @@ import tyro
 class Views:
     size: int = 224  # Side of the square views, in pixels.
     scale: tuple[float, float] = (0.2, 1.0)  # Share of the image's area that a view covers.
-    hue: float = 0.1  # Strength of the hue jitter; 0.5 goes all around.
+    hue: float = 0.1  # Strength of the hue jitter, up to 0.5, which is any hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
 
 
@@ -34,15 +35,15 @@ class Config:
     alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)  # Image losses, C2 to C5.
     beta: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # Patch losses, C2 to C5.
     patches: tuple[int, int, int, int] = (14, 14, 14, 7)  # S of each level: S x S patches.
-    outputs: int = 128  # Of every head.
-    bank: int = 65536  # Keys of each level and kind.
-    keys: int = 4  # Patches of an image that enter the bank, at each level.
-    temperature: float = 0.2
-    momentum: float = 0.999  # Of the key encoder and its heads.
+    outputs: int = 128  # Outputs of every head.
+    bank: int = 65536  # Keys in the bank of each loss.
+    keys: int = 4  # Patches of an image that enter the bank of a patch loss.
+    temperature: float = 0.2  # Divides the cosines.
+    momentum: float = 0.999  # Momentum of the key encoder and its heads.
     norm: Literal["shuffled", "sync"] = "shuffled"  # Batch statistics of the keys; sync on GPUs.
     batch: int = 256  # Images a step, over all processes.
     epochs: int = 200
-    lr: float = 0.06  # For a batch of 256: scaled with the batch.
+    lr: float = 0.06  # Learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
@@ -66,11 +67,22 @@ PRESETS = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    default = PRESETS[first.parse_known_args()[0].preset]
-    CONFIG = tyro.cli(Config, default=default, description=__doc__)
+def read_options() -> Config:
+    """The command line; the preset is read first, since the other defaults are its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    preset = parser.parse_known_args()[0].preset
+    return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import dupr
+    import harness
+
+    sys.exit(harness.main(dupr.train, options))
 
 import harness
 import timm
@@ -82,222 +94,419 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
-from tqdm import tqdm
 import densekit as dk
 
 
+def check(config: Config) -> None:
+    """Refuse an option that no run can have, in one sentence."""
+    harness.check_training(config)
+    check_arch(config.arch)
+    harness.check(
+        all(0 <= weight < math.inf for weight in config.alpha),
+        f"--alpha is {harness.as_typed(config.alpha)}: give four weights, 0 or more.",
+    )
+    harness.check(
+        all(0 <= weight < math.inf for weight in config.beta),
+        f"--beta is {harness.as_typed(config.beta)}: give four weights, 0 or more.",
+    )
+    harness.check(
+        config.alpha[3] > 0 or config.beta[3] > 0,
+        f"--alpha is {harness.as_typed(config.alpha)} and --beta {harness.as_typed(config.beta)}: "
+        "give C5, the last level, a weight above 0 in one of them.",
+    )
+    harness.check(
+        min(config.patches) >= 1,
+        f"--patches is {harness.as_typed(config.patches)}: give four numbers, 1 or more.",
+    )
+    harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
+    harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
+    most = min([head.patches**2 for head in list_heads(config) if head.patches], default=math.inf)
+    harness.check(
+        1 <= config.keys <= most,
+        f"--keys is {config.keys}: give a number from 1 to {most}, the patches of an image.",
+    )
+    harness.check(
+        0 < config.temperature < math.inf,
+        f"--temperature is {config.temperature}: give a number above 0.",
+    )
+    harness.check(
+        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a share from 0 to 1."
+    )
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    harness.check(
+        config.norm == "shuffled" or use_cuda,
+        "--norm is sync: give shuffled on a CPU, since sync needs GPUs.",
+    )
+
+
 # ==== views =======================================================================================
-class TwoViews:  # two augmented crops of each image, and the views they are
+class TwoViews:
+    """Two augmented crops of each image, with the `View` of each."""
+
     def __init__(self, source, config: Config):
-        self.source, self.seed, self.config, self.epoch = source, config.seed, config.views, 0
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
+        self.source = source
+        self.config = config
+        self.epoch = 0  # the loop's loader sets it
         std = torch.distributions.Uniform(*map(torch.tensor, config.views.blur))
-        self.photometric = transforms.Compose([
-            transforms.ToPILImage(),  # the quickest on a CPU, and the blur of MoCo v2
-            transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
-            transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
+        self.photometric = transforms.Compose(
+            [
+                transforms.ToPILImage(),  # the quickest on a CPU, and the blur of MoCo v2
+                transforms.RandomApply([jitter], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.RandomApply([lambda x: x.filter(GaussianBlur(std.sample().item()))]),
+                transforms.ToImage(),
+                transforms.ToDtype(torch.float32, scale=True),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
-        images, unreadable = zip(*(self.source[i] for i in indices), strict=True)
-        key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
-        scale, generator = self.config.scale, harness.generator(*key)
-        *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
-        crop = partial(dk.crop_views, [image / 255 for image in images], size=self.config.size)
-        crops = [(crop(view) * 255).round().byte() for view in views]
-        with harness.seeded(*key, 1):  # other numbers than the views have
-            crops = [torch.stack([*map(self.photometric, crop)]) for crop in crops]
-        return crops, views, [name for names in unreadable for name in names]
+        images, unreadable = harness.read_batch(self.source, indices)
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        key = self.config.seed, self.epoch, indices[0]
+        generator = harness.generator(*key)
+        scale = self.config.views.scale
+        view1, view2, _ = dk.sample_view_pairs(sizes, scale=scale, generator=generator)
+
+        pixels = [image / 255 for image in images]
+        crops = []
+        with harness.seeded(*key, 1):  # other numbers than those of the views
+            for view in (view1, view2):
+                crop = dk.crop_views(pixels, view, size=self.config.views.size)
+                crop = (crop * 255).round().byte()
+                crops.append(torch.stack([self.photometric(x) for x in crop]))
+        return crops, [view1, view2], unreadable
 
 
 # ==== model =======================================================================================
+class Head(NamedTuple):
+    """One loss, of images or of their patches, at one level."""
+
+    name: str  # "image2" to "patch5"
+    level: int  # 0 is C2, 3 is C5
+    patches: int  # S, of S x S patches; 0 is the whole image, pooled
+    weight: float
+
+
+def list_heads(config: Config) -> list[Head]:
+    """The losses whose weight is not 0: first those of images, then those of patches."""
+    heads = []
+    for level, weight in enumerate(config.alpha):
+        heads.append(Head(f"image{level + 2}", level, 0, weight))
+    for level, weight in enumerate(config.beta):
+        heads.append(Head(f"patch{level + 2}", level, config.patches[level], weight))
+    return [head for head in heads if head.weight]
+
+
+def check_arch(arch: str) -> None:
+    known = arch == "tiny" or ("resn" in arch and timm.is_model(arch))
+    harness.check(known, f"--arch is {arch}: give a ResNet of timm, such as resnet50, or tiny.")
+
+
 def build_encoder(arch: str) -> Any:
     """A ResNet without its head; the weights have torchvision's names."""
-    small = {"layers": (1,) * 4, "channels": (16, 32, 64, 64), "stem_type": "deep", "stem_width": 8}
-    tiny = ("resnet18", {**small, "output_stride": 8})
-    name, options = tiny if arch == "tiny" else (arch, {})
-    if "resn" not in name or not timm.is_model(name):
-        raise harness.UserError(f"There is no ResNet {arch} in timm: try resnet50, or tiny.")
-    return timm.create_model(name, num_classes=0, global_pool="", **options)
+    check_arch(arch)
+    options = {}
+    if arch == "tiny":
+        arch = "resnet18"
+        options = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "output_stride": 8}
+        options |= {"stem_type": "deep", "stem_width": 8}
+    return timm.create_model(arch, num_classes=0, global_pool="", **options)
 
 
-def levels(encoder: Any, images: Tensor) -> list[Tensor]:  # the maps C2 to C5
+def levels(encoder: Any, images: Tensor) -> list[Tensor]:
+    """The feature maps C2 to C5."""
     return encoder.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True)
 
 
-class DUPR(nn.Module):  # query (student) and key (teacher): each an encoder f and its heads (Fig 3)
+def pool(maps: Tensor) -> Tensor:
+    """The mean over all cells, as one row of features for each image, (b, 1, d)."""
+    return maps.flatten(2).mT.mean(1, keepdim=True)
+
+
+class DUPR(nn.Module):
+    """The query network (student) and the key network (teacher): encoder and heads (Fig 3)."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, heads, encoder = config, nn.ModuleDict(), build_encoder(config.arch)
-        for kind, weights in (("image", config.alpha), ("patch", config.beta)):
-            for level, weight in enumerate(weights):
-                if weight:
-                    d = encoder.feature_info[level + 1]["num_chs"]
-                    layers = nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, config.outputs)
-                    heads[f"{kind}{level + 2}"] = nn.Sequential(*layers)  # on rows: conv1x1
-        numbers = config.bank, config.outputs, config.keys, config.temperature
-        few = [
-            x for x, b in zip(config.patches, config.beta, strict=True) if b and x * x < config.keys
-        ]
-        if few or min(numbers) <= 0 or not (config.alpha[3] or config.beta[3]):
-            what = (
-                "--bank, --outputs, --temperature: above 0; --keys: 1 to S x S; C5 needs a weight"
+        self.config = config
+        self.losses = list_heads(config)
+        encoder = build_encoder(config.arch)
+        heads = nn.ModuleDict()
+        for head in self.losses:
+            channels = encoder.feature_info[head.level + 1]["num_chs"]
+            heads[head.name] = nn.Sequential(  # on rows; the paper's are convolutions of 1 x 1
+                nn.Linear(channels, channels),
+                nn.ReLU(inplace=True),
+                nn.Linear(channels, config.outputs),
             )
-            raise harness.UserError(f"{what} in --alpha or --beta.")
         self.student = nn.ModuleDict({"encoder": encoder, "heads": heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
     def init_banks(self, device: torch.device) -> dict[str, dk.Bank]:
-        new = partial(dk.init_bank, self.config.bank, self.config.outputs, device=device)
-        return {name: new() for name, _ in self.student["heads"].named_children()}
+        banks = {}
+        for head in self.losses:
+            banks[head.name] = dk.init_bank(self.config.bank, self.config.outputs, device=device)
+        return banks
+
+    @torch.no_grad()
+    def key_levels(self, images: Tensor, order: Tensor) -> list[Tensor]:
+        """The key encoder's maps C2 to C5.
+
+        The images are dealt out anew to the processes, and their maps brought back. The batch
+        statistics of a key are then those of other images than its query's, and give nothing away.
+        """
+        group = torch.distributed.group.WORLD
+        shuffled = self.config.norm == "shuffled"
+        if shuffled:
+            images = dk.shuffle_batch(images, order, group)
+        maps = levels(self.teacher["encoder"], images)
+        for level, beta in enumerate(self.config.beta):
+            if not beta:  # only the image loss reads this level: less to send
+                maps[level] = maps[level].mean((-2, -1), keepdim=True)
+        if shuffled:
+            maps = [dk.unshuffle_batch(x, order, group) for x in maps]
+        return maps
 
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], views: list[dk.View], banks: dict, order: Tensor):
-        config, group, (x, y) = self.config, torch.distributed.group.WORLD, images
-        queries, keys, loss, terms, new = levels(self.student["encoder"], x), [], 0.0, {}, {}
-        with torch.no_grad():  # dealt out anew: batch statistics then give no key away
-            y = dk.shuffle_batch(y, order, group) if (deal := config.norm == "shuffled") else y
-            for f, beta in zip(levels(self.teacher["encoder"], y), config.beta, strict=True):
-                f = f if beta else f.mean((-2, -1), keepdim=True)  # less to send
-                keys.append(dk.unshuffle_batch(f, order, group) if deal else f)  # before its boxes
-        for name, head in self.student["heads"].items():
-            level, is_patch = int(name[-1]) - 2, name.startswith("patch")
-            maps, weight = (queries[level], keys[level]), (config.alpha, config.beta)[is_patch]
-            if is_patch:
-                *pair, valid = dk.patch_pairs(*maps, *views, config.patches[level])
+        """The loss, its terms, and the banks with the keys of this batch."""
+        config = self.config
+        group = torch.distributed.group.WORLD
+        query_maps = levels(self.student["encoder"], images[0])
+        key_maps = self.key_levels(images[1], order)
+        everywhere = torch.ones(len(images[0]), dtype=torch.bool, device=images[0].device)
+
+        loss = 0.0
+        terms = {}
+        new_banks = {}
+        for head in self.losses:
+            maps = query_maps[head.level], key_maps[head.level]
+            if head.patches:
+                kind = "patch"
+                rows1, rows2, valid = dk.patch_pairs(*maps, *views, head.patches)
+                keys_of_image = config.keys
             else:
-                pair = [f.flatten(2).mT.mean(1, keepdim=True) for f in maps]  # channels stay last
-                valid = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            q, k, use = head(pair[0]), self.teacher["heads"][name](pair[1]), valid[:, None]
-            info_nce = partial(dk.info_nce, temperature=config.temperature, reduction="none")
-            mean = partial(dk.masked_mean, valid=use, group=group)  # over all processes' valid ones
-            terms[name] = mean(info_nce(q, k, dk.bank_negatives(banks[name]), use))
-            terms[f"{name}_cosine"] = -mean(dk.negative_cosine(q.detach(), k, reduction="none"))
-            terms[f"{name[:5]}_filled"] = banks[name].filled
-            loss = loss + weight[level] * terms[name]
-            k = dk.sample_keys(dk.l2_normalize(k), config.keys if is_patch else 1)
-            k, valid = (dk.all_gather(rows, group) for rows in (k, valid))  # one order everywhere
-            new[name] = dk.push_to_bank(banks[name], k, valid[:, None])
+                kind = "image"
+                rows1, rows2, valid = pool(maps[0]), pool(maps[1]), everywhere
+                keys_of_image = 1
+            query = self.student["heads"][head.name](rows1)
+            key = self.teacher["heads"][head.name](rows2)
+
+            bank = banks[head.name]
+            negatives = dk.bank_negatives(bank)
+            use = valid[:, None]
+            each = dk.info_nce(
+                query, key, negatives, use, temperature=config.temperature, reduction="none"
+            )
+            cosine = dk.negative_cosine(query.detach(), key, reduction="none")
+            terms[head.name] = dk.masked_mean(each, use, group=group)
+            terms[f"{head.name}_cosine"] = -dk.masked_mean(cosine, use, group=group)
+            terms[f"{kind}_filled"] = bank.filled
+            loss = loss + head.weight * terms[head.name]
+
+            # Every process pushes the keys of all of them, so that the banks stay alike.
+            chosen = dk.sample_keys(dk.l2_normalize(key), keys_of_image)
+            chosen = dk.all_gather(chosen, group)
+            valid = dk.all_gather(valid, group)
+            new_banks[head.name] = dk.push_to_bank(bank, chosen, valid[:, None])
+
         terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
-        return loss, terms, new
+        return loss, terms, new_banks
 
 
 # ==== evaluation ==================================================================================
+LEVEL = 2  # C4, as in the paper's figures
+PICTURE = (224, 224)  # height and width of each panel
+IOUS = [i / 10 for i in range(11)]
+
+
+class Matches(NamedTuple):
+    """How similar the S x S patches of view 1 and those of view 2 are."""
+
+    affinity: Tensor  # (b, S S, S S), patches of view 1 by patches of view 2
+    nearest: Tensor  # (b, S S), the patch of view 1 that is most similar to each of view 2
+    valid: Tensor  # (b,), whether the views overlap
+
+
 @torch.no_grad()
 def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
-    """Draw matched patches, their affinity and similarity against IoU, on C4; on scenes, probe."""
+    """Draw and log how patches are matched and how similarity falls with IoU; on scenes, probe."""
     model.eval()
-    maps = [levels(model.student["encoder"], x)[2].cpu() for x in preview[0]]
-    images = [nn.functional.interpolate(x.cpu(), 224) for x in preview[0]]
-    views, side = [dk.View(*(x.cpu() for x in view)) for view in preview[1]], config.patches[2]
-    *rows, valid = dk.patch_pairs(*maps, *views, side)
-    affinity, own = dk.affinity_matrix(*rows), torch.arange(side**2).expand(len(valid), -1)
-    found = affinity.argmax(-2)  # the patch of view 1 that is the nearest to each of view 2
-    x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), side).T
-    colors, panels = torch.stack([x, y, 1 - x], 1), []  # a patch's color tells its place
-    shared = dk.View(dk.intersect_views(*views).box, torch.zeros_like(valid))
-    for i, patch in ((0, own), (1, own), (1, found)):
-        pixels = dk.coordinate_map(views[i], (224, 224)).flatten(1, 2)
-        column, row = (dk.image_to_view(shared, pixels) * side).floor().long().unbind(-1)
-        inside = (column >= 0) & (column < side) & (row >= 0) & (row < side) & valid[:, None]
-        paint = colors[patch.gather(1, torch.where(inside, row * side + column, 0))]
-        paint, inside = paint.mT.unflatten(-1, (224, 224)), inside.view(-1, 1, 224, 224)
-        x = images[i] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        paint = 0.4 * x.mean(1, keepdim=True) + 0.6 * paint
-        panels.append(torch.where(inside, paint, x))
-    panels.append(nn.functional.interpolate(affinity[:, None], 224).expand(-1, 3, -1, -1))
-    (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
-    save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
-    ious, moves = [i / 10 for i in range(11)], harness.generator(config.seed)
-    boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(2 * len(valid), 1, 4)
-    curve, _ = dk.similarity_iou_curve(torch.cat(maps), boxes, ious=ious, generator=moves)
-    names = [f"similarity_iou_{iou}" for iou in ious]
-    matched = dk.masked_mean((found == own).float(), valid[:, None])
-    run.log(step, matched=matched, **dict(zip(names, curve, strict=True)))
-    axes = (figure := Figure()).subplots(subplot_kw={"xlabel": "IoU", "ylabel": "cosine (C4)"})
-    for row in run.rows("matched"):
-        axes.plot(ious, [row[name] for name in names], label=f"step {row['step']}")
-    axes.legend()
-    figure.savefig(path.with_name("similarity-iou.png"))
+    encoder = model.student["encoder"]
+    images, views, _ = preview
+    maps = [levels(encoder, x)[LEVEL].cpu() for x in images]
+    views = [dk.View(view.box.cpu(), view.flip.cpu()) for view in views]
+
+    path = run.picture_path(step)
+    matches = match(maps, views, config.patches[LEVEL])
+    draw_matches(images, views, matches, path)
+    own_place = torch.arange(matches.nearest.shape[1])
+    matched = dk.masked_mean((matches.nearest == own_place).float(), matches.valid[:, None])
+    similarity = measure_similarity(torch.cat(maps), config.seed)
+    run.log(step, matched=matched, **similarity)
+    draw_similarity(run.rows("matched"), path.with_name("similarity-iou.png"))
+
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = dk.probe_scenes(
-            lambda x: model.student["encoder"](normalize(x).to(run.world.device))
-        )
+        score = dk.probe_scenes(lambda x: encoder(normalize(x).to(run.world.device)))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
 
+def match(maps: list[Tensor], views: list[dk.View], patches: int) -> Matches:
+    """Match the patches of view 2 with those of view 1 by their features."""
+    rows1, rows2, valid = dk.patch_pairs(*maps, *views, patches)
+    affinity = dk.affinity_matrix(rows1, rows2)
+    return Matches(affinity, affinity.argmax(-2), valid)
+
+
+def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:
+    """Draw view 1, view 2, view 2 as it is matched, and the affinity matrix; a row an image.
+
+    A patch is tinted with the color of its place. In the third panel it has the color of the patch
+    of view 1 that it is matched with.
+    """
+    count, patches = matches.nearest.shape
+    x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), math.isqrt(patches)).unbind(-1)
+    colors = torch.stack([x, y, 1 - x], -1)
+    own = colors.expand(count, -1, -1)
+    matched = colors[matches.nearest]
+    overlap = dk.intersect_views(*views)
+    panels = [
+        tint_patches(images[0], views[0], overlap, own),
+        tint_patches(images[1], views[1], overlap, own),
+        tint_patches(images[1], views[1], overlap, matched),
+        nn.functional.interpolate(matches.affinity[:, None], PICTURE).expand(-1, 3, -1, -1),
+    ]
+    save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
+
+
+def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Tensor) -> Tensor:
+    """The images of a view, with the S x S patches of the shared region in the given colors."""
+    pixels = dk.coordinate_map(view, PICTURE).flatten(1, 2)
+    region = dk.View(overlap.box, torch.zeros_like(overlap.valid))
+    side = math.isqrt(colors.shape[1])
+    column, row = (dk.image_to_view(region, pixels) * side).floor().long().unbind(-1)
+    inside = (column >= 0) & (column < side) & (row >= 0) & (row < side) & overlap.valid[:, None]
+    patch = torch.where(inside, row * side + column, 0)
+    paint = torch.stack([x[index] for x, index in zip(colors, patch, strict=True)])
+
+    paint = paint.mT.unflatten(-1, PICTURE)
+    inside = inside.unflatten(-1, PICTURE)[:, None]
+    plain = harness.unnormalize(nn.functional.interpolate(images, PICTURE), MEAN, STD)
+    tinted = 0.4 * plain.mean(1, keepdim=True) + 0.6 * paint
+    return torch.where(inside, tinted, plain)
+
+
+def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
+    """Cosine of the features of a box and of moved copies of it, by their IoU (Eq 8)."""
+    boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(len(maps), 1, 4)
+    curve = dk.similarity_iou_curve(maps, boxes, ious=IOUS, generator=harness.generator(seed))
+    names = [f"similarity_iou_{iou}" for iou in IOUS]
+    return dict(zip(names, curve.similarity, strict=True))
+
+
+def draw_similarity(rows: list[dict], path: Path) -> None:
+    """Draw the cosine against the IoU, a curve for each logged step (Fig 5)."""
+    figure = Figure()
+    axes = figure.subplots(subplot_kw={"xlabel": "IoU", "ylabel": "cosine (C4)"})
+    for row in rows:
+        curve = [row[f"similarity_iou_{iou}"] for iou in IOUS]
+        axes.plot(IOUS, curve, label=f"step {row['step']}")
+    axes.legend()
+    figure.savefig(path)
+
+
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
-    folder = config.run or Path("runs", f"dupr-{name}")
+    check(config)
+    folder = harness.run_folder("dupr", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
-        source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
-        device = world.device
-        if config.bank > len(source):  # and negatives are of other images
-            raise harness.UserError(f"--bank: at most as many as there are images, {len(source)}.")
+        scenes = 4096 if config.preset == "demo" else 0
+        source = harness.image_source(config.data, scenes=scenes)
+        harness.check(
+            config.bank <= len(source),  # most negatives are then of other images
+            f"--bank is {config.bank}: give at most the number of images, {len(source)}.",
+        )
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
-        lr = config.lr * config.batch / 256
-        if config.norm == "sync" and device.type == "cpu":
-            raise harness.UserError("--norm sync needs GPUs: use --norm shuffled.")
+        peak_lr = config.lr * config.batch / 256
+        device = world.device
+
         torch.manual_seed(config.seed)
         model: Any = DUPR(config)
-        model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
-        model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
+        if config.norm == "sync":
+            model = timm.layers.convert_sync_batchnorm(model)
+        model.to(device, memory_format=torch.channels_last)
+        model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        parameters, decay = model.student.parameters(), config.weight_decay
-        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
+        optimizer = torch.optim.SGD(
+            model.student.parameters(), peak_lr, momentum=0.9, weight_decay=config.weight_decay
+        )
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
+
+        dataset = TwoViews(source, config)
         options = {"world": world, "seed": config.seed, "workers": config.workers}
-        batches = partial(harness.batches, TwoViews(source, config), **options)
-        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
+        few = min(6 * world.size, config.batch)
+        preview = next(harness.batches(dataset, few, start=0, stop=1, **options))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
-        images_and_views = batches(config.batch, start=step, stop=steps)
-        bar = tqdm(
-            images_and_views, total=steps, initial=step, disable=not world.is_main, unit="step"
-        )
+
+        batches = harness.batches(dataset, config.batch, start=step, stop=steps, **options)
+        bar = harness.progress(batches, start=step, stop=steps, world=world)
         for images, views, unreadable in bar:
-            now = optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
+            lr = dk.cosine_schedule(step, steps, start=peak_lr)
+            optimizer.param_groups[0]["lr"] = lr
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
             order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
-            torch.manual_seed(harness.generator(config.seed, step, world.rank, 2).initial_seed())
+            harness.seed_step(config.seed, step, world.rank)
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms, banks = ddp(images, views, banks, order.to(device))
             optimizer.zero_grad()
             loss.backward()
-            slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(
-                step, {"loss": loss, "grad_norm": slope, **terms}
-            )  # ends if not finite
+            # No gradient is clipped; this measures their norm.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
+
             run.note_unreadable(unreadable)
-            bar.set_postfix(values, refresh=False)
+            harness.show(bar, values, ("image5", "patch4", "patch5"))
             if step % config.log_every == 0:
-                run.log(step, **values, lr=now, unreadable=run.unreadable)
-            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)
             if due or stop:
                 run.save(step, model, optimizer, banks=banks)
             if stop:
                 return
+
         if world.is_main:
-            method = "dupr" if any((*config.alpha[:3], *config.beta)) else "mocov2"
-            facts = {"method": method, "architecture": config.arch, "mean": MEAN, "std": STD}
-            path = folder / "encoder.safetensors"
-            harness.save_encoder(path, model.student["encoder"], **facts, step=step)
-            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
-            print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")
+            finish(model, config, run, step)
 
 
-if __name__ == "__main__":
-    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+def finish(model: DUPR, config: Config, run: harness.Run, step: int) -> None:
+    """Save the encoder; on scenes, print the scores of all checkpoints."""
+    of_moco = (0.0, 0.0, 0.0)
+    method = "mocov2" if config.alpha[:3] == of_moco and not any(config.beta) else "dupr"
+    harness.save_encoder(
+        run.folder / "encoder.safetensors",
+        model.student["encoder"],
+        method=method,
+        architecture=config.arch,
+        mean=MEAN,
+        std=STD,
+        step=step,
+    )
+    for row in run.rows("probe_miou"):
+        print(
+            f"step {row['step']:4} (0: random): probe mIoU {row['probe_miou']:.3f}, "
+            f"prior {row['prior_miou']:.3f}"
+        )
