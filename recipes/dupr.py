@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,15 +23,15 @@ import tyro
 class Views:
     size: int = 224  # Side of the square views, in pixels.
     scale: tuple[float, float] = (0.2, 1.0)  # Share of the image's area that a view covers.
-    hue: float = 0.1  # Strength of the hue jitter, up to 0.5, which is any hue.
+    hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"  # Where the defaults come from.
-    data: Path | None = None  # Folder of images, any tree; the demo also runs without.
-    run: Path | None = None  # Run folder; else runs/dupr-PRESET, with the data's name.
+    preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"  # The preset of the defaults.
+    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    run: Path | None = None  # Run folder; by default runs/dupr-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)  # Image losses, C2 to C5.
     beta: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # Patch losses, C2 to C5.
@@ -41,7 +42,7 @@ class Config:
     temperature: float = 0.2  # Divides the cosines.
     momentum: float = 0.999  # Momentum of the key encoder and its heads.
     norm: Literal["shuffled", "sync"] = "shuffled"  # Batch statistics of the keys; sync on GPUs.
-    batch: int = 256  # Images a step, over all processes.
+    batch: int = 256  # Images per step, over all processes.
     epochs: int = 200
     lr: float = 0.06  # Learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
@@ -51,7 +52,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
-    save_every: int = 1000  # Steps between two checkpoints, each with its probe and pictures.
+    save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
     views: Views = field(default_factory=Views)
 
 
@@ -98,9 +99,14 @@ import densekit as dk
 
 
 def check(config: Config) -> None:
-    """Refuse an option that no run can have, in one sentence."""
+    """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
-    check_arch(config.arch)
+    decay = config.weight_decay
+    harness.check(0 <= decay < math.inf, f"--weight-decay is {decay}: give 0 or more.")
+    harness.check(
+        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
+    )
     harness.check(
         all(0 <= weight < math.inf for weight in config.alpha),
         f"--alpha is {harness.as_typed(config.alpha)}: give four weights, 0 or more.",
@@ -130,7 +136,7 @@ def check(config: Config) -> None:
         f"--temperature is {config.temperature}: give a number above 0.",
     )
     harness.check(
-        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a share from 0 to 1."
+        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a number from 0 to 1."
     )
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     harness.check(
@@ -140,46 +146,57 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
+def photometric(views: Views) -> transforms.Compose:
+    """MoCo v2's random changes of the colors of one crop, which is then normalized."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
+    sigma = torch.distributions.Uniform(*views.blur)
+
+    def blur(image):
+        return image.filter(GaussianBlur(float(sigma.sample())))
+
+    return transforms.Compose(
+        [
+            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
 class TwoViews:
-    """Two augmented crops of each image, with the `View` of each."""
+    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
 
     def __init__(self, source, config: Config):
         self.source = source
-        self.config = config
-        self.epoch = 0  # the loop's loader sets it
-        std = torch.distributions.Uniform(*map(torch.tensor, config.views.blur))
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
-        self.photometric = transforms.Compose(
-            [
-                transforms.ToPILImage(),  # the quickest on a CPU, and the blur of MoCo v2
-                transforms.RandomApply([jitter], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                transforms.RandomApply([lambda x: x.filter(GaussianBlur(std.sample().item()))]),
-                transforms.ToImage(),
-                transforms.ToDtype(torch.float32, scale=True),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
+        self.seed = config.seed
+        self.config = config.views
+        self.epoch = 0  # `harness.batches` sets it
+        self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
         images, unreadable = harness.read_batch(self.source, indices)
+        key = (self.seed, self.epoch, indices[0])
+
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        key = self.config.seed, self.epoch, indices[0]
         generator = harness.generator(*key)
-        scale = self.config.views.scale
-        view1, view2, _ = dk.sample_view_pairs(sizes, scale=scale, generator=generator)
+        pairs = dk.sample_view_pairs(sizes, scale=self.config.scale, generator=generator)
+        views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
         crops = []
-        with harness.seeded(*key, 1):  # other numbers than those of the views
-            for view in (view1, view2):
-                crop = dk.crop_views(pixels, view, size=self.config.views.size)
-                crop = (crop * 255).round().byte()
-                crops.append(torch.stack([self.photometric(x) for x in crop]))
-        return crops, [view1, view2], unreadable
+        for view in views:
+            crop = dk.crop_views(pixels, view, self.config.size)
+            crops.append((crop * 255).round().byte())
+        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
+            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+        return augmented, views, unreadable
 
 
 # ==== model =======================================================================================
@@ -202,20 +219,20 @@ def list_heads(config: Config) -> list[Head]:
     return [head for head in heads if head.weight]
 
 
-def check_arch(arch: str) -> None:
-    known = arch == "tiny" or ("resn" in arch and timm.is_model(arch))
-    harness.check(known, f"--arch is {arch}: give a ResNet of timm, such as resnet50, or tiny.")
-
-
 def build_encoder(arch: str) -> Any:
     """A ResNet without its head; the weights have torchvision's names."""
-    check_arch(arch)
-    options = {}
-    if arch == "tiny":
-        arch = "resnet18"
-        options = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "output_stride": 8}
-        options |= {"stem_type": "deep", "stem_width": 8}
-    return timm.create_model(arch, num_classes=0, global_pool="", **options)
+    if arch != "tiny":
+        return timm.create_model(arch, num_classes=0, global_pool="")
+    return timm.create_model(
+        "resnet18",
+        layers=(1, 1, 1, 1),
+        channels=(16, 32, 64, 64),
+        stem_type="deep",
+        stem_width=8,
+        output_stride=8,
+        num_classes=0,
+        global_pool="",
+    )
 
 
 def levels(encoder: Any, images: Tensor) -> list[Tensor]:
@@ -422,20 +439,28 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def method_of(config: Config) -> str:
+    """What the run is called beside its weights."""
+    only_image5 = not any(config.alpha[:3]) and not any(config.beta)
+    return "mocov2" if only_image5 else "dupr"
+
+
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check(config)
     folder = harness.run_folder("dupr", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+        device = world.device
         scenes = 4096 if config.preset == "demo" else 0
         source = harness.image_source(config.data, scenes=scenes)
+        dataset = TwoViews(source, config)
+        # With more keys than images, an image would often meet its own earlier key as a negative.
         harness.check(
-            config.bank <= len(source),  # most negatives are then of other images
-            f"--bank is {config.bank}: give at most the number of images, {len(source)}.",
+            config.bank <= len(source),
+            f"--bank is {config.bank}: there are {len(source)} images, give at most as many.",
         )
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
         peak_lr = config.lr * config.batch / 256
-        device = world.device
 
         torch.manual_seed(config.seed)
         model: Any = DUPR(config)
@@ -444,33 +469,40 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
+
+        parameters = model.student.parameters()
         optimizer = torch.optim.SGD(
-            model.student.parameters(), peak_lr, momentum=0.9, weight_decay=config.weight_decay
+            parameters, peak_lr, momentum=0.9, weight_decay=config.weight_decay
         )
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
 
-        dataset = TwoViews(source, config)
-        options = {"world": world, "seed": config.seed, "workers": config.workers}
-        few = min(6 * world.size, config.batch)
-        preview = next(harness.batches(dataset, few, start=0, stop=1, **options))
+        batches = partial(
+            harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
+        )
+        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
 
-        batches = harness.batches(dataset, config.batch, start=step, stop=steps, **options)
-        bar = harness.progress(batches, start=step, stop=steps, world=world)
+        bar = harness.progress(
+            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
+        )
         for images, views, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0].update(lr=lr)
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
+
+            # All processes deal the images out in the same order.
             order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
-            harness.seed_step(config.seed, step, world.rank)
+            harness.seed_step(config.seed, step, world.rank)  # of the keys that enter the banks
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms, banks = ddp(images, views, banks, order.to(device))
+
             optimizer.zero_grad()
             loss.backward()
-            # No gradient is clipped; this measures their norm.
+            # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            # The run ends here when a value is not finite, before the weights are touched.
             values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
@@ -479,6 +511,7 @@ def train(config: Config) -> None:
             harness.show(bar, values, ("image5", "patch4", "patch5"))
             if step % config.log_every == 0:
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
             due = step % config.save_every == 0 or step == steps
             stop = run.stop_requested()
             if due and world.is_main:
@@ -489,24 +522,15 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            finish(model, config, run, step)
-
-
-def finish(model: DUPR, config: Config, run: harness.Run, step: int) -> None:
-    """Save the encoder; on scenes, print the scores of all checkpoints."""
-    of_moco = (0.0, 0.0, 0.0)
-    method = "mocov2" if config.alpha[:3] == of_moco and not any(config.beta) else "dupr"
-    harness.save_encoder(
-        run.folder / "encoder.safetensors",
-        model.student["encoder"],
-        method=method,
-        architecture=config.arch,
-        mean=MEAN,
-        std=STD,
-        step=step,
-    )
-    for row in run.rows("probe_miou"):
-        print(
-            f"step {row['step']:4} (0: random): probe mIoU {row['probe_miou']:.3f}, "
-            f"prior {row['prior_miou']:.3f}"
-        )
+            harness.save_encoder(
+                folder / "encoder.safetensors",
+                model.student["encoder"],
+                architecture=config.arch,
+                mean=MEAN,
+                std=STD,
+                method=method_of(config),
+                step=step,
+            )
+            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
+            for row in run.rows("probe_miou"):
+                print(line.format(**row))
