@@ -3,7 +3,8 @@
     python recipes/d3ssl.py                     # the demo: CPU, minutes
     torchrun --nproc-per-node 8 -- recipes/d3ssl.py --preset paper --data coco
 
-The same command run again resumes; --data needs proposals.py first. More: docs/recipes/d3ssl.md.
+The same command run again resumes. With --data run proposals.py first. `--preset region` is the
+baseline. Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
 """
 
 import argparse
@@ -90,6 +91,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
 from proposals import crop_objects, image_source
@@ -104,8 +106,11 @@ import densekit as dk
 def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
+
     decay = config.weight_decay
-    harness.check(0 <= decay < math.inf, f"--weight-decay is {decay}: give 0 or more.")
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
     harness.check(
         config.arch == "tiny"
         or ("resn" in config.arch and "v2" not in config.arch and timm.is_model(config.arch)),
@@ -116,20 +121,26 @@ def check(config: Config) -> None:
         f"--views.size is {config.views.size}: give an even number, since one view is halved.",
     )
     harness.check(config.regions >= 1, f"--regions is {config.regions}: give 1 proposal or more.")
-    for option, shares in (("--cut", config.cut), ("--mask", config.mask)):
-        harness.check(
-            0 <= shares[0] <= shares[1] <= 1,
-            f"{option} is {harness.as_typed(shares)}: give two shares from 0 to 1, the smaller "
-            "first.",
-        )
+
+    low, high = config.cut
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--cut is {low} {high}: give two shares from 0 to 1, the smaller first.",
+    )
+    low, high = config.mask
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--mask is {low} {high}: give two shares from 0 to 1, the smaller first.",
+    )
     low, high = config.jitter
     harness.check(
         0 < low <= high <= 1,
         f"--jitter is {low} {high}: give two shares above 0, up to 1, the smaller first.",
     )
+
     harness.check(
         0 <= config.depositioning < math.inf,
-        f"--depositioning is {config.depositioning}: give a weight of 0 or more.",
+        f"--depositioning is {config.depositioning}: give a finite weight, 0 or more.",
     )
     harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
     harness.check(
@@ -139,11 +150,10 @@ def check(config: Config) -> None:
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
     harness.check(
         0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a number above 0.",
+        f"--temperature is {config.temperature}: give a finite number above 0.",
     )
-    harness.check(
-        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a number from 0 to 1."
-    )
+    momentum = config.momentum
+    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
     harness.check(
         config.proposals is None or config.data is not None,
         f"--proposals is {config.proposals}: name the folder of its images with --data.",
@@ -173,7 +183,10 @@ def photometric(views: Views) -> transforms.Compose:
 
 
 class TwoViews:
-    """Batches of images: the whole image and a crop, the `View` of each, and K proposals."""
+    """Batches of images: each image as a whole and a crop, the `View` of both, and K proposals.
+
+    The proposals (b, K, 4) are in pixels of the image, with which of them to use.
+    """
 
     def __init__(self, source, config: Config):
         self.source = source
@@ -188,25 +201,33 @@ class TwoViews:
 
     def __getitem__(self, indices: list[int]):
         images = []
-        boxes = []
+        proposals = []
         unreadable = []
         for index in indices:
             image, failures = self.source[index]
-            read = (index + len(failures)) % len(
-                self
-            )  # another image stands in for unreadable ones
+            # The next image that can be read stands in for unreadable ones.
+            index_read = (index + len(failures)) % len(self)
             images.append(image)
-            boxes.append(self.source.boxes[read])
+            proposals.append(self.source.boxes[index_read])
             unreadable.extend(failures)
         key = (self.seed, self.epoch, indices[0])
 
         sizes = torch.tensor([image.shape[-2:] for image in images])
         generator = harness.generator(*key)
         view2 = dk.sample_views(sizes, scale=self.config.scale, generator=generator)
-        corner = sizes.flip(-1).float()  # width and height
-        whole = torch.cat([torch.zeros_like(corner), corner], -1)
-        view1 = dk.View(whole, torch.rand(len(sizes), generator=generator) < 0.5)
+        width_height = sizes.flip(-1).float()
+        whole_image = torch.cat([torch.zeros_like(width_height), width_height], -1)
+        flip = torch.rand(len(sizes), generator=generator) < 0.5
+        view1 = dk.View(whole_image, flip)
         views = [view1, view2]
+
+        shares = nn.utils.rnn.pad_sequence(proposals, batch_first=True)
+        in_pixels = shares * width_height.repeat(1, 2)[:, None]
+        in_view2 = dk.boxes_in_view(view2, in_pixels).valid
+        boxes, valid = dk.sample_boxes(in_pixels, self.regions, in_view2, generator=generator)
+        # An image without a proposal in view 2 gets the box of view 2, which is not valid.
+        has_proposal = valid[:, :1, None]
+        boxes = torch.where(has_proposal, boxes, view2.box[:, None])
 
         pixels = [image / 255 for image in images]
         crops = []
@@ -215,69 +236,69 @@ class TwoViews:
             crops.append((crop * 255).round().byte())
         with harness.seeded(*key, 1):  # the colors need other random numbers than the views
             augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
-
-        boxes = nn.utils.rnn.pad_sequence(boxes, batch_first=True) * corner.repeat(1, 2)[:, None]
-        held = dk.boxes_in_view(view2, boxes).valid
-        boxes, valid = dk.sample_boxes(boxes, self.regions, held, generator=generator)
-        # An image without a proposal in view 2 gets all of view 2, which is not valid.
-        boxes = torch.where(valid[:, :1, None], boxes, view2.box[:, None])
         return augmented, views, boxes, valid, unreadable
 
 
 class Input(NamedTuple):
-    """What an encoder sees of a batch."""
+    """The images of one view, and its regions."""
 
     images: Tensor  # (b, 3, h, w)
-    boxes: Tensor  # (b, K, 4), the jittered proposals, in [0, 1]
+    boxes: Tensor  # (b, K, 4), in [0, 1]
 
 
 def augment(
     images: list[Tensor], views: list[dk.View], boxes: Tensor, valid: Tensor, config: Config
 ) -> list[Input]:
-    """View 1, view 2, the small view 2 and view 3 (Eq 2 and 6 to 8)."""
+    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8)."""
     images1, images2 = images
     side = images1.shape[-1]
     boxes1 = dk.boxes_in_view(views[0], boxes).boxes * side
     boxes2 = dk.boxes_in_view(views[1], boxes).boxes * side
 
-    images3, boxes3 = move(images2, boxes2, valid, config)
-    halved = nn.functional.avg_pool2d(images2, 2)
-    small = cover(halved, boxes2 / 2, valid, config)
-    covered = cover(images1, boxes1, valid, config)
+    images3, boxes3 = move_proposals(images2, boxes2, valid, config)
+    half_size = nn.functional.avg_pool2d(images2, 2)
+    small_covered = cover_proposals(half_size, boxes2 / 2, valid, config)
+    images1_covered = cover_proposals(images1, boxes1, valid, config)
+    return [
+        Input(images1_covered, jitter_boxes(boxes1, side, config)),
+        Input(images2, jitter_boxes(boxes2, side, config)),
+        Input(small_covered, jitter_boxes(boxes2, side, config)),
+        Input(images3, jitter_boxes(boxes3, side, config)),
+    ]
 
-    inputs = []
-    for x, b in ((covered, boxes1), (images2, boxes2), (small, boxes2), (images3, boxes3)):
-        jittered = dk.sample_inner_boxes(b, scale=config.jitter)  # RBJ
-        inputs.append(Input(x, jittered / side))
-    return inputs
 
-
-def move(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """The proposals, cut and moved by one shift onto another image of the batch; their boxes."""
+def move_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config):
+    """Paste the proposals of an image, cut and shifted, on another image; also their new boxes."""
     size = images.shape[-2:]
     shift = dk.sample_shift(boxes, size, valid)
     moved = dk.shift_boxes(boxes, shift)
     mask = dk.boxes_to_mask(moved, size, valid) & ~cut_mask(images, moved, valid, config)
-    return dk.composite(images, images.roll(1, 0), mask, shift), moved
+    others = images.roll(1, 0)
+    return dk.composite(images, others, mask, shift), moved
 
 
-def cover(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """The images without a part of each proposal (PRC) and a rectangle beside each (PRM)."""
-    size = images.shape[-2:]
+def cover_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+    """Cover a part of each proposal (PRC), and a rectangle beside it (PRM)."""
     beside = dk.sample_surrounding_boxes(boxes, ratio=config.mask)
-    mask = dk.boxes_to_mask(beside, size, valid) | cut_mask(images, boxes, valid, config)
-    return dk.fill_mask(images, mask)  # with 0, the mean of the data
+    beside_mask = dk.boxes_to_mask(beside, images.shape[-2:], valid)
+    mask = beside_mask | cut_mask(images, boxes, valid, config)
+    return dk.fill_mask(images, mask)  # with 0, which is the mean of the data
 
 
 def cut_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """The pixels of the parts that are cut out of the proposals (PRC)."""
+    """The pixels to cut out of the proposals (PRC)."""
     cutout = dk.sample_cutout(boxes, ratio=config.cut)
     return dk.proposal_cutout(boxes, cutout, images.shape[-2:], valid).mask
 
 
+def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
+    """Random boxes inside those in pixels (RBJ), in [0, 1]."""
+    return dk.sample_inner_boxes(boxes, scale=config.jitter) / side
+
+
 # ==== model =======================================================================================
 def build_encoder(arch: str) -> Any:
-    """A ResNet without its head; the weights have torchvision's names."""
+    """A ResNet without its head, whose weights have torchvision's names."""
     if arch != "tiny":
         return timm.create_model(arch, num_classes=0, global_pool="")
     return timm.create_model(
@@ -293,7 +314,7 @@ def build_encoder(arch: str) -> Any:
 
 
 def embed(network: Any, view: Input, bins: int) -> Tensor:
-    """The outputs of the regions, (b, K, d) (Eq 1)."""
+    """The outputs of the head for each region, (b, K, d) (Eq 1)."""
     encoder = network["encoder"]
     (c4,) = encoder.forward_intermediates(
         view.images, indices=[3], stop_early=True, intermediates_only=True
@@ -305,10 +326,7 @@ def embed(network: Any, view: Input, bins: int) -> Tensor:
 
 
 class D3SSL(nn.Module):
-    """The query network (student) and the key network (teacher). Each is an encoder f and a head.
-
-    Fig 5 shows what they see.
-    """
+    """Query network (student) and key network (teacher). Each is an encoder with a head (Fig 5)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -324,10 +342,11 @@ class D3SSL(nn.Module):
 
     @torch.no_grad()
     def embed_keys(self, view: Input, order: Tensor) -> Tensor:
-        """The keys of the regions, (b, K, d).
+        """The key of each region, (b, K, d).
 
-        The images are dealt out anew to the processes, with their boxes, and the keys brought back.
-        The batch statistics of a key then come from other images than those of its query.
+        The images are shuffled over the processes before, with their boxes, and the keys are
+        brought back after. So the batch statistics of a key come from other images than those of
+        its query, and the query cannot recognize its key by them.
         """
         group = torch.distributed.group.WORLD
         images = dk.shuffle_batch(view.images, order, group)
@@ -336,7 +355,15 @@ class D3SSL(nn.Module):
         return dk.unshuffle_batch(keys, order, group)
 
     # ==== loss ====================================================================================
-    def forward(self, images, views, boxes: Tensor, valid: Tensor, bank: dk.Bank, order: Tensor):
+    def forward(
+        self,
+        images: list[Tensor],
+        views: list[dk.View],
+        boxes: Tensor,
+        valid: Tensor,
+        bank: dk.Bank,
+        order: Tensor,
+    ):
         """The total loss, the terms that are logged, and the bank with the keys of this batch."""
         config = self.config
         group = torch.distributed.group.WORLD
@@ -346,53 +373,56 @@ class D3SSL(nn.Module):
         key1 = self.embed_keys(view1, order)
         key2 = self.embed_keys(view2, order)
 
-        negatives = dk.bank_negatives(bank)
-        options = {"temperature": config.temperature, "reduction": "none"}
-        first = dk.info_nce(query1, key2, negatives, valid, **options)
-        second = dk.info_nce(query2, key1, negatives, valid, **options)
-        decoupling = dk.masked_mean(first + second, valid, group=group)  # Eq 4
-        cosine = -dk.negative_cosine(query1.detach(), key2, reduction="none")
+        # The means are over the valid regions of all processes (Eq 10).
+        mean = partial(dk.masked_mean, valid=valid, group=group)
+        info_nce = partial(
+            dk.info_nce,
+            negatives=dk.bank_negatives(bank),
+            valid=valid,
+            temperature=config.temperature,
+            reduction="none",
+        )
+        decoupling = mean(info_nce(query1, key2) + info_nce(query2, key1))  # Eq 4
+        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")
         terms = {
             "decoupling": decoupling,
             "filled": bank.filled,
             "valid": valid.double().mean(),
-            "cosine": dk.masked_mean(cosine, valid, group=group),
+            "cosine": mean(region_cosines),
         }
         loss = decoupling
 
         if config.depositioning:
             query3 = embed(self.student, view3, config.bins)
-            first = dk.info_nce(query3, key2, negatives, valid, **options)
-            second = dk.info_nce(query3, key1, negatives, valid, **options)
-            depositioning = dk.masked_mean(first + second, valid, group=group)  # Eq 9
+            depositioning = mean(info_nce(query3, key2) + info_nce(query3, key1))  # Eq 9
             terms["depositioning"] = depositioning
             loss = loss + config.depositioning * depositioning
 
-        # Every process pushes the keys of all of them, so that the banks stay alike.
-        keys = dk.all_gather(dk.l2_normalize(key1), group)
-        use = dk.all_gather(valid, group)
-        return loss, terms, dk.push_to_bank(bank, keys, use)
+        # Every process pushes the keys of all processes, so that the banks stay the same.
+        all_keys = dk.all_gather(dk.l2_normalize(key1), group)
+        all_valid = dk.all_gather(valid, group)
+        return loss, terms, dk.push_to_bank(bank, all_keys, all_valid)
 
 
 # ==== evaluation ==================================================================================
-LAYERS = ["layer1", "layer2", "layer3", "layer4"]  # of a ResNet: C2 to C5
-MEASURES = ["coupling_rate", "mean_cosine"]
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]  # The layers of a ResNet that end in C2 to C5.
+MEASURES = ["coupling_rate", "mean_cosine"]  # Of a layer, as `dk.layer_bias` names them.
 
 
 @torch.no_grad()
 def evaluate(
     model: D3SSL, source, preview: tuple, config: Config, run: harness.Run, step: int
 ) -> None:
-    """Save pictures of the inputs and of each layer's bias, which is logged; on scenes, probe."""
+    """Save pictures of the inputs and of the bias of each layer; on scenes, also probe."""
     model.eval()
     device = run.world.device
-    encoder: Any = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
+    encoder = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
     path = run.picture_path(step)
     draw_inputs(preview, config, path)
 
     terms = measure_layers(encoder, source, config, device)
     if config.data is None:
-        score = dk.probe_scenes(lambda scenes: encoder(scenes.to(device)))
+        score = dk.probe_scenes(lambda x: encoder(x.to(device)))
         terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
     run.log(step, **terms)
     draw_layers(run.rows("mean_cosine_layer4"), path.with_name("layers.png"))
@@ -405,36 +435,41 @@ def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
     torch.manual_seed(config.seed)  # the same augmentations each time
     view1, view2, small, view3 = augment(images, views, boxes, valid, config)
     panels = [draw_boxes(view, valid) for view in (view1, small, view3, view1, view2)]
-    save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
+    save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
 def draw_boxes(view: Input, valid: Tensor) -> Tensor:
-    """The images, 224 pixels wide, with their valid boxes."""
+    """The images of a view, 224 pixels wide, with their valid boxes."""
     images = harness.unnormalize(nn.functional.interpolate(view.images, 224), MEAN, STD)
     boxes = view.boxes.cpu() * 224
     drawn = []
-    for x, b, use in zip(images, boxes, valid.cpu(), strict=True):
-        if use.any():
-            x = draw_bounding_boxes(x, b[use], width=2)
-        drawn.append(x)
+    for image, own_boxes, own_valid in zip(images, boxes, valid.cpu(), strict=True):
+        if own_valid.any():  # torchvision warns of an image without any box
+            drawn.append(draw_bounding_boxes(image, own_boxes[own_valid], width=2))
+        else:
+            drawn.append(image)
     return torch.stack(drawn)
 
 
 def measure_layers(encoder: Any, source, config: Config, device: torch.device) -> dict[str, Tensor]:
-    """Coupling rate and mean cosine similarity of each layer, on pictures of 256 objects."""
+    """Coupling rate and mean cosine similarity of each layer, on pictures of 256 objects.
+
+    A picture is a third of a view wide, and takes whole cells of C5: so an object looks the same to
+    the encoder at each of the nine places of a picture three times as large.
+    """
     stride = encoder[1].feature_info[-1]["reduction"]
-    cells = max(1, round(config.views.size / 3 / stride))  # whole cells: nine times the same map
+    cells = max(1, round(config.views.size / 3 / stride))
     objects = crop_objects(source, 256, cells * stride).to(device)
     bias = dk.layer_bias(encoder, objects, [f"1.{layer}" for layer in LAYERS])
     terms = {}
-    for measure, values in zip(MEASURES, bias, strict=True):
-        for layer, value in zip(LAYERS, values, strict=True):
+    for measure in MEASURES:
+        for layer, value in zip(LAYERS, getattr(bias, measure), strict=True):
             terms[f"{measure}_{layer}"] = value
     return terms
 
 
 def draw_layers(rows: list[dict], path: Path) -> None:
-    """Both measures of each layer, a curve for the first checkpoint and each of the last six."""
+    """Both measures against the layer, a curve for the first checkpoint and for the last six."""
     figure = Figure()
     for measure, axes in zip(MEASURES, figure.subplots(2), strict=True):
         for row in rows[:1] + rows[1:][-6:]:
@@ -445,7 +480,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
 
 
 def method_of(config: Config) -> str:
-    """What the run is called beside its weights: all of the method, or a row of Table 5."""
+    """The name of the method that these options make."""
     if config.depositioning:
         return "d3ssl"
     changes_regions = any(config.cut) or any(config.mask) or config.jitter[0] < 1
@@ -497,9 +532,9 @@ def train(config: Config) -> None:
             optimizer.param_groups[0].update(lr=lr)
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
 
-            # All processes deal the images out in the same order.
+            # All processes shuffle the images of the keys in the same order.
             order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
-            harness.seed_step(config.seed, step, world.rank)  # of cuts, masks, shifts and jitters
+            harness.seed_step(config.seed, step, world.rank)  # for the augmentation of the regions
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device))
 
@@ -527,13 +562,14 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
+            method = method_of(config)
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.student["encoder"],
                 architecture=config.arch,
                 mean=MEAN,
                 std=STD,
-                method=method_of(config),
+                method=method,
                 step=step,
             )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"

@@ -3,7 +3,8 @@
     python recipes/dupr.py                      # the demo: CPU, minutes; --data FOLDER: your images
     torchrun --nproc-per-node 8 -- recipes/dupr.py --preset paper --data imagenet/train
 
-The same command run again resumes; `mocov2` is the baseline. More: docs/recipes/dupr.md.
+The same command run again resumes. `--preset mocov2` is the baseline: one loss, of whole images.
+Logged values, deviations from the paper, time and results: docs/recipes/dupr.md.
 """
 
 import argparse
@@ -88,6 +89,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -101,24 +103,30 @@ import densekit as dk
 def check(config: Config) -> None:
     """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check_training(config)
+
     decay = config.weight_decay
-    harness.check(0 <= decay < math.inf, f"--weight-decay is {decay}: give 0 or more.")
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
     harness.check(
         config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
+
+    alpha = harness.as_typed(config.alpha)
+    beta = harness.as_typed(config.beta)
     harness.check(
         all(0 <= weight < math.inf for weight in config.alpha),
-        f"--alpha is {harness.as_typed(config.alpha)}: give four weights, 0 or more.",
+        f"--alpha is {alpha}: give four finite weights, 0 or more.",
     )
     harness.check(
         all(0 <= weight < math.inf for weight in config.beta),
-        f"--beta is {harness.as_typed(config.beta)}: give four weights, 0 or more.",
+        f"--beta is {beta}: give four finite weights, 0 or more.",
     )
     harness.check(
         config.alpha[3] > 0 or config.beta[3] > 0,
-        f"--alpha is {harness.as_typed(config.alpha)} and --beta {harness.as_typed(config.beta)}: "
-        "give C5, the last level, a weight above 0 in one of them.",
+        f"--alpha is {alpha} and --beta is {beta}: give the last weight, of C5, a number above 0 "
+        "in one of the two.",
     )
     harness.check(
         min(config.patches) >= 1,
@@ -126,22 +134,23 @@ def check(config: Config) -> None:
     )
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
-    most = min([head.patches**2 for head in list_heads(config) if head.patches], default=math.inf)
-    harness.check(
-        1 <= config.keys <= most,
-        f"--keys is {config.keys}: give a number from 1 to {most}, the patches of an image.",
-    )
+    harness.check(config.keys >= 1, f"--keys is {config.keys}: give 1 or more.")
+    for head in list_heads(config):
+        harness.check(
+            head.patches == 0 or config.keys <= head.patches**2,
+            f"--keys is {config.keys}: give at most {head.patches**2}, the patches of an image in "
+            f"{head.name}.",
+        )
     harness.check(
         0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a number above 0.",
+        f"--temperature is {config.temperature}: give a finite number above 0.",
     )
-    harness.check(
-        0 <= config.momentum <= 1, f"--momentum is {config.momentum}: give a number from 0 to 1."
-    )
+    momentum = config.momentum
+    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     harness.check(
         config.norm == "shuffled" or use_cuda,
-        "--norm is sync: give shuffled on a CPU, since sync needs GPUs.",
+        "--norm is sync: give shuffled, since sync needs GPUs.",
     )
 
 
@@ -201,16 +210,16 @@ class TwoViews:
 
 # ==== model =======================================================================================
 class Head(NamedTuple):
-    """One loss, of images or of their patches, at one level."""
+    """One loss at one level, of whole images or of their patches."""
 
     name: str  # "image2" to "patch5"
-    level: int  # 0 is C2, 3 is C5
-    patches: int  # S, of S x S patches; 0 is the whole image, pooled
-    weight: float
+    level: int  # 0 is C2, and 3 is C5
+    patches: int  # S, for S x S patches; 0 is the whole image
+    weight: float  # in the total loss
 
 
 def list_heads(config: Config) -> list[Head]:
-    """The losses whose weight is not 0: first those of images, then those of patches."""
+    """The losses whose weight is not 0. Those of images come before those of patches."""
     heads = []
     for level, weight in enumerate(config.alpha):
         heads.append(Head(f"image{level + 2}", level, 0, weight))
@@ -220,7 +229,7 @@ def list_heads(config: Config) -> list[Head]:
 
 
 def build_encoder(arch: str) -> Any:
-    """A ResNet without its head; the weights have torchvision's names."""
+    """A ResNet without its head, whose weights have torchvision's names."""
     if arch != "tiny":
         return timm.create_model(arch, num_classes=0, global_pool="")
     return timm.create_model(
@@ -236,17 +245,17 @@ def build_encoder(arch: str) -> Any:
 
 
 def levels(encoder: Any, images: Tensor) -> list[Tensor]:
-    """The feature maps C2 to C5."""
+    """The feature maps C2 to C5 of a ResNet."""
     return encoder.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True)
 
 
 def pool(maps: Tensor) -> Tensor:
-    """The mean over all cells, as one row of features for each image, (b, 1, d)."""
+    """Mean over all cells: one row of features for each image, (b, 1, d)."""
     return maps.flatten(2).mT.mean(1, keepdim=True)
 
 
 class DUPR(nn.Module):
-    """The query network (student) and the key network (teacher): encoder and heads (Fig 3)."""
+    """Query network (student) and key network (teacher). Each is an encoder with heads (Fig 3)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -256,15 +265,18 @@ class DUPR(nn.Module):
         heads = nn.ModuleDict()
         for head in self.losses:
             channels = encoder.feature_info[head.level + 1]["num_chs"]
-            heads[head.name] = nn.Sequential(  # on rows; the paper's are convolutions of 1 x 1
+            # The paper's 1 x 1 convolutions of a map are linear layers of its rows.
+            heads[head.name] = nn.Sequential(
                 nn.Linear(channels, channels),
                 nn.ReLU(inplace=True),
                 nn.Linear(channels, config.outputs),
             )
         self.student = nn.ModuleDict({"encoder": encoder, "heads": heads})
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher.requires_grad_(False)
 
     def init_banks(self, device: torch.device) -> dict[str, dk.Bank]:
+        """An empty bank of keys for each head."""
         banks = {}
         for head in self.losses:
             banks[head.name] = dk.init_bank(self.config.bank, self.config.outputs, device=device)
@@ -272,10 +284,11 @@ class DUPR(nn.Module):
 
     @torch.no_grad()
     def key_levels(self, images: Tensor, order: Tensor) -> list[Tensor]:
-        """The key encoder's maps C2 to C5.
+        """The maps C2 to C5 of the key encoder.
 
-        The images are dealt out anew to the processes, and their maps brought back. The batch
-        statistics of a key are then those of other images than its query's, and give nothing away.
+        The images are shuffled over the processes before, and the maps are brought back after. So
+        the batch statistics of a key come from other images than those of its query, and the
+        query cannot recognize its key by them.
         """
         group = torch.distributed.group.WORLD
         shuffled = self.config.norm == "shuffled"
@@ -283,7 +296,8 @@ class DUPR(nn.Module):
             images = dk.shuffle_batch(images, order, group)
         maps = levels(self.teacher["encoder"], images)
         for level, beta in enumerate(self.config.beta):
-            if not beta:  # only the image loss reads this level: less to send
+            if not beta:
+                # No patch loss reads this level. Its pooled map is less to send.
                 maps[level] = maps[level].mean((-2, -1), keepdim=True)
         if shuffled:
             maps = [dk.unshuffle_batch(x, order, group) for x in maps]
@@ -291,46 +305,57 @@ class DUPR(nn.Module):
 
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], views: list[dk.View], banks: dict, order: Tensor):
-        """The loss, its terms, and the banks with the keys of this batch."""
+        """The total loss, the terms that are logged, and the banks with the keys of this batch."""
         config = self.config
         group = torch.distributed.group.WORLD
         query_maps = levels(self.student["encoder"], images[0])
         key_maps = self.key_levels(images[1], order)
-        everywhere = torch.ones(len(images[0]), dtype=torch.bool, device=images[0].device)
+        always = torch.ones(len(images[0]), dtype=torch.bool, device=images[0].device)
 
         loss = 0.0
         terms = {}
         new_banks = {}
         for head in self.losses:
-            maps = query_maps[head.level], key_maps[head.level]
+            query_map = query_maps[head.level]
+            key_map = key_maps[head.level]
             if head.patches:
-                kind = "patch"
-                rows1, rows2, valid = dk.patch_pairs(*maps, *views, head.patches)
-                keys_of_image = config.keys
+                pairs = dk.patch_pairs(query_map, key_map, *views, head.patches)
+                query_rows = pairs.features1
+                key_rows = pairs.features2
+                valid = pairs.valid
+                filled = "patch_filled"
+                keys_per_image = config.keys
             else:
-                kind = "image"
-                rows1, rows2, valid = pool(maps[0]), pool(maps[1]), everywhere
-                keys_of_image = 1
-            query = self.student["heads"][head.name](rows1)
-            key = self.teacher["heads"][head.name](rows2)
+                query_rows = pool(query_map)
+                key_rows = pool(key_map)
+                valid = always
+                filled = "image_filled"
+                keys_per_image = 1
+            query = self.student["heads"][head.name](query_rows)
+            key = self.teacher["heads"][head.name](key_rows)
 
+            # A row is one patch or one image. The means are over the valid rows of all processes.
             bank = banks[head.name]
-            negatives = dk.bank_negatives(bank)
-            use = valid[:, None]
-            each = dk.info_nce(
-                query, key, negatives, use, temperature=config.temperature, reduction="none"
+            mean = partial(dk.masked_mean, valid=valid[:, None], group=group)
+            row_losses = dk.info_nce(
+                query,
+                key,
+                dk.bank_negatives(bank),
+                valid[:, None],
+                temperature=config.temperature,
+                reduction="none",
             )
-            cosine = dk.negative_cosine(query.detach(), key, reduction="none")
-            terms[head.name] = dk.masked_mean(each, use, group=group)
-            terms[f"{head.name}_cosine"] = -dk.masked_mean(cosine, use, group=group)
-            terms[f"{kind}_filled"] = bank.filled
+            row_cosines = -dk.negative_cosine(query.detach(), key, reduction="none")
+            terms[head.name] = mean(row_losses)
+            terms[f"{head.name}_cosine"] = mean(row_cosines)
+            terms[filled] = bank.filled
             loss = loss + head.weight * terms[head.name]
 
-            # Every process pushes the keys of all of them, so that the banks stay alike.
-            chosen = dk.sample_keys(dk.l2_normalize(key), keys_of_image)
-            chosen = dk.all_gather(chosen, group)
-            valid = dk.all_gather(valid, group)
-            new_banks[head.name] = dk.push_to_bank(bank, chosen, valid[:, None])
+            # Every process pushes the keys of all processes, so that the banks stay the same.
+            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
+            all_keys = dk.all_gather(own_keys, group)
+            all_valid = dk.all_gather(valid, group)
+            new_banks[head.name] = dk.push_to_bank(bank, all_keys, all_valid[:, None])
 
         terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
         return loss, terms, new_banks
@@ -338,21 +363,21 @@ class DUPR(nn.Module):
 
 # ==== evaluation ==================================================================================
 LEVEL = 2  # C4, as in the paper's figures
-PICTURE = (224, 224)  # height and width of each panel
+PICTURE = (224, 224)  # Height and width of each panel.
 IOUS = [i / 10 for i in range(11)]
 
 
 class Matches(NamedTuple):
-    """How similar the S x S patches of view 1 and those of view 2 are."""
+    """Similarity of the S x S patches of two views."""
 
-    affinity: Tensor  # (b, S S, S S), patches of view 1 by patches of view 2
-    nearest: Tensor  # (b, S S), the patch of view 1 that is most similar to each of view 2
-    valid: Tensor  # (b,), whether the views overlap
+    affinity: Tensor  # (b, S S, S S): patches of view 1 by patches of view 2
+    nearest: Tensor  # (b, S S): for each patch of view 2 the most similar patch of view 1
+    valid: Tensor  # (b,): whether the views overlap
 
 
 @torch.no_grad()
 def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
-    """Draw and log how patches are matched and how similarity falls with IoU; on scenes, probe."""
+    """Save pictures of matched patches and of similarity against IoU; on scenes, also probe."""
     model.eval()
     encoder = model.student["encoder"]
     images, views, _ = preview
@@ -362,66 +387,68 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     path = run.picture_path(step)
     matches = match(maps, views, config.patches[LEVEL])
     draw_matches(images, views, matches, path)
-    own_place = torch.arange(matches.nearest.shape[1])
-    matched = dk.masked_mean((matches.nearest == own_place).float(), matches.valid[:, None])
+    same_patch = torch.arange(matches.nearest.shape[1])
+    matched = dk.masked_mean((matches.nearest == same_patch).float(), matches.valid[:, None])
     similarity = measure_similarity(torch.cat(maps), config.seed)
     run.log(step, matched=matched, **similarity)
     draw_similarity(run.rows("matched"), path.with_name("similarity-iou.png"))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = dk.probe_scenes(lambda x: encoder(normalize(x).to(run.world.device)))
+        device = images[0].device
+        score = dk.probe_scenes(lambda x: encoder(normalize(x).to(device)))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
 
 def match(maps: list[Tensor], views: list[dk.View], patches: int) -> Matches:
-    """Match the patches of view 2 with those of view 1 by their features."""
-    rows1, rows2, valid = dk.patch_pairs(*maps, *views, patches)
-    affinity = dk.affinity_matrix(rows1, rows2)
-    return Matches(affinity, affinity.argmax(-2), valid)
+    """Match each patch of view 2 with the patch of view 1 that has the most similar features."""
+    pairs = dk.patch_pairs(*maps, *views, patches)
+    affinity = dk.affinity_matrix(pairs.features1, pairs.features2)
+    return Matches(affinity, affinity.argmax(-2), pairs.valid)
 
 
 def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:
-    """Draw view 1, view 2, view 2 as it is matched, and the affinity matrix; a row an image.
+    """A row per image: view 1, view 2, view 2 in the colors of its matches, and affinity (Fig 9).
 
-    A patch is tinted with the color of its place. In the third panel it has the color of the patch
-    of view 1 that it is matched with.
+    The color of a patch tells its place. In the third panel a patch has the color of the patch of
+    view 1 that it is matched with.
     """
     count, patches = matches.nearest.shape
     x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), math.isqrt(patches)).unbind(-1)
     colors = torch.stack([x, y, 1 - x], -1)
-    own = colors.expand(count, -1, -1)
-    matched = colors[matches.nearest]
+    own_colors = colors.expand(count, -1, -1)
+    matched_colors = colors[matches.nearest]
+
     overlap = dk.intersect_views(*views)
+    affinity = nn.functional.interpolate(matches.affinity[:, None], PICTURE)
     panels = [
-        tint_patches(images[0], views[0], overlap, own),
-        tint_patches(images[1], views[1], overlap, own),
-        tint_patches(images[1], views[1], overlap, matched),
-        nn.functional.interpolate(matches.affinity[:, None], PICTURE).expand(-1, 3, -1, -1),
+        tint_patches(images[0], views[0], overlap, own_colors),
+        tint_patches(images[1], views[1], overlap, own_colors),
+        tint_patches(images[1], views[1], overlap, matched_colors),
+        affinity.expand(-1, 3, -1, -1),
     ]
-    save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
+    save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
 def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Tensor) -> Tensor:
-    """The images of a view, with the S x S patches of the shared region in the given colors."""
-    pixels = dk.coordinate_map(view, PICTURE).flatten(1, 2)
-    region = dk.View(overlap.box, torch.zeros_like(overlap.valid))
+    """The images of a view; `colors` (b, S S, 3) tint the S x S patches of the shared region."""
     side = math.isqrt(colors.shape[1])
-    column, row = (dk.image_to_view(region, pixels) * side).floor().long().unbind(-1)
+    points = dk.coordinate_map(view, PICTURE).flatten(1, 2)  # of all pixels, in the whole image
+    region = dk.View(overlap.box, torch.zeros_like(overlap.valid))
+    column, row = (dk.image_to_view(region, points) * side).floor().long().unbind(-1)
     inside = (column >= 0) & (column < side) & (row >= 0) & (row < side) & overlap.valid[:, None]
-    patch = torch.where(inside, row * side + column, 0)
-    paint = torch.stack([x[index] for x, index in zip(colors, patch, strict=True)])
 
-    paint = paint.mT.unflatten(-1, PICTURE)
-    inside = inside.unflatten(-1, PICTURE)[:, None]
+    patch = torch.where(inside, row * side + column, 0)
+    tints = torch.stack([x[index] for x, index in zip(colors, patch, strict=True)])
     plain = harness.unnormalize(nn.functional.interpolate(images, PICTURE), MEAN, STD)
-    tinted = 0.4 * plain.mean(1, keepdim=True) + 0.6 * paint
-    return torch.where(inside, tinted, plain)
+    gray = plain.mean(1, keepdim=True)
+    tinted = 0.4 * gray + 0.6 * rearrange(tints, "b (h w) c -> b c h w", h=PICTURE[0])
+    return torch.where(inside.view(-1, 1, *PICTURE), tinted, plain)
 
 
 def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
-    """Cosine of the features of a box and of moved copies of it, by their IoU (Eq 8)."""
+    """Cosine of the features of a box and of moved copies of it, for each IoU (Eq 8)."""
     boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(len(maps), 1, 4)
     curve = dk.similarity_iou_curve(maps, boxes, ious=IOUS, generator=harness.generator(seed))
     names = [f"similarity_iou_{iou}" for iou in IOUS]
@@ -429,7 +456,7 @@ def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def draw_similarity(rows: list[dict], path: Path) -> None:
-    """Draw the cosine against the IoU, a curve for each logged step (Fig 5)."""
+    """Cosine against IoU, a curve for each checkpoint (Fig 5)."""
     figure = Figure()
     axes = figure.subplots(subplot_kw={"xlabel": "IoU", "ylabel": "cosine (C4)"})
     for row in rows:
@@ -437,12 +464,6 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
         axes.plot(IOUS, curve, label=f"step {row['step']}")
     axes.legend()
     figure.savefig(path)
-
-
-def method_of(config: Config) -> str:
-    """What the run is called beside its weights."""
-    only_image5 = not any(config.alpha[:3]) and not any(config.beta)
-    return "mocov2" if only_image5 else "dupr"
 
 
 # ==== loop ========================================================================================
@@ -492,9 +513,9 @@ def train(config: Config) -> None:
             optimizer.param_groups[0].update(lr=lr)
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
 
-            # All processes deal the images out in the same order.
+            # All processes shuffle the images of the keys in the same order.
             order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
-            harness.seed_step(config.seed, step, world.rank)  # of the keys that enter the banks
+            harness.seed_step(config.seed, step, world.rank)  # for the keys that enter the banks
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms, banks = ddp(images, views, banks, order.to(device))
 
@@ -522,13 +543,15 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
+            only_image5 = not any(config.alpha[:3]) and not any(config.beta)
+            method = "mocov2" if only_image5 else "dupr"
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.student["encoder"],
                 architecture=config.arch,
                 mean=MEAN,
                 std=STD,
-                method=method_of(config),
+                method=method,
                 step=step,
             )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
