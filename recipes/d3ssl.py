@@ -35,12 +35,12 @@ class Config:
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
-    regions: int = 4  # Proposals K of an image in a step, of those that view 2 holds.
-    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut; 0 0 cuts nothing.
-    mask: tuple[float, float] = (0.2, 0.6)  # PRM: area of the mask beside it; 0 0 masks nothing.
-    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: sides of its jittered box; 1 1 is no jitter.
+    regions: int = 4  # Proposals K per image and step, of those inside view 2.
+    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0 cuts nothing.
+    mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, as a share of its area; 0 0: none.
+    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: sides of its jittered box, as shares; 1 1: none.
     depositioning: float = 1.0  # Weight of L_dp; 0 leaves out its view.
-    bins: int = 14  # RoIAlign to bins x bins; half as many in the small view.
+    bins: int = 14  # Bins of RoIAlign along each axis; half as many in the small view.
     head: tuple[int, int] = (2048, 128)  # Widths of the head: hidden, outputs.
     bank: int = 65536  # Keys of earlier batches in the bank.
     temperature: float = 0.2  # Divides the cosines.
