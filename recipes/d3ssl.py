@@ -36,9 +36,9 @@ class Config:
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     regions: int = 4  # Proposals K per image and step, of those inside view 2.
-    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0 cuts nothing.
-    mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, as a share of its area; 0 0: none.
-    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: sides of its jittered box, as shares; 1 1: none.
+    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0: nothing.
+    mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, share of its area; 0 0: none.
+    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: shares of its sides that stay; 1 1: no jitter.
     depositioning: float = 1.0  # Weight of L_dp; 0 leaves out its view.
     bins: int = 14  # Bins of RoIAlign along each axis; half as many in the small view.
     head: tuple[int, int] = (2048, 128)  # Widths of the head: hidden, outputs.
