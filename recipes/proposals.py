@@ -181,27 +181,64 @@ def default_path(data: Path) -> Path:
     return data.with_name(f"{data.name}.proposals.npz")
 
 
+class SceneProposals(list):
+    """Procedural scenes, `source[i]` as of the harness, and their proposals, `boxes[i]` in [0, 1].
+
+    The proposals are the boxes of the scene's objects and four random boxes, since selective search
+    also finds boxes that hold no object. Boxes that cover less than 0.09 of the image are left out.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.boxes = []
+        size = 64, 64
+        for number, start in enumerate(range(0, count, 64)):  # bounds the memory
+            n = min(64, count - start)
+            generator = harness.generator(0, number)
+            scenes = densekit.sample_scenes(n, size, generator=generator)
+            others = densekit.sample_views(size, (n, 4), scale=(0.1, 0.4), generator=generator)
+
+            images = (scenes.images * 255).round().byte()
+            self.extend((image, ()) for image in images)
+            proposals = torch.cat([scenes.boxes, others.box], 1) / 64
+            large = densekit.box_area(proposals) > 0.09  # unused slots are empty boxes
+            self.boxes.extend(x[keep] for x, keep in zip(proposals, large, strict=True))
+
+
 def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
-    """Images with proposals, `boxes[i]` of each in [0, 1] of it: a folder's; without, scenes."""
+    """Images, and the proposals `boxes[i]` of each, in [0, 1]; without a folder, `scenes` scenes.
+
+    The images of the folder that have no proposal are left out.
+    """
     if data is None and path is not None:
         raise UserError("--proposals belong to images: name their folder with --data.")
+    if data is None and not scenes:
+        raise UserError("This preset trains on your images: name their folder with --data.")
     if data is None:
-        return harness.image_source(data, scenes=scenes)
-    images, known = harness.FolderImages(data), read_proposals(path or default_path(data))
+        return SceneProposals(scenes)
+
+    path = path or default_path(data)
+    images = harness.FolderImages(data)
+    known = read_proposals(path)
     spans = itertools.pairwise(known.offsets.tolist())
-    places = {
-        x: slice(*span) for x, span in zip(known.names, spans, strict=True) if span[0] < span[1]
-    }
-    names = [name for name in map(os.fsdecode, images.names.tolist()) if name in places]
+    rows = {}  # of the boxes of each image that has any
+    for name, (start, stop) in zip(known.names, spans, strict=True):
+        if start < stop:
+            rows[name] = slice(start, stop)
+
+    found = [os.fsdecode(name) for name in images.names.tolist()]
+    names = [name for name in found if name in rows]
     if not names:
-        raise UserError(f"{path or default_path(data)} has no proposal of any image of {data}.")
+        raise UserError(f"{path} has no proposal of any image of {data}.")
     if len(names) < len(images) and os.environ.get("RANK", "0") == "0":
         print(f"{len(names)} of {len(images)} images have proposals; the others are left out.")
-    sides = np.repeat(np.tile(known.sizes[:, ::-1], 2), np.diff(known.offsets), axis=0)
-    boxes = torch.from_numpy(known.boxes / sides).float()
-    images: Any = harness.FolderImages(data, names)
-    images.boxes = [boxes[places[name]] for name in names]
-    return images
+
+    counts = np.diff(known.offsets)
+    sides = np.tile(known.sizes[:, ::-1], 2)  # width, height, width, height
+    boxes = torch.from_numpy(known.boxes / np.repeat(sides, counts, axis=0)).float()
+    source: Any = harness.FolderImages(data, names)
+    source.boxes = [boxes[rows[name]] for name in names]
+    return source
 
 
 def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
