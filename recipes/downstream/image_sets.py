@@ -97,6 +97,10 @@ def find_images(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 # ---- choices -------------------------------------------------------------------------------------
+class UnknownNameError(UserError):
+    """A name that is none of those to choose from."""
+
+
 def choose(wanted: str, found: Iterable[str], where: Any) -> str:
     """The name that is wanted, or the only one that begins so: val2017 for val."""
     names = sorted(found)
@@ -104,7 +108,8 @@ def choose(wanted: str, found: Iterable[str], where: Any) -> str:
         return wanted
     fits = [name for name in names if name.startswith(wanted)]
     if len(fits) != 1:
-        raise UserError(f"{where} has {len(fits) or 'no'} {wanted!r}: choose one of {names}.")
+        count = len(fits) or "no"
+        raise UnknownNameError(f"{where} has {count} {wanted!r}: choose one of {names}.")
     return fits[0]
 
 

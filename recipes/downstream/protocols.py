@@ -2,7 +2,7 @@
 
 This module is no command. Each protocol is a function of the features of the split to fit on, the
 features of the split to score, the configuration and a seed. `FITTED` has them by name; `video`
-reads its own frames and stands alone.
+stands alone, because it takes the frames of videos.
 """
 
 from collections.abc import Callable
@@ -276,12 +276,31 @@ def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict
     return {**figures, "classes": int(occurs.sum()), "images": len(test_targets)}
 
 
+# ---- the table -----------------------------------------------------------------------------------
+class Protocol(NamedTuple):
+    score: Callable[[Features, Features, Any, int], dict]
+    disturbed: bool = False  # on features of objects that have another image around them
+    has_prior: bool = False  # the position prior is a baseline of it
+
+
+FITTED = {
+    "linear-seg": Protocol(linear_seg, has_prior=True),
+    "ridge-seg": Protocol(ridge_seg, has_prior=True),
+    "kmeans-seg": Protocol(kmeans_seg, has_prior=True),
+    "retrieval-seg": Protocol(retrieval_seg, has_prior=True),
+    "object-knn": Protocol(objects_by_neighbors),
+    "disturbed-object-knn": Protocol(objects_by_neighbors, disturbed=True),
+    "image-knn": Protocol(images_by_neighbors),
+    "image-linear": Protocol(images_by_linear_layer),
+    "image-svm": Protocol(images_by_svm),
+}
+
+
 # ---- video ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def video(encoder: Encoder, config: Any) -> dict:
+def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict:
     """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
     sums = []
-    videos = image_sets.open_videos(config.data, config.split)
     for item in tqdm(videos, desc=f"{encoder.name} video"):
         first, objects = read_first_mask(item)
         maps = encode_frames(encoder, item, config)
@@ -356,17 +375,3 @@ def score_frames(item: image_sets.Video, shares: Tensor, objects: list[int]) -> 
     if not scores:
         raise harness.UserError(f"{item.name} has no mask to score by but those at its ends.")
     return torch.stack(scores)
-
-
-# The protocols by name; disturbed-object-knn is object-knn on features of its own.
-FITTED = {
-    "linear-seg": linear_seg,
-    "ridge-seg": ridge_seg,
-    "kmeans-seg": kmeans_seg,
-    "retrieval-seg": retrieval_seg,
-    "object-knn": objects_by_neighbors,
-    "disturbed-object-knn": objects_by_neighbors,
-    "image-knn": images_by_neighbors,
-    "image-linear": images_by_linear_layer,
-    "image-svm": images_by_svm,
-}
