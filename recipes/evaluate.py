@@ -54,10 +54,10 @@ if __name__ == "__main__":
     # The options are read before torch is imported, so that --help answers at once. The rest of
     # this file then runs as a module.
     options = read_options()
-    import evaluate
+    import evaluate as recipe
     import harness
 
-    sys.exit(harness.main(evaluate.evaluate, options))
+    sys.exit(harness.main(recipe.evaluate, options))
 
 import harness
 import torch
@@ -88,8 +88,8 @@ def check(config: Config) -> None:
         "No encoder is named: give run folders, timm:NAME, torchvision:NAME or random:NAME.",
     )
     protocols = wanted_protocols(config)
+    known = ", ".join(PROTOCOLS)
     for name in protocols:
-        known = ", ".join(PROTOCOLS)
         harness.check(
             name in PROTOCOLS,
             f"--protocol is {config.protocol}: there is no protocol {name!r}, give all or some of "
@@ -100,13 +100,27 @@ def check(config: Config) -> None:
         f"--protocol is {config.protocol}: name each protocol once.",
     )
     check_data(config, protocols)
+    check_numbers(config)
 
+    disturbs = any(name in FITTED and FITTED[name].disturbed for name in protocols)
+    harness.check(
+        config.batch >= 2 or not disturbs,
+        f"--batch is {config.batch}: to disturb an object takes another image, give 2 or more.",
+    )
+    harness.check(
+        config.device != "cuda" or torch.cuda.is_available(),
+        "--device is cuda: no GPU is visible, give cpu.",
+    )
+
+
+def check_numbers(config: Config) -> None:
     harness.check(
         min(config.size) >= 1,
         f"--size is {harness.as_typed(config.size)}: give a height and a width of 1 pixel or more.",
     )
     harness.check(config.limit >= 0, f"--limit is {config.limit}: give 0 (all images) or more.")
     harness.check(config.seeds >= 1, f"--seeds is {config.seeds}: give 1 or more.")
+
     harness.check(
         config.clusters >= 0, f"--clusters is {config.clusters}: give 0 (the classes) or more."
     )
@@ -120,22 +134,13 @@ def check(config: Config) -> None:
         math.isfinite(config.cost) and config.cost > 0,
         f"--cost is {config.cost}: give a number above 0.",
     )
+
     harness.check(config.draws >= 1, f"--draws is {config.draws}: give 1 or more.")
     harness.check(config.batch >= 1, f"--batch is {config.batch}: give 1 image or more.")
-    disturbs = any(name in FITTED and FITTED[name].disturbed for name in protocols)
-    harness.check(
-        config.batch >= 2 or not disturbs,
-        f"--batch is {config.batch}: to disturb an object takes another image, give 2 or more.",
-    )
     harness.check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
-    harness.check(
-        config.device != "cuda" or torch.cuda.is_available(),
-        "--device is cuda: no GPU is visible, give cpu.",
-    )
 
 
 def check_data(config: Config, protocols: list[str]) -> None:
-    """Refuse what is wrong with the options of the data and of the folder to write to."""
     harness.check(
         config.data is None or config.data.is_dir(),
         f"--data is {config.data}: give a folder that exists.",
@@ -144,6 +149,7 @@ def check_data(config: Config, protocols: list[str]) -> None:
         config.data is not None or "video" not in protocols,
         "--data is None: the protocol video needs the folder of DAVIS.",
     )
+
     layouts = ["auto", "scenes"] if config.data is None else ["auto", *image_sets.LAYOUTS]
     harness.check(
         config.layout in layouts,
@@ -153,11 +159,14 @@ def check_data(config: Config, protocols: list[str]) -> None:
         config.mapping is None or config.mapping.is_file(),
         f"--mapping is {config.mapping}: give a JSON file that exists.",
     )
+
+
+def make_folder(out: Path) -> None:
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"it cannot be made a folder ({error.strerror}), give another"
-        raise harness.UserError(f"--out is {config.out}: {problem}.") from error
+        raise harness.UserError(f"--out is {out}: {problem}.") from error
 
 
 # ==== samples =====================================================================================
@@ -203,6 +212,7 @@ def class_areas(item: image_sets.Labeled, classes: int) -> Tensor:
     if item.labels is not None:
         known = item.labels[item.labels != image_sets.IGNORED]
         return torch.bincount(known, minlength=classes) / (h * w)
+
     of_boxes = dk.box_area(item.boxes)[:, None] / (h * w)
     of_classes = torch.nn.functional.one_hot(item.box_classes, classes) * of_boxes
     nothing = torch.zeros(1, classes)
@@ -213,12 +223,13 @@ def load_batches(samples: Samples, config: Config, title: str) -> Iterable[list[
     """All samples in order, in batches of nearly the same size, with a progress bar."""
     count = math.ceil(len(samples) / config.batch)
     parts = torch.arange(len(samples)).tensor_split(count)
+    context = "fork" if config.workers else None
     loader = DataLoader(
         samples,
         batch_sampler=[part.tolist() for part in parts],
         collate_fn=list,
         num_workers=config.workers,
-        multiprocessing_context="fork" if config.workers else None,
+        multiprocessing_context=context,
     )
     return tqdm(loader, desc=title, unit="batch", leave=False)
 
@@ -260,6 +271,7 @@ def encode(
     objects = []
     object_classes = []
     object_images = []
+
     first = 0
     title = f"{encoder.name} (disturbed)" if disturb else encoder.name
     for batch in load_batches(samples, config, title):
@@ -384,6 +396,7 @@ def check_size(encoder: Encoder, config: Config) -> None:
 # ==== loop ========================================================================================
 def evaluate(config: Config) -> None:
     check(config)
+    make_folder(config.out)
     protocols = wanted_protocols(config)
     use_cuda = config.device != "cpu" and torch.cuda.is_available()
     videos = open_videos(config) if "video" in protocols else None
@@ -392,6 +405,7 @@ def evaluate(config: Config) -> None:
     prior: dict[str, dict] = {}
     results = {"position prior": prior}
     seeds = {}
+
     for name in config.encoders:
         found = defaultdict(list)  # by protocol, the figures of each seed
         for seed in range(config.seeds):

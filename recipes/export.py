@@ -35,10 +35,10 @@ if __name__ == "__main__":
     # The options are read before torch is imported, so that --help answers at once. The rest of
     # this file then runs as a module.
     options = read_options()
-    import export
+    import export as recipe
     import harness
 
-    sys.exit(harness.main(export.export, options))
+    sys.exit(harness.main(recipe.export, options))
 
 import io
 import json
@@ -73,6 +73,7 @@ def check(config: Config) -> None:
     out = config.out
     to = config.to
     suffixes = " or ".join(SUFFIXES[to])
+
     harness.check(
         out.suffix in SUFFIXES[to], f"--out is {out}: give a file that ends in {suffixes} for {to}."
     )
@@ -86,6 +87,7 @@ def check(config: Config) -> None:
             f"--out is {out}: {file} exists, add --overwrite or give another name.",
         )
         harness.check(not file.is_dir(), f"--out is {out}: {file} is a folder, give another name.")
+
     harness.check(
         config.color_order != "bgr" or to in READ_BYTES,
         f"--color-order is bgr: networks of {to} take RGB images, give rgb.",
@@ -205,6 +207,7 @@ def check_fit(encoder: Encoder, to: str) -> None:
     except (RuntimeError, AssertionError) as error:
         detail = str(error).splitlines()[-1].strip(" \t.")[:200]
         raise UserError(f"{encoder.architecture} is not as {to} has it: {detail}.") from error
+
     if not gap < 1e-5:
         raise UserError(f"{encoder.architecture} gives other features in {to}, by {gap:.1e}.")
 
@@ -225,6 +228,7 @@ def check_resnet_name(encoder: Encoder, to: str, *, takes_vits: bool) -> None:
 
 def build_torchvision(encoder: Encoder, sizes: dict[str, Any] | None) -> nn.Module:
     """The network of torchvision, without its head: a ViT of these sizes, or a ResNet."""
+    network: Any
     if sizes:
         network = torchvision.models.VisionTransformer(**sizes)
         network.heads = nn.Identity()
@@ -261,6 +265,7 @@ def to_torchvision(job: Job) -> tuple[Any, str]:
         call = f"torchvision.models.{torchvision_name(job.encoder)}()"
         head = "fc"
         weights = job.weights
+
     lines = f"""network = {call}
 weights = torch.load({job.path!r}, weights_only=True)
 network.load_state_dict(weights, strict=False)  # all but {head}"""
@@ -289,6 +294,7 @@ def to_detectron2(job: Job) -> tuple[Any, str]:
   PIXEL_STD: {job.std}
   RESNETS: {{{sizes}, RES2_OUT_CHANNELS: {out_channels}, STRIDE_IN_1X1: False}}
 INPUT: {{FORMAT: {job.order}}}"""
+
     arrays = {}
     for name, value in rename(job.weights, DETECTRON2).items():
         if "num_batches" not in name:  # its frozen norms have no such number
@@ -304,6 +310,7 @@ def to_openmmlab(job: Job) -> tuple[Any, str]:
     else:
         weights = job.weights
         backbone = openmmlab_resnet(job.encoder)
+
     backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": job.path}
     reads_rgb = job.order == "RGB"  # OpenMMLab reads BGR, and turns it round for these
     images = {"mean": job.mean, "std": job.std, "bgr_to_rgb": reads_rgb}
@@ -355,6 +362,7 @@ def to_onnx(job: Job) -> tuple[Any, str]:
     draws = harness.generator(0)
     batches = [torch.rand(shape, generator=draws) for shape in shapes]
     model = Levels(job.encoder).eval()
+
     try:
         expected = [model(images) for images in batches]
         levels = len(expected[0])
@@ -370,6 +378,7 @@ def to_onnx(job: Job) -> tuple[Any, str]:
     print(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
     if not gap < 1e-4:
         raise UserError("That is more than 1e-4: nothing was written.")
+
     outputs = ", ".join(names)
     lines = f"""session = onnxruntime.InferenceSession({job.path!r})
 maps = session.run(None, {{"images": images}})  # sides: multiples of {stride}; {outputs}"""
@@ -495,6 +504,7 @@ def export(config: Config) -> None:
         **images,
         "load": lines.splitlines(),
     }
+
     side_car = json.dumps(facts, indent=2) + "\n"
     file = file_bytes(content, config.out.suffix)
     harness.write(side_car_of(config.out), side_car.encode())

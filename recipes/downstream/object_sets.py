@@ -36,6 +36,7 @@ def in_coco_form(names: list[str], rows: list[tuple]) -> dict[str, list[dict]]:
             box = [x0, y0, x1 - x0, y1 - y0]
             category = names.index(name)
             annotations.append({"image_id": number, "category_id": category, "bbox": box, **more})
+
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -45,6 +46,7 @@ def read_scenes(count: int) -> tuple[list, dict]:
     drawn = sample_scenes(count, (64, 64), objects=(1, 4), generator=harness.generator(0))
     pixels = (drawn.images * 255).round().byte()
     images = [(image, ()) for image in pixels]  # as a source gives them: nothing is unreadable
+
     rows = []
     for i in range(count):
         objects = []
@@ -63,9 +65,7 @@ def read_boxes(data: Path, splits: tuple[str, ...]) -> dict:
     classes = json.loads((data / "classes.json").read_bytes())["labels"]
     rows = {}
     for x in json.loads((data / "boxes.json").read_bytes()):
-        objects = []
-        for y in x["objects"]:
-            objects.append((classes[y["cat"]], *y["box"], {"iscrowd": y["crowd"]}))
+        objects = [(classes[y["cat"]], *y["box"], {"iscrowd": y["crowd"]}) for y in x["objects"]]
         rows[x["id"]] = (f"images/{x['id']}.jpg", x["h"], x["w"], objects)
 
     wanted = [name for split in splits for name in known_splits[split]]
@@ -116,6 +116,7 @@ def read(data: Path, annotations: tuple[str, ...]) -> tuple[Any, dict]:
     if not annotations:
         raise UserError("Name what to train on with --annotations, to test on: --val-annotations.")
     where = f"The annotations {' '.join(annotations)} of {data}"
+
     images = data
     try:
         first = data / annotations[0]
@@ -157,6 +158,7 @@ class Objects:
         strange = [name for name in names.values() if name not in classes]
         if strange:
             raise UserError(f"The training annotations lack the class {strange[0]}.")
+
         known = known_objects(content, classes)
         dropped = len(content["annotations"]) - len(known)
         if dropped:
@@ -171,6 +173,7 @@ class Objects:
         self.train = train
         self.seed = config.seed
         self.epoch = 0
+
         infos = [{**x, "id": number} for number, x in enumerate(self.infos)]
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
         self.coco = COCO({"images": infos, "annotations": known, "categories": categories})
@@ -189,10 +192,12 @@ class Objects:
         images = []
         targets = []
         unreadable = []
+
         for index, flip in zip(indices, flips.tolist(), strict=True):
             number = self.order[index]
             image, skipped = self.images[number]
             number = (number + len(skipped)) % len(self.infos)  # the next one, if unreadable
+
             target = self.target(number, image)
             if self.train and flip:
                 image, target = flip_sample(image, target)

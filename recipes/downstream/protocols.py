@@ -7,6 +7,7 @@ stands alone, because it takes the frames of videos.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -302,11 +303,12 @@ def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict
     """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
     sums = []
     for item in tqdm(videos, desc=f"{encoder.name} video"):
-        first, objects = read_first_mask(item)
+        masks = item.masks or []
+        first, objects = read_first_mask(item.name, masks)
         maps = encode_frames(encoder, item, config)
         start = share_of_objects(first, objects, maps)
         shares = dk.propagate_video(maps, start)
-        scores = score_frames(item, shares, objects)  # (frames, 2, objects)
+        scores = score_frames(item.name, masks, shares, objects)  # (frames, 2, objects)
         sums.append(torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])]))
     states = torch.stack(sums).double()  # of each video: J and F summed over objects, objects
 
@@ -323,16 +325,14 @@ def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict
     }
 
 
-def read_first_mask(item: image_sets.Video) -> tuple[Tensor, list[int]]:
+def read_first_mask(name: str, masks: list[Path | None]) -> tuple[Tensor, list[int]]:
     """The mask of the first frame, and the numbers of its objects."""
-    first = None
-    objects = []
-    if item.masks and item.masks[0] is not None:
-        first = image_sets.read_mask(item.masks[0])
+    if len(masks) >= 3 and masks[0] is not None:
+        first = image_sets.read_mask(masks[0])
         objects = [x for x in first.unique().tolist() if x not in (0, IGNORED)]
-    if first is None or not objects or len(item.masks) < 3:
-        raise harness.UserError(f"{item.name} has no object in its first frame to follow.")
-    return first, objects
+        if objects:
+            return first, objects
+    raise harness.UserError(f"{name} has no object in its first frame to follow.")
 
 
 def encode_frames(encoder: Encoder, item: image_sets.Video, config: Any) -> Tensor:
@@ -354,13 +354,13 @@ def share_of_objects(mask: Tensor, objects: list[int], maps: Tensor) -> Tensor:
     return shares / shares.sum(0).clamp(min=1e-6)  # without what is ignored
 
 
-def score_frames(item: image_sets.Video, shares: Tensor, objects: list[int]) -> Tensor:
+def score_frames(name: str, masks: list[Path | None], shares: Tensor, objects: list[int]) -> Tensor:
     """J and F of each object in every frame with a mask, (frames, 2, objects).
 
     The first and the last frame do not count, as in DAVIS's own program.
     """
     scores = []
-    for path, share in zip(item.masks[1:-1], shares[1:-1], strict=True):
+    for path, share in zip(masks[1:-1], shares[1:-1], strict=True):
         if path is None:
             continue
         mask = image_sets.read_mask(path)
@@ -373,5 +373,5 @@ def score_frames(item: image_sets.Video, shares: Tensor, objects: list[int]) -> 
         f = dk.boundary_f_measure(true_masks, own_masks)
         scores.append(torch.stack([j, f]))
     if not scores:
-        raise harness.UserError(f"{item.name} has no mask to score by but those at its ends.")
+        raise harness.UserError(f"{name} has no mask to score by but those at its ends.")
     return torch.stack(scores)

@@ -1,14 +1,14 @@
 """The results of an evaluation: the mean over its seeds, tables, results.json and report.md.
 
-This module is no command. Results are nested dictionaries of numbers: results[encoder][protocol]
-holds the figures of a protocol. A figure is a number, or an interval: {"value", "low", "high", ...}.
+This module is no command. Results are nested dictionaries: results[encoder][protocol] holds the
+figures of a protocol by their names. A figure is a number, or an interval with its value, low and
+high ends, or it holds the figures of a level.
 """
 
 import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import harness

@@ -174,7 +174,9 @@ def test_features_that_know_nothing_are_at_chance(data, tmp_path):
         ]).sum(0)
     )  # fmt: skip
     for protocol in ("linear-seg", "ridge-seg"):
-        torch.testing.assert_close(FITTED[protocol].score(*blank, config, 0)["miou"].value, prior.miou)
+        torch.testing.assert_close(
+            FITTED[protocol].score(*blank, config, 0)["miou"].value, prior.miou
+        )
     assert FITTED["object-knn"].score(*blank, config, 0)["overall"].value < 0.8
 
 
