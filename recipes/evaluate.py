@@ -22,7 +22,8 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    encoders: Annotated[tuple[str, ...], tyro.conf.Positional]  # Run folders, timm:NAME, ...
+    # Run folders, timm:NAME, torchvision:NAME or random:NAME.
+    encoders: Annotated[tuple[str, ...], tyro.conf.Positional]
     protocol: str = "linear-seg,kmeans-seg,object-knn"  # Some of the protocols, or all.
     data: Path | None = None  # A labeled set (docs/recipes/labeled_images.md), or DAVIS.
     layout: str = "auto"  # Layout of the data: folder, coco, coco-stuff, voc, ade20k, ...
@@ -30,19 +31,19 @@ class Config:
     fit: str = "train"  # Split to fit on, and the gallery of the nearest neighbors.
     split: str = "val"  # Split to score.
     size: tuple[int, int] = (224, 224)  # Height and width that images are resized to.
-    limit: int = 0  # Randomly selects at most `limit` images of a split; 0 takes all.
+    limit: int = 0  # At most this many images of a split, randomly selected; 0 takes all.
     out: Path = Path("runs/evaluate")  # Folder to write to.
-    seeds: int = 1  # Repeats all with seeds 0, 1, ...: of random encoders, of fits, of k-means.
-    clusters: int = 0  # Clusters of kmeans-seg; 0: one for each class; more: many to one.
-    neighbors: int = 20  # Nearest neighbors that vote, in all protocols but video.
+    seeds: int = 1  # Repetitions with other seeds of random encoders, fits and k-means.
+    clusters: int = 0  # Clusters of kmeans-seg; 0 takes one for each class.
+    neighbors: int = 20  # Nearest neighbors that vote; video has its own number.
     epochs: int = 25  # Epochs of the linear layers.
     lr: float = 0.1  # Learning rate of the linear layers.
-    objects: int = 10  # Randomly selects at most `objects` objects of an image.
+    objects: int = 10  # At most this many objects of an image, randomly selected.
     cost: float = 1.0  # C of the SVM.
     draws: int = 1000  # Draws of the bootstrap over the images.
     batch: int = 32  # Images that are encoded at a time.
     workers: int = 2  # Processes that read images; 0 reads in the main process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
 
 
 def read_options() -> Config:

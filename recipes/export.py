@@ -1,10 +1,10 @@
-"""A checkpoint's encoder for another framework: its names, its color order, its normalization.
+"""Write a checkpoint's encoder for another framework: under its names, in its color order.
 
     python recipes/export.py runs/dupr-coco --to detectron2 --out dupr.pkl
     python recipes/export.py runs/croc-coco/encoder.safetensors --to onnx --out croc.onnx
 
-It prints the lines that load the file there, and keeps them in FILE.json. More:
-docs/recipes/export.md.
+It prints the lines that load the file there, and keeps them in FILE.json.
+More: docs/recipes/export.md.
 """
 
 import sys
@@ -21,7 +21,7 @@ class Config:
     checkpoint: tyro.conf.Positional[str]  # A run folder, encoder.safetensors, or timm:NAME.
     to: Literal["torchvision", "timm", "detectron2", "mmdetection", "mmsegmentation", "onnx"]
     out: Path  # File to write; FILE.json beside it says how to load it.
-    color_order: Literal["rgb", "bgr"] | None = None  # Default bgr for detectron2, else rgb.
+    color_order: Literal["rgb", "bgr"] | None = None  # Default bgr for detectron2, rgb otherwise.
     normalize: bool = True  # An ONNX file normalizes its images, and takes them in [0, 1].
     overwrite: bool = False  # Replaces FILE.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from downstream import image_sets
+from downstream import image_sets, report
 from downstream.protocols import (
     FITTED,
     main_class,
@@ -257,6 +257,25 @@ def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them
     assert set(json.loads(text)["results"]["random:tiny-vit"]["bias"]) == {
         "level1", "level2", "level3"
     }  # fmt: skip
+
+
+def test_means_over_seeds_keep_counts_and_add_the_deviation_of_an_interval():
+    one = {"miou": {"value": 0.2, "low": 0.1, "high": 0.3}, "images": 8, "iou": {"sky": 0.5}}
+    two = {"miou": {"value": 0.4, "low": 0.3, "high": 0.5}, "images": 8, "iou": {"sky": 1.0}}
+    means = report.mean_over_seeds([one, two])
+    assert means["miou"]["value"] == pytest.approx(0.3)
+    assert means["miou"]["low"] == pytest.approx(0.2)
+    assert means["miou"]["over_seeds"] == pytest.approx(0.02**0.5)
+    assert means["images"] == 8
+    assert isinstance(means["images"], int)
+    assert report.table_row(means) == {"miou": "0.300 ± 0.141 [0.200, 0.400]", "images": 8}
+    assert report.mean_over_seeds([one]) == one
+    assert report.table_row(one) == {"miou": "0.200 [0.100, 0.300]", "images": 8}
+    tables = report.tables_of("ridge-seg", {"a": {"ridge-seg": one}, "b": {}})
+    assert len(tables) == 2
+    assert "| a | 0.200 [0.100, 0.300] | 8 |" in tables[0]
+    assert "| a | 0.500 |" in tables[1]
+    assert report.tables_of("bias", {"a": {"ridge-seg": one}}) == []
 
 
 def davis(root, frames=5):
