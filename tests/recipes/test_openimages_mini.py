@@ -43,6 +43,15 @@ knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, 
 chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").strip().split(", ")  # fmt: skip
+# What test_options.py gives besides, and the options that cannot be meant.
+NEEDED = ["--boxes", "boxes.csv", "--classes", "classes.csv", "--coco", "coco.json"]
+NEEDED += ["--out", "list.txt"]
+WRONG = [
+    (["--seed", "-1"], "--seed is -1"),
+    (["--out", "list.csv"], "--out is list.csv"),
+    (["--out", "nowhere/list.txt"], "--out is nowhere/list.txt"),
+    (["--images", "nowhere"], "--images is nowhere"),
+]
 LIMITS = {"person": 4, "dog": 2, "mouse": 1, "sports ball": 3, "dining table": 1}
 
 
@@ -351,9 +360,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(tmp_path, file, conte
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"out": "mini.csv"}, "must be a .txt"),
-        ({"out": "nowhere/mini.txt"}, "in a folder that exists"),
-        ({"images": "nowhere"}, "image folder .*nowhere does not exist"),
+        ({"out": "mini.csv"}, r"--out is .*mini\.csv: give a \.txt file"),
+        ({"out": "nowhere/mini.txt"}, "--out is .*: give a file in a folder that exists"),
+        ({"images": "nowhere"}, "--images is .*nowhere: give a folder that exists"),
         ({"images": "."}, "No image of .* lies in"),
     ],
 )
