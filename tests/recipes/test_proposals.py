@@ -10,6 +10,7 @@ from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import harness
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from proposals import Config, read_proposals, select
+import densekit as dk
 from densekit.scenes import sample_scenes
 
 FOLDER = Path(proposals.__file__).parent
@@ -273,6 +275,38 @@ def test_importing_needs_no_cv2(monkeypatch):
     spec = importlib.util.spec_from_file_location("again", proposals.__file__)
     monkeypatch.setitem(sys.modules, "again", importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules["again"])
+
+
+# ---- images for a training ---------------------------------------------------------------------
+def test_scenes_have_proposals(monkeypatch):
+    plain = harness.image_source(None, scenes=70)
+    source = proposals.image_source(None, None, scenes=70)
+    assert len(source) == len(source.boxes) == 70
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(source, plain, strict=True))
+    assert source[69][1] == ()
+    with pytest.raises(harness.UserError, match="--data"):
+        proposals.image_source(None, None, scenes=0)
+    with pytest.raises(harness.UserError, match="--proposals belong to images"):
+        proposals.image_source(None, Path("a.npz"), scenes=70)
+    asked = []
+
+    def fake(count, size, *, generator):
+        asked.append(count)
+        used = torch.arange(8) < torch.arange(count)[:, None] % 3  # then a small one, then zeros
+        boxes = torch.tensor([0.0, 0.0, 16.0 + len(asked), 32.0]) * used[..., None]
+        boxes[:, 3] = torch.tensor([10.0, 10.0, 28.0, 28.0])
+        return SimpleNamespace(images=torch.full((count, 3, *size), 0.5), boxes=boxes)
+
+    monkeypatch.setattr(dk, "sample_scenes", fake)
+    source = proposals.image_source(None, None, scenes=130)
+    assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 + 4 for i in range(64)]
+    assert [source.boxes[i][0, 2] * 64 for i in (1, 65, 129)] == [17, 18, 19]
+    others = torch.cat([boxes[-4:] for boxes in source.boxes])
+    assert others.amin() >= 0
+    assert others.amax() <= 1
+    assert len(others.unique(dim=0)) > 400  # of whole pixels, in all places
+    assert sum(asked) == 130
+    assert max(asked) <= 64  # which bounds the memory
 
 
 # ---- the search --------------------------------------------------------------------------------
