@@ -87,7 +87,7 @@ from tqdm import tqdm
 
 
 def check(config: Config) -> None:
-    """Each option that cannot be meant is a UserError of its own."""
+    """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
     harness.check(
         config.out.parent.is_dir(), f"--out is {config.out}: give a file in a folder that exists."

@@ -66,7 +66,7 @@ import densekit as dk
 
 
 def check(config: Config) -> None:
-    """Each option that cannot be meant is a UserError of its own."""
+    """Answer an option that makes no sense with one sentence, before any data is read."""
     harness.check(config.longest >= 0, f"--longest is {config.longest}: give 0 pixels or more.")
     harness.check(config.side >= 0, f"--side is {config.side}: give 0 pixels or more.")
     harness.check(config.aspect >= 1, f"--aspect is {config.aspect}: give 1 or more.")
