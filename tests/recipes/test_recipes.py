@@ -351,9 +351,11 @@ def test_bad_input_gets_one_sentence(recipe, tmp_path, folder, changes, sentence
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_folder_ends_the_command_with_one_sentence(name, tmp_path):
+def test_an_empty_folder_ends_the_command_with_one_sentence(tmp_path):
+    """In a process of its own; the others have the same head, which test_options.py runs."""
     (tmp_path / "empty").mkdir()
-    done = command(name, "--data", tmp_path / "empty", "--run", tmp_path / "run", "--device", "cpu")
+    options = ["--data", tmp_path / "empty", "--run", tmp_path / "run", "--device", "cpu"]
+    done = command("densesiam", *options)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "No image" in done.stderr
