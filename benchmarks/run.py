@@ -287,7 +287,7 @@ def view_centroids(z: Tensor, places: Tensor, weights: Tensor, start: Tensor, la
     """Cluster the tokens of all heads; return the centroids of both views, in fixed shapes."""
     found = dk.sinkhorn_merge(z, places, weights, start, **PROGRAM)
     assignments, valid = assign(found)
-    return dk.centroids(last, assignments), valid, found.clusters
+    return dk.pool_masks(last, assignments, average=True), valid, found.clusters
 
 
 def clustering() -> None:
@@ -322,7 +322,7 @@ def clustering() -> None:
     assignments, _ = assign(found)
     weights, indices = croc_loop.prune(found.assignments.flatten(0, 1))
     product, gather = times(
-        lambda: [dk.centroids(last, assignments) for _ in range(2)],
+        lambda: [dk.pool_masks(last, assignments, average=True) for _ in range(2)],
         lambda: [croc_loop.view_centroids(last, weights, indices, 6) for _ in range(2)],
     )
     against("view centroids of teacher and student", product, gather, "gather for each head")

@@ -2,23 +2,19 @@
 
 from densekit.bank import Bank, Negatives, bank_negatives, init_bank, push_to_bank, sample_keys
 from densekit.boxes import (
-    RoIFeatures,
     SampledBoxes,
-    assign_levels,
     box_area,
     box_containment,
     box_iou,
     boxes_valid,
     clip_boxes,
     intersect_boxes,
-    roi_align,
     sample_boxes,
     sample_boxes_at_iou,
 )
 from densekit.clustering import (
     MergedClusters,
     PrunedClusters,
-    centroids,
     positional_cost,
     prune_clusters,
     sample_tokens,
@@ -29,16 +25,13 @@ from densekit.clustering import (
 from densekit.diagnostics import (
     CouplingImages,
     LayerBias,
-    Matches,
     SimilarityCurve,
     affinity_matrix,
     coupling_images,
     coupling_rate,
     layer_bias,
     layer_features,
-    match_patches,
     mean_cosine_similarity,
-    nearest_maps,
     pca_colors,
     similarity_iou_curve,
 )
@@ -51,18 +44,10 @@ from densekit.distributed import (
     unshuffle_batch,
 )
 from densekit.ema import ema_update
-from densekit.k_means import (
-    KMeans,
-    kmeans,
-    kmeans_plus_plus,
-    minibatch_kmeans,
-    nearest_centroids,
-)
+from densekit.k_means import KMeans, kmeans, kmeans_plus_plus, minibatch_kmeans, nearest_centroids
 from densekit.losses import (
     cross_entropy_similarity,
     info_nce,
-    l2_normalize,
-    masked_mean,
     negative_cosine,
     self_distillation,
     symmetric_loss,
@@ -77,18 +62,16 @@ from densekit.metrics import (
     as_table,
     average_precision,
     bootstrap,
-    boundary_f_measure,
     confusion_matrix,
     confusion_scores,
     group_scores,
     match_clusters,
     mean_iou,
     merge_clusters,
-    region_similarity,
-    row_permuted_group_scores,
 )
-from densekit.neighbors import knn_votes, object_knn, propagate_labels, propagate_video
-from densekit.pooling import pool_masks
+from densekit.neighbors import Matches, knn_votes, match_patches, nearest_maps, object_knn
+from densekit.numerics import l2_normalize, masked_mean, widen
+from densekit.pooling import RoIFeatures, assign_levels, pool_masks, roi_align
 from densekit.probes import (
     LinearProbe,
     SegmentationScore,
@@ -126,6 +109,7 @@ from densekit.sampling import (
 )
 from densekit.scenes import SCENE_CLASSES, Scenes, sample_scenes
 from densekit.schedules import cosine_schedule, linear_schedule, warmup_cosine
+from densekit.video import boundary_f_measure, propagate_labels, propagate_video, region_similarity
 from densekit.views import (
     BoxesInView,
     Overlap,
@@ -193,7 +177,6 @@ __all__ = [
     "boxes_to_mask",
     "boxes_valid",
     "boxes_view_to_image",
-    "centroids",
     "clip_boxes",
     "composite",
     "confusion_matrix",
@@ -252,7 +235,6 @@ __all__ = [
     "push_to_bank",
     "region_similarity",
     "roi_align",
-    "row_permuted_group_scores",
     "sample_boxes",
     "sample_boxes_at_iou",
     "sample_cutout",
@@ -280,4 +262,5 @@ __all__ = [
     "update_center",
     "view_to_image",
     "warmup_cosine",
+    "widen",
 ]

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from densekit.typing import Bool, Float, Int, Tensor, _fit_valid, typed
+from densekit.numerics import fit_valid, sample_uniform, take_rows
+from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
 
@@ -114,7 +115,7 @@ def push_to_bank(
     features, cursor, filled = bank
     size = features.shape[0]
     shape = keys.shape[:-1]
-    valid = _fit_valid("bank.push_to_bank", valid, shape)
+    valid = fit_valid("bank.push_to_bank", valid, shape)
     use = torch.ones(shape, dtype=torch.bool, device=keys.device) if valid is None else valid
     use = use.flatten()
     place = use.long().cumsum(0)  # from 1, among the keys to use
@@ -180,9 +181,8 @@ def sample_keys(
     References:
         DUPR, Sec 3.2 (4 of the S x S patches of an image, for each level).
     """
-    *batch, n, dim = keys.shape
+    n = keys.shape[-2]
     if not 0 <= count <= n:
         raise ValueError(f"densekit.bank.sample_keys: count is {count} of {n} keys; give 0 to {n}.")
-    draws = torch.rand((*batch, n), generator=generator, device=keys.device)
-    chosen = draws.topk(count).indices[..., None].expand(*batch, count, dim)
-    return keys.gather(-2, chosen)
+    draws = sample_uniform(keys.shape[:-1], keys, generator=generator)
+    return take_rows(keys, draws.topk(count).indices)

@@ -8,14 +8,19 @@ from typing import Literal, NamedTuple
 
 import torch
 from densekit.distributed import Group, all_max, all_sum
-from densekit.losses import l2_normalize
-from densekit.pooling import pool_masks
-from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+from densekit.numerics import (
+    full_precision,
+    l2_normalize,
+    safe_divide,
+    sample_uniform,
+    take_rows,
+    widened,
+)
+from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = [
     "MergedClusters",
     "PrunedClusters",
-    "centroids",
     "positional_cost",
     "prune_clusters",
     "sample_tokens",
@@ -111,7 +116,7 @@ def sinkhorn(
     if group is not None:  # no gradient, and so no backward pass that waits for other processes
         cost = cost.detach()
         row, col = (x if x is None else x.detach() for x in (row, col))
-    cost = widen(cost)
+    cost = widened(cost)
     if not cost.shape[-1] or (group is None and not cost.shape[-2]):
         return cost
     if valid is not None:
@@ -123,9 +128,9 @@ def sinkhorn(
     rows = possible.any(-1).to(logits.dtype)
     cols = all_max(possible.any(-2).to(logits.dtype), group)
     if row is None:
-        row = rows / _one_if_zero(all_sum(rows.sum(-1, keepdim=True), group))
+        row = safe_divide(rows, all_sum(rows.sum(-1, keepdim=True), group))
     if col is None:
-        col = cols / _one_if_zero(cols.sum(-1, keepdim=True))
+        col = safe_divide(cols, cols.sum(-1, keepdim=True))
     log_row, col = _log(row.to(rows) * rows)[..., None], (col.to(cols) * cols)[..., None, :]
     g, share = torch.zeros_like(col), logits
     for _ in range(iterations):
@@ -156,14 +161,14 @@ def positional_cost(
     References:
         CrOC, Eq 17.
     """
-    x, y = widen(positions)[..., :, None, :], widen(centers)[..., None, :, :]
+    x, y = widened(positions)[..., :, None, :], widened(centers)[..., None, :, :]
     square = (x[..., 0] - y[..., 0]).square() + (x[..., 1] - y[..., 1]).square()
     if 0 in square.shape[-2:]:
         return square
     # The slope of a root is infinite at 0, where a start token is its own centroid.
     tiny = torch.finfo(square.dtype).tiny
     distance = square.clamp(min=tiny).sqrt() - tiny**0.5
-    return distance / _one_if_zero(distance.amax((-2, -1), keepdim=True))
+    return safe_divide(distance, distance.amax((-2, -1), keepdim=True))
 
 
 @typed
@@ -197,10 +202,8 @@ def sample_tokens(
             f"densekit.clustering.sample_tokens: count is {count}, but there are "
             f"{weights.shape[-1]} tokens to draw from; give at most as many."
         )
-    weights = widen(weights)
-    draws = torch.rand(
-        weights.shape, dtype=weights.dtype, device=weights.device, generator=generator
-    )
+    weights = widened(weights)
+    draws = sample_uniform(weights.shape, weights, generator=generator)
     # The largest log w + Gumbel noise is one draw, the next largest the draw from what is left.
     noise = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
     return (_log(weights) + noise).topk(count).indices
@@ -279,10 +282,10 @@ def sinkhorn_merge(
             f"densekit.clustering.sinkhorn_merge: {k} start tokens and max_clusters="
             f"{max_clusters} leave {most} clusters; merging needs two or more of each."
         )
-    tokens, positions, weights = (widen(x.detach()) for x in (tokens, positions, weights))
+    tokens, positions, weights = (widened(x.detach()) for x in (tokens, positions, weights))
     options = (reg, iterations, position_weight, most)
     variants = (similarity == "cosine", merge == "mass", cost_range == "batch")
-    with torch.autocast(tokens.device.type, enabled=False):
+    with full_precision(tokens):
         return _merge(tokens, positions, weights, start, *options, *variants)
 
 
@@ -295,12 +298,12 @@ def _merge(
     row = _distribution(weights)
     # A token without weight takes the place of a start token: the range of the cost ignores it.
     features, places = (
-        torch.where(row[..., None] > 0, x, _take(x, start[..., :1]))
+        torch.where(row[..., None] > 0, x, take_rows(x, start[..., :1]))
         for x in (l2_normalize(tokens), positions.to(tokens.dtype))
     )
     # All that a cluster has, in one table: feature, position, token weight.
     tables = features, torch.cat([places.mT, row[..., None, :]], -2).mT
-    clusters = torch.cat([_take(x, start) for x in tables], -1)
+    clusters = torch.cat([take_rows(x, start) for x in tables], -1)
     plans, costs, centers, merges = [], [], [], []
     for left in range(k, 1, -1):
         cost = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
@@ -313,7 +316,7 @@ def _merge(
         col = _distribution(share) if by_mass else share.softmax(-1)  # Eq 10
         plan = _transport(cost, row, col, reg, iterations)
         mass = plan.sum(-1, keepdim=True)
-        means = torch.cat([plan @ x for x in tables], -1) / _one_if_zero(mass)
+        means = safe_divide(torch.cat([plan @ x for x in tables], -1), mass)
         plans.append(plan)
         centers.append(means[..., :d])
         costs.append((plan * cost).sum((-2, -1)))  # Eq 13
@@ -321,12 +324,15 @@ def _merge(
             means = torch.cat([means[..., :-1], share[..., None]], -1)
         if left > 2:
             pair = _most_alike(l2_normalize(means[..., :d]) if cosine else means[..., :d])
-            two, part = _take(means, pair), _take(mass if by_mass else torch.ones_like(mass), pair)
-            joined = (two * part).sum(-2, keepdim=True) / _one_if_zero(part.sum(-2, keepdim=True))
+            two, part = (
+                take_rows(means, pair),
+                take_rows(mass if by_mass else torch.ones_like(mass), pair),
+            )
+            joined = safe_divide((two * part).sum(-2, keepdim=True), part.sum(-2, keepdim=True))
             others = torch.arange(left - 2, device=pair.device).expand(*pair.shape[:-1], -1)
             for gone in (pair[..., :1], pair[..., 1:]):  # in this order: the first is the smaller
                 others = others + (others >= gone)
-            clusters = torch.cat([_take(means, others), joined], -2)
+            clusters = torch.cat([take_rows(means, others), joined], -2)
             merges.append(pair)
     costs = torch.stack(costs, -1)
     steps = costs[..., k - most :].argmin(-1) + k - most
@@ -335,7 +341,7 @@ def _merge(
     rows = (steps * (2 * k + 1 - steps) // 2)[..., None] + columns
     used = (columns < k - steps[..., None])[..., None]
     plan, centers = (
-        torch.where(used, _take(torch.cat(x, -2), torch.where(used[..., 0], rows, 0)), 0.0)
+        torch.where(used, take_rows(torch.cat(x, -2), torch.where(used[..., 0], rows, 0)), 0.0)
         for x in (plans, centers)
     )
     merges = torch.stack(merges, -2) if merges else start[..., None][..., :0, [0, 0]]
@@ -376,8 +382,8 @@ def split_assignments(
             f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens do not divide "
             f"into {views} views; join the same number of tokens from each."
         )
-    split = widen(assignments).unflatten(-2, (views, assignments.shape[-2] // views))
-    return split / _one_if_zero(split.sum(-1 if normalize == "rows" else -2, keepdim=True))
+    split = widened(assignments).unflatten(-2, (views, assignments.shape[-2] // views))
+    return safe_divide(split, split.sum(-1 if normalize == "rows" else -2, keepdim=True))
 
 
 @typed
@@ -414,33 +420,6 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
     return PrunedClusters(kept, labels, valid)
 
 
-@typed
-def centroids(
-    tokens: Float[Tensor, "*batch n d"], assignments: Float[Tensor, "*batch n k"]
-) -> Float[Tensor, "*batch k d"]:
-    """Mean token of each cluster, weighted by the assignments: one matrix product.
-
-    `C^T = Z^T Q`, divided by the mass of each cluster. The tokens are those of one view, of the
-    teacher or of the student; the clusters of several attention heads go side by side along k.
-
-    Args:
-        tokens: Tokens Z; gradient flows here.
-        assignments: Weights Q, not negative
-            ([`prune_clusters`][densekit.clustering.prune_clusters]).
-
-    Returns:
-        Centroids, zero where a cluster has no mass, in at least float32.
-
-    Examples:
-        >>> centroids(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([[1.0], [1.0], [0.0]]))
-        tensor([[2.]])
-
-    References:
-        CrOC, Eq 1 and 2.
-    """
-    return pool_masks(tokens, assignments, average=True)
-
-
 def _check_transport(function: str, reg: float, iterations: int) -> None:
     if not (reg > 0 and iterations >= 1):
         raise ValueError(
@@ -468,20 +447,15 @@ def _most_alike(clusters: Tensor) -> Tensor:
     return torch.stack([best // k, best % k], -1)
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the last but one axis."""
-    return x.gather(-2, rows[..., None].expand(*rows.shape, x.shape[-1]))
-
-
 def _unit_range(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     low = x.amin(axes, keepdim=True)
-    return (x - low) / _one_if_zero(x.amax(axes, keepdim=True) - low)
+    return safe_divide(x - low, x.amax(axes, keepdim=True) - low)
 
 
 def _distribution(x: Tensor) -> Tensor:
     """The last axis scaled to sum 1; uniform where it is all zero."""
     total = x.sum(-1, keepdim=True)
-    return torch.where(total > 0, x / _one_if_zero(total), 1 / max(x.shape[-1], 1))
+    return torch.where(total > 0, safe_divide(x, total), 1 / max(x.shape[-1], 1))
 
 
 def _log(x: Tensor) -> Tensor:
@@ -498,10 +472,5 @@ def _log_sum(x: Tensor, axis: int, group: Group = None) -> tuple[Tensor, Tensor]
     top = torch.where(top > -torch.inf, top, 0.0)
     each = (x - top).exp()
     total = all_sum(each.sum(axis, keepdim=True), group)
-    log = torch.where(total > 0, top + _one_if_zero(total).log(), 0.0)
-    return log, each / _one_if_zero(total)
-
-
-def _one_if_zero(x: Tensor) -> Tensor:
-    """A safe divisor."""
-    return torch.where(x == 0, 1.0, x)
+    log = top + torch.where(total > 0, total, 1.0).log()
+    return torch.where(total > 0, log, 0.0), safe_divide(each, total)

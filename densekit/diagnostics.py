@@ -1,28 +1,26 @@
-"""What dense features carry: affinity, similarity against IoU, coupling, position, matches."""
+"""What dense features carry: affinity, similarity against IoU, coupling, position."""
 
 import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import roi_align, sample_boxes_at_iou
-from densekit.losses import l2_normalize, masked_mean
+from densekit.boxes import sample_boxes_at_iou
+from densekit.numerics import full_precision, l2_normalize, masked_mean, safe_divide, widened
+from densekit.pooling import roi_align
 from densekit.sampling import grid_points
-from densekit.typing import Bool, Float, Integer, Size, Tensor, typed, widen
+from densekit.typing import Bool, Float, Size, Tensor, typed
 
 __all__ = [
     "CouplingImages",
     "LayerBias",
-    "Matches",
     "SimilarityCurve",
     "affinity_matrix",
     "coupling_images",
     "coupling_rate",
     "layer_bias",
     "layer_features",
-    "match_patches",
     "mean_cosine_similarity",
-    "nearest_maps",
     "pca_colors",
     "similarity_iou_curve",
 ]
@@ -54,18 +52,6 @@ class CouplingImages(NamedTuple):
     alone: Float[Tensor, "*batch c tall wide"]
     box_a: Float[Tensor, "*batch 4"]
     box_b: Float[Tensor, "*batch 4"]
-
-
-class Matches(NamedTuple):
-    """Where patches of one view are found in another, or maps in a gallery.
-
-    Attributes:
-        indices: The nearest ones, the best first.
-        similarity: Their cosines.
-    """
-
-    indices: Integer[Tensor, "*batch n k"]
-    similarity: Float[Tensor, "*batch n k"]
 
 
 class LayerBias(NamedTuple):
@@ -116,7 +102,7 @@ def affinity_matrix(
         raise ValueError(
             f"densekit.diagnostics.affinity_matrix: temperature is {temperature}; give one above 0."
         )
-    with torch.autocast(features1.device.type, enabled=False):
+    with full_precision(features1):
         similarity = l2_normalize(features1) @ l2_normalize(features2).mT
     return (similarity / temperature).softmax(-2)
 
@@ -171,76 +157,8 @@ def similarity_iou_curve(
         similarities.append(masked_mean(cosine, key.valid))
         found.append(key.valid.any())
     if not found:
-        return SimilarityCurve(widen(features).new_zeros(0), query.valid.new_zeros(0))
+        return SimilarityCurve(widened(features).new_zeros(0), query.valid.new_zeros(0))
     return SimilarityCurve(torch.stack(similarities), torch.stack(found))
-
-
-@typed
-def match_patches(
-    features1: Float[Tensor, "*batch n d"], features2: Float[Tensor, "*batch m d"], *, k: int = 1
-) -> Matches:
-    """Find the patches of one view in another, by features alone.
-
-    Compare the indices with where the patches are: of `patch_pairs`, patch i belongs to patch i.
-    For cells of whole maps give `map.flatten(-2).mT`.
-
-    Args:
-        features1: Patches to find.
-        features2: Patches to search.
-        k: How many to return for each; all when there are fewer.
-
-    Returns:
-        The k nearest by cosine.
-
-    Raises:
-        TypeError: The shapes do not fit.
-        ValueError: `k` is below 1.
-
-    Examples:
-        >>> match_patches(torch.eye(3)[[2, 0]], torch.eye(3)).indices.T
-        tensor([[2, 0]])
-
-    References:
-        DUPR, Fig 10.
-    """
-    if k < 1:
-        raise ValueError(f"densekit.diagnostics.match_patches: k is {k}; give 1 or more.")
-    with torch.autocast(features1.device.type, enabled=False):
-        cosine = l2_normalize(features1) @ l2_normalize(features2).mT
-    best = cosine.topk(min(k, cosine.shape[-1]))
-    return Matches(best.indices, best.values)
-
-
-@typed
-def nearest_maps(
-    features: Float[Tensor, "n d h w"], gallery: Float[Tensor, "m d h w"], *, k: int = 4
-) -> Matches:
-    """Retrieve the images whose feature maps agree with an image's, place by place.
-
-    Maps are compared as they lie, not averaged: an image of the same class in another pose, or at
-    another place, is far.
-
-    Args:
-        features: Maps to look up, such as C5.
-        gallery: Maps to search.
-        k: How many to return for each; all when there are fewer.
-
-    Returns:
-        The k nearest by the cosine of whole maps.
-
-    Raises:
-        TypeError: The shapes do not fit.
-        ValueError: `k` is below 1.
-
-    Examples:
-        >>> maps = torch.rand(5, 8, 7, 7)
-        >>> nearest_maps(maps[2:3], maps, k=1).indices
-        tensor([[2]])
-
-    References:
-        DUPR, Fig 6 and 8.
-    """
-    return match_patches(features.flatten(1), gallery.flatten(1), k=k)
 
 
 @typed
@@ -387,7 +305,7 @@ def coupling_rate(
         pooled.append(l2_normalize(roi.flatten(-4)))
     first, second, other = pooled
     coupled, free = (first * other).sum(-1), (second * other).sum(-1)
-    return torch.where(free != 0, coupled / torch.where(free != 0, free, 1.0), 0.0)
+    return safe_divide(coupled, free)
 
 
 @typed
@@ -415,7 +333,7 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
     References:
         D3SSL, Sec 3.2, Fig 4, Table 7.
     """
-    places = grid_points(widen(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
+    places = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
     boxes = torch.cat([places - 1 / 6, places + 1 / 6], -1)
     nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
     rows = l2_normalize(nine.features.flatten(-3))

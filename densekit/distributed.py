@@ -64,9 +64,6 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     Examples:
         >>> all_sum(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if _alone(group) else _Sum.apply(x, group)
 
@@ -76,7 +73,7 @@ def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "
     """Mean of a tensor over the processes of a group; itself without one.
 
     The mean of masked means is no masked mean where processes have different numbers of valid
-    entries: for that give [`masked_mean`][densekit.losses.masked_mean] the group.
+    entries: for that give [`masked_mean`][densekit.numerics.masked_mean] the group.
 
     Args:
         x: The same shape on every process.
@@ -88,9 +85,6 @@ def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "
     Examples:
         >>> all_mean(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if group is None else all_sum(x, group) / group.size()
 
@@ -109,9 +103,6 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
     Examples:
         >>> all_max(torch.ones(2))
         tensor([1., 1.])
-
-    References:
-        House convention: a process without a group is a group of one.
     """
     return x if group is None or _alone(group) else _all_reduce(x, dist.ReduceOp.MAX, group)
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from densekit.clustering import _one_if_zero, _take, sample_tokens
+from densekit.clustering import sample_tokens
 from densekit.distributed import Group, all_gather, all_sum
-from densekit.typing import Bool, Float, Integer, Tensor, typed, widen
+from densekit.numerics import full_precision, safe_divide, take_rows, widened
+from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
 
@@ -68,13 +69,13 @@ def kmeans_plus_plus(
             f"densekit.k_means.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
             "give a count of 0 or more, and a point to draw."
         )
-    x = widen(points.detach())
+    x = widened(points.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
     x = torch.where(usable[..., None], x, 0.0)
     chosen, weight = [x[..., :0, :]], usable.to(x)
     for number in range(count):
         weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
-        chosen.append(_take(x, sample_tokens(weight, 1, generator=generator)))
+        chosen.append(take_rows(x, sample_tokens(weight, 1, generator=generator)))
         square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
         weight = torch.minimum(weight, square) if number else square
     return torch.cat(chosen, -2)
@@ -119,14 +120,14 @@ def kmeans(
             f"densekit.k_means.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
             "came; give one or more centroids and 0 or more iterations."
         )
-    x, centers = widen(points.detach()), widen(start.detach())
+    x, centers = widened(points.detach()), widened(start.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
     x = torch.where(usable[..., None], x, 0.0)
     # Distances are differences of squares here: from the mean they keep their precision.
-    mean = (x.sum(-2) / _one_if_zero(usable.sum(-1, keepdim=True)))[..., None, :]
+    mean = (safe_divide(x.sum(-2), usable.sum(-1, keepdim=True).to(x)))[..., None, :]
     x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
     spare = min(x.shape[-2], centers.shape[-2])
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         for _ in range(iterations if spare else 0):
             square, labels = _nearest(x, centers)
             own = (labels[..., None] == torch.arange(centers.shape[-2], device=x.device)).to(x)
@@ -134,9 +135,9 @@ def kmeans(
             count = own.sum(-2)[..., None]
             far = torch.where(usable, square, -1.0).topk(spare)
             rank = ((count == 0).cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
-            restart = _take(x, far.indices.gather(-1, rank))
+            restart = take_rows(x, far.indices.gather(-1, rank))
             restart = torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
-            centers = torch.where(count > 0, own.mT @ x / _one_if_zero(count), restart)
+            centers = torch.where(count > 0, safe_divide(own.mT @ x, count), restart)
         square, labels = _nearest(x, centers)
     inertia = torch.where(usable, square, 0.0).sum(-1)
     return KMeans(centers + mean, torch.where(usable, labels, -1), inertia)
@@ -199,7 +200,7 @@ def minibatch_kmeans(
         )
 
     def take(rows: Tensor) -> tuple[Tensor, Tensor]:
-        x = widen(points[rows].detach())
+        x = widened(points[rows].detach())
         usable = x.sum(-1).isfinite()
         return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
 
@@ -225,7 +226,7 @@ def minibatch_kmeans(
         x, usable = take(rows)
         each = torch.nn.functional.one_hot(nearest_centroids(x, centers), clusters).to(x)
         each = each * usable[:, None]
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(x):
             added = all_sum(torch.cat([each.sum(0)[:, None], each.mT @ x], 1), group)
         mass = mass + added[:, 0]
         centers = centers + (added[:, 1:] - added[:, :1] * centers) / mass.clamp(min=1)[:, None]
@@ -258,13 +259,13 @@ def nearest_centroids(
     """
     if not centroids.shape[-2]:
         raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
-    x, centers = widen(points.detach()), widen(centroids.detach())
+    x, centers = widened(points.detach()), widened(centroids.detach())
     # ||x - c||^2 up to ||x||^2, about the mean m of the centroids: differences of squares are
     # precise near the origin only, and the points themselves need no copy so.
     mean = centers.mean(-2, keepdim=True)
     centers = centers - mean
     bias = centers.square().sum(-1) / 2 + (centers * mean).sum(-1)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         return (x @ centers.mT.to(x)).sub_(bias[..., None, :].to(x)).argmax(-1)
 
 

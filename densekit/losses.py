@@ -12,13 +12,19 @@ import torch
 from torch.autograd import Function
 from densekit.bank import Negatives
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Tensor, _broadcasts, _fit_valid, typed, widen
+from densekit.numerics import (
+    broadcasts,
+    fit_valid,
+    full_precision,
+    l2_normalize,
+    masked_mean,
+    widened,
+)
+from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = [
     "cross_entropy_similarity",
     "info_nce",
-    "l2_normalize",
-    "masked_mean",
     "negative_cosine",
     "self_distillation",
     "symmetric_loss",
@@ -26,69 +32,6 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "none"]
-
-
-@typed
-def masked_mean(
-    values: Float[Tensor, "*batch"],
-    valid: Bool[Tensor, "*valid"] | None = None,
-    *,
-    group: Group = None,
-) -> Float[Tensor, ""]:
-    """Mean of the valid entries; zero, with a graph and zero gradients, when there are none.
-
-    Under DistributedDataParallel every process then still takes part in the backward pass.
-
-    Args:
-        values: Any values; those that are not valid may be NaN.
-        valid: Entries to use, of the values' shape or broadcast to it; all when left out.
-        group: Processes that share the mean: every valid entry of any of them counts once, and the
-            averaged gradients are those of one process that had them all. None is this process
-            alone.
-
-    Returns:
-        A scalar, in at least float32.
-
-    Examples:
-        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
-        tensor(2.)
-
-    References:
-        House convention: an empty pair changes nothing.
-    """
-    values, valid = widen(values), _fit_valid("losses.masked_mean", valid, values.shape)
-    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
-    total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
-    total = all_sum(total, group)  # both in one message
-    return total[0] / total[1].clamp(min=1)
-
-
-@typed
-def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """Scale the last axis to length one; a zero vector stays zero, with zero gradient.
-
-    `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
-
-    Args:
-        x: Vectors. One no longer than 1e-19 (1e-154 in float64, 6e-5 in float16, whose slopes would
-            overflow) counts as zero, and so does one beyond 1e19.
-
-    Returns:
-        Vectors of length one, in at least float32.
-
-    Examples:
-        >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-        tensor([[0.6000, 0.8000],
-                [0.0000, 0.0000]])
-
-    References:
-        DenseSiam, Eq 2.
-    """
-    smallest = torch.finfo(x.dtype).tiny  # slopes stay below its inverse
-    x = widen(x)
-    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # below the root squares vanish
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > floor, norm, torch.inf)
 
 
 @typed
@@ -122,7 +65,7 @@ def negative_cosine(
     References:
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
-    valid = _fit_valid("losses.negative_cosine", valid, student.shape[:-1])
+    valid = fit_valid("losses.negative_cosine", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
     cosine = (l2_normalize(student) * l2_normalize(teacher.detach())).sum(-1)
     return _reduce(-cosine, valid, reduction)
@@ -162,9 +105,9 @@ def cross_entropy_similarity(
     References:
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
-    valid = _fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
+    valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
-    entropy = -(widen(teacher.detach()).softmax(-1) * widen(student).log_softmax(-1)).sum(-1)
+    entropy = -(widened(teacher.detach()).softmax(-1) * widened(student).log_softmax(-1)).sum(-1)
     return _reduce(entropy, valid, reduction)
 
 
@@ -184,9 +127,9 @@ def info_nce(
     the negatives k_j, on L2-normalized vectors. Without `negatives` the other keys of the same set
     are the negatives; with them only those are. In its dense form a query is a cell or patch of
     one view, its key the same place of the other view, and the negatives come from a bank:
-    `info_nce(query, key, bank_negatives(bank), temperature=0.2)`. Gradient flows to queries, keys and
-    negatives: detach what comes from a momentum encoder. For several levels or kinds add weighted
-    calls, as `recipes/dupr.py` does; for weights of queries take `reduction="none"`.
+    `info_nce(query, key, bank_negatives(bank), temperature=0.2)`. Gradient flows to queries, keys
+    and negatives: detach what comes from a momentum encoder. For several levels or kinds add
+    weighted calls, as `recipes/dupr.py` does; for weights of queries take `reduction="none"`.
 
     Args:
         query: n queries in each set.
@@ -221,16 +164,16 @@ def info_nce(
         )
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
     if others is not None and not (
-        _broadcasts(others.shape[:-2], query.shape[:-2]) and others.shape[-1] == query.shape[-1]
+        broadcasts(others.shape[:-2], query.shape[:-2]) and others.shape[-1] == query.shape[-1]
     ):
         raise TypeError(
             f"densekit.losses.info_nce: argument 'negatives' should be (m, {query.shape[-1]}), or "
             f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
             f"{tuple(others.shape)} came."
         )
-    valid = _fit_valid("losses.info_nce", valid, query.shape[:-1])
+    valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query):
         if others is None:
             logits = query @ key.mT / temperature
             positive = logits.diagonal(dim1=-2, dim2=-1)
@@ -298,10 +241,10 @@ def self_distillation(
             f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
             f"{teacher_temperature}; give two above 0."
         )
-    valid = _fit_valid("losses.self_distillation", valid, student.shape[:-1])
-    sharp = (widen(teacher.detach()) - center) / teacher_temperature
+    valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
+    sharp = (widened(teacher.detach()) - center) / teacher_temperature
     return cross_entropy_similarity(
-        widen(student) / student_temperature, sharp, valid, reduction=reduction
+        widened(student) / student_temperature, sharp, valid, reduction=reduction
     )
 
 
@@ -343,8 +286,8 @@ def update_center(
             f"densekit.losses.update_center: momentum is {momentum}; give the old mean's weight, "
             "from 0 to 1."
         )
-    valid = _fit_valid("losses.update_center", valid, teacher.shape[:-1])
-    rows = widen(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
+    valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
+    rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
     mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
@@ -429,7 +372,7 @@ class _LogSumExp(Function):
         # Once more, for second derivatives or for the slope by the others.
         biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
-        with torch.autocast(query.device.type, enabled=False):
+        with full_precision(query):
             for keys in _some_at_a_time(query, others, bias):
                 share = (biased @ keys.mT).sub_(total[..., None]).exp_()
                 mean = mean + share @ keys[..., :-1]

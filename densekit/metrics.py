@@ -1,10 +1,9 @@
-"""Scores of predictions: confusion, IoU, matched clusters, accuracy, precision, masks, intervals.
+"""Scores of predictions: confusion, IoU, matched clusters, accuracy, precision, intervals.
 
 Counts are the state: add the matrices of batches (`+`) and of processes
 (`torch.distributed.all_reduce`), and score the sum once.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -20,15 +19,12 @@ __all__ = [
     "as_table",
     "average_precision",
     "bootstrap",
-    "boundary_f_measure",
     "confusion_matrix",
     "confusion_scores",
     "group_scores",
     "match_clusters",
     "mean_iou",
     "merge_clusters",
-    "region_similarity",
-    "row_permuted_group_scores",
 ]
 
 
@@ -267,7 +263,7 @@ def merge_clusters(
                 [0, 3, 0]])
 
     References:
-        DenseSiam, Sec 4.3 (whose code moves the rows instead: `row_permuted_group_scores`).
+        DenseSiam, Sec 4.3 (whose code moves the rows instead).
     """
     classes = confusion.shape[-2]
     usable = (assignment >= 0) & (assignment < classes)
@@ -309,38 +305,6 @@ def group_scores(
     columns = torch.cat([group, beyond])
     inside = group[:, None] & columns if confusion.shape[-1] >= len(group) else False
     return confusion_scores(confusion * inside)
-
-
-@typed
-def row_permuted_group_scores(
-    confusion: Integer[Tensor, "classes classes"],
-    assignment: Integer[Tensor, " classes"],
-    group: Bool[Tensor, " classes"],
-) -> ConfusionScores:
-    """The things and stuff scores as published, from a matrix whose rows were moved: wrong.
-
-    The code of PiCIE and DenseSiam moves the row of each label to the number of its cluster.
-    The diagonal is then right, so the mean IoU of all classes is, but the group holds the labels
-    of arbitrary clusters. To compare with their Tables; `group_scores` is right.
-
-    Args:
-        confusion: Counts with labels as rows and clusters as columns, as many as classes.
-        assignment: The class of each cluster, one to one (`match_clusters`).
-        group: Classes of the group, taken as numbers of clusters.
-
-    Returns:
-        Scores as the papers report them.
-
-    Examples:
-        >>> confusion, clusters = torch.tensor([[1, 8], [9, 2]]), torch.tensor([1, 0])
-        >>> wrong = row_permuted_group_scores(confusion, clusters, torch.tensor([True, False]))
-        >>> wrong.pixel_accuracy
-        tensor(1.)
-
-    References:
-        DenseSiam, Table 3; Cho et al. 2021 (PiCIE), Table 2, and the programs of both.
-    """
-    return group_scores(confusion[assignment.clamp(min=0)], group)
 
 
 @typed
@@ -435,89 +399,6 @@ def average_precision(
 
 
 @typed
-def region_similarity(
-    masks: Bool[Tensor, "*batch h w"], predictions: Bool[Tensor, "*batch h w"]
-) -> Float[Tensor, "*batch"]:
-    """Region similarity J of video object segmentation: the IoU of two masks.
-
-    Args:
-        masks: True masks.
-        predictions: Predicted masks.
-
-    Returns:
-        IoU, in float32; 1 where both are empty.
-
-    Examples:
-        >>> region_similarity(torch.eye(2).bool(), torch.ones(2, 2).bool())
-        tensor(0.5000)
-
-    References:
-        Perazzi et al. 2016 (DAVIS), Sec 4; CrOC, Appendix D.
-    """
-    both = (masks & predictions).sum((-2, -1))
-    either = (masks | predictions).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
-
-
-@typed
-def boundary_f_measure(
-    masks: Bool[Tensor, "*batch h w"],
-    predictions: Bool[Tensor, "*batch h w"],
-    *,
-    tolerance: float = 0.008,
-) -> Float[Tensor, "*batch"]:
-    """Contour accuracy F of video object segmentation: how well two outlines lie on each other.
-
-    `F = 2 P R / (P + R)` with P the share of the predicted outline that lies within the tolerance
-    of the true one, and R the reverse. An outline is where a pixel differs from the next one to
-    the right, below, or both.
-
-    Args:
-        masks: True masks.
-        predictions: Predicted masks.
-        tolerance: Distance allowed, as a share of the image's diagonal; rounded up to pixels.
-
-    Returns:
-        F, in float32; 1 where neither has an outline, 0 where only one has.
-
-    Raises:
-        ValueError: The tolerance is negative.
-
-    Examples:
-        >>> boundary_f_measure(torch.eye(9).bool(), torch.eye(9).bool())
-        tensor(1.)
-
-    References:
-        Perazzi et al. 2016 (DAVIS), Sec 4; Martin et al. 2004 (the measure).
-    """
-    if not tolerance >= 0:
-        raise ValueError(
-            f"densekit.metrics.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
-        )
-    if not masks.numel():
-        return masks.new_ones(masks.shape[:-2], dtype=torch.float)
-    h, w = masks.shape[-2:]
-    reach = math.ceil(tolerance * math.hypot(h, w))
-    step = torch.arange(-reach, reach + 1, device=masks.device)
-    disk = (step.square()[:, None] + step.square() <= reach**2).float()
-    true, guess = (_outline(x) for x in (masks, predictions))
-    grown = [
-        torch.nn.functional.conv2d(
-            x.reshape(-1, 1, h, w).float(), disk[None, None], padding=reach
-        ).reshape(x.shape) > 0.5
-        for x in (true, guess)
-    ]  # fmt: skip
-
-    def share(outline: Tensor, near: Tensor, other: Tensor) -> Tensor:
-        length, close = outline.sum((-2, -1)), (outline & near).sum((-2, -1))
-        return torch.where(length > 0, close / length.clamp(min=1), (~other.any(-1).any(-1)) * 1.0)
-
-    precision = share(guess, grown[0], true)
-    recall = share(true, grown[1], guess)
-    return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
-
-
-@typed
 def bootstrap(
     states: Shaped[Tensor, " n *shape"],
     statistic: Callable[[Tensor], Tensor],
@@ -583,9 +464,6 @@ def as_dict(result: Any) -> Any:
     Examples:
         >>> as_dict({"knn": Accuracy(torch.tensor(0.5), torch.tensor(0.25))})
         {'knn': {'overall': 0.5, 'macro': 0.25}}
-
-    References:
-        The `json` module of Python.
     """
     if isinstance(result, Tensor):
         return result.tolist()
@@ -636,14 +514,3 @@ def _cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
-
-def _outline(mask: Tensor) -> Tensor:
-    """Where a pixel differs from the next to the right, below, or diagonally."""
-    x = mask
-    right, below = (
-        torch.cat([x[..., 1:], x[..., -1:]], -1),
-        torch.cat([x[..., 1:, :], x[..., -1:, :]], -2),
-    )
-    diagonal = torch.cat([below[..., 1:], below[..., -1:]], -1)
-    return (x ^ right) | (x ^ below) | (x ^ diagonal)

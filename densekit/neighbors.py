@@ -1,11 +1,25 @@
-"""Labels by nearest neighbors, nothing learned: of images, objects and cells; through a video."""
+"""Nearest neighbors by cosine, nothing learned: votes for classes, matches, retrieval."""
+
+from typing import NamedTuple
 
 import torch
-from densekit.losses import l2_normalize
 from densekit.metrics import Accuracy, accuracy
-from densekit.typing import Float, Integer, Tensor, typed, widen
+from densekit.numerics import full_precision, l2_normalize
+from densekit.typing import Float, Integer, Tensor, typed
 
-__all__ = ["knn_votes", "object_knn", "propagate_labels", "propagate_video"]
+__all__ = ["Matches", "knn_votes", "match_patches", "nearest_maps", "object_knn"]
+
+
+class Matches(NamedTuple):
+    """Where patches of one view are found in another, or maps in a gallery.
+
+    Attributes:
+        indices: The nearest ones, the best first.
+        similarity: Their cosines.
+    """
+
+    indices: Integer[Tensor, "*batch n k"]
+    similarity: Float[Tensor, "*batch n k"]
 
 
 @typed
@@ -64,7 +78,7 @@ def knn_votes(
     bias = torch.where(usable, 0.0, -torch.inf).to(known)
     shares = []
     for rows in features.split(chunk):
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
         weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # no vote: NaN
         votes = weights.new_zeros(len(rows), classes)
@@ -123,116 +137,68 @@ def object_knn(
 
 
 @typed
-def propagate_labels(
-    features: Float[Tensor, "d h w"],
-    context: Float[Tensor, "t d h w"],
-    context_labels: Float[Tensor, "t c h w"],
-    *,
-    radius: int = 12,
-    k: int = 5,
-    temperature: float = 0.1,
-    chunk: int = 1024,
-) -> Float[Tensor, "c h w"]:
-    """Carry labels from earlier frames of a video to the next, by nearest neighbors.
+def match_patches(
+    features1: Float[Tensor, "*batch n d"], features2: Float[Tensor, "*batch m d"], *, k: int = 1
+) -> Matches:
+    """Find the patches of one view in another, by features alone.
 
-    Each cell takes the labels of the k cells of the earlier frames that are most alike, among
-    those at most `radius` rows and columns away, weighted by `exp(cosine / t)`.
+    Compare the indices with where the patches are: of `patch_pairs`, patch i belongs to patch i.
+    For cells of whole maps give `map.flatten(-2).mT`.
 
     Args:
-        features: Feature map of the new frame.
-        context: Feature maps of t earlier frames.
-        context_labels: Their labels: c shares in each cell, such as one-hot objects.
-        radius: How far an object may have moved, in cells.
-        k: Neighbors to take.
-        temperature: Divides the cosine.
-        chunk: Cells at a time: bounds the memory to `chunk x t h w` numbers.
+        features1: Patches to find.
+        features2: Patches to search.
+        k: How many to return for each; all when there are fewer.
 
     Returns:
-        Shares of the new frame, in at least float32.
+        The k nearest by cosine.
 
     Raises:
         TypeError: The shapes do not fit.
-        ValueError: There is no earlier frame, `k` or `chunk` is below 1, the radius is negative, or
-            the temperature is not positive.
+        ValueError: `k` is below 1.
 
     Examples:
-        >>> maps = torch.eye(9).view(1, 9, 3, 3)
-        >>> labels = torch.rand(1, 2, 3, 3)
-        >>> torch.equal(propagate_labels(maps[0], maps, labels, k=1), labels[0])
-        True
+        >>> match_patches(torch.eye(3)[[2, 0]], torch.eye(3)).indices.T
+        tensor([[2, 0]])
 
     References:
-        Caron et al. 2021 (DINO), Sec 4.2.2; Jabri et al. 2020; CrOC, Appendix D.
+        DUPR, Fig 10.
     """
-    t, _, h, w = context.shape
-    if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
-        raise ValueError(
-            f"densekit.neighbors.propagate_labels: {t} frames, k={k}, chunk={chunk}, "
-            f"radius={radius} and temperature={temperature} came; give 1 or more frames, k and "
-            "chunk, a radius from 0, and a temperature above 0."
-        )
-    with torch.autocast(features.device.type, enabled=False):
-        own = l2_normalize(features.flatten(1).mT)
-        known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
-        labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
-        cell = torch.arange(h * w, device=features.device)
-        place = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
-        found = []
-        for rows, at in zip(own.split(chunk), place.split(chunk), strict=True):
-            far = ((at[:, None] - place).abs() > radius).any(-1).repeat(1, t)
-            best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
-            weights = (best.values / temperature).softmax(-1)
-            found.append((weights[..., None] * labels[best.indices]).sum(1))
-    return torch.cat(found).mT.unflatten(-1, (h, w))
+    if k < 1:
+        raise ValueError(f"densekit.neighbors.match_patches: k is {k}; give 1 or more.")
+    with full_precision(features1):
+        cosine = l2_normalize(features1) @ l2_normalize(features2).mT
+    best = cosine.topk(min(k, cosine.shape[-1]))
+    return Matches(best.indices, best.values)
 
 
 @typed
-def propagate_video(
-    features: Float[Tensor, "t d h w"],
-    first: Float[Tensor, "c h w"],
-    *,
-    context: int = 7,
-    radius: int = 12,
-    k: int = 5,
-    temperature: float = 0.1,
-) -> Float[Tensor, "t c h w"]:
-    """Carry the labels of a video's first frame through all others.
+def nearest_maps(
+    features: Float[Tensor, "n d h w"], gallery: Float[Tensor, "m d h w"], *, k: int = 4
+) -> Matches:
+    """Retrieve the images whose feature maps agree with an image's, place by place.
 
-    Each frame is labeled from the first one and the `context` frames before it, by
-    `propagate_labels`; nothing is learned.
+    Maps are compared as they lie, not averaged: an image of the same class in another pose, or at
+    another place, is far.
 
     Args:
-        features: Feature maps of the frames, in order.
-        first: Labels of the first frame: c shares in each cell.
-        context: Frames before the current one that are used, besides the first.
-        radius: As in `propagate_labels`.
-        k: As in `propagate_labels`.
-        temperature: As in `propagate_labels`.
+        features: Maps to look up, such as C5.
+        gallery: Maps to search.
+        k: How many to return for each; all when there are fewer.
 
     Returns:
-        Shares of all frames, in at least float32; resize them bilinearly and take the best.
+        The k nearest by the cosine of whole maps.
 
     Raises:
-        ValueError: There is no frame, the context is negative, or as `propagate_labels`.
+        TypeError: The shapes do not fit.
+        ValueError: `k` is below 1.
 
     Examples:
-        >>> features = torch.rand(1, 9, 3, 3).expand(4, 9, 3, 3)  # nothing moves
-        >>> first = torch.rand(2, 3, 3)
-        >>> torch.allclose(propagate_video(features, first, k=1), first.expand(4, 2, 3, 3))
-        True
+        >>> maps = torch.rand(5, 8, 7, 7)
+        >>> nearest_maps(maps[2:3], maps, k=1).indices
+        tensor([[2]])
 
     References:
-        Caron et al. 2021 (DINO), Sec 4.2.2 (7 frames, radius 12, the 5 nearest); CrOC, Appendix D.
+        DUPR, Fig 6 and 8.
     """
-    if not len(features) or context < 0:
-        raise ValueError(
-            f"densekit.neighbors.propagate_video: {len(features)} frames and context={context} "
-            "came; give a frame or more, and a context of 0 or more."
-        )
-    labels = [widen(first)]
-    for now in range(1, len(features)):
-        used = sorted({0, *range(max(0, now - context), now)})
-        known = torch.stack([labels[i] for i in used])
-        options = {"radius": radius, "k": k, "temperature": temperature}
-        labels.append(propagate_labels(features[now], features[used], known, **options))
-    return torch.stack(labels)
+    return match_patches(features.flatten(1), gallery.flatten(1), k=k)

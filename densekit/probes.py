@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import confusion_matrix, mean_iou
+from densekit.numerics import full_precision, widened
 from densekit.sampling import grid_points, gridsample
 from densekit.scenes import SCENE_CLASSES, sample_scenes
 from densekit.schedules import cosine_schedule
-from densekit.typing import Bool, Float, Integer, Size, Tensor, typed, widen
+from densekit.typing import Bool, Float, Integer, Size, Tensor, typed
 
 __all__ = [
     "LinearProbe",
@@ -175,7 +176,7 @@ def linear_segmentation(
     probe = fit_linear_probe(sampled, targets, classes=classes, ignore=ignore, penalty=penalty)
     frequent = probe.prior.argmax()
     sampled, targets = rows(test_features, test_labels)
-    with torch.autocast(sampled.device.type, enabled=False):
+    with full_precision(sampled):
         predictions = (sampled.float() @ probe.weight + probe.bias).argmax(-1)
     scores = (
         mean_iou(confusion_matrix(targets, guess, classes=classes, ignore=ignore))
@@ -359,8 +360,8 @@ def linear_maps(
     References:
         CrOC, Sec 4.2.
     """
-    x = widen(features)
-    with torch.autocast(x.device.type, enabled=False):
+    x = widened(features)
+    with full_precision(x):
         return _scores(x, probe.weight.to(x), probe.bias.to(x))
 
 
@@ -460,7 +461,7 @@ def probe_scenes(
 @contextlib.contextmanager
 def _gradients(x: Tensor) -> Iterator[None]:
     """Full precision and gradients, whatever the caller has turned on or off."""
-    full = torch.autocast(x.device.type, enabled=False)
+    full = full_precision(x)
     with torch.inference_mode(False), torch.enable_grad(), full:
         yield
 

@@ -9,8 +9,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import _rand, _valid, box_area
-from densekit.typing import Bool, Float, Size, Tensor, typed, widen
+from densekit.boxes import box_area, boxes_valid
+from densekit.numerics import full_precision, safe_divide, sample_uniform, take_rows, widened
+from densekit.typing import Bool, Float, Size, Tensor, typed
 
 __all__ = [
     "Cutout",
@@ -70,11 +71,11 @@ def sample_jittered_boxes(
     """
     if not (0 <= center < math.inf and 0 <= size < 1):
         raise ValueError(
-            f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; give shares, 0 or "
-            "more, and size below 1."
+            f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; "
+            "give shares, 0 or more, and size below 1."
         )
-    draws = 2 * _rand(boxes, 4, generator=generator) - 1
-    wide = widen(boxes)
+    draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator) - 1
+    wide = widened(boxes)
     extent = wide[..., 2:] - wide[..., :2]
     middle = (wide[..., :2] + wide[..., 2:]) / 2 + center * draws[..., :2] * extent
     half = extent * (1 + size * draws[..., 2:]) / 2
@@ -116,10 +117,11 @@ def sample_inner_boxes(
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < least <= largest <= 1."
+            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < least <= largest "
+            "<= 1."
         )
-    draws = _rand(boxes, 4, generator=generator)
-    first, last = widen(boxes[..., :2]), widen(boxes[..., 2:])
+    draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
+    first, last = widened(boxes[..., :2]), widened(boxes[..., 2:])
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
     low, high = (first + before).to(boxes.dtype), (last - (free - before)).to(boxes.dtype)
@@ -159,7 +161,7 @@ def sample_cutout(
         raise ValueError(
             f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= least <= largest <= 1."
         )
-    draws = _rand(boxes, 3, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
 
 
@@ -204,11 +206,11 @@ def proposal_cutout(
         D3SSL, Sec 4.1, 1) (proposal-based random cutout).
     """
     _check_size("proposal_cutout", size)
-    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
-    boxes = widen(torch.where(usable[..., None], boxes, 0.0))
+    usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
+    boxes = widened(torch.where(usable[..., None], boxes, 0.0))
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     order = _large_to_small(boxes, draws)
-    boxes, draws = (x.gather(-2, order[..., None].expand_as(x)) for x in (boxes, draws))
+    boxes, draws = take_rows(boxes, order), take_rows(draws, order)
     # Pixels between the same edges share their fate: the mask is one of cells, not of pixels.
     shape = boxes.shape[:-2]
     edges = [boxes.new_tensor([0, length]).expand(*shape, 2) for length in (size[1], size[0])]
@@ -217,7 +219,7 @@ def proposal_cutout(
     for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
         extent, area, rho = box[..., 2:] - box[..., :2], box_area(box), draw[..., 0]
         across, down = (_overlap(edges[axis], box, axis) for axis in (0, 1))
-        share = (_outer(down, across) * cells).sum((-2, -1)) / torch.where(area > 0, area, 1.0)
+        share = safe_divide((_outer(down, across) * cells).sum((-2, -1)), area)
         restored = share > rho
         side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
         corner = box[..., :2] + draw[..., 1:] * (extent - side)
@@ -274,11 +276,11 @@ def sample_surrounding_boxes(
     """
     if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
         raise ValueError(
-            f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; give 0 <= "
-            "least <= largest, and an aspect above 0."
+            f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; "
+            "give 0 <= least <= largest, and an aspect above 0."
         )
-    draws = _rand(boxes, 3, generator=generator)
-    wide = widen(boxes)
+    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
+    wide = widened(boxes)
     share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
     extent = wide[..., 2:] - wide[..., :2]
@@ -323,13 +325,13 @@ def boxes_to_mask(
         D3SSL, Eq 6.
     """
     _check_size("boxes_to_mask", size)
-    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
-    x1, y1, x2, y2 = widen(boxes).unbind(-1)
+    usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
+    x1, y1, x2, y2 = widened(boxes).unbind(-1)
     (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
     for places, first, last in ((y, y1, y2), (x, x1, x2)):
         inside.append((places >= first[..., None]) & (places < last[..., None]))
     rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
-    with torch.autocast(boxes.device.type, enabled=False):
+    with full_precision(boxes):
         return rows.mT @ columns > 0  # how many boxes hold a pixel
 
 
@@ -397,8 +399,8 @@ def sample_shift(
         D3SSL, Sec 4.2 (the bias t of the de-positioning module).
     """
     _check_size("sample_shift", size)
-    usable = _valid(boxes) if valid is None else valid & _valid(boxes)
-    wide, away = widen(boxes), usable[..., None]
+    usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
+    wide, away = widened(boxes), usable[..., None]
     sides = wide.new_tensor([size[1], size[0]])
     # Padded, so that an image without boxes has an envelope too.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
@@ -407,7 +409,7 @@ def sample_shift(
     low, high = (-first).ceil(), (sides - last).floor()
     fits = (low <= 0) & (high >= 0) & low.isfinite() & high.isfinite()
     low, high = torch.where(fits, low, 0.0), torch.where(fits, high, 0.0)
-    draws = _rand(low, 2, generator=generator)
+    draws = sample_uniform((*low.shape[:-1], 2), low, generator=generator)
     return (low + (draws * (high - low + 1)).floor()).minimum(high)
 
 

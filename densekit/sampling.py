@@ -3,8 +3,15 @@
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import _interpolation_weights, _pool_bins, _rand
-from densekit.typing import Bool, Float, Size, Tensor, typed, widen
+from densekit.numerics import (
+    full_precision,
+    interpolation_weights,
+    sample_uniform,
+    take_rows,
+    widened,
+)
+from densekit.pooling import pool_bins
+from densekit.typing import Bool, Float, Size, Tensor, typed
 from densekit.views import View, coordinate_map, image_to_view, intersect_views
 
 __all__ = [
@@ -107,7 +114,7 @@ def sample_points(
     """
     if count < 0:
         raise ValueError(f"densekit.sampling.sample_points: count is {count}; give 0 or more.")
-    draws = _rand(boxes, count, 2, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], count, 2), boxes, generator=generator)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
     corners = boxes.to(draws).unflatten(-1, (2, 2)).expand(*draws.shape, 2)
     return torch.lerp(corners[..., 0, :], corners[..., 1, :], draws).to(boxes.dtype)
@@ -156,8 +163,8 @@ def hard_points(
             f"{candidates.shape[-2]} candidates; draw more candidates or lower beta."
         )
     hardness = dissimilarity.nan_to_num(nan=-torch.inf)
-    hardest = hardness.topk(count).indices[..., None].expand(*hardness.shape[:-1], count, 2)
-    return torch.cat([candidates.gather(-2, hardest), uniform[..., count:, :]], -2)
+    hardest = take_rows(candidates, hardness.topk(count).indices)
+    return torch.cat([hardest, uniform[..., count:, :]], -2)
 
 
 @typed
@@ -197,10 +204,10 @@ def gridsample(
         raise ValueError(
             f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
         )
-    points = widen(points).nan_to_num()
-    x, y = (_interpolation_weights(points[..., axis], length) for axis, length in ((0, w), (1, h)))
+    points = widened(points).nan_to_num()
+    x, y = (interpolation_weights(points[..., axis], length) for axis, length in ((0, w), (1, h)))
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         return weights @ features.flatten(-2).mT
 
 
@@ -332,6 +339,6 @@ def patch_pairs(
 
     def patches(features: Tensor, view: View) -> Tensor:
         seen = image_to_view(view, corners).flatten(-2)  # reversed by a flip: mirrored patches
-        return _pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
+        return pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
 
     return PairedFeatures(patches(features1, view1), patches(features2, view2), overlap.valid)

@@ -72,9 +72,6 @@ def sample_scenes(
         (torch.Size([4, 3, 48, 64]), torch.Size([4, 8, 4]))
         >>> bool((batch.labels[batch.instances == 0] < 4).all())  # the stuff classes
         True
-
-    References:
-        House data: every class is told by texture and shape, never by color.
     """
     height, width = size
     if count < 0:
@@ -83,7 +80,8 @@ def sample_scenes(
         )
     if height < 1 or width < 1:
         raise ValueError(
-            f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it is {size}."
+            f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it "
+            f"is {size}."
         )
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(

@@ -1,14 +1,12 @@
 """Shape-checked functions: the `typed` decorator and the aliases that signatures share."""
 
-import contextlib
 import functools
 import inspect
-import io
 import os
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -24,11 +22,10 @@ from jaxtyping import (
     Shaped,
     TypeCheckError,
     jaxtyped,
-    print_bindings,
 )
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Integer", "Shaped", "Size", "Tensor", "typed", "widen"]
+__all__ = ["Bool", "Float", "Int", "Integer", "Shaped", "Size", "Tensor", "typed"]
 
 Size = tuple[int, int]
 """A size in pixels or cells, height first: `(h, w)`."""
@@ -71,15 +68,7 @@ def typed(function: _Function) -> _Function:
     if not _ENABLED:
         return function
     signature = inspect.signature(function)
-    # jaxtyped reads the signature: show it one in which NamedTuples are checked field by field.
-    function.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
-        parameters=[
-            p.replace(annotation=_with_fields(p.annotation)) for p in signature.parameters.values()
-        ],
-        return_annotation=_with_fields(signature.return_annotation),
-    )
-    checked = jaxtyped(function, typechecker=beartype(conf=_CONF))
-    del function.__signature__  # pyright: ignore[reportFunctionMemberAccess]
+    checked = jaxtyped(_with_checked_fields(function, signature), typechecker=beartype(conf=_CONF))
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -96,42 +85,31 @@ def typed(function: _Function) -> _Function:
     return typing.cast("_Function", wrapper)
 
 
-def widen(x: Tensor) -> Tensor:
-    """The tensor in at least float32: sums and exponentials of half precision overflow.
+# ---- records: jaxtyping does not look at the fields of a NamedTuple, so the hint does ---------
 
-    Args:
-        x: Any floating dtype; bfloat16 and float16 are converted.
 
-    Returns:
-        The tensor itself, or its copy in float32.
+def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Callable:
+    """A copy of the function, in whose signature the fields of records are checked.
 
-    Examples:
-        >>> widen(torch.ones(2, dtype=torch.bfloat16)).dtype
-        torch.float32
-
-    References:
-        House convention: half precision is widened where it would lose.
+    It is a copy because jaxtyping reads the signature of the function that it calls, and the
+    user's function keeps its own.
     """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    pairs = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
-
-
-def _fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """A mask in the shape of what it masks, or one sentence on why it cannot be."""
-    if valid is not None and not _broadcasts(valid.shape, shape):
-        raise TypeError(
-            f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
-            f"a tensor of shape {tuple(valid.shape)} came."
-        )
-    return None if valid is None else valid.expand(shape)
-
-
-def _is_record(hint: Any) -> bool:
-    return inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    parameters = [
+        parameter.replace(annotation=_with_fields(parameter.annotation))
+        for parameter in signature.parameters.values()
+    ]
+    result = _with_fields(signature.return_annotation)
+    copy.__signature__ = signature.replace(parameters=parameters, return_annotation=result)
+    return copy
 
 
 @functools.cache
@@ -145,10 +123,22 @@ def _with_fields(hint: Any) -> Any:
     return Annotated[hint, Is[lambda record: all(map(_fits, record, fields))]]
 
 
+def _is_record(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def _is_array(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, AbstractArray)
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+    """Whether a value fits; if so, jaxtyping binds the sizes of its axes in the current context."""
+    if _is_array(hint):
         return isinstance(value, hint)  # the quick way for a plain array
     return is_bearable(value, hint, conf=_CONF)
+
+
+# ---- messages ---------------------------------------------------------------------------------
 
 
 def _explain(function, signature, error, args, kwargs) -> str | None:
@@ -161,28 +151,67 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     if not isinstance(error, TypeCheckError):
         return None
     bound.apply_defaults()
+    sizes: dict[str, Any] = {}
     with jaxtyped("context"):
-        for name, value in bound.arguments.items():
-            hint = signature.parameters[name].annotation
-            parts = [(name, value, hint)]
-            if _is_record(hint) and isinstance(value, hint):
-                fields = typing.get_type_hints(hint).items()
-                parts = [(f"{name}.{f}", getattr(value, f), h) for f, h in fields]
-            for label, part, hint in parts:
-                if hint is not inspect.Parameter.empty and not _fits(part, _with_fields(hint)):
-                    return (
-                        f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                        f"{_bound_sizes()}, but {_describe(part)} came.{_advice(part, hint)}"
-                    )
+        for label, value, hint in _parts(bound):
+            if not _fits(value, _with_fields(hint)):
+                return (
+                    f"{where}: argument '{label}' should be {_describe_hint(hint)}"
+                    f"{_describe_sizes(sizes)}, but {_describe(value)} came.{_advice(value, hint)}"
+                )
+            sizes |= _sizes(value, hint)
     return None
 
 
+def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and hint of each annotated argument; of a record, those of each field."""
+    for name, value in bound.arguments.items():
+        hint = bound.signature.parameters[name].annotation
+        if _is_record(hint) and isinstance(value, hint):
+            for field, field_hint in typing.get_type_hints(hint).items():
+                yield f"{name}.{field}", getattr(value, field), field_hint
+        elif hint is not inspect.Parameter.empty:
+            yield name, value, hint
+
+
+def _sizes(value: Any, hint: Any) -> dict[str, Any]:
+    """The named axes of a value that fits its hint, and their sizes."""
+    if isinstance(hint, types.UnionType):
+        fitting = (member for member in typing.get_args(hint) if _fits(value, _with_fields(member)))
+        return _sizes(value, next(fitting))
+    if _is_record(hint):
+        sizes = {}
+        for field, field_hint in typing.get_type_hints(hint).items():
+            sizes |= _sizes(getattr(value, field), field_hint)
+        return sizes
+    if not _is_array(hint):
+        return {}
+    axes = hint.dim_str.split()
+    shape = list(value.shape)
+    for place, axis in enumerate(axes):
+        if axis.startswith(("*", "...")):  # this one axis stands for all that the others leave
+            several = slice(place, place + len(shape) - (len(axes) - 1))
+            shape[several] = [tuple(shape[several])]
+    named = zip((axis.lstrip("*") for axis in axes), shape, strict=True)
+    return {axis: size for axis, size in named if re.fullmatch(r"[a-zA-Z]\w*", axis)}
+
+
+def _describe_sizes(sizes: dict[str, Any]) -> str:
+    if not sizes:
+        return ""
+    texts = []
+    for axis, size in sizes.items():
+        several = isinstance(size, tuple)
+        texts.append(f"{axis}=({', '.join(map(str, size))})" if several else f"{axis}={size}")
+    return f" with {', '.join(texts)}"
+
+
 def _describe_hint(hint: Any) -> str:
-    if members := typing.get_args(hint) if isinstance(hint, types.UnionType) else ():
-        return " or ".join(_describe_hint(member) for member in members)
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_describe_hint, typing.get_args(hint)))
     if hint is types.NoneType:
         return "None"
-    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+    if _is_array(hint):
         return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
     name = hint.__name__ if type(hint) is type else str(hint)
     return re.sub(r"typing\.|\bjax(?=[A-Z])", "", name)
@@ -201,11 +230,3 @@ def _advice(value: Any, hint: Any) -> str:
     if integers and "Float[" in _describe_hint(hint):
         return " Convert it first: `x.float()`, and `/ 255` for an image."
     return ""
-
-
-def _bound_sizes() -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        print_bindings()
-    lines = printed.getvalue().replace("torch.Size([", "(").replace("])", ")").splitlines()
-    sizes = [line for line in lines if "=" in line]  # one axis to a line, as `axis=size`
-    return f" with {', '.join(sizes)}" if sizes else ""

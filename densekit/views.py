@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
-from densekit.typing import Bool, Float, Int, Size, Tensor, typed, widen
+from densekit.numerics import full_precision, safe_divide, sample_uniform, widened
+from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = [
     "BoxesInView",
@@ -93,20 +94,23 @@ class Overlap(NamedTuple):
 
 @typed
 def full_view(
-    size: Size, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None
+    size: Size | Int[Tensor, "*sizes 2"],
+    batch: tuple[int, ...] = (),
+    *,
+    device: torch.device | str | None = None,
 ) -> View:
     """The view that is the whole image, not mirrored.
 
     Args:
-        size: Size `(h, w)` of the image in pixels.
-        batch: Leading axes of the result.
-        device: Where to make it.
+        size: Size `(h, w)` of the image in pixels, or one size for each image.
+        batch: Leading axes of the result, in front of those of `size`.
+        device: Where to make it; where the sizes are when left out.
 
     Returns:
-        Views with the box `(0, 0, w, h)`.
+        Views of shape `(*batch, *sizes)` with the box `(0, 0, w, h)`.
 
     Raises:
-        ValueError: The size is not positive.
+        ValueError: A size given as a tuple is not positive (sizes in a tensor are not looked at).
 
     Examples:
         >>> full_view((480, 640))
@@ -115,12 +119,15 @@ def full_view(
     References:
         D3SSL, Sec 4.1 (its first view is the whole image).
     """
-    if min(size) <= 0:
+    if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(
             f"densekit.views.full_view: size is {size}; give a positive (h, w) in pixels."
         )
-    box = torch.tensor([0.0, 0.0, size[1], size[0]], device=device).expand(*batch, 4).contiguous()
-    return View(box, torch.zeros(batch, dtype=torch.bool, device=device))
+    height, width = _height_and_width(size, device)
+    corner = torch.zeros_like(width)
+    box = torch.stack([corner, corner, width, height], -1)
+    box = box.expand(*batch, *box.shape).contiguous()
+    return View(box, torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device))
 
 
 @typed
@@ -174,11 +181,10 @@ def sample_views(
         )
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
-    device = generator.device if generator is not None else getattr(size, "device", None)
-    height, width = torch.as_tensor(size, device=device).to(torch.float32).unbind(-1)
-    shape = (*batch, *height.shape)
+    height, width = _height_and_width(size, None if generator is None else generator.device)
     # Per view: ten areas, ten ratios, the place (x, y), the flip.
-    draws = torch.rand(*shape, 23, generator=generator, device=device)
+    shape = (*batch, *height.shape, 23)
+    draws = sample_uniform(shape, height, generator=generator)
     area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * draws[..., :10])
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[..., 10:20]
     widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -412,7 +418,8 @@ def boxes_in_view(
     """
     if not 0 < min_share <= 1:
         raise ValueError(
-            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0, up to 1."
+            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0, up "
+            "to 1."
         )
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
@@ -559,9 +566,18 @@ def crop_views(
     columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
     rows = _resize_matrix(y1, y2, images.shape[-2], out_h, cubic)
     dtype = torch.promote_types(images.dtype, torch.float32)
-    with torch.autocast(images.device.type, enabled=False):
+    with full_precision(images):
         wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
         return (rows.to(dtype)[..., None, :, :] @ wide).to(images.dtype)
+
+
+def _height_and_width(
+    size: Size | Tensor, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    """One size, or one for each image, in float32: up to 2^24 pixels a side it is exact."""
+    sizes = torch.as_tensor(size, device=device).to(torch.float32)
+    height, width = sizes.unbind(-1)
+    return height, width
 
 
 def _affine(view: View) -> tuple[Tensor, Tensor]:
@@ -597,7 +613,7 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bo
     A triangle (or Keys' cubic, a = -1/2) around each output center, cut at the pixels that the crop
     touches; a triangle's sum counts pixels outside the image too, which are black.
     """
-    start, stop = widen(start)[..., None], widen(stop)[..., None]
+    start, stop = widened(start)[..., None], widened(stop)[..., None]
     step = (stop - start) / out
     reach = step.clamp(min=1.0)
     first, last = start.floor(), stop.ceil() - 1
@@ -615,7 +631,7 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bo
         return weight / torch.where(total > 0, total, 1.0)
     total = _ramp_sum(first, last.minimum(center.floor()), center, reach)
     total = total + _ramp_sum(-last, (-first).minimum(-center.floor() - 1), -center, reach)
-    return weight / torch.where(total > 0, total, 1.0)[..., None]
+    return safe_divide(weight, total[..., None])
 
 
 def _ramp_sum(first: Tensor, last: Tensor, center: Tensor, reach: Tensor) -> Tensor:

@@ -199,7 +199,8 @@ class CrOC(nn.Module):  # student and teacher: each an encoder f and DINO's head
             valid = pruned.valid.flatten(1).repeat(2, 1)  # the same clusters in both views
             terms |= {"clusters": clusters.double().mean(), "valid": valid.double().sum(1).mean()}
             sizes = [x[:, 0].detach().norm(dim=-1).mean() for x in (s, t)]  # the MLP's one scale
-            pooled = [dk.l2_normalize(dk.centroids(x[:, 1:], q))[valid] for x in (s, t)]
+            means = [dk.pool_masks(x[:, 1:], q, average=True) for x in (s, t)]
+            pooled = [dk.l2_normalize(x)[valid] for x in means]
             inputs["cluster"] = [x * size for x, size in zip(pooled, sizes, strict=True)]
         for kind, pair in inputs.items():
             s, t = (self.head(*x, kind) for x in zip(networks, pair, strict=True))

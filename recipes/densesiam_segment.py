@@ -73,6 +73,7 @@ import harness
 import timm
 import torch
 from downstream import encoders, image_sets
+from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
@@ -222,7 +223,7 @@ def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: in
     merged = dk.merge_clusters(confusion, names)
     row, thing = {"miou": dk.mean_iou(merged)}, torch.arange(classes, device=device) < things
     for name, group in {"things": thing, "stuff": ~thing}.items() if things else ():
-        wrong = dk.row_permuted_group_scores(confusion, names, group)
+        wrong = row_permuted_group_scores(confusion, names, group)
         row |= {f"{name}_miou": dk.group_scores(merged, group).miou, f"{name}_wrong": wrong.miou}
     if step == 0:  # what a segmenter has to beat: k-means on the colors of the same images
         colors = torch.cat([sample.image.flatten(1)[:, ::17].T / 255 for sample in val])

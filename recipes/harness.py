@@ -1,6 +1,7 @@
-"""What no method owns: processes, seeds, image sources, the run folder, checkpoints, the way out.
+"""What no method owns: processes, seeds, images, the run folder, checkpoints, the way out.
 
-A run folder: config.json, metrics.jsonl, tensorboard, checkpoints/step-* (two), unreadable.txt.
+A run folder holds config.json, metrics.jsonl, tensorboard/, pictures/, unreadable.txt and the two
+newest checkpoints, checkpoints/step-*.
 """
 
 import copy
@@ -9,11 +10,12 @@ import gc
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,61 +31,138 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-import densekit.scenes
+from tqdm import tqdm
+import densekit as dk
 
-PLACE = ("run", "workers", "device", "log_every", "save_every")  # may change when a run resumes
+# These options may change when a run resumes: they say where and how it runs, not what it computes.
+MAY_CHANGE = ("run", "workers", "device", "log_every", "save_every")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
-# ---- processes and randomness ----------------------------------------------------------------
+# ---- the way out -----------------------------------------------------------------------------
 class UserError(Exception):
-    """Something the user can put right, in one sentence."""
+    """Something that the user can put right, in one sentence."""
 
 
 class NonFiniteError(Exception):
-    """A loss term became infinite or NaN."""
+    """A term of the loss became infinite or NaN."""
 
 
-def main(function: Callable[[Any], None], config: Any) -> None:
-    """Run `function(config)`; exit with 2 on a UserError, 3 on NonFiniteError, 130 on Ctrl-C."""
-    codes = {UserError: 2, NonFiniteError: 3, KeyboardInterrupt: 130}
+def main(function: Callable[[Any], None], config: Any) -> int:
+    """Run `function(config)` and return the exit code.
+
+    It is 0; 2 after a UserError, 3 after a NonFiniteError and 130 after Ctrl-C, each of which
+    becomes one line on the standard error.
+    """
     try:
         function(config)
-    except tuple(codes) as error:
-        sentence = str(error).rsplit("UserError: ")[-1].strip()  # a loader's worker says more
-        print(f"error: {sentence or 'interrupted'}", file=sys.stderr)
-        sys.exit(codes[type(error)])
+    except UserError as error:
+        # A worker of the loader puts its own traceback before the sentence.
+        sentence = str(error).rsplit("UserError: ")[-1].strip()
+        code = 2
+    except NonFiniteError as error:
+        sentence = str(error)
+        code = 3
+    except KeyboardInterrupt:
+        sentence = "interrupted"
+        code = 130
+    else:
+        return 0
+
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
 
 
-class World(NamedTuple):  # this process among all, and the device it works on
+# ---- options ---------------------------------------------------------------------------------
+def check(allowed: bool, sentence: str) -> None:
+    """A UserError with this sentence, unless the option's value is allowed."""
+    if not allowed:
+        raise UserError(sentence)
+
+
+def as_typed(value: Any) -> str:
+    """An option's value as it is typed on the command line: `(0.2, 1.0)` is `0.2 1.0`."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def check_training(config: Any) -> None:
+    """Check the options that the recipes share; each wrong one is a UserError of its own."""
+    check(config.batch >= 2, f"--batch is {config.batch}: give 2 images or more.")
+    check(math.isfinite(config.lr) and config.lr >= 0, f"--lr is {config.lr}: give 0 or more.")
+    check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
+    check(config.log_every >= 1, f"--log-every is {config.log_every}: give 1 step or more.")
+    check(config.save_every >= 1, f"--save-every is {config.save_every}: give 1 step or more.")
+    check(0 <= config.seed < 2**63, f"--seed is {config.seed}: give a number from 0 to 2^63 - 1.")
+    if hasattr(config, "epochs"):
+        check(config.epochs >= 1, f"--epochs is {config.epochs}: give 1 or more.")
+    if hasattr(config, "views"):
+        check_views(config.views)
+
+
+def check_views(views: Any) -> None:
+    """Check the options of the augmented views; each wrong one is a UserError of its own."""
+    check(views.size >= 1, f"--views.size is {views.size}: give 1 pixel or more.")
+    low, high = views.scale
+    check(
+        0 < low <= high <= 1,
+        f"--views.scale is {as_typed(views.scale)}: give two shares above 0, up to 1, the smaller "
+        "first.",
+    )
+    check(0 <= views.hue <= 0.5, f"--views.hue is {views.hue}: give a number from 0 to 0.5.")
+    low, high = views.blur
+    check(
+        0 <= low < high < math.inf,
+        f"--views.blur is {as_typed(views.blur)}: give two standard deviations in pixels, 0 or "
+        "more, the smaller first.",
+    )
+
+
+# ---- processes and randomness ----------------------------------------------------------------
+class World(NamedTuple):
+    """This process among all of them, and the device that it works on."""
+
     rank: int
     size: int
     device: torch.device
-    is_main = property(lambda self: self.rank == 0)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun describes in the environment, or make a group of one."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
-    if cuda:
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda:
         if not torch.cuda.is_available():
-            raise UserError("No GPU is visible: use --device cpu.")
-        torch.cuda.set_device(place)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core for the loader
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None, **alone)
+            raise UserError("--device is cuda: no GPU is visible, give cpu.")
+        own_device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(own_device)
+        options = {"backend": "nccl", "device_id": own_device}
+    else:
+        own_device = torch.device("cpu")
+        options = {"backend": "gloo"}
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core for the loader
+
+    started_by_torchrun = "RANK" in os.environ
+    if not started_by_torchrun:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), place)
+        yield World(dist.get_rank(), dist.get_world_size(), own_device)
     finally:
-        if not (cuda and dist.get_world_size() > 1 and sys.exc_info()[0]):  # NCCL could hang
+        failed = sys.exc_info()[0] is not None
+        could_hang = use_cuda and failed and dist.get_world_size() > 1  # NCCL waits for the others
+        if not could_hang:
             dist.destroy_process_group()
 
 
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator whose stream belongs to the key alone, such as (seed, epoch, index)."""
+    """A generator whose stream depends on the key alone, such as (seed, epoch, index)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # torch uses 32 bits
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
@@ -96,27 +175,40 @@ def seeded(*key: int) -> Iterator[None]:
         yield
 
 
+def seed_step(seed: int, step: int, rank: int, stream: int = 2) -> None:
+    """Seed what a step draws on its device, so that a resumed run draws the same numbers."""
+    torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
+
+
 # ---- images ----------------------------------------------------------------------------------
 def read_image(path: str | Path) -> Tensor:
     """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # 16 bit, float: scaled, since convert("RGB") would clip
-            values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-            low, high = min(low, values.min()), max(high, values.max())
-            values = (values - low) / (high - low) * 255
-            image = Image.fromarray(values.round().astype(np.uint8))
+        if image.mode[0] in "IF":  # 16 bit or float: `convert("RGB")` would clip the values
+            image = _as_8_bit(image)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _as_8_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit or float image, scaled from its range to 0 ... 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    usual_high = 1.0 if image.mode == "F" else 65535.0
+    low = min(0.0, values.min())
+    high = max(usual_high, values.max())
+    values = (values - low) / (high - low) * 255
+    return Image.fromarray(values.round().astype(np.uint8))
 
 
 class FolderImages:
     """Every image file below a folder, sorted, no hidden ones; or those of a .txt list; or `names`.
 
-    `source[i]` is an image, uint8 (3, H, W), and "path: reason" of each unreadable file before it.
+    `source[i]` is an image, uint8 (3, H, W), and a "path: reason" of each unreadable file that was
+    passed over before it.
     """
 
     def __init__(self, folder: str | Path, names: Any = None):
@@ -126,54 +218,81 @@ class FolderImages:
             self.folder = self.folder.parent
         elif not self.folder.is_dir():
             raise UserError(f"The image folder {folder} does not exist or is not a folder.")
+
         if names is None:
-            names = glob.glob("**/*", root_dir=folder, recursive=True)
-            names = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
-        if not (names := [name for name in names if name]):
+            files = glob.glob("**/*", root_dir=folder, recursive=True)
+            names = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+        names = [name for name in names if name]
+        if not names:
             raise UserError(f"No image file ({' '.join(EXTENSIONS)}) lies below {folder}.")
-        self.names = np.array([os.fsencode(name) for name in names])  # which forks share
+        # In one array, forked workers share the names; a list would be copied by each of them.
+        self.names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
-        name, unreadable = self.names[index], []
+        unreadable = []
+        name = self.names[index]
         while len(unreadable) < len(self):
             path = self.folder / os.fsdecode(name)
             try:
                 return read_image(path), tuple(unreadable)
             except Exception as error:  # broken bytes raise nearly anything
-                unreadable.append(" ".join(f"{path}: {error or type(error).__name__}".split()))
+                reason = str(error) or type(error).__name__
+                unreadable.append(" ".join(f"{path}: {reason}".split()))
             name = self.names[(index + len(unreadable)) % len(self)]
         raise UserError(f"No image below {self.folder} is readable, such as {unreadable[0]}.")
 
 
-class SceneImages(list):  # a source of procedural scenes; their proposals, in [0, 1]
+class SceneImages(list):
+    """A source of procedural scenes of 64 x 64 pixels; the i-th one is always the same."""
+
     def __init__(self, count: int):
-        self.boxes = []
-        for number, start in enumerate(range(0, count, 64)):  # bounds the memory
-            n, draws = min(64, count - start), generator(0, number)
-            drawn = densekit.scenes.sample_scenes(n, (64, 64), generator=draws)
-            self += [(image, ()) for image in (drawn.images * 255).round().byte()]
-            others = densekit.sample_views((64, 64), (n, 4), scale=(0.1, 0.4), generator=draws)
-            boxes = torch.cat([drawn.boxes, others.box], 1) / 64  # of objects, or not; unused: 0
-            large = densekit.box_area(boxes) > 0.09  # the smallest that D3SSL takes
-            self.boxes += [x[keep] for x, keep in zip(boxes, large, strict=True)]
+        super().__init__()
+        for number, start in enumerate(range(0, count, 64)):  # 64 at a time bound the memory
+            part = min(64, count - start)
+            drawn = dk.sample_scenes(part, (64, 64), generator=generator(0, number))
+            self.extend((image, ()) for image in (drawn.images * 255).round().byte())
 
 
 def image_source(data: Path | None, *, scenes: int) -> Any:
-    """The images below a folder, or in a list (.txt); without either that many 64 x 64 scenes."""
-    if data is None and not scenes:
+    """The images below a folder or in a .txt list; without either, `scenes` procedural scenes."""
+    if data is not None:
+        return FolderImages(data)
+    if not scenes:
         raise UserError("This preset trains on your images: name their folder with --data.")
-    return SceneImages(scenes) if data is None else FolderImages(data)
+    return SceneImages(scenes)
 
 
+def read_batch(source: Any, indices: Sequence[int]) -> tuple[list[Tensor], list[str]]:
+    """Images of a source, and a "path: reason" of every file that could not be read."""
+    images = []
+    unreadable = []
+    for index in indices:
+        image, failures = source[index]
+        images.append(image)
+        unreadable.extend(failures)
+    return images, unreadable
+
+
+def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized images (b, 3, h, w) as pictures in [0, 1], on the CPU."""
+    mean_column = torch.tensor(mean).view(3, 1, 1)
+    std_column = torch.tensor(std).view(3, 1, 1)
+    return (images.cpu() * std_column + mean_column).clamp(0, 1)
+
+
+# ---- batches ---------------------------------------------------------------------------------
 def batches_per_epoch(images: int, batch: int, world: World) -> int:
-    """How many whole batches an epoch of so many images has; `batch` counts all processes'."""
+    """The number of whole batches in an epoch; `batch` counts the images of all processes."""
     if batch % world.size or batch < 2 * world.size:
-        raise UserError(f"--batch {batch} must give each of {world.size} processes 2 or more.")
+        raise UserError(
+            f"--batch is {batch}: give a multiple of the {world.size} processes, 2 images or more "
+            "for each."
+        )
     if batch > images:
-        raise UserError(f"Only {images} images for a batch of {batch}: lower --batch or add some.")
+        raise UserError(f"--batch is {batch}: there are {images} images, give at most as many.")
     return images // batch
 
 
@@ -185,24 +304,66 @@ def _start_worker(_: int) -> None:
 def batches(
     dataset: Any, batch: int, world: World, *, seed: int, start: int, stop: int, workers: int = 0
 ) -> Iterator[Any]:
-    """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch."""
-    count = batches_per_epoch(len(dataset), batch, world)
+    """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
+
+    Every epoch has an order of its own, drawn from (seed, epoch); a resumed run goes on with the
+    batch that comes next.
+
+    Args:
+        dataset: `dataset[indices]` makes the batch of a list of indices, and draws from
+            (seed, `dataset.epoch`, indices) alone; `len(dataset)` is the number of images.
+        batch: Images a step, over all processes.
+        world: This process.
+        seed: The run's seed.
+        start: The first step.
+        stop: The step before which to end.
+        workers: Loader processes of this process; 0 loads in the process itself.
+    """
+    per_epoch = batches_per_epoch(len(dataset), batch, world)
     while start < stop:
-        epoch, skip = divmod(start, count)
+        epoch, done = divmod(start, per_epoch)
+        dataset.epoch = epoch
         order = torch.randperm(len(dataset), generator=generator(seed, epoch))
-        mine = order[world.rank : count * batch : world.size].view(count, -1)[skip:]
-        dataset.epoch, mine = epoch, mine[: stop - start].tolist()
-        loader = DataLoader(  # batch_size=None: the dataset itself makes the batches
-            dataset, batch_size=None, sampler=mine, num_workers=workers,
-            multiprocessing_context="fork" if workers else None, worker_init_fn=_start_worker,
-            pin_memory=world.device.type == "cuda", generator=generator(seed, epoch),
-        )  # fmt: skip
-        for items in loader:  # `dataset[indices]`: to draw from (seed, epoch, indices) alone
+        own = order[world.rank : per_epoch * batch : world.size].view(per_epoch, -1)
+        own = own[done:][: stop - start].tolist()
+        loader = DataLoader(
+            dataset,
+            batch_size=None,  # an element of the sampler is a list of indices: a whole batch
+            sampler=own,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=world.device.type == "cuda",
+            generator=generator(seed, epoch),
+        )
+        for items in loader:
             yield tree_map_only(Tensor, lambda x: x.to(world.device, non_blocking=True), items)
-        start += len(mine)
+        start += len(own)
+
+
+def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:
+    """A progress bar of at most 100 columns around the batches, on the main process."""
+    hidden = not world.is_main
+    return tqdm(items, total=stop, initial=start, disable=hidden, unit="step", ncols=100)
+
+
+def show(bar: tqdm, values: dict[str, float], names: Sequence[str] = ()) -> None:
+    """Show the loss and the first three of the named terms; the log has them all."""
+    shown = {name: values[name] for name in ("loss", *names[:3]) if name in values}
+    bar.set_postfix(shown, refresh=False)
 
 
 # ---- the run folder --------------------------------------------------------------------------
+def run_folder(recipe: str, config: Any, *more: str) -> Path:
+    """`--run`, or runs/RECIPE-PRESET with what else tells runs apart, and the data's name."""
+    if config.run:
+        return config.run
+    names = [recipe, config.preset, *more]
+    if config.data:
+        names.append(config.data.resolve().name)
+    return Path("runs", "-".join(names))
+
+
 def write(path: Path, content: bytes) -> None:
     """Make or replace a file: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -210,50 +371,78 @@ def write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    items = tree.items() if isinstance(tree, dict) else ()
-    return {k: v for a, b in items for k, v in _flat(b, f"{name}.{a}").items()} or {name[1:]: tree}
+def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    if not isinstance(tree, dict) or not tree:
+        return {name: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{name}.{key}" if name else key)
+    return flat
 
 
-def _tensors(extra: Any) -> Any:
+def _difference(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str]) -> str:
+    """The options that differ, such as `lr = 0.1, now 0.2`; empty where none does."""
+    differences = []
+    for name in {**new, **old}:
+        ignored = name in ignore or name.split(".")[-1] in ignore
+        if not ignored and old.get(name) != new.get(name):
+            differences.append(f"{name} = {old.get(name)!r}, now {new.get(name)!r}")
+    return ", ".join(differences)
+
+
+def _tensors(state: Any) -> Any:
     """Nested dicts of the tensors themselves, which a checkpoint loads in place."""
-    if isinstance(extra, nn.Module):
-        return dsd.get_model_state_dict(extra)
-    fields = extra._asdict() if hasattr(extra, "_asdict") else extra
-    return fields if isinstance(fields, Tensor) else {k: _tensors(v) for k, v in fields.items()}
+    if isinstance(state, Tensor):
+        return state
+    if isinstance(state, nn.Module):
+        return dsd.get_model_state_dict(state)
+    fields = state._asdict() if hasattr(state, "_asdict") else state
+    return {name: _tensors(value) for name, value in fields.items()}
 
 
 class Run(ExitStack):
-    """A folder, its log and its checkpoints, for a `with`; all processes see it and call it alike.
+    """A folder, its log and its checkpoints, for a `with`; all processes call it alike.
 
-    A folder with a run of the same `config` (a dataclass, but for the fields in `ignore`), or one
-    that never got to `resume`, goes on; any other is a UserError. First `resume`, `log`, `save`.
+    A folder with a run of the same `config` (a dataclass, but for the fields in `ignore`) goes on,
+    and so does one whose run never got to `resume`; any other is a UserError. Call `resume` first,
+    then `log` and `save`.
     """
 
-    def __init__(self, folder: Path, config: Any, world: World, ignore: tuple = PLACE):
+    def __init__(self, folder: Path, config: Any, world: World, ignore: Sequence = MAY_CHANGE):
         super().__init__()
-        self.folder, self.world, self._stop = Path(folder), world, False
-        answer: list[Any] = [*self._prepare(config, ignore)] if world.is_main else [0, 0]
+        self.folder = Path(folder)
+        self.world = world
+        self.unreadable = 0
+        self._stop = False
+
+        problem, checkpoints = self._prepare(config, ignore) if world.is_main else ("", [])
+        answer = [problem, checkpoints]
         dist.broadcast_object_list(answer, src=0, device=world.device)
-        problem, self._saved = answer  # the newest checkpoint is the last
+        problem, self._checkpoints = answer  # in the order of their steps
         if problem:
             raise UserError(f"The run folder {folder} {problem}: choose another with --run.")
+
         self.note_unreadable(())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            before = signal.signal(number, self._on_signal)
+            self.callback(signal.signal, number, before)
 
-    def _prepare(self, config: Any, ignore: tuple) -> tuple[str, list[Path]]:
+    def _prepare(self, config: Any, ignore: Sequence) -> tuple[str, list[Path]]:
+        """What speaks against this folder, and the checkpoints in it; it is made where missing."""
         path = self.folder / "config.json"
+        log = self.folder / "metrics.jsonl"
         text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
         if path.exists():
-            old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))
-            fields = [k for k in {**new, **old} if not {k, k.split(".")[-1]} & set(ignore)]
-            differ = [k for k in fields if old.get(k) != new.get(k)]
-            which = ", ".join(f"{k} = {old.get(k)!r}, now {new.get(k)!r}" for k in differ)
-            if which and (old.keys() != new.keys() or (self.folder / "metrics.jsonl").exists()):
-                return f"holds a run with another configuration ({which})", []
+            old = _flatten(json.loads(path.read_text()))
+            new = _flatten(json.loads(text))
+            difference = _difference(old, new, ignore)
+            other_recipe = old.keys() != new.keys()
+            if difference and (other_recipe or log.exists()):
+                return f"holds a run with another configuration ({difference})", []
         elif self.folder.is_file() or any(p.name[0] != "." for p in self.folder.glob("*")):
             return "is neither empty nor an earlier run's", []
+
         self.folder.mkdir(parents=True, exist_ok=True)
         write(path, text.encode())
         for leftover in self.folder.glob("checkpoints/.*"):  # of a save that was killed
@@ -261,7 +450,7 @@ class Run(ExitStack):
         return "", sorted(self.folder.glob("checkpoints/step-*"))
 
     def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> None:
-        """Save the state after `step` steps; extras: modules, tensors, NamedTuples and dicts."""
+        """Save the state after `step` steps; extras are modules, tensors, NamedTuples or dicts."""
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
         temporary = folder.with_name(f".{folder.name}")
         state = _tensors({"model": model, "extra": extra})
@@ -270,7 +459,8 @@ class Run(ExitStack):
         # Where processes differ (batch-norm statistics) the first one's count, as in DDP.
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         dcp.save(state, checkpoint_id=temporary, planner=planner)
-        self._saved = [folder]
+
+        self._checkpoints = [folder]
         if self.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # the same step again
             temporary.replace(folder)
@@ -280,29 +470,38 @@ class Run(ExitStack):
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> int:
         """Load the newest checkpoint in place, extras too, and return its step; 0 without one."""
-        step = -1
-        for newest in self._saved[-1:]:
-            step = int(newest.name.removeprefix("step-"))
-            state = {**_tensors({"model": model, "extra": extra}), "optimizer": ()}
+        step = 0
+        last_row = -1  # a run without a checkpoint begins anew, and so does its log
+        if self._checkpoints:
+            newest = self._checkpoints[-1]
+            step = last_row = int(newest.name.removeprefix("step-"))
+            state = _tensors({"model": model, "extra": extra})
+            state["optimizer"] = ()
             dcp.load(state, checkpoint_id=newest)
             optimizer.load_state_dict(state["optimizer"][0])
         if self.world.is_main:
-            path = self.folder / "metrics.jsonl"
-            rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            rows = [row for row in rows if row.endswith(b"\n")]  # a kill may halve the last one
-            write(path, b"".join(row for row in rows if json.loads(row)["step"] <= step))
-            self._metrics = self.enter_context(path.open("a", buffering=1))
-            self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-            self.callback(self._curves.close)
-        return max(step, 0)
+            self._open_log(last_row)
+        return step
+
+    def _open_log(self, last_row: int) -> None:
+        """Open the log behind the row of this step; later rows are of steps that are done again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill may halve the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= last_row]
+        write(path, b"".join(kept))
+        self._metrics = self.enter_context(path.open("a", buffering=1))
+        self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_row + 1)
+        self.callback(self._curves.close)
 
     def log(self, step: int, **terms: float | Tensor) -> None:
         """Append one row, on the main process."""
-        if self.world.is_main:
-            row = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in terms.items()}
-            self._metrics.write(json.dumps({"step": step, **row}) + "\n")
-            for name, value in row.items():
-                self._curves.add_scalar(name, value, step)
+        if not self.world.is_main:
+            return
+        row = {name: _number(value) for name, value in terms.items()}
+        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._curves.add_scalar(name, value, step)
 
     def rows(self, name: str) -> list[dict[str, float]]:
         """The logged rows that hold a number of this name, in order."""
@@ -310,13 +509,18 @@ class Run(ExitStack):
         return [row for row in map(json.loads, lines) if name in row]
 
     def reduce(self, step: int, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Each term's mean over the processes in one all-reduce; NonFiniteError on all alike."""
+        """The mean of each term over the processes; on all of them alike a NonFiniteError."""
         total = torch.stack([term.detach().double() for term in terms.values()])
         dist.all_reduce(total)  # NaN and inf survive a sum
-        means = dict(zip(terms, (total / self.world.size).tolist(), strict=True))
-        if bad := ", ".join(f"{k} = {v}" for k, v in means.items() if not np.isfinite(v)):
-            kept = f"the last good checkpoint is {self._saved[-1]}" if self._saved else ""
-            raise NonFiniteError(f"Not finite at step {step}: {bad}; {kept or 'none is saved'}.")
+        numbers = (total / self.world.size).tolist()
+        means = dict(zip(terms, numbers, strict=True))
+
+        bad = [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            kept = "none is saved"
+            if self._checkpoints:
+                kept = f"the last good checkpoint is {self._checkpoints[-1]}"
+            raise NonFiniteError(f"Not finite at step {step}: {', '.join(bad)}; {kept}.")
         return means
 
     def _on_signal(self, *_: object) -> None:
@@ -333,18 +537,43 @@ class Run(ExitStack):
         """Name each unreadable file once in unreadable.txt; `unreadable` counts them."""
         path = self.folder / "unreadable.txt"
         known = set(path.read_bytes().splitlines()) if path.exists() else set()
-        if new := {os.fsencode(name) for name in names} - known:
+        new = {os.fsencode(name) for name in names} - known
+        if new:
             with path.open("ab") as file:
                 file.writelines(name + b"\n" for name in sorted(new))
         self.unreadable = len(known | new)
 
+    def picture_path(self, step: int) -> Path:
+        """Where the picture of a step goes: pictures/step-000040.png."""
+        path = self.folder / "pictures" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
 
 def save_encoder(
-    path: Path, encoder: nn.Module, *, architecture: str, mean: Any, std: Any, method: str, **more
+    path: Path,
+    encoder: nn.Module,
+    *,
+    architecture: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    method: str,
+    **more: Any,
 ) -> None:
     """Save the weights as safetensors (plain keys, float32) with a JSON side-car."""
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format).cpu().float()
-    facts = {"architecture": architecture, "mean": mean, "std": std, "color_order": "RGB"}
-    facts |= {"method": method, "densekit": densekit.__version__, **more}
+    facts = {
+        "architecture": architecture,
+        "mean": mean,
+        "std": std,
+        "color_order": "RGB",
+        "method": method,
+        "densekit": dk.__version__,
+        **more,
+    }
     write(path, safetensors.torch.save(_tensors(plain)))
     write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())

@@ -168,3 +168,21 @@ def valid_rows(draw, shape):
     kind = draw(st.sampled_from(["all", "none", "some"]))
     some = flips(draw(generators()), *shape)
     return {"all": torch.ones_like(some), "none": torch.zeros_like(some), "some": some}[kind]
+
+
+@st.composite
+def feature_pairs(draw):
+    """Rows of two views `(*batch, n, d)` and `(*batch, m, d)`."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    counts = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    return tuple(draw(tensors((*batch, count, d))) for count in counts)
+
+
+@st.composite
+def rois(draw, batch, n=None, low=-0.6, high=1.6, largest=2.0):
+    """Boxes in the frame of a map; some leave it, by more than half a cell too."""
+    n = draw(st.integers(0, 4)) if n is None else n
+    draws = uniform(draw(generators()), 2, *batch, n, 2)
+    extent = 0.05 + draws[0] * (min(largest, high - low) - 0.05)
+    start = low + draws[1] * (high - low - extent)
+    return torch.cat([start, start + extent], -1)

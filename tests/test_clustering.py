@@ -14,7 +14,7 @@ from processes import on_processes
 from scipy.spatial.distance import cdist
 from strategies import batches, flips, generators, tensors, uniform
 from densekit import (
-    centroids,
+    pool_masks,
     positional_cost,
     prune_clusters,
     sample_tokens,
@@ -503,7 +503,7 @@ def test_centroids_of_the_authors_program(name, dtype, atol, features, key):
     length = tokens[..., 0, :].norm(dim=-1).mean()  # of [CLS], over all images and views
     for view in range(2):
         own = hard.assignments[:, view].unflatten(0, (b, h))
-        each = centroids(tokens[view, :, None, 1:].expand(-1, h, -1, -1), own)
+        each = pool_masks(tokens[view, :, None, 1:].expand(-1, h, -1, -1), own, average=True)
         each = torch.nn.functional.normalize(each, dim=-1) * length
         got = each[hard.valid.unflatten(0, (b, h))]
         want = golden[f"{key}{view + 1}"]
@@ -717,7 +717,7 @@ def test_the_plan_of_the_cheapest_step_comes_back(options, problem, data):
     used = torch.arange(width) < found.clusters[..., None]
     assert torch.equal(found.assignments.sum(-2) > 0, used)
     unit = tokens / tokens.norm(dim=-1, keepdim=True)
-    want = centroids(unit, found.assignments)
+    want = pool_masks(unit, found.assignments, average=True)
     torch.testing.assert_close(found.centroids, want, rtol=0, atol=1e-12)
     assert (found.centroids.abs().sum(-1) > 0).equal(used)
     torch.testing.assert_close(found.assignments.sum((-2, -1)), torch.ones_like(weights[..., 0]))
@@ -930,7 +930,7 @@ def test_no_cluster_left_is_a_normal_case():
     got = prune_clusters(soft)  # view 1 has only cluster 0, view 2 only cluster 1
     assert got.valid.tolist() == [False, False]
     assert got.labels.tolist() == [[0] * 3, [1] * 3]
-    means = centroids(torch.ones(2, 3, 4), got.assignments)
+    means = pool_masks(torch.ones(2, 3, 4), got.assignments, average=True)
     assert torch.equal(means, torch.zeros(2, 2, 4))
     (grad,) = torch.autograd.grad(means.sum(), soft)
     assert torch.equal(grad, torch.zeros_like(soft))
@@ -955,7 +955,7 @@ def test_centroids_are_the_weighted_means_of_a_loop(data):
     batch, n, k, d = data.draw(batches()), *(data.draw(st.integers(0, 6)) for _ in range(3))
     tokens = data.draw(tensors((*batch, n, d)), label="tokens").requires_grad_()
     soft = data.draw(soft_assignments((*batch, n, k)), label="assignments")
-    got = centroids(tokens, soft)
+    got = pool_masks(tokens, soft, average=True)
     want = torch.zeros(*batch, k, d, dtype=torch.float64)
     for cluster in range(k):
         mass = soft[..., cluster].sum(-1)[..., None]
@@ -970,6 +970,6 @@ def test_centroids_are_the_weighted_means_of_a_loop(data):
 
 def test_a_cluster_without_mass_is_zero_with_zero_gradient():
     tokens = torch.ones(3, 2, requires_grad=True)
-    got = centroids(tokens, torch.zeros(3, 4))
+    got = pool_masks(tokens, torch.zeros(3, 4), average=True)
     assert torch.equal(got, torch.zeros(4, 2))
     assert torch.equal(torch.autograd.grad(got.sum(), tokens)[0], torch.zeros(3, 2))

@@ -363,10 +363,6 @@ def view_assignments(batch, n, dtype, generator):
     return (uniform(generator, *batch, 2, n, n + 1).to(dtype),)
 
 
-def tokens_and_assignments(batch, n, dtype, generator):
-    return features_masks_valid(batch, n, dtype, generator)[:2]
-
-
 def weights_to_draw(batch, n, dtype, generator):
     return (uniform(generator, *batch, n + 2).to(dtype),)
 
@@ -405,10 +401,11 @@ DRAWS = {
     "cuda": "random: each device has its own stream of numbers",
 }
 SYMBOLIC = {"dynamic": "random: torch.rand takes no symbolic size beside `generator=None`"}
-VIEWS_DRAWN = DRAWS | {
+SIZES = {
     "gradcheck gradgradcheck": "takes whole numbers, the sizes of images",
     "bfloat16 float16": "takes whole numbers, the sizes of images",
 }
+VIEWS_DRAWN = DRAWS | SIZES
 NUMBERS = {
     " ".join(COLUMNS): "takes and gives Python numbers: there is no tensor to stack, move or change"
 }
@@ -466,11 +463,6 @@ def scores_of_a_group(confusion):
     return dk.group_scores(confusion, every_second(confusion))
 
 
-def published_scores_of_a_group(confusion):
-    clusters = torch.arange(confusion.shape[-1], device=confusion.device).flip(0)
-    return dk.row_permuted_group_scores(confusion, clusters, every_second(confusion))
-
-
 def votes(features, labels, gallery, gallery_labels):
     return dk.knn_votes(features, gallery, gallery_labels, classes=3, k=3, temperature=0.5)
 
@@ -524,6 +516,7 @@ TABLE = [
             "cuda": "takes no tensor; `device` says where",
         },
     ),
+    row("full_view", image_sizes, without=SIZES),
     row("sample_views", image_sizes, without=VIEWS_DRAWN),
     row(
         "sample_view_pairs",
@@ -565,6 +558,7 @@ TABLE = [
         without={"batched": "the mean over all the axes together is what it is for"},
     ),
     row("l2_normalize", one_set, (0,)),
+    row("widen", one_set, (0,)),
     # The teacher is detached: its finite differences are not zero, its gradient is none.
     row("negative_cosine", pair_and_valid, (0,), reduction="none"),
     row("cross_entropy_similarity", pair_and_valid, (0,), reduction="none"),
@@ -643,7 +637,6 @@ TABLE = [
     row("split_assignments", joint_assignments, (0,)),
     row("split_assignments", joint_assignments, (0,), normalize="columns"),
     row("prune_clusters", view_assignments, (0,)),
-    row("centroids", tokens_and_assignments, (0, 1)),
     row("kmeans_plus_plus", points_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
     row("kmeans", points_and_start, iterations=3, without=DETACHED),
     row(
@@ -691,12 +684,6 @@ TABLE = [
     # One assignment, one group, for all matrices.
     row("merge_clusters", confusion, call=merged, without=COUNTS),
     row("group_scores", confusion, call=scores_of_a_group, without=COUNTS),
-    row(
-        "row_permuted_group_scores",
-        confusion,
-        call=published_scores_of_a_group,
-        without=COUNTS | SINGLE_SET,
-    ),
     row("accuracy", labels_and_predictions, classes=3, without=COUNTS | SINGLE_SET),
     row(
         "average_precision",

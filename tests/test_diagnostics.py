@@ -13,6 +13,7 @@ from strategies import (
     batches,
     boxes_within,
     degenerate_boxes,
+    feature_pairs,
     generators,
     image_box,
     sizes,
@@ -28,23 +29,13 @@ from densekit import (
     coupling_rate,
     layer_bias,
     layer_features,
-    match_patches,
     mean_cosine_similarity,
-    nearest_maps,
     pca_colors,
     sample_boxes_at_iou,
     similarity_iou_curve,
 )
 
 # ---------------------------------------------------------------------------------- affinity
-
-
-@st.composite
-def feature_pairs(draw):
-    """Rows of two views `(*batch, n, d)` and `(*batch, m, d)`."""
-    batch, d = draw(batches()), draw(st.integers(1, 4))
-    counts = draw(st.integers(1, 6)), draw(st.integers(0, 6))
-    return tuple(draw(tensors((*batch, count, d))) for count in counts)
 
 
 def slow_affinity(rows, columns, temperature):
@@ -115,75 +106,6 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
 def test_the_affinity_refuses_features_of_another_width():
     with pytest.raises(TypeError, match=r"affinity_matrix: argument 'features2'.*d=3.*\(2, 4\)"):
         affinity_matrix(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-# ------------------------------------------------------------------------------------ matches
-
-
-@given(feature_pairs(), st.integers(1, 8))
-def test_matches_are_the_best_cosines_of_a_loop(pair, k):
-    got = match_patches(*pair, k=k)
-    n, m = pair[0].shape[-2], pair[1].shape[-2]
-    assert got.indices.shape == got.similarity.shape == (*pair[0].shape[:-2], n, min(k, m))
-    for index in np.ndindex(pair[0].shape[:-2]):
-        for i, row in enumerate(pair[0][index]):
-            cosines = torch.cosine_similarity(row, pair[1][index], dim=-1) if m else row[:0]
-            want = cosines.sort(descending=True).values[:k]
-            torch.testing.assert_close(got.similarity[index][i], want)
-            chosen = got.indices[index][i]
-            assert len(chosen.unique()) == len(chosen)
-            torch.testing.assert_close(cosines[chosen], want)
-
-
-@given(feature_pairs(), generators())
-def test_permuted_patches_are_found_where_they_went(pair, generator):
-    rows = torch.cat([pair[0], torch.ones_like(pair[0][..., :1])], -1)  # no two are parallel
-    order = torch.randperm(rows.shape[-2], generator=generator)
-    lengths = uniform(generator, *rows.shape[:-1], 1, low=0.1, high=10)
-    got = match_patches(rows, (rows * lengths)[..., order, :])
-    assert (got.indices[..., 0] == order.argsort()).all()
-    torch.testing.assert_close(got.similarity, torch.ones_like(got.similarity))
-
-
-def test_matches_ignore_autocast():
-    rows = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
-    with torch.autocast("cpu", torch.bfloat16):
-        got = match_patches(rows, rows)
-    assert got.indices.flatten().tolist() == [0, 1]
-    assert got.similarity.dtype == torch.float32
-
-
-@given(st.data(), sizes(high=3), st.integers(1, 6))
-def test_nearest_maps_agree_place_by_place(data, size, k):
-    d, counts = data.draw(st.integers(1, 3)), data.draw(st.tuples(*[st.integers(0, 5)] * 2))
-    maps, gallery = (data.draw(tensors((count, d, *size))) for count in counts)
-    got = nearest_maps(maps, gallery, k=k)
-    assert got.indices.shape == (counts[0], min(k, counts[1]))
-    for i, one in enumerate(maps):
-        cosines = [((one * other).sum() / one.norm() / other.norm()).item() for other in gallery]
-        want = sorted(cosines, reverse=True)[:k]
-        assert got.similarity[i].tolist() == pytest.approx(want, abs=1e-9)
-        assert [cosines[j] for j in got.indices[i]] == pytest.approx(want, abs=1e-9)
-
-
-def test_a_map_with_its_object_elsewhere_is_far():
-    one = torch.zeros(1, 2, 4, 4)
-    one[:, :, 0, 0] = 1
-    moved, alike = one.roll(2, -1), one + 0.1 * torch.rand(1, 2, 4, 4)
-    got = nearest_maps(one, torch.cat([moved, alike, one]), k=3)
-    assert got.indices.tolist() == [[2, 1, 0]]  # their means are the same
-    assert got.similarity[0, 2] == 0
-
-
-def test_matches_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"densekit.diagnostics.match_patches: k is 0; give 1"):
-        match_patches(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
-    with pytest.raises(ValueError, match="k is -1; give 1"):
-        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1), k=-1)
-    with pytest.raises(TypeError, match=r"match_patches: argument 'features2'.*d=3"):
-        match_patches(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(TypeError, match=r"nearest_maps: argument 'gallery'.*h=1"):
-        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 2, 1))
 
 
 # ------------------------------------------------------------------------- similarity and IoU

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.ndimage import binary_dilation
-from skimage.morphology import disk
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -20,7 +17,7 @@ from sklearn.metrics import (
     recall_score,
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion
-from strategies import batches, flips, generators, sizes
+from strategies import flips, generators
 from densekit import (
     Accuracy,
     ConfusionScores,
@@ -30,15 +27,12 @@ from densekit import (
     as_table,
     average_precision,
     bootstrap,
-    boundary_f_measure,
     confusion_matrix,
     confusion_scores,
     group_scores,
     match_clusters,
     mean_iou,
     merge_clusters,
-    region_similarity,
-    row_permuted_group_scores,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -185,18 +179,6 @@ def test_the_scores_of_things_and_stuff_in_the_order_of_the_classes():
     merged = merge_clusters(confusion, match_clusters(confusion))
     percent(group_scores(merged, things).miou, file, "class_order_mIoU_th_subblock")
     percent(group_scores(merged, ~things).miou, file, "class_order_mIoU_st_subblock")
-
-
-def test_the_scores_of_things_and_stuff_as_they_are_published():
-    file, confusion, things = golden()
-    clusters = match_clusters(confusion)
-    for group, name in ((things, "th"), (~things, "st")):
-        got = row_permuted_group_scores(confusion, clusters, group)
-        percent(got.miou, file, f"official_mIoU_{name}")
-        percent(got.pixel_accuracy, file, f"official_aAcc_{name}")
-        percent(got.mean_accuracy, file, f"official_mAcc_{name}")
-        right = group_scores(merge_clusters(confusion, clusters), group)
-        assert abs(right.miou - got.miou) > 5e-3  # they are not the right ones
 
 
 # ------------------------------------------------------------------- scores of a confusion
@@ -406,9 +388,6 @@ def test_the_group_of_all_classes_is_all_classes(maps):
     every, want = torch.ones(CLASSES).bool(), confusion_scores(confusion)
     got = group_scores(confusion, every)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    names = torch.arange(CLASSES)
-    got = row_permuted_group_scores(confusion, names, every)  # nothing is moved
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_groups_that_do_not_fit_are_refused():
@@ -416,9 +395,6 @@ def test_groups_that_do_not_fit_are_refused():
         group_scores(torch.zeros(3, 2, dtype=torch.long), torch.ones(3).bool())
     with pytest.raises(TypeError, match=r"group_scores: argument 'group'.*classes=3"):
         group_scores(torch.zeros(3, 3, dtype=torch.long), torch.ones(2).bool())
-    confusion = torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(TypeError, match="row_permuted_group_scores: argument 'confusion'"):
-        row_permuted_group_scores(confusion, torch.zeros(2).long(), torch.ones(2).bool())
 
 
 # ---------------------------------------------------------------------------------- accuracy
@@ -537,105 +513,6 @@ def test_average_precision_of_nothing_is_zero_and_refuses_what_makes_no_sense():
             average_precision(torch.zeros(2, 1), torch.zeros(2, 1).bool(), points=points)
     with pytest.raises(TypeError, match=r"average_precision: argument 'targets'.*classes=3"):
         average_precision(torch.zeros(2, 3), torch.zeros(2, 4).bool())
-
-
-# ------------------------------------------------------------------------------------- J and F
-
-
-@st.composite
-def masks(draw, batch=()):
-    """Two masks, at times blocks, full or empty."""
-    size, generator = draw(sizes(high=12)), draw(generators())
-    found = []
-    for _ in range(2):
-        kind = draw(st.sampled_from(["noise", "block", "full", "empty"]))
-        noise = flips(generator, *batch, *size)
-        corners = torch.stack([torch.randint(n + 1, (2,), generator=generator) for n in size])
-        (top, bottom), (left, right) = corners.sort(-1).values.tolist()
-        block = torch.zeros_like(noise)
-        block[..., top:bottom, left:right] = True
-        options = {"noise": noise, "block": block}
-        options |= {"full": torch.ones_like(noise), "empty": torch.zeros_like(noise)}
-        found.append(options[kind])
-    return tuple(found)
-
-
-def slow_outline(mask):
-    """Pixels that differ from the next to the right, below, or both; outside is as the edge."""
-    h, w = mask.shape
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    out = np.zeros_like(mask)
-    for y, x in itertools.product(range(h), range(w)):
-        here = padded[y, x]
-        out[y, x] = any(here != padded[y + a, x + b] for a, b in ((0, 1), (1, 0), (1, 1)))
-    return out
-
-
-def slow_f(mask, guess, tolerance):
-    """The measure of DAVIS with scikit-image's disk."""
-    reach = math.ceil(tolerance * math.hypot(*mask.shape))
-    true, found = slow_outline(mask), slow_outline(guess)
-    if not true.any() and not found.any():
-        return 1.0
-    if not true.any() or not found.any():
-        return 0.0
-    near = [binary_dilation(x, disk(reach)) for x in (true, found)]
-    precision = (found & near[0]).sum() / found.sum()
-    recall = (true & near[1]).sum() / true.sum()
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-@given(masks(), st.sampled_from([0.0, 0.008, 0.1, 0.25, 1.0]))
-def test_f_is_that_of_a_loop_and_scikit_images_disk(pair, tolerance):
-    got = boundary_f_measure(*pair, tolerance=tolerance)
-    want = slow_f(*(x.numpy() for x in pair), tolerance)
-    assert got.item() == pytest.approx(want, abs=1e-6)
-
-
-@given(masks())
-def test_j_is_scikit_learns(pair):
-    one, other = (x.flatten().numpy() for x in pair)
-    want = jaccard_score(one, other) if (one | other).any() else 1
-    assert region_similarity(*pair).item() == pytest.approx(want)
-
-
-@given(st.data(), batches())
-def test_j_and_f_are_symmetric_one_for_equal_masks_and_of_each_image_alone(data, batch):
-    one, other = data.draw(masks(batch))
-    for measure in (region_similarity, boundary_f_measure):
-        got = measure(one, other)
-        assert got.shape == batch
-        assert got.dtype == torch.float32
-        assert ((got >= 0) & (got <= 1)).all()
-        assert torch.equal(measure(one, one), torch.ones(batch))
-        torch.testing.assert_close(measure(other, one), got)
-        for index in np.ndindex(batch):
-            assert measure(one[index], other[index]) == got[index]
-
-
-def test_far_masks_have_no_j_and_no_f_and_a_shift_within_the_tolerance_costs_no_f():
-    left, right = torch.zeros(2, 40, 60).bool()
-    left[5:15, 5:15] = True
-    right[20:30, 40:50] = True
-    assert region_similarity(left, right) == 0
-    assert boundary_f_measure(left, right) == 0
-    moved = left.roll(1, 1)  # ceil(0.008 * 72.1) is 1 pixel
-    assert boundary_f_measure(left, moved) == 1
-    assert boundary_f_measure(left, moved, tolerance=0) < 0.9
-    assert boundary_f_measure(left, left.roll(3, 1)) < 1
-    empty = torch.zeros_like(left)
-    assert (region_similarity(left, empty), boundary_f_measure(left, empty)) == (0, 0)
-    assert (region_similarity(empty, empty), boundary_f_measure(empty, empty)) == (1, 1)
-
-
-@pytest.mark.parametrize("tolerance", [-0.1, math.nan])
-def test_f_refuses_what_makes_no_sense(tolerance):
-    mask = torch.ones(2, 2).bool()
-    with pytest.raises(ValueError, match=f"boundary_f_measure: tolerance is {tolerance}; give 0"):
-        boundary_f_measure(mask, mask, tolerance=tolerance)
-    for measure in (region_similarity, boundary_f_measure):
-        with pytest.raises(TypeError, match=f"{measure.__name__}: argument 'predictions'"):
-            measure(mask, mask[:1])
 
 
 # --------------------------------------------------------------------------------- bootstrap

@@ -1,4 +1,4 @@
-"""Labels by nearest neighbors against scikit-learn and slow loops, and their promises."""
+"""Votes and matches of nearest neighbors against scikit-learn and slow loops."""
 
 import math
 
@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
-from strategies import generators, sizes, uniform
+from strategies import feature_pairs, generators, sizes, tensors, uniform
 from densekit import (
     knn_votes,
+    match_patches,
     mean_iou,
+    nearest_maps,
     object_knn,
-    propagate_labels,
-    propagate_video,
     segmentation_counts,
 )
 
@@ -194,123 +194,70 @@ def test_cells_that_are_known_are_segmented_without_an_error(generator):
     assert mean_iou(counts.sum(0)) == 1
 
 
-# -------------------------------------------------------------------------------- video labels
+# ------------------------------------------------------------------------------------ matches
 
 
-@st.composite
-def videos(draw, frames=None):
-    """Feature maps of some frames, and shares in each cell of all of them."""
-    generator, t = draw(generators()), frames or draw(st.integers(2, 4))
-    size, d, c = draw(sizes(high=5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    features = uniform(generator, t, d, *size, low=-1)
-    shares = uniform(generator, t, c, *size, low=0.1)
-    return features, shares / shares.sum(1, keepdim=True)
+@given(feature_pairs(), st.integers(1, 8))
+def test_matches_are_the_best_cosines_of_a_loop(pair, k):
+    got = match_patches(*pair, k=k)
+    n, m = pair[0].shape[-2], pair[1].shape[-2]
+    assert got.indices.shape == got.similarity.shape == (*pair[0].shape[:-2], n, min(k, m))
+    for index in np.ndindex(pair[0].shape[:-2]):
+        for i, row in enumerate(pair[0][index]):
+            cosines = torch.cosine_similarity(row, pair[1][index], dim=-1) if m else row[:0]
+            want = cosines.sort(descending=True).values[:k]
+            torch.testing.assert_close(got.similarity[index][i], want)
+            chosen = got.indices[index][i]
+            assert len(chosen.unique()) == len(chosen)
+            torch.testing.assert_close(cosines[chosen], want)
 
 
-def slow_propagation(features, context, labels, *, radius, k, temperature):
-    """Cell by cell: the k most alike within the radius, weighted."""
-    _, h, w = features.shape
-    got = torch.zeros(labels.shape[1], h, w, dtype=torch.float64)
-    for y in range(h):
-        for x in range(w):
-            near = []
-            for frame, known in zip(context, labels, strict=True):
-                for b in range(max(0, y - radius), min(h, y + radius + 1)):
-                    for a in range(max(0, x - radius), min(w, x + radius + 1)):
-                        one, other = features[:, y, x], frame[:, b, a]
-                        cosine = (one @ other / one.norm() / other.norm()).item()
-                        near.append((cosine, known[:, b, a]))
-            best = sorted(near, key=lambda pair: -pair[0])[:k]
-            weights = [math.exp(cosine / temperature) for cosine, _ in best]
-            for weight, (_, shares) in zip(weights, best, strict=True):
-                got[:, y, x] += weight / sum(weights) * shares
-    return got
+@given(feature_pairs(), generators())
+def test_permuted_patches_are_found_where_they_went(pair, generator):
+    rows = torch.cat([pair[0], torch.ones_like(pair[0][..., :1])], -1)  # no two are parallel
+    order = torch.randperm(rows.shape[-2], generator=generator)
+    lengths = uniform(generator, *rows.shape[:-1], 1, low=0.1, high=10)
+    got = match_patches(rows, (rows * lengths)[..., order, :])
+    assert (got.indices[..., 0] == order.argsort()).all()
+    torch.testing.assert_close(got.similarity, torch.ones_like(got.similarity))
 
 
-@given(videos(), st.integers(0, 5), st.integers(1, 7), st.floats(0.05, 2), st.integers(1, 30))
-def test_labels_are_carried_as_in_a_loop(video, radius, k, temperature, chunk):
-    (*context, now), (*labels, _) = video
-    context, labels = torch.stack(context), torch.stack(labels)
-    options = {"radius": radius, "k": k, "temperature": temperature}
-    if now.shape[0] == 1:  # all cosines are 1 or -1: which of equal ones is taken is free
-        options["k"] = 10_000
-    got = propagate_labels(now, context, labels, chunk=chunk, **options)
-    torch.testing.assert_close(got, slow_propagation(now, context, labels, **options))
-
-
-@given(videos(), st.integers(0, 5), st.integers(1, 7))
-def test_shares_stay_shares_whatever_the_length_of_the_features(video, radius, k):
-    (*context, now), (*labels, _) = video
-    context, labels = torch.stack(context), torch.stack(labels)
-    got = propagate_labels(now, context, labels, radius=radius, k=k)
-    torch.testing.assert_close(got.sum(0), torch.ones(now.shape[1:]).double())
-    assert (got >= labels.amin((0, 2, 3))[:, None, None] - 1e-12).all()
-    assert (got <= labels.amax((0, 2, 3))[:, None, None] + 1e-12).all()
-    if now.shape[0] > 1:
-        longer = propagate_labels(3 * now, 0.1 * context, labels, radius=radius, k=k)
-        torch.testing.assert_close(longer, got)
-    one = propagate_labels(now, context, torch.ones_like(labels), radius=radius, k=k)
-    torch.testing.assert_close(one, torch.ones_like(one))
-
-
-@given(videos(5), st.integers(0, 5), st.integers(1, 3))
-def test_a_video_is_labeled_frame_by_frame_from_the_first_and_the_last_ones(video, context, k):
-    features, (first, *_) = video
-    options = {"radius": 2, "k": k, "temperature": 0.3}
-    want = [first]
-    for now in range(1, 5):
-        used = sorted({0} | {i for i in range(now) if now - i <= context})
-        known = torch.stack([want[i] for i in used])
-        want.append(propagate_labels(features[now], features[used], known, **options))
-    got = propagate_video(features, first, context=context, **options)
-    assert torch.equal(got, torch.stack(want))
-
-
-def test_an_object_that_moves_is_followed_as_far_as_the_radius_reaches():
-    generator = torch.Generator().manual_seed(0)
-    scene = torch.randn(16, 8, 8, generator=generator)
-    things = torch.zeros(2, 8, 8)
-    things[1, 2:5, :3] = 1
-    things[0] = 1 - things[1]
-    video = torch.stack([scene.roll(step, 2) for step in range(4)])
-    want = torch.stack([things.roll(step, 2) for step in range(4)])
-    # All cells move by one; a seam of the torus jumps, and only its neighbors are near.
-    got = propagate_video(video, things, radius=1, k=1, context=1)
-    assert torch.equal(got[..., 4:], want[..., 4:])
-    far = propagate_video(video, things, radius=0, k=1, context=1)
-    assert not torch.equal(far[..., 4:], want[..., 4:])
-    whole = propagate_video(video, things, radius=8, k=1)
-    assert torch.equal(whole, want)
-
-
-def test_half_features_carry_labels_in_float32():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 8, 4, 4, generator=generator).bfloat16()
-    first = torch.rand(2, 4, 4, generator=generator)
-    want = propagate_video(features.float(), first)
+def test_matches_ignore_autocast():
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
     with torch.autocast("cpu", torch.bfloat16):
-        got = propagate_video(features, first.bfloat16())
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
+        got = match_patches(rows, rows)
+    assert got.indices.flatten().tolist() == [0, 1]
+    assert got.similarity.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "options", [{"k": 0}, {"chunk": 0}, {"radius": -1}, {"temperature": 0.0}, {"t": 0}]
-)
-def test_labels_are_not_carried_where_it_makes_no_sense(options):
-    t = {"t": 2} | options
-    maps, labels = torch.rand(t.pop("t"), 3, 2, 2), torch.rand(2, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"densekit.neighbors.propagate_labels: . frames, k="):
-        propagate_labels(torch.rand(3, 2, 2), maps, labels[: len(maps)], **t)
+@given(st.data(), sizes(high=3), st.integers(1, 6))
+def test_nearest_maps_agree_place_by_place(data, size, k):
+    d, counts = data.draw(st.integers(1, 3)), data.draw(st.tuples(*[st.integers(0, 5)] * 2))
+    maps, gallery = (data.draw(tensors((count, d, *size))) for count in counts)
+    got = nearest_maps(maps, gallery, k=k)
+    assert got.indices.shape == (counts[0], min(k, counts[1]))
+    for i, one in enumerate(maps):
+        cosines = [((one * other).sum() / one.norm() / other.norm()).item() for other in gallery]
+        want = sorted(cosines, reverse=True)[:k]
+        assert got.similarity[i].tolist() == pytest.approx(want, abs=1e-9)
+        assert [cosines[j] for j in got.indices[i]] == pytest.approx(want, abs=1e-9)
 
 
-def test_a_video_that_makes_no_sense_is_refused():
-    maps, first = torch.rand(2, 3, 2, 2), torch.rand(1, 2, 2)
-    with pytest.raises(ValueError, match=r"propagate_video: 0 frames and context=7 came"):
-        propagate_video(maps[:0], first)
-    with pytest.raises(ValueError, match=r"propagate_video: 2 frames and context=-1 came"):
-        propagate_video(maps, first, context=-1)
-    with pytest.raises(TypeError, match="propagate_video: argument 'first'"):
-        propagate_video(maps, first[:, :1])
-    with pytest.raises(TypeError, match="propagate_labels: argument 'context_labels'"):
-        propagate_labels(maps[0], maps, first[None])
+def test_a_map_with_its_object_elsewhere_is_far():
+    one = torch.zeros(1, 2, 4, 4)
+    one[:, :, 0, 0] = 1
+    moved, alike = one.roll(2, -1), one + 0.1 * torch.rand(1, 2, 4, 4)
+    got = nearest_maps(one, torch.cat([moved, alike, one]), k=3)
+    assert got.indices.tolist() == [[2, 1, 0]]  # their means are the same
+    assert got.similarity[0, 2] == 0
+
+
+def test_matches_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"densekit.neighbors.match_patches: k is 0; give 1"):
+        match_patches(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
+    with pytest.raises(ValueError, match="k is -1; give 1"):
+        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1), k=-1)
+    with pytest.raises(TypeError, match=r"match_patches: argument 'features2'.*d=3"):
+        match_patches(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"nearest_maps: argument 'gallery'.*h=1"):
+        nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 2, 1))

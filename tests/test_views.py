@@ -578,6 +578,19 @@ def test_full_view_is_the_whole_image():
     assert full_view((3, 5)).box.tolist() == [0, 0, 5, 3]
 
 
+@given(batches(), batches(), generators())
+def test_each_image_of_its_own_size_has_its_own_full_view(batch, shape, generator):
+    images = torch.randint(1, 2**24, (*shape, 2), generator=generator)
+    view = full_view(images, batch)
+    assert view.flip.shape == (*batch, *shape)
+    assert not view.flip.any()
+    height, width = images.expand(*batch, *shape, 2).unbind(-1)
+    nothing = torch.zeros_like(width)
+    assert torch.equal(view.box.long(), torch.stack([nothing, nothing, width, height], -1))
+    if not (batch or shape):
+        assert torch.equal(view.box, full_view((int(height), int(width))).box)
+
+
 # -------------------------------------------------------------------------------- cropping
 
 

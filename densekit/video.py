@@ -1,0 +1,219 @@
+"""Videos: labels carried from frame to frame, and the scores J and F of object masks."""
+
+import math
+
+import torch
+from densekit.numerics import full_precision, l2_normalize, widened
+from densekit.typing import Bool, Float, Tensor, typed
+
+__all__ = ["boundary_f_measure", "propagate_labels", "propagate_video", "region_similarity"]
+
+
+@typed
+def propagate_labels(
+    features: Float[Tensor, "d h w"],
+    context: Float[Tensor, "t d h w"],
+    context_labels: Float[Tensor, "t c h w"],
+    *,
+    radius: int = 12,
+    k: int = 5,
+    temperature: float = 0.1,
+    chunk: int = 1024,
+) -> Float[Tensor, "c h w"]:
+    """Carry labels from earlier frames of a video to the next, by nearest neighbors.
+
+    Each cell takes the labels of the k cells of the earlier frames that are most alike, among
+    those at most `radius` rows and columns away, weighted by `exp(cosine / t)`.
+
+    Args:
+        features: Feature map of the new frame.
+        context: Feature maps of t earlier frames.
+        context_labels: Their labels: c shares in each cell, such as one-hot objects.
+        radius: How far an object may have moved, in cells.
+        k: Neighbors to take.
+        temperature: Divides the cosine.
+        chunk: Cells at a time: bounds the memory to `chunk x t h w` numbers.
+
+    Returns:
+        Shares of the new frame, in at least float32.
+
+    Raises:
+        TypeError: The shapes do not fit.
+        ValueError: There is no earlier frame, `k` or `chunk` is below 1, the radius is negative, or
+            the temperature is not positive.
+
+    Examples:
+        >>> maps = torch.eye(9).view(1, 9, 3, 3)
+        >>> labels = torch.rand(1, 2, 3, 3)
+        >>> torch.equal(propagate_labels(maps[0], maps, labels, k=1), labels[0])
+        True
+
+    References:
+        Caron et al. 2021 (DINO), Sec 4.2.2; Jabri et al. 2020; CrOC, Appendix D.
+    """
+    t, _, h, w = context.shape
+    if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
+        raise ValueError(
+            f"densekit.video.propagate_labels: {t} frames, k={k}, chunk={chunk}, "
+            f"radius={radius} and temperature={temperature} came; give 1 or more frames, k and "
+            "chunk, a radius from 0, and a temperature above 0."
+        )
+    with full_precision(features):
+        own = l2_normalize(features.flatten(1).mT)
+        known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
+        labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
+        cell = torch.arange(h * w, device=features.device)
+        place = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
+        found = []
+        for rows, at in zip(own.split(chunk), place.split(chunk), strict=True):
+            far = ((at[:, None] - place).abs() > radius).any(-1).repeat(1, t)
+            best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
+            weights = (best.values / temperature).softmax(-1)
+            found.append((weights[..., None] * labels[best.indices]).sum(1))
+    return torch.cat(found).mT.unflatten(-1, (h, w))
+
+
+@typed
+def propagate_video(
+    features: Float[Tensor, "t d h w"],
+    first: Float[Tensor, "c h w"],
+    *,
+    context: int = 7,
+    radius: int = 12,
+    k: int = 5,
+    temperature: float = 0.1,
+) -> Float[Tensor, "t c h w"]:
+    """Carry the labels of a video's first frame through all others.
+
+    Each frame is labeled from the first one and the `context` frames before it, by
+    `propagate_labels`; nothing is learned.
+
+    Args:
+        features: Feature maps of the frames, in order.
+        first: Labels of the first frame: c shares in each cell.
+        context: Frames before the current one that are used, besides the first.
+        radius: As in `propagate_labels`.
+        k: As in `propagate_labels`.
+        temperature: As in `propagate_labels`.
+
+    Returns:
+        Shares of all frames, in at least float32; resize them bilinearly and take the best.
+
+    Raises:
+        ValueError: There is no frame, the context is negative, or as `propagate_labels`.
+
+    Examples:
+        >>> features = torch.rand(1, 9, 3, 3).expand(4, 9, 3, 3)  # nothing moves
+        >>> first = torch.rand(2, 3, 3)
+        >>> torch.allclose(propagate_video(features, first, k=1), first.expand(4, 2, 3, 3))
+        True
+
+    References:
+        Caron et al. 2021 (DINO), Sec 4.2.2 (7 frames, radius 12, the 5 nearest); CrOC, Appendix D.
+    """
+    if not len(features) or context < 0:
+        raise ValueError(
+            f"densekit.video.propagate_video: {len(features)} frames and context={context} "
+            "came; give a frame or more, and a context of 0 or more."
+        )
+    labels = [widened(first)]
+    for now in range(1, len(features)):
+        used = sorted({0, *range(max(0, now - context), now)})
+        known = torch.stack([labels[i] for i in used])
+        options = {"radius": radius, "k": k, "temperature": temperature}
+        labels.append(propagate_labels(features[now], features[used], known, **options))
+    return torch.stack(labels)
+
+
+@typed
+def region_similarity(
+    masks: Bool[Tensor, "*batch h w"], predictions: Bool[Tensor, "*batch h w"]
+) -> Float[Tensor, "*batch"]:
+    """Region similarity J of video object segmentation: the IoU of two masks.
+
+    Args:
+        masks: True masks.
+        predictions: Predicted masks.
+
+    Returns:
+        IoU, in float32; 1 where both are empty.
+
+    Examples:
+        >>> region_similarity(torch.eye(2).bool(), torch.ones(2, 2).bool())
+        tensor(0.5000)
+
+    References:
+        Perazzi et al. 2016 (DAVIS), Sec 4; CrOC, Appendix D.
+    """
+    both = (masks & predictions).sum((-2, -1))
+    either = (masks | predictions).sum((-2, -1))
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+@typed
+def boundary_f_measure(
+    masks: Bool[Tensor, "*batch h w"],
+    predictions: Bool[Tensor, "*batch h w"],
+    *,
+    tolerance: float = 0.008,
+) -> Float[Tensor, "*batch"]:
+    """Contour accuracy F of video object segmentation: how well two outlines lie on each other.
+
+    `F = 2 P R / (P + R)` with P the share of the predicted outline that lies within the tolerance
+    of the true one, and R the reverse. An outline is where a pixel differs from the next one to
+    the right, below, or both.
+
+    Args:
+        masks: True masks.
+        predictions: Predicted masks.
+        tolerance: Distance allowed, as a share of the image's diagonal; rounded up to pixels.
+
+    Returns:
+        F, in float32; 1 where neither has an outline, 0 where only one has.
+
+    Raises:
+        ValueError: The tolerance is negative.
+
+    Examples:
+        >>> boundary_f_measure(torch.eye(9).bool(), torch.eye(9).bool())
+        tensor(1.)
+
+    References:
+        Perazzi et al. 2016 (DAVIS), Sec 4; Martin et al. 2004 (the measure).
+    """
+    if not tolerance >= 0:
+        raise ValueError(
+            f"densekit.video.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
+        )
+    if not masks.numel():
+        return masks.new_ones(masks.shape[:-2], dtype=torch.float)
+    h, w = masks.shape[-2:]
+    reach = math.ceil(tolerance * math.hypot(h, w))
+    step = torch.arange(-reach, reach + 1, device=masks.device)
+    disk = (step.square()[:, None] + step.square() <= reach**2).float()
+    true, guess = (_outline(x) for x in (masks, predictions))
+    grown = [
+        torch.nn.functional.conv2d(
+            x.reshape(-1, 1, h, w).float(), disk[None, None], padding=reach
+        ).reshape(x.shape) > 0.5
+        for x in (true, guess)
+    ]  # fmt: skip
+
+    def share(outline: Tensor, near: Tensor, other: Tensor) -> Tensor:
+        length, close = outline.sum((-2, -1)), (outline & near).sum((-2, -1))
+        return torch.where(length > 0, close / length.clamp(min=1), (~other.any(-1).any(-1)) * 1.0)
+
+    precision = share(guess, grown[0], true)
+    recall = share(true, grown[1], guess)
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """Where a pixel differs from the next to the right, below, or diagonally."""
+    x = mask
+    right, below = (
+        torch.cat([x[..., 1:], x[..., -1:]], -1),
+        torch.cat([x[..., 1:, :], x[..., -1:, :]], -2),
+    )
+    diagonal = torch.cat([below[..., 1:], below[..., -1:]], -1)
+    return (x ^ right) | (x ^ below) | (x ^ diagonal)
