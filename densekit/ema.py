@@ -25,30 +25,31 @@ def ema_update(
 ) -> Tree:
     """Move a teacher's tensors towards a student's: `m teacher + (1 - m) student`.
 
-    Both are modules with parameters of the same names, such as a network and its deep copy, or
-    state dicts, or other trees of dicts, lists and (named) tuples alike. All tensors are updated
-    in one fused pass.
+    Teacher and student are two modules whose parameters have the same names, such as a network and
+    its deep copy; or two state dicts; or two other trees of dicts, lists and (named) tuples with
+    the same structure. All tensors are updated in one fused pass.
 
     Args:
-        teacher: Changed in place, or left as it is. In half precision an update by 1 - m rounds
-            to nothing: keep it in float32, or in bfloat16 and give a generator.
-        student: Left as it is; in any floating dtype, on any device.
-        momentum: Weight of the old value m.
-        buffers: "copy" a module's buffers from the student, such as batch-norm statistics,
-            "average" the floating ones and copy the others, or "keep" the teacher's. In a tree a
-            floating tensor is always averaged; whole numbers are copied or kept.
-        inplace: Change the teacher's own tensors, or leave them and return new ones.
-        generator: Source of the stochastic rounding of a bfloat16 teacher, on its device: the mean
-            goes up or down by chance, so that its expectation is exact. Seed it alike on all
-            processes.
+        teacher: The teacher. An update by 1 - m rounds to nothing in half precision, so keep the
+            teacher in float32, or in bfloat16 with a generator.
+        student: The student, in any floating dtype, on any device; it is not modified.
+        momentum: Weight m of the old value.
+        buffers: "copy" copies a module's buffers, such as batch-norm statistics, from the student;
+            "average" averages the floating buffers and copies the others; "keep" keeps the
+            teacher's. In a tree, a floating tensor is always averaged; integers are copied or kept.
+        inplace: Modify the teacher's own tensors; otherwise they stay as they are, and new ones are
+            returned.
+        generator: Source of the stochastic rounding of a bfloat16 teacher, on its device. The mean
+            is rounded up or down at random, so that its expectation is exact. It needs the same
+            state on all processes.
 
     Returns:
-        The teacher itself; or, not in place, a new tree, for a module a dict of its parameters
-        and buffers as `torch.func.functional_call` takes it.
+        The teacher itself; or, if not in place, a new tree. For a module this is a dict of its
+        parameters and buffers, as `torch.func.functional_call` accepts it.
 
     Raises:
-        TypeError: The two do not correspond, or the teacher is in half precision (for bfloat16:
-            without a generator). Nothing has changed then.
+        TypeError: Teacher and student do not correspond, or the teacher is in half precision
+            (bfloat16 is allowed with a generator). Nothing has been modified then.
         ValueError: The momentum is outside [0, 1].
 
     Examples:
@@ -103,7 +104,7 @@ def ema_update(
 
 
 def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a tree by name, and which are a module's buffers; in one quick pass."""
+    """Return a tree's tensors by name, and the names of a module's buffers, in one quick pass."""
     if not isinstance(tree, nn.Module):
         leaves, _ = tree_flatten_with_path(tree)
         if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
@@ -144,7 +145,7 @@ def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
 
 
 def _round_stochastically(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Float32 to bfloat16, up or down with the probability that makes the mean exact."""
+    """Round float32 to bfloat16, up or down with probabilities that make the expectation exact."""
     size, device = x.shape, x.device
     noise = torch.randint(2**16, size, generator=generator, dtype=torch.int32, device=device)
     rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)

@@ -1,6 +1,6 @@
 """k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest centroid.
 
-Half precision is widened to float32, also under autocast; no gradient flows.
+Half precision is converted to float32, also under autocast. No gradient flows.
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ class KMeans(NamedTuple):
 
     Attributes:
         centroids: Means of the clusters.
-        labels: The nearest centroid of each point, -1 where the point is not valid.
-        inertia: Sum of squared distances of the valid points to their centroids.
+        labels: The nearest centroid of each point; -1 where the point is not valid.
+        inertia: Sum of the squared distances of the valid points to their centroids.
     """
 
     centroids: Float[Tensor, "*batch k d"]
@@ -39,22 +39,23 @@ def kmeans_plus_plus(
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch count d"]:
-    """Draw start centroids for k-means: points that lie far from those drawn before.
+    """Choose start centroids for k-means: random points that lie far from those chosen before.
 
-    The first is a point drawn evenly, each next one a point drawn in proportion to its squared
-    distance from the nearest centroid so far.
+    The first centroid is a uniformly random point. Each further one is a random point whose
+    probability is proportional to its squared distance to the nearest centroid chosen so far.
 
     Args:
         points: n points.
-        count: How many centroids; points repeat when there are fewer different ones.
-        valid: Points to draw from; all when left out. Without any the centroids are zero.
-        generator: Source of the random numbers.
+        count: Number of centroids; points are repeated if there are fewer different ones.
+        valid: Points to choose from; by default all. Without any valid point the centroids are
+            zero.
+        generator: Source of the random numbers, on the points' device.
 
     Returns:
-        The drawn points, in at least float32; no gradient flows.
+        The chosen points, in at least float32; no gradient flows.
 
     Raises:
-        ValueError: `count` is negative, or there is no point to draw.
+        ValueError: `count` is negative, or there is no point to choose.
 
     Examples:
         >>> points = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
@@ -89,17 +90,16 @@ def kmeans(
     *,
     iterations: int = 20,
 ) -> KMeans:
-    """Lloyd's k-means, batched: points go to the nearest centroid, centroids to the means.
+    """Run Lloyd's k-means: assign points to the nearest centroid, then move centroids to the means.
 
-    A cluster that loses all its points starts again at the point that lies farthest from its
-    centroid, several such clusters at the next farthest ones.
+    A cluster that loses all its points starts again at the point that is farthest from its
+    centroid; several such clusters start again at the next farthest points.
 
     Args:
         points: n points.
-        start: Where the centroids start
-            ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
-        valid: Points to use; all when left out.
-        iterations: How often the centroids move, at most some dozens in practice.
+        start: Start centroids ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
+        valid: Points to use; by default all.
+        iterations: Number of times that the centroids move; a few dozen are enough in practice.
 
     Returns:
         Centroids, labels and inertia, in at least float32; no gradient flows.
@@ -155,23 +155,26 @@ def minibatch_kmeans(
     group: Group = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "clusters d"]:
-    """Centroids of a large set: k-means on a sample, then steps on batches drawn from all points.
+    """Compute centroids of a large set: k-means on a sample, then steps on random batches.
 
-    `kmeans` on `sample * clusters` points gives the start, itself from the best of four short runs
-    on some of them, each from `kmeans_plus_plus`. In a step, each centroid moves to the mean of all
-    points it was given so far, those of the sample included, so that the steps grow smaller. Over
-    processes, each draws as many from its own points, and sums are shared.
+    `kmeans` on `sample * clusters` points gives the start. This run starts from the best of four
+    short runs on fewer of these points, each of which starts from `kmeans_plus_plus`. In each step,
+    every centroid moves to the mean of all points that were assigned to it so far, including those
+    of the sample, so the steps become smaller. With several processes, each takes the same number
+    of random points from its own points, and the sums are shared.
 
     Args:
-        points: n points, such as the cells of all feature maps; what is not finite is left out.
-        clusters: How many centroids.
-        steps: How many batches to take after the sample; 0 is k-means on the sample alone.
-        batch: Points of a batch, of each process.
-        sample: Points of the sample for each cluster, of all processes; all when there are fewer.
-        iterations: Of `kmeans` on the sample.
-        group: Processes that hold the points together; None is this process alone.
-        generator: Source of the draws, on the points' device; over processes it is needed, in the
-            same state on each.
+        points: n points, such as the cells of all feature maps; points that are not finite are
+            ignored.
+        clusters: Number of centroids.
+        steps: Number of batches after the sample; with 0 it is k-means on the sample alone.
+        batch: Number of points in a batch, for each process.
+        sample: Number of points of the sample for each cluster, over all processes; all points if
+            there are fewer.
+        iterations: Number of iterations of `kmeans` on the sample.
+        group: Processes that share the points; None means this process alone.
+        generator: Source of the random numbers, on the points' device. With several processes it is
+            required, in the same state on each.
 
     Returns:
         The centroids, in at least float32, the same on all processes.
@@ -237,17 +240,17 @@ def minibatch_kmeans(
 def nearest_centroids(
     points: Float[Tensor, "*batch n d"], centroids: Float[Tensor, "*batch k d"]
 ) -> Integer[Tensor, "*batch n"]:
-    """The nearest centroid of each point, by Euclidean distance.
+    """Find the nearest centroid of each point, by Euclidean distance.
 
     Args:
         points: n points.
         centroids: k centroids (`minibatch_kmeans`, `kmeans`).
 
     Returns:
-        Index of the nearest centroid; of several as near, the first.
+        Index of the nearest centroid; the first one if several are equally near.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: There is no centroid.
 
     Examples:
@@ -270,7 +273,7 @@ def nearest_centroids(
 
 
 def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest center, and its index."""
+    """Return each point's squared distance to its nearest center, and the center's index."""
     if not x.shape[-2]:
         return x.sum(-1), x.sum(-1).long()
     square = centers.square().sum(-1)[..., None, :] - 2 * (x @ centers.mT)

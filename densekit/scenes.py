@@ -15,13 +15,14 @@ _CHUNK = 2**18  # pixels rendered at a time: bounds the memory and keeps the buf
 
 
 class Scenes(NamedTuple):
-    """A batch of synthetic scenes with their ground truth; boxes are in image pixels.
+    """A batch of procedural scenes with their ground truth; boxes are in image pixels.
 
     Attributes:
         images: RGB values in [0, 1].
         labels: Class of every pixel, an index into `SCENE_CLASSES`.
-        instances: 0 on the background, `i + 1` where the object of slot `i` is seen.
-        boxes: Half-open xyxy boxes, tight around the visible pixels; zeros where not valid.
+        instances: 0 on the background, `i + 1` where the object of slot `i` is visible.
+        boxes: Half-open boxes `(x1, y1, x2, y2)`, tight around the visible pixels; zeros where not
+            valid.
         classes: Class of the object in each slot; 0 where the slot is unused.
         valid: True where the slot is used and at least one pixel of its object is visible.
     """
@@ -42,29 +43,29 @@ def sample_scenes(
     generator: torch.Generator | None = None,
     objects: tuple[int, int] = (2, 8),
 ) -> Scenes:
-    """Draw scenes of textured objects on textured backgrounds.
+    """Sample procedural scenes of textured objects on textured backgrounds.
 
-    Use it where a test, a demo or an example needs images whose content is known to the pixel.
-    The background is one or two of the stuff classes. An object's class fixes its shape and the
-    family of its texture; colors, angle, scale and phase of the texture, rotation, position,
-    diameter (20 to 55 % of the short side), illumination and pixel noise are random and
-    independent of the class, so color alone does not tell the class. No class has a handedness:
-    a mirrored object belongs to the same class. Objects are drawn in slot order, later ones hide
-    earlier ones, and all may reach over the image border.
+    Use it where a test, a demo or an example needs images whose content is known exactly. The
+    background is one or two of the stuff classes. An object's class determines its shape and the
+    family of its texture. Colors, the texture's angle, scale and phase, rotation, position,
+    diameter (20 to 55 % of the short side), illumination and pixel noise are random and independent
+    of the class, so shape and texture tell the class and color alone does not. A mirrored object
+    belongs to the same class. Objects are drawn in slot order: later ones hide earlier ones, and
+    all may reach over the image border.
 
     Args:
-        count: Number of scenes `b`; 0 is allowed.
+        count: Number of scenes `b`; it may be 0.
         size: Height and width of the images in pixels.
-        generator: Source of randomness; the scenes are made on its device. The global CPU
-            generator when None. The scenes depend on its state, `count`, `size` and `objects`.
+        generator: Source of the random numbers; the scenes are on its device. By default it is the
+            global CPU generator. The scenes depend on its state, `count`, `size` and `objects`.
         objects: Smallest and largest number of objects in a scene, both at most 8.
 
     Returns:
         The scenes, with `k = 8` object slots, of which the first ones are used.
 
     Raises:
-        ValueError: `count` is negative, `size` is not positive, or `objects` is not an
-            ascending pair within [0, 8].
+        ValueError: `count` is negative, `size` is not positive, or `objects` is not an ascending
+            pair within [0, 8].
 
     Examples:
         >>> batch = sample_scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
@@ -110,7 +111,7 @@ def sample_scenes(
 
 
 class _Plan(NamedTuple):
-    """The random parameters of scenes; lengths in units of the image's short side."""
+    """The random parameters of scenes; lengths are in units of the image's short side."""
 
     classes: Tensor  # (b, r): class of each region, -1 for an unused object slot
     shape: Tensor  # (b, r, 4): from the image to the shape's frame, see `_similarity`
@@ -175,14 +176,14 @@ def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
 
 
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
+    """Return the coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
     height, width = size
     x, y = torch.arange(width, device=device), torch.arange(height, device=device).unsqueeze(1)
     return (x + 0.5) / min(size), (y + 0.5) / min(size)
 
 
 def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Region seen in each pixel (0 or 1, or 2 + slot), and the weight of its second color."""
+    """Return each pixel's visible region (0, 1, or 2 + slot) and the weight of its second color."""
     x, y = _axes(size, plan.classes.device)
     count, total = plan.classes.shape
     # One number holds both: the whole part is the region, the fraction half the weight. So the
@@ -230,7 +231,7 @@ def _tight_boxes(
 def _colors(
     plan: _Plan, regions: Int[Tensor, "b h w"], mix: Float[Tensor, "b h w"]
 ) -> Iterator[Float[Tensor, "b h w"]]:
-    """Lit colors of the pixels without noise, channel by channel."""
+    """Yield the lit colors of the pixels without noise, channel by channel."""
     x, y = _axes((regions.shape[1], regions.shape[2]), regions.device)
     slope_x, slope_y, level = plan.light[..., None, None].unbind(1)
     light = (slope_x * x + level) + slope_y * y
@@ -261,12 +262,12 @@ def _half_disk(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _fold(u: Tensor) -> Tensor:
-    """Distance from the middle of the period: 0.5 at the whole numbers, 0 halfway."""
+    """Return the distance from the middle of the period: 0.5 at whole numbers, 0 halfway."""
     return (u - u.floor()).sub_(0.5).abs_()
 
 
 def _edge(level: Tensor) -> Tensor:
-    """1 where the level is positive and 0 where it is negative, with a narrow ramp between."""
+    """Return 1 where the level is positive and 0 where it is negative, with a narrow ramp."""
     return (8 * level).add_(0.5).clamp_(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, in plain Python numbers."""
+"""Schedules: pure functions of the training step, in plain Python numbers."""
 
 import math
 
@@ -9,11 +9,11 @@ __all__ = ["cosine_schedule", "linear_schedule", "warmup_cosine"]
 
 @typed
 def linear_schedule(step: float, steps: float, *, start: float, end: float) -> float:
-    """A straight line from `start` at step 0 to `end` at `steps`, constant outside.
+    """Follow a straight line from `start` at step 0 to `end` at `steps`; it is constant outside.
 
     Args:
-        step: The step; fractions are fine.
-        steps: Length of the schedule in steps; 0 is all end.
+        step: The step; it may be a fraction.
+        steps: Length of the schedule in steps; with 0 the value is always `end`.
         start: Value at step 0.
         end: Value at `steps` and after.
 
@@ -35,13 +35,13 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
 
 @typed
 def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
-    """Half a cosine from `start` at step 0 to `end` at `steps`, constant outside.
+    """Follow half a cosine from `start` at step 0 to `end` at `steps`; it is constant outside.
 
-    `end + (start - end) (1 + cos(pi step / steps)) / 2`.
+    The value is `end + (start - end) (1 + cos(pi step / steps)) / 2`.
 
     Args:
-        step: The step; fractions are fine.
-        steps: Length of the schedule in steps; 0 is all end.
+        step: The step; it may be a fraction.
+        steps: Length of the schedule in steps; with 0 the value is always `end`.
         start: Value at step 0.
         end: Value at `steps` and after.
 
@@ -74,14 +74,14 @@ def warmup_cosine(
     start: float = 0.0,
     end: float = 0.0,
 ) -> float:
-    """A line from `start` to `peak` over `warmup` steps, then half a cosine to `end` at `steps`.
+    """Follow a line from `start` to `peak` for `warmup` steps, then half a cosine to `end`.
 
     Args:
-        step: The step; fractions are fine.
+        step: The step; it may be a fraction.
         steps: Length of the whole schedule in steps.
         peak: Value at the end of the warm-up.
         warmup: Length of the warm-up in steps.
-        start: Value at step 0 when there is a warm-up.
+        start: Value at step 0 if there is a warm-up.
         end: Value at `steps` and after.
 
     Returns:

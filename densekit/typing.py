@@ -1,4 +1,4 @@
-"""Shape-checked functions: the `typed` decorator and the aliases that signatures share."""
+"""Functions with checked shapes: the `typed` decorator and the aliases that signatures share."""
 
 import functools
 import inspect
@@ -38,11 +38,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def typed(function: _Function) -> _Function:
     """Check a function's arguments and result against its jaxtyping annotations.
 
-    Every public function of densekit wears it; use it on your own functions to get the same
-    errors. Axis names are bound across all arguments of one call, with the fields of an argument
-    annotated as a `NamedTuple`. The check runs in eager mode only: under `torch.compile` and
-    `torch.export` the bare function is traced, and with the environment variable
-    `DENSEKIT_TYPECHECK=0` set before the import the decorator returns the function itself.
+    All public functions of densekit use it; on your own functions it raises the same errors. Within
+    one call an axis name stands for one size, over all arguments and over the fields of arguments
+    that are annotated as a `NamedTuple`. The annotations use [jaxtyping's axis
+    language](https://docs.kidger.site/jaxtyping/api/array/). Functions are checked in eager mode
+    only. Under `torch.compile` and `torch.export` the undecorated function is traced. If the
+    environment variable `DENSEKIT_TYPECHECK=0` is set before the import, the decorator returns the
+    function itself.
 
     Args:
         function: A function whose parameters and result are annotated.
@@ -51,9 +53,9 @@ def typed(function: _Function) -> _Function:
         The checked function.
 
     Raises:
-        TypeError: (when called) An argument or the result has another type, dtype, rank or axis
-            size than its annotation; names the function, the argument, what was expected with
-            the sizes bound so far, and what came.
+        TypeError: (when called) The type, dtype, rank or axis sizes of an argument or of the result
+            do not match its annotation. The message names the function, the argument, what was
+            expected with the axis sizes known so far, and what was given.
 
     Examples:
         >>> @typed
@@ -61,9 +63,6 @@ def typed(function: _Function) -> _Function:
         ...     return (x * y).sum(-1)
         >>> inner(torch.ones(2, 3), torch.ones(2, 3))
         tensor([3., 3.])
-
-    References:
-        jaxtyping's axis language: <https://docs.kidger.site/jaxtyping/api/array/>.
     """
     if not _ENABLED:
         return function
