@@ -73,8 +73,8 @@ def init_bank(
     """
     if size < 1 or dim < 1 or not dtype.is_floating_point:
         raise ValueError(
-            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give at least "
-            "one row and one number a row, of a floating dtype."
+            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
+            "size and a dim of 1 or more, and a floating dtype."
         )
     features = torch.zeros(size, dim, device=device)
     if random:
@@ -121,15 +121,16 @@ def push_to_bank(
     valid = fit_valid("bank.push_to_bank", valid, shape)
     use = torch.ones(shape, dtype=torch.bool, device=keys.device) if valid is None else valid
     use = use.flatten()
-    place = use.long().cumsum(0)  # from 1, among the keys to use
+    number = use.long().cumsum(0)  # numbers the keys to use, from 1
     count = use.long().sum()
-    # A key that does not stay writes the newest one once more (or what is there): no change.
+    # A key that does not remain writes the newest key (or the row's own content) again, which
+    # changes nothing.
     last = (cursor + count - 1) % size
     keys = keys.detach().reshape(-1, features.shape[1]).to(features.dtype)
     known = torch.cat([keys, features.index_select(0, last[None])])
-    newest = torch.cat([torch.where(use, place, -1), place.new_zeros(1)]).argmax()
-    stays = use & (place > count - size)
-    row = torch.where(stays, (cursor + place - 1) % size, last)
+    newest = torch.cat([torch.where(use, number, -1), number.new_zeros(1)]).argmax()
+    stays = use & (number > count - size)
+    row = torch.where(stays, (cursor + number - 1) % size, last)
     keys = torch.where(stays[:, None], keys, known.index_select(0, newest[None]))
     features = features.index_copy(0, row, keys)
     return Bank(features, (cursor + count) % size, (filled + count).clamp(max=size))
@@ -188,6 +189,8 @@ def sample_keys(
     """
     n = keys.shape[-2]
     if not 0 <= count <= n:
-        raise ValueError(f"densekit.bank.sample_keys: count is {count} of {n} keys; give 0 to {n}.")
+        raise ValueError(
+            f"densekit.bank.sample_keys: count is {count}, but there are {n} keys; give 0 to {n}."
+        )
     draws = sample_uniform(keys.shape[:-1], keys, generator=generator)
     return take_rows(keys, draws.topk(count).indices)

@@ -262,7 +262,7 @@ def sample_boxes_at_iou(
             f"densekit.boxes.sample_boxes_at_iou: iou is {iou}; give a number in [0, 1]."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
-    shared = 2 * iou / (1 + iou)  # intersection over the area of one box: (1 - |dx|) (1 - |dy|)
+    shared = 2 * iou / (1 + iou)  # share of one box that both cover: (1 - |dx|) (1 - |dy|)
     part = draws[..., :1]
     kept = shared ** torch.cat([part, 1 - part], -1)
     shift = torch.where(draws[..., 1:] < 0.5, kept - 1, 1 - kept)
@@ -271,7 +271,7 @@ def sample_boxes_at_iou(
 
 
 def _valid(boxes: Tensor) -> Tensor:
-    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite when a coordinate is
+    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite if a coordinate is
     return ((extent > 0) & (extent < torch.inf)).all(-1)
 
 

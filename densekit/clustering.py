@@ -29,7 +29,7 @@ __all__ = [
     "split_assignments",
 ]
 
-_SAFE = 30  # scaled by rows and columns, exp(-30) stays within exp(-60) and exp(60): normal numbers
+_SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
 class MergedClusters(NamedTuple):
@@ -114,7 +114,7 @@ def sinkhorn(
         Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12; SwAV, Eq 3 and 5.
     """
     _check_transport("sinkhorn", reg, iterations)
-    if group is not None:  # no gradient, and so no backward pass that waits for other processes
+    if group is not None:  # without gradient no backward pass waits for other processes
         cost = cost.detach()
         row, col = (x if x is None else x.detach() for x in (row, col))
     cost = widened(cost)
@@ -123,7 +123,7 @@ def sinkhorn(
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
     possible = cost < torch.inf
-    # Scaling the rows undoes a shift of a row, which would cost precision.
+    # Scaling the rows cancels a shift of a row, and without the shift it is more precise.
     low = cost.detach().amin(-1, keepdim=True)
     logits = (torch.where(low < torch.inf, low, 0.0) - cost) / reg
     rows = possible.any(-1).to(logits.dtype)
@@ -167,7 +167,7 @@ def positional_cost(
     square = (x[..., 0] - y[..., 0]).square() + (x[..., 1] - y[..., 1]).square()
     if 0 in square.shape[-2:]:
         return square
-    # The slope of a root is infinite at 0, where a start token is its own centroid.
+    # The gradient of a root is infinite at 0, where a start token is its own centroid.
     tiny = torch.finfo(square.dtype).tiny
     distance = square.clamp(min=tiny).sqrt() - tiny**0.5
     return safe_divide(distance, distance.amax((-2, -1), keepdim=True))
@@ -202,11 +202,12 @@ def sample_tokens(
     if not 0 <= count <= weights.shape[-1]:
         raise ValueError(
             f"densekit.clustering.sample_tokens: count is {count}, but there are "
-            f"{weights.shape[-1]} tokens to draw from; give at most as many."
+            f"{weights.shape[-1]} tokens; give a count from 0 to this number."
         )
     weights = widened(weights)
     draws = sample_uniform(weights.shape, weights, generator=generator)
-    # The largest log w + Gumbel noise is one draw, the next largest the draw from what is left.
+    # The token with the largest log w + Gumbel noise is the first sample, the token with the next
+    # largest value is a sample of the remaining tokens, and so on.
     noise = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
     return (_log(weights) + noise).topk(count).indices
 
@@ -284,8 +285,8 @@ def sinkhorn_merge(
     most = k if max_clusters is None else min(k, max_clusters)
     if most < 2:
         raise ValueError(
-            f"densekit.clustering.sinkhorn_merge: {k} start tokens and max_clusters="
-            f"{max_clusters} leave {most} clusters; merging needs two or more of each."
+            f"densekit.clustering.sinkhorn_merge: there are {k} start tokens and max_clusters is "
+            f"{max_clusters}; give 2 or more of each."
         )
     tokens, positions, weights = (widened(x.detach()) for x in (tokens, positions, weights))
     options = (reg, iterations, position_weight, most)
@@ -301,19 +302,19 @@ def _merge(
     """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster."""
     d, k = tokens.shape[-1], start.shape[-1]
     row = _distribution(weights)
-    # A token without weight takes the place of a start token: the range of the cost ignores it.
-    features, places = (
+    # A token without weight becomes a copy of a start token, so the range of the cost ignores it.
+    features, positions = (
         torch.where(row[..., None] > 0, x, take_rows(x, start[..., :1]))
         for x in (l2_normalize(tokens), positions.to(tokens.dtype))
     )
-    # All that a cluster has, in one table: feature, position, token weight.
-    tables = features, torch.cat([places.mT, row[..., None, :]], -2).mT
+    # One table contains everything of a cluster: feature, position, token weight.
+    tables = features, torch.cat([positions.mT, row[..., None, :]], -2).mT
     clusters = torch.cat([take_rows(x, start) for x in tables], -1)
     plans, costs, centers, merges = [], [], [], []
     for left in range(k, 1, -1):
         cost = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
         if position_weight:  # Eq 18
-            far = positional_cost(clusters[..., d:-1], places)
+            far = positional_cost(clusters[..., d:-1], positions)
             cost = torch.add(cost, far, alpha=position_weight)
         every = batch_range and cost.numel() > 0
         cost = _unit_range(cost, tuple(range(cost.ndim)) if every else (-2, -1))
@@ -335,7 +336,7 @@ def _merge(
             )
             joined = safe_divide((two * part).sum(-2, keepdim=True), part.sum(-2, keepdim=True))
             others = torch.arange(left - 2, device=pair.device).expand(*pair.shape[:-1], -1)
-            for gone in (pair[..., :1], pair[..., 1:]):  # in this order: the first is the smaller
+            for gone in (pair[..., :1], pair[..., 1:]):  # the smaller first
                 others = others + (others >= gone)
             clusters = torch.cat([take_rows(means, others), joined], -2)
             merges.append(pair)
@@ -385,8 +386,8 @@ def split_assignments(
     """
     if views < 1 or assignments.shape[-2] % views:
         raise ValueError(
-            f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens do not divide "
-            f"into {views} views; join the same number of tokens from each."
+            f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens cannot be "
+            f"divided into {views} views; concatenate the same number of tokens of each view."
         )
     split = widened(assignments).unflatten(-2, (views, assignments.shape[-2] // views))
     return safe_divide(split, split.sum(-1 if normalize == "rows" else -2, keepdim=True))

@@ -220,8 +220,8 @@ def layer_features(
             hook.remove()
     if missing := [name for name in layers if name not in caught]:
         raise ValueError(
-            f"densekit.diagnostics.layer_features: the layer {missing[0]!r} was not run; give one "
-            "that the model's forward calls (in a compiled model, none is seen)."
+            f"densekit.diagnostics.layer_features: the layer {missing[0]!r} did not run; give one "
+            "that the model's forward calls (hooks see no layer of a compiled model)."
         )
     return {name: caught[name] for name in layers}
 
@@ -337,8 +337,8 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
     References:
         D3SSL, Sec 3.2, Fig 4, Table 7.
     """
-    places = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
-    boxes = torch.cat([places - 1 / 6, places + 1 / 6], -1)
+    centers = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
+    boxes = torch.cat([centers - 1 / 6, centers + 1 / 6], -1)
     nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
     rows = l2_normalize(nine.features.flatten(-3))
     cosine = (rows * rows[..., 4:5, :]).sum(-1)
@@ -387,7 +387,7 @@ def layer_bias(
     if len(objects) < 2 or chunk < 1:
         raise ValueError(
             f"densekit.diagnostics.layer_bias: there are {len(objects)} objects and chunk is "
-            f"{chunk}; give two objects or more, and 1 or more at a time."
+            f"{chunk}; give two or more objects, and a chunk of 1 or more."
         )
     rates, cosines = [], []
     for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
@@ -431,7 +431,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     if len(tokens):
         colors = colors - colors.amin(0)
         spread = colors.amax(0)
-        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # below it is rounding noise
+        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # smaller values are rounding noise
         colors = colors / torch.where(exists, spread, torch.inf)
     return colors.unflatten(0, (n, h, w)).movedim(-1, 1)
 
@@ -447,6 +447,6 @@ def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
     what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     tokens = f"for {grid} patches" if grid else "without `patch`"
     raise ValueError(
-        f"densekit.diagnostics.layer_features: the layer {name!r} gives {what} {tokens}; give a "
-        "layer of maps (b, d, h, w), or of tokens (b, n, d) and the side of their patches."
+        f"densekit.diagnostics.layer_features: the layer {name!r} returns {what} {tokens}; give a "
+        "layer that returns maps (b, d, h, w), or tokens (b, n, d) and the side of their patches."
     )

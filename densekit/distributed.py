@@ -46,7 +46,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = _Sum.apply(gradients[0], ctx.group)  # what each process's loss says of these rows
+        total = _Sum.apply(gradients[0], ctx.group)  # from the losses of all processes
         return total.tensor_split(ctx.group.size())[ctx.group.rank()], None
 
 
@@ -210,8 +210,8 @@ def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     if len(order) != len(x) * size:
         raise ValueError(
-            f"densekit.distributed.{function}: the order has {len(order)} places for {len(x)} rows "
-            f"on each of {size} processes; give a permutation of all of them."
+            f"densekit.distributed.{function}: the order has {len(order)} entries for {len(x)} "
+            f"rows on each of {size} processes; give a permutation of all rows."
         )
     return all_gather(x, group)[order.tensor_split(size)[rank]]
 

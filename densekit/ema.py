@@ -65,8 +65,8 @@ def ema_update(
     """
     if not 0 <= momentum <= 1:
         raise ValueError(
-            f"densekit.ema.ema_update: momentum is {momentum}; give the old value's weight, from 0 "
-            "to 1."
+            f"densekit.ema.ema_update: momentum is {momentum}; give a weight of the old value "
+            "from 0 to 1."
         )
     (olds, fixed), (news, _) = _tensors(teacher), _tensors(student)
     _check_alike(olds, news)
@@ -86,9 +86,9 @@ def ema_update(
                 "a bfloat16 teacher a generator."
             )
     if not inplace:
-        copies = {_place(x): x.clone() for x in olds.values()}  # one for both names of tied weights
-        olds = {name: copies[_place(x)] for name, x in olds.items()}
-    averaged = [*{_place(olds[name]): name for name in averaged}.values()]
+        copies = {_memory(x): x.clone() for x in olds.values()}  # one copy of tied weights
+        olds = {name: copies[_memory(x)] for name, x in olds.items()}
+    averaged = [*{_memory(olds[name]): name for name in averaged}.values()]
     means = [olds[name].float() if name in narrow else olds[name] for name in averaged]
     if means:
         targets = [news[name].to(mean) for name, mean in zip(averaged, means, strict=True)]
@@ -109,12 +109,12 @@ def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
         leaves, _ = tree_flatten_with_path(tree)
         if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
             raise TypeError(
-                "densekit.ema.ema_update: a module is inside of a tree; give each module, or a "
-                "tree of their state dicts."
+                "densekit.ema.ema_update: a tree contains a module; update each module "
+                "by itself, or give a tree of state dicts."
             )
         return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}, set()
     tensors, buffers, modules = {}, {}, [("", tree)]
-    for prefix, module in modules:  # which grows; named_modules() takes as long as the update
+    for prefix, module in modules:  # the list grows; named_modules() takes as long as the update
         for name, x in module._parameters.items():
             tensors[prefix + name] = x
         for name, x in module._buffers.items():
@@ -124,7 +124,7 @@ def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
     return {name: x for name, x in tensors.items() if x is not None}, {*buffers}
 
 
-def _place(x: Tensor) -> tuple:
+def _memory(x: Tensor) -> tuple:
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
@@ -140,7 +140,7 @@ def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
     name, shape = min(shapes[0] ^ shapes[1])
     raise TypeError(
         f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; give "
-        "two of one kind, the teacher a copy of the student."
+        "a teacher that is a copy of the student."
     )
 
 

@@ -14,7 +14,7 @@ from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
 
-_STARTS, _FEW = 4, 32  # short runs to begin with, on so many points for each cluster
+_STARTS, _FEW = 4, 32  # number of short runs at the start, and their points for each cluster
 
 
 class KMeans(NamedTuple):
@@ -67,8 +67,8 @@ def kmeans_plus_plus(
     """
     if count < 0 or (count and not points.shape[-2]):
         raise ValueError(
-            f"densekit.k_means.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
-            "give a count of 0 or more, and a point to draw."
+            f"densekit.k_means.kmeans_plus_plus: count is {count} and there are "
+            f"{points.shape[-2]} points; give a count of 0 or more, and one or more points."
         )
     x = widened(points.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
@@ -117,13 +117,13 @@ def kmeans(
     """
     if not start.shape[-2] or iterations < 0:
         raise ValueError(
-            f"densekit.k_means.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
-            "came; give one or more centroids and 0 or more iterations."
+            f"densekit.k_means.kmeans: there are {start.shape[-2]} centroids and iterations is "
+            f"{iterations}; give one or more centroids, and 0 or more iterations."
         )
     x, centers = widened(points.detach()), widened(start.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
     x = torch.where(usable[..., None], x, 0.0)
-    # Distances are differences of squares here: from the mean they keep their precision.
+    # Distances are computed as differences of squares, which are precise near the origin only.
     mean = (safe_divide(x.sum(-2), usable.sum(-1, keepdim=True).to(x)))[..., None, :]
     x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
     spare = min(x.shape[-2], centers.shape[-2])
@@ -190,16 +190,16 @@ def minibatch_kmeans(
     References:
         Sculley 2010, Web-scale k-means clustering; CrOC, Sec 4.2 (unsupervised segmentation).
     """
-    counts = f"clusters={clusters}, steps={steps}, batch={batch}, sample={sample}"
     if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0:
         raise ValueError(
-            f"densekit.k_means.minibatch_kmeans: {counts} and iterations={iterations} came; give 1 "
-            "or more clusters, batch and sample, and 0 or more steps and iterations."
+            f"densekit.k_means.minibatch_kmeans: clusters is {clusters}, batch {batch}, sample "
+            f"{sample}, steps {steps} and iterations {iterations}; give 1 or more for the first "
+            "three, and 0 or more for steps and iterations."
         )
     if group is not None and generator is None:
         raise ValueError(
-            "densekit.k_means.minibatch_kmeans: a group came without a generator; give one, in the "
-            "same state on all processes, so that all start from the same centroids."
+            "densekit.k_means.minibatch_kmeans: a group needs a generator; give one, in the same "
+            "state on all processes, so that all start from the same centroids."
         )
 
     def take(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,13 +208,13 @@ def minibatch_kmeans(
         return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
 
     device = points.device
-    seed = torch.randint(2**31, (), generator=generator, device=device)  # alike on all processes
+    seed = torch.randint(2**31, (), generator=generator, device=device)  # the same on all processes
     share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
     own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
     known, usable = (all_gather(x, group, ragged=True) for x in own)
-    if not len(known):  # on all processes alike: none waits for another
+    if not len(known):  # the same on all processes: none waits for another
         raise ValueError("densekit.k_means.minibatch_kmeans: there is no point; give one or more.")
-    # One start may miss a cluster. Several are cheap on some of the points: of each process.
+    # One start may miss a cluster. Several starts are cheap on a part of each process's points.
     few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
     some, good = (x[few].expand(_STARTS, *x[few].shape) for x in (known, usable))
     draws = torch.Generator(device).manual_seed(int(seed))
@@ -263,8 +263,8 @@ def nearest_centroids(
     if not centroids.shape[-2]:
         raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
     x, centers = widened(points.detach()), widened(centroids.detach())
-    # ||x - c||^2 up to ||x||^2, about the mean m of the centroids: differences of squares are
-    # precise near the origin only, and the points themselves need no copy so.
+    # This is ||x - c||^2 up to ||x||^2, with the mean m of the centroids as the origin. Differences
+    # of squares are precise near the origin only, and in this form the points need no copy.
     mean = centers.mean(-2, keepdim=True)
     centers = centers - mean
     bias = centers.square().sum(-1) / 2 + (centers * mean).sum(-1)

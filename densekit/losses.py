@@ -172,7 +172,7 @@ def info_nce(
         raise TypeError(
             f"densekit.losses.info_nce: argument 'negatives' should be (m, {query.shape[-1]}), or "
             f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
-            f"{tuple(others.shape)} came."
+            f"{tuple(others.shape)} was given."
         )
     valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
@@ -187,11 +187,11 @@ def info_nce(
         others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
         positive = (query * key).sum(-1) / temperature
         bias = others.new_zeros(others.shape[:-1])
-        if use is not None:  # a finite number, or no valid one at all would be NaN
+        if use is not None:  # finite, since -inf would be NaN without any valid negative
             bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
         rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
         total, _ = _LogSumExp.apply(rows / temperature, others, bias)
-        # log(1 + exp(x)); with the number its slopes of all orders are finite, and float64 exact.
+        # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
         loss = torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
     return _reduce(loss, valid, reduction)
 
@@ -286,8 +286,8 @@ def update_center(
     """
     if not 0 <= momentum <= 1:
         raise ValueError(
-            f"densekit.losses.update_center: momentum is {momentum}; give the old mean's weight, "
-            "from 0 to 1."
+            f"densekit.losses.update_center: momentum is {momentum}; give a weight of the "
+            "previous mean from 0 to 1."
         )
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
@@ -331,8 +331,8 @@ def symmetric_loss(
     """
     if not len(students) == len(teachers) == 2:
         raise ValueError(
-            f"densekit.losses.symmetric_loss: {len(students)} students and {len(teachers)} "
-            "teachers came; give two of each, for view 1 and view 2."
+            f"densekit.losses.symmetric_loss: there are {len(students)} students and "
+            f"{len(teachers)} teachers; give two of each, for view 1 and view 2."
         )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
@@ -359,7 +359,7 @@ class _LogSumExp(Function):
             share, fade = logits.sub_(new).exp_(), (most - new).exp()
             count = count * fade + share.sum(-1, keepdim=True)
             mean, most = mean * fade + share @ keys[..., :-1], new
-        count = count.clamp(min=1)  # which it is with any column
+        count = count.clamp(min=1)  # it is at least 1 if there is any column
         return (most + count.log())[..., 0], mean / count
 
     @staticmethod
@@ -370,19 +370,19 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         query, others, bias, total, mean = ctx.saved_tensors
-        slope = gradients[0][..., None]
+        gradient = gradients[0][..., None]
         if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
-            return mean * slope, None, None
-        # Once more, for second derivatives or for the slope by the others.
+            return mean * gradient, None, None
+        # Compute it again, for second derivatives or for the gradient with respect to the others.
         biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
             for keys in _some_at_a_time(query, others, bias):
                 share = (biased @ keys.mT).sub_(total[..., None]).exp_()
                 mean = mean + share @ keys[..., :-1]
-                part = share.mT @ (query * slope)
+                part = share.mT @ (query * gradient)
                 of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
-        return mean * slope, torch.cat(of_others, -2), None
+        return mean * gradient, torch.cat(of_others, -2), None
 
 
 def _append(x: Tensor, last: Tensor) -> Tensor:
@@ -391,7 +391,7 @@ def _append(x: Tensor, last: Tensor) -> Tensor:
 
 def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]:
     """Split `others` into parts, with the bias appended so that the matrix product adds it."""
-    most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; on a CPU the cache holds them
+    most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; a CPU's cache can store them
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
     parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
     return [_append(rows, last) for rows, last in parts if last.shape[-1]]

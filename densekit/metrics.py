@@ -148,8 +148,8 @@ def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -
     classes, predictions = confusion.shape[-2:]
     if predictions < classes:
         raise ValueError(
-            f"densekit.metrics.confusion_scores: {classes} rows and {predictions} columns came; "
-            "give a column for each class, in the order of the rows (see merge_clusters)."
+            f"densekit.metrics.confusion_scores: there are {classes} rows and {predictions} "
+            "columns; give a column for each class, in the order of the rows (see merge_clusters)."
         )
     hits = confusion.diagonal(dim1=-2, dim2=-1).double()
     labels, total = confusion.sum(-1), confusion.sum((-2, -1))
@@ -236,7 +236,7 @@ def match_clusters(
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(
-            "densekit.metrics.match_clusters: the Hungarian assignment is scipy's; install scipy, "
+            "densekit.metrics.match_clusters: the Hungarian assignment needs scipy; install it, "
             "or give many_to_one=True."
         ) from error
     rows, columns = linear_sum_assignment(score.cpu().numpy(), maximize=True)
@@ -271,9 +271,9 @@ def merge_clusters(
     """
     classes = confusion.shape[-2]
     usable = (assignment >= 0) & (assignment < classes)
-    place = torch.where(usable, assignment, classes)
+    column = torch.where(usable, assignment, classes)
     merged = confusion.new_zeros(*confusion.shape[:-1], classes + 1)
-    return merged.scatter_add(-1, place.expand(confusion.shape), confusion)
+    return merged.scatter_add(-1, column.expand(confusion.shape), confusion)
 
 
 @typed
@@ -391,7 +391,7 @@ def average_precision(
     hit = targets.gather(0, order).double()
     number = torch.arange(n, device=device)[:, None]
     last = torch.cat([values[:-1] != values[1:], torch.ones_like(targets[:1])])
-    # The end of the run of equal scores that a row is in: their order must not count.
+    # The last row with the same score, since the order of equal scores must not matter.
     end = torch.where(last, number, n).flip(0).cummin(0).values.flip(0)
     found = hit.cumsum(0).gather(0, end)
     precision, total = found / (end + 1), hit.sum(0).clamp(min=1)
@@ -443,8 +443,8 @@ def bootstrap(
     n = len(states)
     if not n or draws < 1 or not 0 < level < 1:
         raise ValueError(
-            f"densekit.metrics.bootstrap: {n} images, draws={draws} and level={level} came; give "
-            "one image and one draw or more, and a level between 0 and 1."
+            f"densekit.metrics.bootstrap: there are {n} images, draws is {draws} and level is "
+            f"{level}; give one or more images and draws, and a level between 0 and 1."
         )
     rows = torch.randint(n, (draws, n), generator=generator, device=states.device)
     weights = torch.zeros(draws, n, dtype=torch.double, device=states.device)

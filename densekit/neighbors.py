@@ -80,7 +80,7 @@ def knn_votes(
     for rows in features.split(chunk):
         with full_precision(features):
             nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
-        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # no vote: NaN
+        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
     return torch.cat(shares)

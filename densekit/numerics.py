@@ -51,9 +51,9 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     References:
         DenseSiam, Eq 2.
     """
-    smallest = torch.finfo(x.dtype).tiny  # slopes stay below its inverse
+    smallest = torch.finfo(x.dtype).tiny  # gradients stay below its inverse
     x = widened(x)
-    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # below the root squares vanish
+    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # squares of smaller numbers underflow
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > floor, norm, torch.inf)
 
@@ -151,6 +151,6 @@ def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tens
     if not broadcasts(valid.shape, shape):
         raise TypeError(
             f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
-            f"a tensor of shape {tuple(valid.shape)} came."
+            f"a tensor of shape {tuple(valid.shape)} was given."
         )
     return valid.expand(shape)

@@ -184,7 +184,7 @@ def pool_bins(features: Tensor, boxes: Tensor, bins: Size, sampling_ratio: int) 
     across = _bin_weights(x1, x2, bins[1], w, sampling_ratio).to(features.dtype)
     down = _bin_weights(y1, y2, bins[0], h, sampling_ratio).to(features.dtype)
     with full_precision(features):
-        # All boxes of a map in one product, so that no map is repeated for each of its boxes.
+        # One product pools all boxes of a map, so that the map is not repeated for each box.
         rows = across.flatten(-3, -2)[..., None, :, :] @ features.movedim(-3, -1)
         rows = rows.unflatten(-2, (n, bins[1])).movedim(-4, -3)  # (*batch, n, h, bins_x, d)
         return (down @ rows.flatten(-2)).unflatten(-1, rows.shape[-2:])
@@ -195,7 +195,7 @@ def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, ratio: int)
     start, extent = start[..., None, None], (stop - start)[..., None, None]
     most = ratio or math.ceil(cells / bins)
     spanned = extent.detach().abs() * (cells / bins)
-    count = (spanned - 1e-4).ceil().clamp(1, most)  # whole cells stay whole, whatever the rounding
+    count = (spanned - 1e-4).ceil().clamp(1, most)  # rounding adds no point
     count = torch.full_like(count, most) if ratio else count
     sample = torch.arange(most, dtype=start.dtype, device=start.device)
     bin_ = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]

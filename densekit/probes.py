@@ -107,7 +107,7 @@ def fit_linear_probe(
     rounding = 1e-12 * x.abs().amax(0) if len(x) else mean
     x = torch.where(keep[:, None], x - mean, 0.0)
     deviation = (x.square().sum(0) / rows).sqrt()
-    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # a constant says nothing
+    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # ignores constants
     x = x / deviation
     target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
     target = torch.where(keep[:, None], target, 0.0)
@@ -411,9 +411,9 @@ def segmentation_counts(
     sizes = {"classes": clusters if classes is None else classes, "clusters": clusters}
     if min(sizes.values()) < 1:
         raise ValueError(
-            f"densekit.probes.segmentation_counts: {sizes} came; give one or more of each."
+            f"densekit.probes.segmentation_counts: {sizes} are the sizes; give one or more of each."
         )
-    counts = [  # image by image: all scores at the size of the labels may not fit the memory
+    counts = [  # one image at a time: the resized scores of all may not fit the memory
         confusion_matrix(y, _resize(x[None], y.shape)[0].argmax(0), ignore=ignore, **sizes)
         for x, y in zip(scores.detach(), labels, strict=True)
     ]
@@ -475,7 +475,7 @@ def _gradients(x: Tensor) -> Iterator[None]:
 
 
 def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # No convolution: on a GPU that rounds to TF32, and without a channel it gives no classes.
+    # A convolution would round to TF32 on a GPU, and fails without channels.
     return (weight.mT @ maps.flatten(2) + bias[:, None]).unflatten(2, maps.shape[-2:])
 
 

@@ -73,7 +73,7 @@ def sample_jittered_boxes(
     if not (0 <= center < math.inf and 0 <= size < 1):
         raise ValueError(
             f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; "
-            "give shares, 0 or more, and size below 1."
+            "give a center of 0 or more, and a size from 0 to below 1."
         )
     draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator) - 1
     wide = widened(boxes)
@@ -119,7 +119,7 @@ def sample_inner_boxes(
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < least <= largest "
+            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < smallest <= largest "
             "<= 1."
         )
     draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
@@ -127,7 +127,7 @@ def sample_inner_boxes(
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
     low, high = (first + before).to(boxes.dtype), (last - (free - before)).to(boxes.dtype)
-    # Rounding pushes no side out.
+    # Rounding must not move a side outside.
     return torch.cat([low.maximum(boxes[..., :2]), high.minimum(boxes[..., 2:])], -1)
 
 
@@ -161,7 +161,7 @@ def sample_cutout(
     low, high = ratio
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= least <= largest <= 1."
+            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= smallest <= largest <= 1."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
@@ -214,7 +214,7 @@ def proposal_cutout(
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     order = _large_to_small(boxes, draws)
     boxes, draws = take_rows(boxes, order), take_rows(draws, order)
-    # Pixels between the same edges share their fate: the mask is one of cells, not of pixels.
+    # All pixels between the same edges are cut or kept together, so the mask is one of cells.
     shape = boxes.shape[:-2]
     edges = [boxes.new_tensor([0, length]).expand(*shape, 2) for length in (size[1], size[0])]
     cells = torch.zeros(*shape, 1, 1, dtype=torch.bool, device=boxes.device)
@@ -280,7 +280,7 @@ def sample_surrounding_boxes(
     if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
         raise ValueError(
             f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; "
-            "give 0 <= least <= largest, and an aspect above 0."
+            "give 0 <= smallest <= largest, and an aspect above 0."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     wide = widened(boxes)
@@ -288,12 +288,12 @@ def sample_surrounding_boxes(
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
     extent = wide[..., 2:] - wide[..., :2]
     area = extent.clamp(min=0).prod(-1) * share
-    some = area > 0  # the root has no slope at 0
+    some = area > 0  # the gradient of the root is infinite at 0
     root = torch.where(some, torch.where(some, area, 1.0).sqrt(), 0.0)
     half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
     angle = 2 * math.pi * draws[..., 2]
     direction = torch.stack([angle.cos(), angle.sin()], -1)
-    # From center to center, as far as it takes until one axis is free.
+    # The distance of the centers at which the two boxes no longer overlap along one axis.
     reach = (extent.clamp(min=0) / 2 + half) / direction.abs().clamp(min=1e-6)
     center = (wide[..., :2] + wide[..., 2:]) / 2 + reach.amin(-1, keepdim=True) * direction
     return torch.cat([center - half, center + half], -1).to(boxes.dtype)
@@ -331,11 +331,11 @@ def boxes_to_mask(
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
     (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
-    for places, first, last in ((y, y1, y2), (x, x1, x2)):
-        inside.append((places >= first[..., None]) & (places < last[..., None]))
+    for centers, first, last in ((y, y1, y2), (x, x1, x2)):
+        inside.append((centers >= first[..., None]) & (centers < last[..., None]))
     rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
     with full_precision(boxes):
-        return rows.mT @ columns > 0  # how many boxes hold a pixel
+        return rows.mT @ columns > 0  # the number of boxes that contain a pixel
 
 
 @typed
@@ -405,7 +405,7 @@ def sample_shift(
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     wide, away = widened(boxes), usable[..., None]
     sides = wide.new_tensor([size[1], size[0]])
-    # Padded, so that an image without boxes has an envelope too.
+    # The padding gives an envelope to an image without boxes.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
     first = torch.cat([torch.where(away, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
     last = torch.cat([torch.where(away, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
@@ -481,7 +481,7 @@ def composite(
         dx, dy = shift.round().long()[..., None].unbind(-2)
         x = torch.arange(w, device=shift.device) - dx
         y = torch.arange(h, device=shift.device) - dy
-        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # what the foreground reaches
+        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # where the foreground reaches
         source = (
             y.clamp(0, max(h - 1, 0))[..., :, None] * w + x.clamp(0, max(w - 1, 0))[..., None, :]
         )
@@ -534,6 +534,6 @@ def _large_to_small(boxes: Tensor, draws: Tensor) -> Tensor:
     corners = (boxes[..., i] for i in (3, 2, 1, 0))
     keys = [*draws.unbind(-1), *corners, -box_area(boxes)]
     order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
-    for key in keys:  # stable sorts, the least important first
+    for key in keys:  # stable sorts, by the least important key first
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
     return order

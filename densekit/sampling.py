@@ -163,8 +163,8 @@ def hard_points(
     count = round(beta * uniform.shape[-2])
     if count > candidates.shape[-2]:
         raise ValueError(
-            f"densekit.sampling.hard_points: {count} hard points are asked of "
-            f"{candidates.shape[-2]} candidates; draw more candidates or lower beta."
+            f"densekit.sampling.hard_points: beta asks for {count} hard points, but there are "
+            f"{candidates.shape[-2]} candidates; sample more candidates or lower beta."
         )
     hardness = dissimilarity.nan_to_num(nan=-torch.inf)
     hardest = take_rows(candidates, hardness.topk(count).indices)
@@ -344,7 +344,7 @@ def patch_pairs(
     corners = overlap.box.unflatten(-1, (2, 2))
 
     def patches(features: Tensor, view: View) -> Tensor:
-        seen = image_to_view(view, corners).flatten(-2)  # reversed by a flip: mirrored patches
+        seen = image_to_view(view, corners).flatten(-2)  # a flip reverses boxes and patches
         return pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
 
     return PairedFeatures(patches(features1, view1), patches(features2, view2), overlap.valid)

@@ -11,7 +11,7 @@ __all__ = ["SCENE_CLASSES", "Scenes", "sample_scenes"]
 
 _SLOTS = 8  # object slots of a scene
 _GROUNDS = 2  # background regions of a scene; regions 0, 1 are grounds, 2 ... 9 the object slots
-_CHUNK = 2**18  # pixels rendered at a time: bounds the memory and keeps the buffers in the cache
+_CHUNK = 2**18  # pixels rendered at a time, which bounds the memory and fits into the cache
 
 
 class Scenes(NamedTuple):
@@ -89,7 +89,7 @@ def sample_scenes(
             "densekit.scenes.sample_scenes: objects should be (fewest, most) with "
             f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
-    # Everything random is drawn here for all scenes at once, so chunks cannot change the result.
+    # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
     plan = _draw_plan(count, size, generator, objects)
     device = plan.classes.device
     images = torch.empty(count, 3, height, width, device=device)
@@ -141,13 +141,13 @@ def _draw_plan(
     used = torch.arange(_SLOTS, device=device) < integers(objects[0], objects[1] + 1, 1)
     center = uniform(total, 2, low=0.08, high=0.92) * extent
     radius = uniform(total, low=0.1, high=0.275)
-    # A texture has some four periods across its object, but none finer than three pixels.
+    # A texture has about four periods across its object, but a period has at least three pixels.
     period = 2 * radius * uniform(total, low=0.2, high=0.32)
     period[:, :_GROUNDS] = uniform(_GROUNDS, low=0.09, high=0.18)
     texture = _similarity(uniform(total), period.clamp(min=3 / short), center)
     texture[..., 2:] += uniform(total, 2, low=-0.5, high=0.5)
-    # Colors live on a circle and the second is opposite the first: both are uniform in [0, 1]
-    # whatever the class, and differ in each channel by at least 0.35.
+    # Each channel is on a circle, and the second color is roughly opposite the first. So both are
+    # uniform in [0, 1], independent of the class, and differ in each channel by at least 0.35.
     color = uniform(total, 3)
     other = (color + uniform(total, 3, low=0.35, high=0.65)) % 1
     slope = _direction(uniform()) * uniform(1, high=0.4) / extent
@@ -158,7 +158,7 @@ def _draw_plan(
         shape=_similarity(uniform(total), radius, center),
         texture=texture,
         colors=torch.stack([color, other], 2) * 0.9 + 0.05,
-        # Light falls linearly from 1 in the brightest corner to 0.43 or more in the opposite.
+        # Light decreases linearly from 1 in the brightest corner, to 0.43 or more in the opposite.
         light=torch.cat([slope, 1 - (slope * extent).clamp(min=0).sum(-1, keepdim=True)], 1),
         horizon=torch.cat([angle, offset, uniform(1, high=0.08), uniform(1, high=6.28)], dim=1),
     )
@@ -186,8 +186,8 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
     """Return each pixel's visible region (0, 1, or 2 + slot) and the weight of its second color."""
     x, y = _axes(size, plan.classes.device)
     count, total = plan.classes.shape
-    # One number holds both: the whole part is the region, the fraction half the weight. So the
-    # maximum over the layers belongs to the latest region that covers the pixel.
+    # One number contains both: its integer part is the region, and its fraction is half the weight.
+    # So the maximum over the layers belongs to the last region that covers the pixel.
     layers = torch.zeros(count, total, *size, device=x.device)
     for index, (shape, texture) in enumerate(_CLASSES.values()):
         row = torch.nonzero((plan.classes == index).flatten()).squeeze(1)
@@ -208,7 +208,7 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
 
 def _apply(similarity: Float[Tensor, "n 4"], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     a, b, c, d = similarity[..., None, None].unbind(1)
-    return (a * x + c) + b * y, (a * y + d) - b * x  # sums of a row and a column: two maps
+    return (a * x + c) + b * y, (a * y + d) - b * x  # each is a row plus a column
 
 
 def _tight_boxes(
@@ -221,8 +221,8 @@ def _tight_boxes(
     ends = []
     for seen in (columns[:, _GROUNDS:], rows[:, _GROUNDS:]):
         length = seen.shape[-1]
-        place = torch.arange(length, device=seen.device)
-        ends.append((length - ((length - place) * seen).amax(-1), ((place + 1) * seen).amax(-1)))
+        index = torch.arange(length, device=seen.device)
+        ends.append((length - ((length - index) * seen).amax(-1), ((index + 1) * seen).amax(-1)))
     (left, right), (top, bottom) = ends
     valid = right > 0
     return (torch.stack([left, top, right, bottom], -1) * valid.unsqueeze(-1)).float(), valid
@@ -272,7 +272,7 @@ def _edge(level: Tensor) -> Tensor:
 
 
 def _clouds(u: Tensor, v: Tensor) -> Tensor:
-    # Sines bent by each other: irregular blobs at a fraction of the price of a noise table.
+    # Sines that distort each other give irregular blobs, much faster than a noise table.
     s = torch.sin(3.1 * u + 2 * torch.sin(1.7 * v)) + torch.sin(2.7 * v + 2 * torch.sin(2.1 * u))
     return 0.5 + 0.25 * s
 
@@ -284,9 +284,9 @@ def _bricks(u: Tensor, v: Tensor) -> Tensor:
 
 # A class is a shape and a texture, each a function of u and v. A shape is positive inside, in a
 # frame where its diameter is at most 2 (numbers, not Booleans: comparing and converting would
-# take most of the time); grounds have none. A texture is the weight of the second color, from 0
-# to 1, in a frame whose unit is one period. None has a handedness: every shape is symmetric in u,
-# and every mirrored texture is one of the same family.
+# take most of the time); grounds have no shape. A texture is the weight of the second color, from
+# 0 to 1, in a frame whose unit is one period. No class has a handedness: every shape is symmetric
+# in u, and every mirrored texture is one of the same family.
 _STUFF = {
     "gradient": (None, lambda u, v: 0.5 + 0.5 * torch.sin(0.6 * u)),
     "clouds": (None, _clouds),

@@ -99,8 +99,8 @@ def warmup_cosine(
     """
     if not 0 <= warmup <= steps:
         raise ValueError(
-            f"densekit.schedules.warmup_cosine: warmup is {warmup} of {steps} steps; "
-            "give 0 up to the whole."
+            f"densekit.schedules.warmup_cosine: warmup is {warmup} and steps is {steps}; "
+            "give a warmup from 0 to steps."
         )
     if step < warmup:
         return linear_schedule(step, warmup, start=start, end=peak)
@@ -110,6 +110,6 @@ def warmup_cosine(
 def _progress(name: str, step: float, steps: float) -> float:
     if not steps >= 0:
         raise ValueError(
-            f"densekit.schedules.{name}: steps is {steps}; give the length, 0 or more."
+            f"densekit.schedules.{name}: steps is {steps}; give a length of 0 or more."
         )
     return min(max(step / steps, 0.0), 1.0) if steps else 1.0

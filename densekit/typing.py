@@ -77,7 +77,7 @@ def typed(function: _Function) -> _Function:
             return checked(*args, **kwargs)
         except TypeError as error:
             message = _explain(function, signature, error, args, kwargs)
-            if message is None:  # the arguments fit: it is the result, or an error from inside
+            if message is None:  # the arguments fit: the error is in the result or the function
                 raise
             raise TypeError(message) from None
 
@@ -133,7 +133,7 @@ def _is_array(hint: Any) -> bool:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value fits; if so, jaxtyping binds the sizes of its axes in the current context."""
     if _is_array(hint):
-        return isinstance(value, hint)  # the quick way for a plain array
+        return isinstance(value, hint)  # a plain array has a faster check
     return is_bearable(value, hint, conf=_CONF)
 
 
@@ -156,7 +156,8 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
             if not _fits(value, _with_fields(hint)):
                 return (
                     f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                    f"{_describe_sizes(sizes)}, but {_describe(value)} came.{_advice(value, hint)}"
+                    f"{_describe_sizes(sizes)}, but {_describe(value)} was given."
+                    f"{_advice(value, hint)}"
                 )
             sizes |= _sizes(value, hint)
     return None
@@ -187,9 +188,9 @@ def _sizes(value: Any, hint: Any) -> dict[str, Any]:
         return {}
     axes = hint.dim_str.split()
     shape = list(value.shape)
-    for place, axis in enumerate(axes):
-        if axis.startswith(("*", "...")):  # this one axis stands for all that the others leave
-            several = slice(place, place + len(shape) - (len(axes) - 1))
+    for position, axis in enumerate(axes):
+        if axis.startswith(("*", "...")):  # this axis stands for all that remain
+            several = slice(position, position + len(shape) - (len(axes) - 1))
             shape[several] = [tuple(shape[several])]
     named = zip((axis.lstrip("*") for axis in axes), shape, strict=True)
     return {axis: size for axis, size in named if re.fullmatch(r"[a-zA-Z]\w*", axis)}

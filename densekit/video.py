@@ -56,19 +56,19 @@ def propagate_labels(
     t, _, h, w = context.shape
     if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
         raise ValueError(
-            f"densekit.video.propagate_labels: {t} frames, k={k}, chunk={chunk}, "
-            f"radius={radius} and temperature={temperature} came; give 1 or more frames, k and "
-            "chunk, a radius from 0, and a temperature above 0."
+            f"densekit.video.propagate_labels: there are {t} frames, k is {k}, chunk {chunk}, "
+            f"radius {radius} and temperature {temperature}; give 1 or more frames, a k and a "
+            "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
         )
     with full_precision(features):
         own = l2_normalize(features.flatten(1).mT)
         known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
         labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
         cell = torch.arange(h * w, device=features.device)
-        place = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
+        position = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
         found = []
-        for rows, at in zip(own.split(chunk), place.split(chunk), strict=True):
-            far = ((at[:, None] - place).abs() > radius).any(-1).repeat(1, t)
+        for rows, at in zip(own.split(chunk), position.split(chunk), strict=True):
+            far = ((at[:, None] - position).abs() > radius).any(-1).repeat(1, t)
             best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
             weights = (best.values / temperature).softmax(-1)
             found.append((weights[..., None] * labels[best.indices]).sum(1))
@@ -116,8 +116,8 @@ def propagate_video(
     """
     if not len(features) or context < 0:
         raise ValueError(
-            f"densekit.video.propagate_video: {len(features)} frames and context={context} "
-            "came; give a frame or more, and a context of 0 or more."
+            f"densekit.video.propagate_video: there are {len(features)} frames and context is "
+            f"{context}; give one or more frames, and a context of 0 or more."
         )
     labels = [widened(first)]
     for now in range(1, len(features)):

@@ -174,7 +174,8 @@ def sample_views(
     for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
         if not 0 < low <= high < math.inf:
             raise ValueError(
-                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < least <= largest."
+                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < smallest <= "
+                "largest."
             )
     if not 0 <= flip <= 1:
         raise ValueError(
@@ -183,7 +184,7 @@ def sample_views(
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
     height, width = _height_and_width(size, None if generator is None else generator.device)
-    # Per view: ten areas, ten ratios, the place (x, y), the flip.
+    # For each view: ten areas, ten ratios, the position (x, y), the flip.
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
     area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * draws[..., :10])
@@ -421,13 +422,13 @@ def boxes_in_view(
     """
     if not 0 < min_share <= 1:
         raise ValueError(
-            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0, up "
-            "to 1."
+            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0 "
+            "and at most 1."
         )
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
-    enough = (share > 0) & (share >= min_share - 1e-6)  # which rounding may take from a box
+    enough = (share > 0) & (share >= min_share - 1e-6)  # rounding may remove this much
     return BoxesInView(seen, share, enough if valid is None else enough & valid)
 
 
@@ -549,7 +550,7 @@ def crop_views(
     if not isinstance(images, Tensor):
         if not images or view.flip.shape != (len(images),):
             raise TypeError(
-                f"densekit.views.crop_views: {len(images)} images came with views of shape "
+                f"densekit.views.crop_views: there are {len(images)} images and views of shape "
                 f"{tuple(view.flip.shape)}; give one view for each image of the list."
             )
         crops: list[Tensor] = [view.box.new_empty(0)] * len(images)

@@ -329,7 +329,7 @@ def test_layers_that_cannot_be_read_are_named():
             layer_features(Tokens(), x, ["layer"], patch=patch)
     net = Tokens()
     net.unused = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match="'unused' was not run"):
+    with pytest.raises(ValueError, match="'unused' did not run"):
         layer_features(net, x, ["unused"])
     net.layer.forward = lambda x: (x, x)
     net.layer.register_forward_hook(lambda *_: None)
