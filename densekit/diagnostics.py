@@ -444,7 +444,9 @@ def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
         front = output.shape[1] - grid[0] * grid[1]
         if front >= 0:
             return output[:, front:].mT.unflatten(-1, grid).contiguous()
-    what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    what = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        what = f"a tensor of shape {tuple(output.shape)}"
     tokens = f"for {grid} patches" if grid else "without `patch`"
     raise ValueError(
         f"densekit.diagnostics.layer_features: the layer {name!r} returns {what} {tokens}; give a "

@@ -378,7 +378,7 @@ def refused(rank, group, order):
 def test_an_order_of_another_length_is_refused():
     for messages in on_processes(2, refused, torch.arange(3)):
         for name, message in zip(("shuffle", "unshuffle"), messages, strict=True):
-            assert f"densekit.distributed.{name}_batch: the order has 3 places" in message
+            assert f"densekit.distributed.{name}_batch: the order has 3 entries" in message
             assert "3 rows on each of 2 processes" in message
     for function in (shuffle_batch, unshuffle_batch):
         with pytest.raises(ValueError, match="2 entries for 3 rows on each of 1 processes"):

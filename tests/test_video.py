@@ -120,7 +120,9 @@ def test_half_features_carry_labels_in_float32():
 def test_labels_are_not_carried_where_it_makes_no_sense(options):
     t = {"t": 2} | options
     maps, labels = torch.rand(t.pop("t"), 3, 2, 2), torch.rand(2, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"densekit.video.propagate_labels: . frames, k="):
+    with pytest.raises(
+        ValueError, match=r"densekit.video.propagate_labels: there are . frames, k is"
+    ):
         propagate_labels(torch.rand(3, 2, 2), maps, labels[: len(maps)], **t)
 
 
