@@ -66,7 +66,7 @@ class Interval(NamedTuple):
         value: The figure of all images.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        deviation: Standard deviation over the draws.
+        deviation: Standard deviation over the resamplings.
     """
 
     value: Float[Tensor, "*figure"]
@@ -430,7 +430,7 @@ def bootstrap(
         The figure of all images, and its percentile interval and deviation over the resamplings.
 
     Raises:
-        ValueError: There is no image or no draw, or the level is not in (0, 1).
+        ValueError: There is no image or no resampling, or the level is not in (0, 1).
 
     Examples:
         >>> counts = torch.tensor([[[3, 0], [0, 1]]]).expand(5, 2, 2)  # five images alike

@@ -178,7 +178,7 @@ def assign_levels(
 
 
 def pool_bins(features: Tensor, boxes: Tensor, bins: Size, sampling_ratio: int) -> Tensor:
-    """RoIAlign as `(*batch, n, bins_y, bins_x, d)`; a reversed box gives its bins mirrored."""
+    """Compute RoIAlign as `(*batch, n, bins_y, bins_x, d)`; a reversed box gives mirrored bins."""
     (h, w), n = features.shape[-2:], boxes.shape[-2]
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
     across = _bin_weights(x1, x2, bins[1], w, sampling_ratio).to(features.dtype)
@@ -191,7 +191,7 @@ def pool_bins(features: Tensor, boxes: Tensor, bins: Size, sampling_ratio: int) 
 
 
 def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, ratio: int) -> Tensor:
-    """Weights `(*batch, bins, cells)` that average a line of cells over equal bins of a span."""
+    """Compute weights `(*batch, bins, cells)` that average cells on a line over equal bins."""
     start, extent = start[..., None, None], (stop - start)[..., None, None]
     most = ratio or math.ceil(cells / bins)
     spanned = extent.detach().abs() * (cells / bins)

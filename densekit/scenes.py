@@ -49,9 +49,9 @@ def sample_scenes(
     background is one or two of the stuff classes. An object's class determines its shape and the
     family of its texture. Colors, the texture's angle, scale and phase, rotation, position,
     diameter (20 to 55 % of the short side), illumination and pixel noise are random and independent
-    of the class, so shape and texture tell the class and color alone does not. A mirrored object
-    belongs to the same class. Objects are drawn in slot order: later ones hide earlier ones, and
-    all may reach over the image border.
+    of the class, so shape and texture identify the class and color alone does not. A mirrored
+    object belongs to the same class. Objects are drawn in slot order: later ones hide earlier ones,
+    and all may reach over the image border.
 
     Args:
         count: Number of scenes `b`; it may be 0.
@@ -169,7 +169,7 @@ def _direction(turns: Tensor) -> Tensor:
 
 
 def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
-    """`(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `center` to 0, `unit` to 1."""
+    """Return `(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `center` to 0, `unit` to 1."""
     a, b = (_direction(turns) / unit.unsqueeze(-1)).unbind(-1)
     x, y = center.unbind(-1)
     return torch.stack([a, b, -a * x - b * y, b * x - a * y], -1)

@@ -88,10 +88,10 @@ def typed(function: _Function) -> _Function:
 
 
 def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Callable:
-    """A copy of the function, in whose signature the fields of records are checked.
+    """Copy the function, with a signature in which the fields of records are checked.
 
-    It is a copy because jaxtyping reads the signature of the function that it calls, and the
-    user's function keeps its own.
+    jaxtyping reads the signature of the function that it calls, and the signature of the user's
+    function must not change.
     """
     copy = types.FunctionType(
         function.__code__,
@@ -113,7 +113,7 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
 
 @functools.cache
 def _with_fields(hint: Any) -> Any:
-    """The hint itself, or for a NamedTuple of tensors the hint with a check of every field."""
+    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field."""
     if isinstance(hint, types.UnionType):
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if not _is_record(hint):
@@ -131,7 +131,7 @@ def _is_array(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits; if so, jaxtyping binds the sizes of its axes in the current context."""
+    """Return whether a value fits; if so, jaxtyping binds its axes in the current context."""
     if _is_array(hint):
         return isinstance(value, hint)  # a plain array has a faster check
     return is_bearable(value, hint, conf=_CONF)
@@ -141,7 +141,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _explain(function, signature, error, args, kwargs) -> str | None:
-    """One sentence on the first argument that does not fit; None when all fit."""
+    """Describe the first argument that does not fit in a sentence; None if all arguments fit."""
     where = f"{function.__module__}.{function.__qualname__}"
     try:
         bound = signature.bind(*args, **kwargs)
@@ -164,7 +164,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
 
 
 def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and hint of each annotated argument; of a record, those of each field."""
+    """Yield name, value and hint of each annotated argument; of a record, those of each field."""
     for name, value in bound.arguments.items():
         hint = bound.signature.parameters[name].annotation
         if _is_record(hint) and isinstance(value, hint):
@@ -175,7 +175,7 @@ def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _sizes(value: Any, hint: Any) -> dict[str, Any]:
-    """The named axes of a value that fits its hint, and their sizes."""
+    """Return the named axes of a value that fits its hint, and their sizes."""
     if isinstance(hint, types.UnionType):
         fitting = (member for member in typing.get_args(hint) if _fits(value, _with_fields(member)))
         return _sizes(value, next(fitting))

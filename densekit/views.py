@@ -334,9 +334,9 @@ def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
 def boxes_image_to_view(
     view: View, boxes: Float[Tensor, "*batch n 4"]
 ) -> Float[Tensor, "*batch n 4"]:
-    """Map boxes from the image frame into the frame of a view; a flip never reverses them.
+    """Map boxes from the image frame to the frame of a view; a flip does not reverse them.
 
-    Boxes are not clipped: what leaves the view leaves [0, 1].
+    Boxes are not clipped: the part of a box outside the view is outside [0, 1].
 
     Args:
         view: One view for each batch entry.
@@ -363,7 +363,7 @@ def boxes_image_to_view(
 def boxes_view_to_image(
     view: View, boxes: Float[Tensor, "*batch n 4"]
 ) -> Float[Tensor, "*batch n 4"]:
-    """Map boxes from the frame of a view into the image frame; undoes `boxes_image_to_view`.
+    """Map boxes from the frame of a view to the image frame: the inverse of `boxes_image_to_view`.
 
     Args:
         view: One view for each batch entry.
@@ -578,14 +578,14 @@ def crop_views(
 def _height_and_width(
     size: Size | Tensor, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
-    """One size, or one for each image, in float32: up to 2^24 pixels a side it is exact."""
+    """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
     sizes = torch.as_tensor(size, device=device).to(torch.float32)
     height, width = sizes.unbind(-1)
     return height, width
 
 
 def _affine(view: View) -> tuple[Tensor, Tensor]:
-    """Origin and signed extent: image = origin + extent * view; the identity if not valid."""
+    """Return origin and signed extent of image = origin + extent * view; identity if not valid."""
     valid = boxes_valid(view.box)[..., None]
     x1, y1, x2, y2 = view.box.unbind(-1)
     origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
@@ -612,10 +612,11 @@ def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
 
 
 def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bool) -> Tensor:
-    """Weights `(*batch, out, length)` that resize `[start, stop)` of a line of pixels to `out`.
+    """Compute weights `(*batch, out, length)` that resize the pixels `[start, stop)` to `out`.
 
-    A triangle (or Keys' cubic, a = -1/2) around each output center, cut at the pixels that the crop
-    touches; a triangle's sum counts pixels outside the image too, which are black.
+    The filter is a triangle (or Keys' cubic, a = -1/2) around each output center, and is cut at the
+    pixels that the crop touches. The sum of a triangle includes the pixels outside the image, which
+    are black.
     """
     start, stop = widened(start)[..., None], widened(stop)[..., None]
     step = (stop - start) / out
@@ -639,7 +640,7 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bo
 
 
 def _ramp_sum(first: Tensor, last: Tensor, center: Tensor, reach: Tensor) -> Tensor:
-    """Sum of `max(0, 1 - (center - k)/reach)` over the whole k in [first, last], last <= center."""
+    """Sum `max(0, 1 - (center - k)/reach)` over integers k in [first, last], last <= center."""
     first = first.maximum((center - reach).ceil())
     count = (last - first + 1).clamp(min=0)
     return count * (1 - (center - (first + last) / 2) / reach)
