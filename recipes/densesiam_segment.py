@@ -3,18 +3,18 @@
     python recipes/densesiam_segment.py      # the demo: CPU, minutes; --data SET: labeled images
     torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
 
-Labels are for the score alone. The same command run again resumes. Logged values, lists, deviations
-from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
+Labels are used for the score alone. The same command run again resumes. Logged values, lists of
+images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
 """
 
 import argparse
-import json
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -22,36 +22,36 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper"] = "demo"  # Where the defaults come from.
-    data: Path | None = None  # A labeled image set; the demo also runs without.
-    layout: str = "auto"  # Of the data, such as coco-stuff or folder.
-    mapping: Path | None = None  # JSON of classes, such as recipes/coco_stuff_27.json.
-    train_split: str = "train"
-    train_list: Path | None = None  # Text file of the names to train on, one a line; else all.
-    val_split: str = "val"  # The split that is scored.
-    val_list: Path | None = None  # Text file of the names to score.
-    run: Path | None = None  # Run folder; else runs/densesiam-segment-PRESET, with the data's name.
-    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels).
-    weights: str | None = None  # FILE, timm:NAME, torchvision:NAME: encoder to start from.
+    preset: Literal["demo", "paper"] = "demo"  # The preset that sets the defaults.
+    data: Path | None = None  # Folder of a labeled image set; the demo also runs without one.
+    layout: str = "auto"  # Layout of the data, such as coco-stuff or folder.
+    mapping: Path | None = None  # JSON file of other classes, such as recipes/coco_stuff_27.json.
+    train_split: str = "train"  # Split to train on.
+    train_list: Path | None = None  # Text file with the images to train on, one name a line.
+    val_split: str = "val"  # Split to score.
+    val_list: Path | None = None  # Text file with the images to score, one name a line.
+    run: Path | None = None  # Run folder; by default runs/densesiam-segment-PRESET[-NAME OF DATA].
+    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    weights: str | None = None  # Encoder to start from: FILE, timm:NAME or torchvision:NAME.
     aux: int = 128  # Pseudo-classes of the auxiliary head.
-    weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Of the classes in L_seg.
+    weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Class weights of L_seg.
     region: float = 0.1  # Weight of L_region.
     region_start: float = 0.8  # Share of the training after which L_region begins.
-    image: int = 640  # Side to which the center square of an image is resized first.
-    size: int = 320  # Side of both views, in pixels; scored images have it as their short side.
-    hue: float = 0.1  # Strength of the hue jitter; 0.5 goes all around.
+    image: int = 640  # Side in pixels to which the center square of an image is resized first.
+    size: int = 320  # Side of both views, and the short side of the scored images, in pixels.
+    hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
-    frozen_views: bool = False  # One crop and flip of an image for the whole run.
-    batch: int = 256  # Images a step, over all processes.
+    frozen_views: bool = False  # Keep one crop and flip of each image for the whole run.
+    batch: int = 256  # Images per step, over all processes.
     epochs: int = 10
-    lr: float = 0.05  # For a batch of 256: scaled with the batch. Constant.
+    lr: float = 0.05  # Constant learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = 20  # Steps between two rows of the log.
-    save_every: int = 200  # Steps between two checkpoints, each with its score and pictures.
+    save_every: int = 200  # Steps between two checkpoints, each with a picture and the scores.
 
 
 PRESETS = {
@@ -63,11 +63,22 @@ PRESETS = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    default = PRESETS[first.parse_known_args()[0].preset]
-    CONFIG = tyro.cli(Config, default=default, description=__doc__)
+def read_options() -> Config:
+    """The command line; the preset is read first, since the other defaults are its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    preset = parser.parse_known_args()[0].preset
+    return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import densesiam_segment
+    import harness
+
+    sys.exit(harness.main(densesiam_segment.train, options))
 
 import harness
 import timm
@@ -82,219 +93,460 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
-from tqdm import tqdm
 import densekit as dk
 
 
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check_training(config)
+    harness.check(
+        config.data is not None or config.preset == "demo",
+        f"--data is missing: the preset {config.preset} needs the folder of a labeled image set.",
+    )
+    harness.check(
+        config.data is None or config.data.is_dir(),
+        f"--data is {config.data}: give the folder of a labeled image set.",
+    )
+    harness.check(
+        config.mapping is None or config.mapping.is_file(),
+        f"--mapping is {config.mapping}: give a JSON file of classes.",
+    )
+    harness.check(
+        config.train_list is None or config.train_list.is_file(),
+        f"--train-list is {config.train_list}: give a text file with one image name a line.",
+    )
+    harness.check(
+        config.val_list is None or config.val_list.is_file(),
+        f"--val-list is {config.val_list}: give a text file with one image name a line.",
+    )
+    harness.check(
+        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
+    )
+    weights = config.weights
+    harness.check(
+        weights is None or ":" in weights or Path(weights).exists(),
+        f"--weights is {weights}: give a run folder or its encoder.safetensors, timm:NAME or "
+        "torchvision:NAME.",
+    )
+    harness.check(config.aux >= 2, f"--aux is {config.aux}: give 2 pseudo-classes or more.")
+    harness.check(
+        0 <= config.region < math.inf, f"--region is {config.region}: give a weight of 0 or more."
+    )
+    harness.check(
+        0 <= config.region_start <= 1,
+        f"--region-start is {config.region_start}: give a share from 0 to 1.",
+    )
+    harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
+    harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
+    harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
+    low, high = config.blur
+    harness.check(
+        0 <= low < high < math.inf,
+        f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, 0 or "
+        "more, the smaller first.",
+    )
+    harness.check(
+        0 <= config.weight_decay < math.inf,
+        f"--weight-decay is {config.weight_decay}: give 0 or more.",
+    )
+
+
 # ==== data ========================================================================================
-def open_split(config: Config, split: str, names: Path | None) -> Any:
+def open_split(config: Config, split: str, list_file: Path | None) -> Any:
+    """The labeled images of a split: all of them, or those that a list names, in its order."""
     images = image_sets.open_images(config.data, config.layout, split, config.mapping)
-    if names is None:
+    if list_file is None:
         return Subset(images, range(len(images)))
-    rows = {Path(name).name: row for row, name in enumerate(images.names)}
-    lines = names.read_text().splitlines() if names.is_file() else []
-    listed = [x if x in rows else Path(x).stem for x in map(str.strip, lines) if x]
-    if (unknown := [x for x in listed if x not in rows][:1]) or not listed:
-        why = unknown or "it is empty or missing"
-        raise harness.UserError(f"The list {names} has to name images of {split}: {why}.")
-    return Subset(images, [rows[x] for x in listed])
+
+    index_of = {Path(name).name: index for index, name in enumerate(images.names)}
+    indices = []
+    for line in image_sets.read_list(list_file):
+        if not line:
+            continue
+        name = line if line in index_of else Path(line).stem  # a list may have the extensions
+        if name not in index_of:
+            raise harness.UserError(f"The list {list_file} names {name}, which {split} lacks.")
+        indices.append(index_of[name])
+    if not indices:
+        raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
+    return Subset(images, indices)
 
 
-class TwoViews:  # a square crop of each image, the whole square, and what the crop is of it
+# ==== views =======================================================================================
+def photometric(config: Config) -> transforms.Compose:
+    """Random changes of the colors of one view; each of them is drawn on its own."""
+    sigma = torch.distributions.Uniform(*config.blur)
+
+    def blur(image):
+        return image.filter(GaussianBlur(float(sigma.sample())))
+
+    return transforms.Compose(
+        [
+            transforms.ToPILImage(),  # PIL is the quickest on a CPU
+            transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
+            transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
+            transforms.RandomApply([transforms.ColorJitter(saturation=0.3)], p=0.8),
+            transforms.RandomApply([transforms.ColorJitter(hue=config.hue)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+class TwoViews:
+    """Batches of images: a crop of each center square, the whole square, and the crop's `View`.
+
+    The box of that view is in units of the square's side.
+    """
+
     def __init__(self, source: Any, config: Config):
-        self.source, self.config, self.epoch = source, config, 0
-        size, jitter = config.image, transforms.ColorJitter
-        self.square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-        colors = [jitter(0.3), jitter(0, 0.3), jitter(0, 0, 0.3), jitter(0, 0, 0, config.hue)]
-        std = torch.distributions.Uniform(*map(torch.tensor, config.blur))
-        self.photometric = transforms.Compose([
-            transforms.ToPILImage(),  # the quickest on a CPU
-            *(transforms.RandomApply([x], p=0.8) for x in colors), transforms.RandomGrayscale(0.2),
-            transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
-            transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
-        ])  # fmt: skip
+        self.source = source
+        self.config = config
+        self.epoch = 0  # `harness.batches` sets it
+        self.square = transforms.Compose(
+            [transforms.Resize(config.image), transforms.CenterCrop(config.image)]
+        )
+        self.photometric = photometric(config)
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def sample_crops(self, indices: list[int]) -> dk.View:
+        """A random square crop of each image, perhaps mirrored, in units of the square's side."""
+        epoch = 0 if self.config.frozen_views else self.epoch
+        generators = [harness.generator(self.config.seed, epoch, index) for index in indices]
+        numbers = torch.stack([torch.rand(4, generator=generator) for generator in generators])
+
+        side = 0.5 + 0.5 * numbers[:, :1]
+        corner = numbers[:, 1:3] * (1 - side)
+        box = torch.cat([corner, corner + side], 1)
+        return dk.View(box, flip=numbers[:, 3] < 0.5)
+
     def __getitem__(self, indices: list[int]):
-        key = (self.config.seed, 0 if self.config.frozen_views else self.epoch)
-        draws = torch.stack([torch.rand(4, generator=harness.generator(*key, i)) for i in indices])
-        side = 0.5 + 0.5 * draws[:, :1]
-        corner = draws[:, 1:3] * (1 - side)
-        view = dk.View(torch.cat([corner, corner + side], 1), draws[:, 3] < 0.5)
-        images = torch.stack([self.square(self.source[i].image) for i in indices]) / 255
-        near = dk.View(view.box * images.shape[-1], view.flip)
-        crops = [dk.crop_views(images, near, self.config.size), resize(images, [self.config.size])]
-        with harness.seeded(self.config.seed, self.epoch, indices[0], 1):  # not the view's numbers
-            crops = [torch.stack([*map(self.photometric, x)]) for x in crops]
+        squares = torch.stack([self.square(self.source[index].image) for index in indices]) / 255
+        view = self.sample_crops(indices)
+
+        in_pixels = dk.View(view.box * self.config.image, view.flip)
+        near = dk.crop_views(squares, in_pixels, self.config.size)
+        whole = resize(squares, [self.config.size])
+        crops = [near, whole]
+
+        # The colors need other random numbers than the views.
+        with harness.seeded(self.config.seed, self.epoch, indices[0], 1):
+            crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
         return crops, view
 
 
 # ==== model =======================================================================================
-def head(*widths: int, projector: bool) -> nn.Module:  # of cells; a projector ends in BN
-    modules = [Conv2dNormActivation(d, out, 1) for d, out in pairwise(widths[:-1])]
-    modules.append(nn.Conv2d(*widths[-2:], 1, bias=not projector))
-    return nn.Sequential(*modules, *([nn.BatchNorm2d(widths[-1], affine=False)] * projector))
+WIDTH = 128  # Channels of the pyramid, and hidden channels of the heads (Sec 4).
 
 
-def replay(maps: Tensor, view: dk.View) -> Tensor:  # what a view of the unit square shows of it
-    grid = 2 * dk.coordinate_map(view, maps.shape[-2:]) - 1  # which grid_sample counts from -1 to 1
+def build_layer(inputs: int, outputs: int) -> nn.Sequential:
+    """A 1 x 1 convolution, batch normalization and ReLU."""
+    return Conv2dNormActivation(inputs, outputs, kernel_size=1)
+
+
+def build_projector(hidden_layers: int, outputs: int) -> nn.Sequential:
+    """The last layer is linear, and its normalization has no affine parameters."""
+    return nn.Sequential(
+        *[build_layer(WIDTH, WIDTH) for _ in range(hidden_layers)],
+        nn.Conv2d(WIDTH, outputs, kernel_size=1, bias=False),
+        nn.BatchNorm2d(outputs, affine=False),
+    )
+
+
+def build_predictor(channels: int) -> nn.Sequential:
+    """Two layers, from a projection to a prediction of the other view's projection."""
+    return nn.Sequential(
+        build_layer(channels, WIDTH),
+        nn.Conv2d(WIDTH, channels, kernel_size=1),
+    )
+
+
+def replay(maps: Tensor, view: dk.View) -> Tensor:
+    """What a crop shows of maps of the whole square; the square's side is the view's unit."""
+    places = dk.coordinate_map(view, maps.shape[-2:])
+    grid = 2 * places - 1  # grid_sample counts from -1 to 1
     return grid_sample(maps.to(grid.dtype), grid, padding_mode="border", align_corners=False)
 
 
 def segment_loss(logits: Tensor, weighting: str) -> Tensor:
-    labels = logits.argmax(-1)  # of each pixel (n, k) the class that wins
+    """L_seg: cross-entropy of each row of logits, (n, classes), with the class that wins in it."""
+    labels = logits.argmax(-1)
     counts = torch.bincount(labels, minlength=logits.shape[-1])
-    weights = {"frequency": counts / len(labels), "plain": torch.ones_like(counts)}
-    weights["balanced"] = len(labels) / counts.clamp(min=1) / (counts > 0).sum()
+    if weighting == "frequency":
+        weights = counts / len(labels)
+    elif weighting == "balanced":
+        weights = len(labels) / counts.clamp(min=1) / (counts > 0).sum()
+    else:
+        weights = torch.ones_like(counts)
     losses = cross_entropy(logits, labels, reduction="none")
-    return (weights[weighting][labels] * losses).mean()
+    return (weights[labels] * losses).mean()
 
 
-class Segmenter(nn.Module):  # a network with a simplified FPN at stride 4, and the heads (Sec 4)
+class Segmenter(nn.Module):
+    """A ResNet with a simplified feature pyramid of stride 4, and the heads (Sec 4)."""
+
     def __init__(self, config: Config, classes: int):
         super().__init__()
-        self.config, d = config, 128
+        self.config = config
         encoder = encoders.load_encoder(config.weights or f"random:{config.arch}", seed=config.seed)
         levels = encoder.levels(torch.zeros(1, 3, 64, 64))
-        self.encoder = encoder.train().requires_grad_()  # it came frozen
-        self.laterals = nn.ModuleList(nn.Conv2d(level.shape[1], d, 1) for level in levels)
-        k = {"dense": [classes], "aux": [config.aux], "region": [d] * 3}  # widths
-        self.projectors = nn.ModuleDict({x: head(d, *k[x], projector=True) for x in k})
-        k = {x: [k[x][-1], d, k[x][-1]] for x in k}
-        self.predictors = nn.ModuleDict({x: head(*k[x], projector=False) for x in k})
-        self.share = log(config.aux) / (log(classes) + log(config.aux))  # fewer classes weigh more
+        self.encoder = encoder.train().requires_grad_()  # load_encoder freezes it
+        self.laterals = nn.ModuleList(nn.Conv2d(x.shape[1], WIDTH, 1) for x in levels)
+        self.projectors = nn.ModuleDict(
+            {
+                "dense": build_projector(0, classes),
+                "aux": build_projector(0, config.aux),
+                "region": build_projector(2, WIDTH),
+            }
+        )
+        self.predictors = nn.ModuleDict(
+            {
+                "dense": build_predictor(classes),
+                "aux": build_predictor(config.aux),
+                "region": build_predictor(WIDTH),
+            }
+        )
+        # Of the two heads, the one with fewer classes weighs more.
+        self.share = math.log(config.aux) / (math.log(classes) + math.log(config.aux))
         self.register_buffer("names", torch.full((classes,), -1))  # the class of each pseudo-class
 
     def features(self, images: Tensor) -> Tensor:
-        maps = [f(x) for f, x in zip(self.laterals, self.encoder.levels(images), strict=True)]
-        top = maps.pop()
-        for finer in reversed(maps):
-            top = finer + interpolate(top, finer.shape[-2:], mode="bilinear")
-        return top
+        """The finest map of the pyramid, (b, 128, h, w)."""
+        levels = self.encoder.levels(images)
+        maps = [lateral(x) for lateral, x in zip(self.laterals, levels, strict=True)]
+        pyramid = maps[-1]
+        for finer in reversed(maps[:-1]):
+            pyramid = finer + interpolate(pyramid, finer.shape[-2:], mode="bilinear")
+        return pyramid
 
-    def segment(self, image: Tensor, size: torch.Size) -> Tensor:  # pseudo-classes of its pixels
-        maps = self.features(resize(image, [self.config.size])[None])
-        return interpolate(self.projectors["dense"](maps), size, mode="bilinear").argmax(1)[0]
+    def segment(self, image: Tensor, size: torch.Size) -> Tensor:
+        """The pseudo-class of each pixel of one image, at the size of its labels."""
+        images = resize(image, [self.config.size])[None]
+        logits = self.projectors["dense"](self.features(images))
+        return interpolate(logits, size, mode="bilinear").argmax(1)[0]
 
-    def predict(self, name: str, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        z = [*map(self.projectors[name], maps)]
-        p = [*map(self.predictors[name], z)]
-        return [x.flatten(2).mT for x in p], [x.flatten(2).mT for x in z]
+    def predict(self, head: str, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Predictions and projections of both views by one head, (b, cells, channels) each."""
+        projections = [self.projectors[head](x) for x in maps]
+        predictions = [self.predictors[head](x) for x in projections]
+        return (
+            [x.flatten(2).mT for x in predictions],
+            [x.flatten(2).mT for x in projections],
+        )
 
+    # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], view: dk.View, with_region: bool):
-        near, whole = map(self.features, images)
-        maps, terms = [near, replay(whole, view)], {}
-        for name in ("aux", "dense"):
-            p, z = self.predict(name, maps)
-            terms[name] = dk.symmetric_loss(dk.cross_entropy_similarity, p, z)
-        weighting, pairs = self.config.weighting, zip(maps, z, strict=True)
-        terms["segment"] = sum(segment_loss(x.flatten(0, 1), weighting) for x in z) / 2
+        """The total loss (Eq 8), and the terms that are logged; `with_region` adds L_region."""
+        near = self.features(images[0])
+        whole = self.features(images[1])
+        maps = [near, replay(whole, view)]  # the cells of both lie at the same places
+
+        terms = {}
+        terms["aux"], _ = self.dense_loss("aux", maps)
+        terms["dense"], logits = self.dense_loss("dense", maps)
+        sharpness = [segment_loss(x.flatten(0, 1), self.config.weighting) for x in logits]
+        terms["segment"] = (sharpness[0] + sharpness[1]) / 2
         loss = self.share * terms["dense"] + (1 - self.share) * terms["aux"] + terms["segment"]
+
         if with_region:
-            e = [dk.pool_masks(f.flatten(2).mT, x.softmax(-1)).mT[..., None] for f, x in pairs]
-            info_nce = partial(dk.info_nce, temperature=0.1)
-            terms["region"] = dk.symmetric_loss(info_nce, *self.predict("region", e))
+            terms["region"] = self.region_loss(maps, logits)
             loss = loss + self.config.region * terms["region"]
         return loss, terms
 
+    def dense_loss(self, head: str, maps: list[Tensor]):
+        """The views agree cell by cell. Also returns the projections, logits of pseudo-classes."""
+        predictions, projections = self.predict(head, maps)
+        loss = dk.symmetric_loss(dk.cross_entropy_similarity, predictions, projections)
+        return loss, projections
+
+    def region_loss(self, maps: list[Tensor], logits: list[Tensor]) -> Tensor:
+        """InfoNCE of the soft regions of an image, whose masks are the softmax of `logits`."""
+        regions = []
+        for features, scores in zip(maps, logits, strict=True):
+            sums = dk.pool_masks(features.flatten(2).mT, scores.softmax(-1))  # (b, classes, 128)
+            regions.append(sums.mT[..., None])  # as maps, a cell for each class
+
+        predictions, projections = self.predict("region", regions)
+        info_nce = partial(dk.info_nce, temperature=0.1)
+        return dk.symmetric_loss(info_nce, predictions, projections)
+
 
 # ==== evaluation ==================================================================================
-@torch.no_grad()
-def match(val: Any, segment: Any, classes: int, run: harness.Run) -> tuple[Any, ...]:
-    total, shown = torch.zeros(classes, classes, dtype=torch.long, device=run.world.device), {}
-    for index in range(run.world.rank, len(val), run.world.size):
-        image, labels, *_, name = val[index]
-        if labels is None:
-            raise harness.UserError(f"The image {name} has no label map to score with.")
-        found = segment(image.to(total.device) / 255, labels.shape)
-        total += dk.confusion_matrix(labels.to(total.device), found, classes=classes)
-        shown[6 * index // len(val)] = image, labels, found.cpu()
-    torch.distributed.all_reduce(total)
-    return total, dk.match_clusters(total), shown.values()  # the class of each pseudo-class, images
-
-
 def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: int) -> None:
+    """Name and score the pseudo-classes, log the scores and save a picture.
+
+    The first `things` classes are things and the others stuff; with 0 they are not told apart.
+    """
+    classes = len(model.names)
     model.eval()
-    classes, device = len(model.names), run.world.device
-    confusion, names, shown = match(val, model.segment, classes, run)
-    model.names.copy_(names)
-    merged = dk.merge_clusters(confusion, names)
-    row, thing = {"miou": dk.mean_iou(merged)}, torch.arange(classes, device=device) < things
-    for name, group in {"things": thing, "stuff": ~thing}.items() if things else ():
-        wrong = row_permuted_group_scores(confusion, names, group)
-        row |= {f"{name}_miou": dk.group_scores(merged, group).miou, f"{name}_wrong": wrong.miou}
-    if step == 0:  # what a segmenter has to beat: k-means on the colors of the same images
-        colors = torch.cat([sample.image.flatten(1)[:, ::17].T / 255 for sample in val])
-        centers = dk.minibatch_kmeans(colors, classes, generator=harness.generator(0)).to(device)
-        nearest = partial(dk.nearest_centroids, centroids=centers)
-        of_colors = match(val, lambda x, size: nearest(x.flatten(1).T).view(size), classes, run)
-        row["color_miou"] = dk.mean_iou(dk.merge_clusters(*of_colors[:2]))
-    run.log(step, **row)
-    if run.world.is_main:
-        palette, names, tiles = torch.rand(256, 3, generator=harness.generator(0)), names.cpu(), []
-        for image, labels, found in shown:
-            maps = [palette[x].movedim(-1, 0) for x in (labels, names[found])]
-            tiles += [interpolate(x[None], (224, 224)) for x in (image / 255, *maps)]
-        (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
-        save_image(torch.cat(tiles), path, nrow=3)
+    matching = match(val, model.segment, classes, run)
+    model.names.copy_(matching.names)
     model.train()
+
+    scores = {"miou": matching.mean_iou()}
+    if things:
+        is_thing = torch.arange(classes, device=run.world.device) < things
+        scores |= group_scores(matching, "things", is_thing)
+        scores |= group_scores(matching, "stuff", ~is_thing)
+    if step == 0:
+        scores["color_miou"] = match_colors(val, classes, run).mean_iou()
+    run.log(step, **scores)
+
+    if run.world.is_main:
+        draw(matching, run.picture_path(step))
+
+
+class Matching(NamedTuple):
+    """Pseudo-classes of a whole set, matched to its classes."""
+
+    confusion: Tensor  # how many pixels have this label and that pseudo-class
+    names: Tensor  # the class of each pseudo-class
+    examples: list[tuple[Tensor, Tensor, Tensor]]  # images, labels and pseudo-classes, to draw
+
+    def mean_iou(self) -> Tensor:
+        return dk.mean_iou(dk.merge_clusters(self.confusion, self.names))
+
+
+@torch.no_grad()
+def match(
+    val: Any, segment: Callable[[Tensor, torch.Size], Tensor], classes: int, run: harness.Run
+) -> Matching:
+    """Match pseudo-classes to classes, by the pixels of all images over all processes.
+
+    `segment(image, size)` gives the pseudo-class of each pixel of an image.
+    """
+    device = run.world.device
+    confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
+    examples = {}
+    for index in range(run.world.rank, len(val), run.world.size):
+        sample = val[index]
+        if sample.labels is None:
+            raise harness.UserError(f"The image {sample.name} has no label map to score with.")
+        found = segment(sample.image.to(device) / 255, sample.labels.shape)
+        confusion += dk.confusion_matrix(sample.labels.to(device), found, classes=classes)
+        sixth = 6 * index // len(val)  # the picture shows one image of each sixth of the set
+        examples[sixth] = (sample.image, sample.labels, found.cpu())
+
+    torch.distributed.all_reduce(confusion)
+    return Matching(confusion, dk.match_clusters(confusion), list(examples.values()))
+
+
+def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
+    """Match k-means clusters of the colors: the baseline that a segmenter has to beat."""
+    colors = [sample.image.flatten(1)[:, ::17].T / 255 for sample in val]
+    generator = harness.generator(0)
+    centers = dk.minibatch_kmeans(torch.cat(colors), classes, generator=generator)
+    centers = centers.to(run.world.device)
+
+    def segment(image: Tensor, size: torch.Size) -> Tensor:
+        return dk.nearest_centroids(image.flatten(1).T, centers).view(size)
+
+    return match(val, segment, classes, run)
+
+
+def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tensor]:
+    """Mean IoU within a group of classes, and the wrong one that the papers publish."""
+    merged = dk.merge_clusters(matching.confusion, matching.names)
+    right = dk.group_scores(merged, group)
+    published = row_permuted_group_scores(matching.confusion, matching.names, group)
+    return {f"{name}_miou": right.miou, f"{name}_wrong": published.miou}
+
+
+def draw(matching: Matching, path: Path) -> None:
+    """A row per example: the image, its labels and the classes found."""
+    palette = torch.rand(256, 3, generator=harness.generator(0))
+    names = matching.names.cpu()
+    tiles = []
+    for image, labels, found in matching.examples:
+        label_colors = palette[labels].movedim(-1, 0)
+        found_colors = palette[names[found]].movedim(-1, 0)
+        pictures = [image / 255, label_colors, found_colors]
+        tiles += [interpolate(x[None], (224, 224)) for x in pictures]
+    save_image(torch.cat(tiles), path, nrow=3)
 
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    if config.data is None and config.preset != "demo":
-        raise harness.UserError("This preset trains on your images: name their folder with --data.")
-    name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
-    folder = config.run or Path("runs", f"densesiam-segment-{name}")
+    check(config)
+    folder = harness.run_folder("densesiam-segment", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
-        dataset = TwoViews(open_split(config, config.train_split, config.train_list), config)
+        device = world.device
+        source = open_split(config, config.train_split, config.train_list)
+        dataset = TwoViews(source, config)
         val = open_split(config, config.val_split, config.val_list)
-        things = json.loads(config.mapping.read_text()).get("things", 0) if config.mapping else 0
-        steps = config.epochs * harness.batches_per_epoch(len(dataset), config.batch, world)
+        classes = val.dataset.classes
+        things = 0
+        if config.mapping:
+            things = image_sets.read_json(config.mapping).get("things", 0)
+        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        lr = config.lr * config.batch / 256
+
         torch.manual_seed(config.seed)
-        model, device = Segmenter(config, len(val.dataset.classes)), world.device
-        model = timm.layers.convert_sync_batchnorm(model) if device.type == "cuda" else model
+        model = Segmenter(config, len(classes))
+        if device.type == "cuda":
+            model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
-        # L_region's heads have no gradient, and no weight decay, before it begins.
+        # The heads of L_region have no gradient, and no weight decay, before it begins.
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        lr, decay = config.lr * config.batch / 256, config.weight_decay
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=decay)
+
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr, momentum=0.9, weight_decay=config.weight_decay
+        )
         step = run.resume(model, optimizer)
         if step == 0:
             evaluate(model, val, things, run, step)
-        options = {"seed": config.seed, "start": step, "stop": steps, "workers": config.workers}
-        batches = harness.batches(dataset, config.batch, world, **options)
-        bar = tqdm(batches, total=steps, initial=step, disable=not world.is_main, unit="step")
+
+        batches = harness.batches(
+            dataset,
+            config.batch,
+            world,
+            seed=config.seed,
+            start=step,
+            stop=steps,
+            workers=config.workers,
+        )
+        bar = harness.progress(batches, start=step, stop=steps, world=world)
         for images, view in bar:
             with_region = step >= config.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
+
             optimizer.zero_grad()
             loss.backward()
-            values = run.reduce(step, {"loss": loss, **terms})  # ends if not finite
+            # The run ends here when a value is not finite, before the weights are touched.
+            values = run.reduce(step, {"loss": loss, **terms})
             optimizer.step()
             step += 1
-            bar.set_postfix(values, refresh=False)
+
+            harness.show(bar, values, ("dense", "segment", "region"))
             if step % config.log_every == 0:
                 run.log(step, **values)
-            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
             if due:
                 evaluate(model, val, things, run, step)
             if due or stop:
                 run.save(step, model, optimizer)
             if stop:
                 return
+
         if world.is_main:
             encoder: Any = model.encoder
-            facts = {"architecture": encoder.architecture, "mean": encoder.mean, "std": encoder.std}
-            facts |= {"method": "densesiam-segment", "step": step, "classes": val.dataset.classes}
+            facts = {
+                "architecture": encoder.architecture,
+                "mean": encoder.mean,
+                "std": encoder.std,
+                "method": "densesiam-segment",
+                "step": step,
+                "classes": classes,
+            }
             harness.save_encoder(folder / "encoder.safetensors", encoder.network, **facts)
             harness.save_encoder(folder / "segmenter.safetensors", model, **facts)
             for row in run.rows("miou"):  # at step 0 the weights are random
                 print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-
-if __name__ == "__main__":
-    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

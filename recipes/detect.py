@@ -3,14 +3,16 @@
     python recipes/detect.py --encoder runs/d3ssl-demo      # procedural scenes: CPU, minutes
     torchrun --nproc-per-node 8 -- recipes/detect.py --preset voc --encoder ... --data VOCdevkit
 
-The same command run again resumes. `--encoder` is whatever encoders.py loads, if it is a ResNet.
+The same command run again resumes. `--encoder` is a ResNet: of a recipe, of timm or of torchvision.
 Other data, logged values, deviations from the papers, results: docs/recipes/detect.md.
 """
 
 import argparse
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -18,32 +20,35 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "voc", "coco"] = "demo"  # Where the defaults come from.
+    preset: Literal["demo", "voc", "coco"] = "demo"  # The preset that sets the defaults.
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
+    # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
     detector: Literal["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"] = (
-        "faster-rcnn-fpn"  # On the levels C2 to C5, or on C4 with C5 as the head.
+        "faster-rcnn-fpn"
     )
-    data: Path | None = None  # VOCdevkit, COCO or boxes.json's folder; without, procedural scenes.
-    annotations: tuple[str, ...] = ("train",)  # Below --data: a COCO .json; or VOC2007/trainval.
-    val_annotations: tuple[str, ...] = ("val",)  # To test on.
-    scenes: int = 128  # How many there are, to train and to test on.
-    run: Path | None = None  # Run folder; else runs/detect-PRESET-DETECTOR, with the data's name.
-    norm: Literal["trained", "frozen"] = "trained"  # Batch norms: over all GPUs, or left as is.
+    data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; the demo needs none.
+    annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
+    val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
+    scenes: int = 128  # Number of procedural scenes, to train and to test on.
+    run: Path | None = None  # Run folder; by default runs/detect-PRESET-DETECTOR[-NAME OF DATA].
+    norm: Literal["trained", "frozen"] = "trained"  # Train the batch norms, or leave them as is.
     steps: int = 24_000
     milestones: tuple[int, ...] = (18_000, 22_000)  # Steps after which the rate falls tenfold.
-    warmup: int = 100  # Steps in which the rate rises to its full value.
-    batch: int = 16  # Images a step, over all processes.
-    lr: float = 0.02  # For a batch of 16: scaled with the batch.
-    sides: tuple[int, ...] = tuple(range(480, 801, 32))  # Short sides to train at; last: to test.
-    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Their sides; of an FPN one a level.
+    warmup: int = 100  # Steps in which the learning rate rises to its full value.
+    batch: int = 16  # Images per step, over all processes.
+    lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
+    sides: tuple[int, ...] = tuple(
+        range(480, 801, 32)
+    )  # Short sides in training; the last in tests.
+    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
-    rois: int = 512  # Regions of an image that train the box head.
-    proposals: int = 1000  # Regions of an image when it is tested; twice as many in training.
+    rois: int = 512  # Regions per image that train the box head.
+    proposals: int = 1000  # Regions per image in a test; twice as many in training.
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 20  # Steps between two rows of the log.
-    save_every: int = 4000  # Steps between two checkpoints, each with its AP and a picture.
+    save_every: int = 4000  # Steps between two checkpoints, each with a picture and the AP.
 
 
 PRESETS = {
@@ -51,8 +56,10 @@ PRESETS = {
         steps=600, milestones=(450, 550), batch=8, lr=0.04, sides=(64,), width=64, rois=64,
         anchors=(8, 12, 18, 26, 40), proposals=100, workers=1, save_every=200,
     ),
-    "voc": Config("voc", detector="faster-rcnn-c4", val_annotations=("VOC2007/test",),
-                  annotations=("VOC2007/trainval", "VOC2012/trainval")),
+    "voc": Config(
+        "voc", detector="faster-rcnn-c4", annotations=("VOC2007/trainval", "VOC2012/trainval"),
+        val_annotations=("VOC2007/test",),
+    ),
     "coco": Config(
         "coco", detector="mask-rcnn-fpn", annotations=("annotations/instances_train2017.json",),
         val_annotations=("annotations/instances_val2017.json",), save_every=15_000,
@@ -61,14 +68,22 @@ PRESETS = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    default = PRESETS[first.parse_known_args()[0].preset]
-    CONFIG = tyro.cli(Config, default=default, description=__doc__)
+def read_options() -> Config:
+    """The command line; the preset is read first, since the other defaults are its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    preset = parser.parse_known_args()[0].preset
+    return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
 
-import json
-from typing import Any
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import detect
+    import harness
+
+    sys.exit(harness.main(detect.train, options))
 
 import harness
 import timm
@@ -78,180 +93,343 @@ from downstream.encoders import load_encoder
 from downstream.object_sets import Objects, boxes_of, read, read_scenes
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
-from harness import UserError
-from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN, faster_rcnn, mask_rcnn
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import MultiScaleRoIAlign as RoIAlign
-from torchvision.ops import box_convert
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
+WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn")
+WITH_MASKS = ("mask-rcnn-fpn", "mask-rcnn-c4")
+
+
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check_training(config)
+    harness.check(
+        config.data is not None or config.preset == "demo",
+        f"--data is missing: the preset {config.preset} needs the folder of the images.",
+    )
+    harness.check(
+        config.data is None or config.data.is_dir(),
+        f"--data is {config.data}: give the folder of VOCdevkit, COCO or boxes.json.",
+    )
+    harness.check(
+        ":" in config.encoder or Path(config.encoder).exists(),
+        f"--encoder is {config.encoder}: give a run folder or its encoder.safetensors, timm:NAME, "
+        "torchvision:NAME or random:NAME.",
+    )
+    harness.check(
+        len(config.annotations) >= 1, "--annotations is empty: name a file or list to train on."
+    )
+    harness.check(
+        len(config.val_annotations) >= 1,
+        "--val-annotations is empty: name a file or list to test on.",
+    )
+    harness.check(config.scenes >= 1, f"--scenes is {config.scenes}: give 1 scene or more.")
+
+    harness.check(config.steps >= 1, f"--steps is {config.steps}: give 1 step or more.")
+    milestones = config.milestones
+    harness.check(
+        all(x >= 1 for x in milestones) and list(milestones) == sorted(milestones),
+        f"--milestones is {harness.as_typed(milestones)}: give steps from 1 in rising order.",
+    )
+    harness.check(config.warmup >= 0, f"--warmup is {config.warmup}: give 0 steps or more.")
+
+    sides = harness.as_typed(config.sides)
+    harness.check(len(config.sides) >= 1, "--sides is empty: give one short side or more.")
+    harness.check(min(config.sides) >= 1, f"--sides is {sides}: give sides of 1 pixel or more.")
+    anchors = harness.as_typed(config.anchors)
+    harness.check(len(config.anchors) >= 1, "--anchors is empty: give one side or more.")
+    harness.check(
+        min(config.anchors) >= 1, f"--anchors is {anchors}: give sides of 1 pixel or more."
+    )
+    harness.check(
+        config.detector not in WITH_PYRAMID or len(config.anchors) == 5,
+        f"--anchors is {anchors}: give five sides, one for each level P2 to P6 of an FPN.",
+    )
+    harness.check(config.width >= 1, f"--width is {config.width}: give 1 channel or more.")
+    harness.check(config.rois >= 1, f"--rois is {config.rois}: give 1 region or more.")
+    harness.check(
+        config.proposals >= 1, f"--proposals is {config.proposals}: give 1 region or more."
+    )
+
+
+# ==== data ========================================================================================
+def load(config: Config) -> tuple[Objects, Objects]:
+    """The images with their objects, to train on and to test on."""
+    if config.data is None:
+        images, content = read_scenes(config.scenes)
+        val_images = images
+        val_content = content
+    else:
+        images, content = read(config.data, config.annotations)
+        val_images, val_content = read(config.data, config.val_annotations)
+
+    names = [category["name"] for category in content["categories"]]
+    classes = list(dict.fromkeys(names))  # each name once, in order
+    train_set = Objects(images, content, classes, config, train=True)
+    val_set = Objects(val_images, val_content, classes, config, train=False)
+    return train_set, val_set
+
 
 # ==== model =======================================================================================
-def build_detector(config: Config, classes: int) -> Any:
-    """The detector of torchvision whose backbone, and C4's box head, is the encoder."""
-    encoder, norm = load_encoder(config.encoder), nn.BatchNorm2d
-    network, kind, count = encoder.network, config.detector, classes + 1  # 0 is the background
-    if not isinstance(network, timm.models.ResNet | torchvision.models.ResNet):
-        raise UserError(f"{config.encoder} is no ResNet, of whose levels detectors are built.")
-    if kind.endswith("fpn") and len(config.anchors) != 5:
-        raise UserError("--anchors of an FPN are five, one for each level of P2 to P6.")
-    channels = [x.shape[1] for x in encoder.levels(torch.zeros(1, 3, 64, 64))]
-    network.requires_grad_(True)
+RATIOS = (0.5, 1.0, 2.0)  # Height of an anchor, divided by its width.
+
+
+def build_detector(config: Config, classes: int) -> nn.Module:
+    """The detector of torchvision whose backbone is the encoder; `classes` are those of objects."""
+    encoder = load_encoder(config.encoder)
+    network = encoder.network
+    harness.check(
+        isinstance(network, timm.models.ResNet | torchvision.models.ResNet),
+        f"--encoder is {config.encoder}: give a ResNet of timm or torchvision.",
+    )
+    levels = encoder.levels(torch.zeros(1, 3, 64, 64))
+    channels = [x.shape[1] for x in levels]
+
+    network.requires_grad_(True)  # load_encoder freezes it
     if config.norm == "frozen":
-        network, norm = timm.layers.freeze_batch_norm_2d(network), None
-    options: dict[str, Any] = {"num_classes": count}
-    if kind.endswith("fpn"):  # the heads are torchvision's own
-        levels, sizes = {f"layer{i + 1}": f"{i}" for i in range(4)}, [(x,) for x in config.anchors]
-        backbone: Any = BackboneWithFPN(network, levels, channels, config.width, norm_layer=norm)
+        network = timm.layers.freeze_batch_norm_2d(network)
+    if config.detector in WITH_PYRAMID:
+        parts = pyramid_parts(config, network, channels, classes + 1)
+        candidates = config.proposals  # of each level, before non-maximum suppression
     else:
-        parts, sizes, d = [*network.children()], [config.anchors], channels[3]
-        pool = RoIAlign(["0"], 14, 2)
-        backbone = nn.Sequential(*parts[: parts.index(network.layer4)])
-        backbone.out_channels = channels[2]
-        fifth = nn.Sequential(network.layer4, norm(d) if norm else nn.Identity())  # as in MoCo
-        options = {
-            "box_roi_pool": pool, "box_predictor": faster_rcnn.FastRCNNPredictor(d, count),
-            "box_head": nn.Sequential(fifth, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        }  # fmt: skip
-        if kind.startswith("mask"):  # both heads share the fifth block
-            predictor = mask_rcnn.MaskRCNNPredictor(d, 256, count)
-            options |= {"mask_roi_pool": pool, "mask_head": fifth, "mask_predictor": predictor}
-    anchors = AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * len(sizes))
-    after = config.proposals
-    before = after if len(sizes) > 1 else 6 * after  # of a level, before non-maximum suppression
-    return (MaskRCNN if kind.startswith("mask") else FasterRCNN)(
-        backbone, min_size=config.sides, image_mean=encoder.mean, image_std=encoder.std,
-        rpn_anchor_generator=anchors, box_batch_size_per_image=config.rois,
-        rpn_pre_nms_top_n_train=2 * before, rpn_post_nms_top_n_train=2 * after,
-        rpn_pre_nms_top_n_test=before, rpn_post_nms_top_n_test=after, **options,
-    )  # fmt: skip
+        parts = c4_parts(config, network, channels, classes + 1)
+        candidates = 6 * config.proposals
+
+    build = MaskRCNN if config.detector in WITH_MASKS else FasterRCNN
+    return build(
+        min_size=config.sides,
+        image_mean=encoder.mean,
+        image_std=encoder.std,
+        box_batch_size_per_image=config.rois,
+        rpn_pre_nms_top_n_train=2 * candidates,
+        rpn_pre_nms_top_n_test=candidates,
+        rpn_post_nms_top_n_train=2 * config.proposals,
+        rpn_post_nms_top_n_test=config.proposals,
+        **parts,
+    )
+
+
+def pyramid_parts(
+    config: Config, network: nn.Module, channels: list[int], outputs: int
+) -> dict[str, Any]:
+    """A feature pyramid on the levels C2 to C5; the heads are torchvision's own."""
+    levels = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+    norm_layer = nn.BatchNorm2d if config.norm == "trained" else None
+    sides = [(side,) for side in config.anchors]  # P2 to P6 have one each
+    return {
+        "backbone": BackboneWithFPN(network, levels, channels, config.width, norm_layer=norm_layer),
+        "num_classes": outputs,
+        "rpn_anchor_generator": AnchorGenerator(sides, [RATIOS] * len(sides)),
+    }
+
+
+def c4_parts(
+    config: Config, network: nn.Module, channels: list[int], outputs: int
+) -> dict[str, Any]:
+    """The encoder up to C4 is the backbone, and its fifth block is the head of the regions."""
+    children = list(network.children())
+    backbone = nn.Sequential(*children[: children.index(network.layer4)])
+    backbone.out_channels = channels[2]
+
+    width = channels[3]
+    # The norm after the block is MoCo's.
+    added_norm = nn.BatchNorm2d(width) if config.norm == "trained" else nn.Identity()
+    fifth_block = nn.Sequential(network.layer4, added_norm)
+    roi_align = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2)
+    parts = {
+        "backbone": backbone,
+        "rpn_anchor_generator": AnchorGenerator([config.anchors], [RATIOS]),
+        "box_roi_pool": roi_align,
+        "box_head": nn.Sequential(fifth_block, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "box_predictor": FastRCNNPredictor(width, outputs),
+    }
+    if config.detector in WITH_MASKS:  # both heads share the fifth block
+        parts["mask_roi_pool"] = roi_align
+        parts["mask_head"] = fifth_block
+        parts["mask_predictor"] = MaskRCNNPredictor(width, 256, outputs)
+    return parts
 
 
 # ==== evaluation ==================================================================================
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> None:
+    """Test a share of the images in each process; the first one scores what all have found."""
+    world = run.world
+    found = []
+    unreadable = []
+    model.eval()
+    share = range(world.rank, len(data), world.size)
+    for index in tqdm(share, "test", leave=False, disable=not world.is_main, ncols=100):
+        images, targets, skipped = data[[index]]
+        unreadable += skipped
+        if skipped:  # this is the next readable image, which is tested anyway
+            continue
+        output = model([images[0].to(world.device) / 255])[0]
+        found += coco_rows(output, targets[0]["image_id"])
+    model.train()
+
+    parts: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(parts, (found, unreadable))
+    if not world.is_main:
+        return
+
+    all_found = []
+    for part_found, part_unreadable in parts:
+        all_found += part_found
+        run.note_unreadable(part_unreadable)
+
+    results = {"box": average_precision(data.coco, all_found, "bbox")}
+    if data.masks:
+        results["mask"] = average_precision(data.coco, all_found, "segm")
+    row = {}
+    for kind, scores in results.items():
+        for name in ("AP", "AP50", "AP75"):
+            row[f"{kind}_{name}"] = scores[name]
+    run.log(step, **row)
+
+    text = json.dumps({"step": step, "images": len(data), **results}, indent=2)
+    harness.write(run.folder / "results.json", text.encode())
+    draw(data, all_found, run.picture_path(step))
+
+
+def coco_rows(output: dict[str, Tensor], image_id: int) -> list[dict]:
+    """What the detector found in one image, as COCO's evaluation takes it."""
+    output = {name: x.cpu() for name, x in output.items()}
+    boxes = box_convert(output["boxes"], "xyxy", "xywh").tolist()
+    labels = output["labels"].tolist()
+    scores = output["scores"].tolist()
+    rows = []
+    for box, label, score in zip(boxes, labels, scores, strict=True):
+        rows.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+
+    if "masks" in output:
+        for row, mask in zip(rows, output["masks"][:, 0], strict=True):
+            pixels = (mask > 0.5).byte().numpy()
+            row["segmentation"] = rle.encode(pixels.copy(order="F"))
+    return rows
+
+
 def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, Any]:
     """COCO's AP over the IoU 0.5 to 0.95, AP50, AP75, and AP of each class that has an object."""
-    judge = COCOeval_faster(truth, truth.loadRes(found), kind)
-    judge.evaluate()
-    precision = judge.eval["precision"][..., 0, -1].mean(1)  # IoU x class; -1 of absent classes
-    names = [x["name"] for x in truth.dataset["categories"]]
-    classes = {name: float(x) for name, x in zip(names, precision.mean(0), strict=True) if x > -1}
-    mean = [float(x) for x in precision[:, precision[0] > -1].mean(1)]  # of each IoU
-    return {"AP": sum(mean) / 10, "AP50": mean[0], "AP75": mean[5], "classes": classes}
+    coco_eval = COCOeval_faster(truth, truth.loadRes(found), kind)
+    coco_eval.evaluate()
+    # The first range of areas is that of all objects, and the last limit of detections is 100.
+    curves = coco_eval.eval["precision"][..., 0, -1]  # IoU x recall x class
+    precision = curves.mean(1)
+    occurs = precision[0] > -1  # COCO gives -1 to a class without an object
+
+    by_iou = precision[:, occurs].mean(1).tolist()  # IoU 0.5, 0.55 ... 0.95
+    by_class = {}
+    for number, mean in enumerate(precision.mean(0).tolist()):
+        if occurs[number]:
+            by_class[truth.dataset["categories"][number]["name"]] = mean
+    return {
+        "AP": sum(by_iou) / len(by_iou),
+        "AP50": by_iou[0],
+        "AP75": by_iou[5],
+        "classes": by_class,
+    }
 
 
 def draw(data: Objects, found: list[dict], path: Path) -> None:
-    """Eight images with their objects, and again with what was found with a score above 0.5."""
-    (images, targets, _), tiles = data[[*range(min(8, len(data)))]], []
-    for image, i in zip(images, (x["image_id"] for x in targets), strict=True):
-        picture = nn.functional.interpolate(image[None], (320, 320))[0]
-        scale = 320 / torch.tensor(image.shape[:0:-1]).repeat(2)
-        sure = [x for x in found if x["image_id"] == i and x["score"] > 0.5]
-        for rows in (data.coco.imgToAnns[i], sure):
-            names, boxes = (
-                [data.classes[x["category_id"] - 1] for x in rows],
-                boxes_of(rows) * scale,
-            )
-            drawn = (
-                draw_bounding_boxes(picture, boxes, names, "white", width=2) if rows else picture
-            )
-            tiles.append(drawn)
-    path.parent.mkdir(exist_ok=True)
+    """Eight images with their objects, each beside what was found with a score above 0.5."""
+    images, targets, _ = data[list(range(min(8, len(data))))]
+    tiles = []
+    for image, target in zip(images, targets, strict=True):
+        number = target["image_id"]
+        sure = [row for row in found if row["image_id"] == number and row["score"] > 0.5]
+        tiles.append(draw_rows(image, data.coco.imgToAnns[number], data.classes))
+        tiles.append(draw_rows(image, sure, data.classes))
     save_image(torch.stack(tiles) / 255, path, nrow=4)
 
 
-@torch.no_grad()
-def evaluate(model: Any, data: Objects, run: harness.Run, step: int) -> None:
-    """Test a share of the images in each process; the first has all that was found, and judges."""
-    model.eval()
-    world, found, unreadable = run.world, [], []
-    parts: list[Any] = [None] * world.size
-    share = range(world.rank, len(data), world.size)
-    for index in tqdm(share, "test", leave=False, disable=not world.is_main):
-        (image,), (target,), skipped = data[[index]]
-        unreadable += skipped
-        if skipped:  # it is another image: nothing is found in this one
-            continue
-        seen = {k: x.cpu() for k, x in model([image.to(world.device) / 255])[0].items()}
-        boxes = box_convert(seen["boxes"], "xyxy", "xywh").tolist()
-        for i, label in enumerate(seen["labels"].tolist()):
-            row = {"image_id": target["image_id"], "category_id": label, "bbox": boxes[i]}
-            found.append({**row, "score": float(seen["scores"][i])})
-            if data.masks:
-                mask = (seen["masks"][i, 0] > 0.5).byte().numpy()
-                found[-1]["segmentation"] = rle.encode(mask.copy(order="F"))
-    torch.distributed.all_gather_object(parts, (found, unreadable))
-    if world.is_main:
-        found, unreadable = ([x for part in parts for x in part[i]] for i in (0, 1))
-        run.note_unreadable(unreadable)
-        draw(data, found, run.folder / f"pictures/step-{step:06d}.png")
-        kinds = {"box": "bbox"} | ({"mask": "segm"} if data.masks else {})
-        results = {x: average_precision(data.coco, found, kind) for x, kind in kinds.items()}
-        run.log(step, **{f"{x}_{k}": results[x][k] for x in kinds for k in ("AP", "AP50", "AP75")})
-        text = json.dumps({"step": step, "images": len(data), **results}, indent=2)
-        harness.write(run.folder / "results.json", text.encode())
-    model.train()
+def draw_rows(image: Tensor, rows: list[dict], classes: list[str]) -> Tensor:
+    """An image of 320 x 320 pixels with the boxes and the class names of COCO's rows."""
+    picture = nn.functional.interpolate(image[None], (320, 320))[0]
+    if not rows:
+        return picture
+    height, width = image.shape[1:]
+    scale = 320 / torch.tensor([width, height, width, height])
+    names = [classes[row["category_id"] - 1] for row in rows]  # 0 is the background
+    return draw_bounding_boxes(picture, boxes_of(rows) * scale, names, "white", width=2)
 
 
 # ==== loop ========================================================================================
-def load(config: Config) -> tuple[Objects, Objects]:
-    """What to train on, and what to test on."""
-    if config.data is None and config.preset != "demo":
-        raise UserError(f"The preset {config.preset} needs images: name them with --data.")
-    if config.data is None:
-        train = val = read_scenes(config.scenes)
-    else:
-        train, val = (read(config.data, x) for x in (config.annotations, config.val_annotations))
-    classes = list(dict.fromkeys(x["name"] for x in train[1]["categories"]))
-    return Objects(*train, classes, config, train=True), Objects(*val, classes, config, train=False)
+def learning_rate(step: int, config: Config) -> float:
+    """A linear warm-up, then a tenth after each milestone."""
+    peak_lr = config.lr * config.batch / 16
+    passed = sum(step >= milestone for milestone in config.milestones)
+    warmup = min(1, (step + 1) / (config.warmup + 1))
+    return peak_lr * 0.1**passed * warmup
 
 
 def train(config: Config) -> None:
-    names = [config.preset, config.detector, *([config.data.resolve().name] if config.data else [])]
-    folder = config.run or Path("runs", "-".join(["detect", *names]))
+    check(config)
+    folder = harness.run_folder("detect", config, config.detector)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
-        (data, val), steps = load(config), config.steps
+        device = world.device
+        dataset, val = load(config)
+        steps = config.steps
+
         torch.manual_seed(config.seed)
-        model = build_detector(config, len(data.classes))
-        if world.device.type == "cuda":
+        model = build_detector(config, len(dataset.classes))
+        if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ddp = nn.parallel.DistributedDataParallel(model.to(world.device).train())
+        model.to(device).train()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        # The loop sets the learning rate of each step.
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
         step = run.resume(model, optimizer)
-        options = {"seed": config.seed, "workers": config.workers, "start": step, "stop": steps}
-        batches = harness.batches(data, config.batch, world, **options)
-        bar = tqdm(batches, total=steps, initial=step, disable=not world.is_main, unit="step")
+
+        batches = harness.batches(
+            dataset,
+            config.batch,
+            world,
+            seed=config.seed,
+            start=step,
+            stop=steps,
+            workers=config.workers,
+        )
+        bar = harness.progress(batches, start=step, stop=steps, world=world)
         for images, targets, unreadable in bar:
-            # What torchvision draws, sizes and samples, is of the step: a resumed run repeats it.
-            torch.manual_seed(harness.generator(config.seed, step, world.rank, 1).initial_seed())
-            now = config.lr * config.batch / 16 * 0.1 ** sum(step >= x for x in config.milestones)
-            now *= min(1, (step + 1) / (config.warmup + 1))
-            optimizer.param_groups[0]["lr"] = now
+            # torchvision draws the image sizes and the samples of the losses.
+            harness.seed_step(config.seed, step, world.rank, stream=1)
+            lr = learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = lr
+
             terms = ddp([image / 255 for image in images], targets)
-            loss = torch.stack([*terms.values()]).sum()
+            loss = torch.stack(list(terms.values())).sum()
+
             optimizer.zero_grad()
             loss.backward()
-            values = run.reduce(step, {"loss": loss, **terms})  # ends if not finite
+            # The run ends here when a value is not finite, before the weights are touched.
+            values = run.reduce(step, {"loss": loss, **terms})
             optimizer.step()
             step += 1
+
             run.note_unreadable(unreadable)
-            bar.set_postfix(loss=values["loss"], refresh=False)
+            harness.show(bar, values, ("loss_classifier", "loss_box_reg"))
             if step % config.log_every == 0:
-                run.log(step, **values, lr=now, unreadable=run.unreadable)
-            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)
             if due or stop:
                 run.save(step, model, optimizer)
             if stop:
                 return
+
         if world.is_main:
             torch.save(model.state_dict(), folder / "detector.pt")
             line = "step {step}: AP {box_AP:.3f}, AP50 {box_AP50:.3f}, AP75 {box_AP75:.3f}"
-            print(*(line.format(**row) for row in run.rows("box_AP")), sep="\n")
-
-
-if __name__ == "__main__":
-    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+            for row in run.rows("box_AP"):
+                print(line.format(**row))

@@ -411,6 +411,8 @@ NUMBERS = {
 }
 ONE_SET = {"batched": "one result for all the data together: there are no leading axes"}
 SINGLE_SET = ONE_SET | {"single": "one result for all the data together: there are no leading axes"}
+SCENES = {" ".join(COLUMNS): "takes Python numbers: tests/test_scenes.py"}
+ENCODER = {" ".join(COLUMNS): "takes a function and calls it: tests/test_probes.py"}
 MODULES = {" ".join(COLUMNS): "takes modules and changes one: tests/test_ema.py"}
 HOOKS = {" ".join(COLUMNS): "takes a module and calls it: tests/test_diagnostics.py"}
 ONE_BANK = {"batched single": "one bank for all keys: its record has no leading axes"}
@@ -710,6 +712,8 @@ TABLE = [
         call=lambda states: dk.bootstrap(states, dk.mean_iou, draws=7),
         without=COUNTS | SINGLE_SET | DRAWS | SYMBOLIC,
     ),
+    row("sample_scenes", nothing, without=SCENES),
+    row("probe_scenes", nothing, without=ENCODER),
     row("as_dict", nothing, without=RECORDS),
     row("as_table", nothing, without=RECORDS),
     row("fit_linear_probe", features_and_labels, classes=4, without=SINGLE_SET | WEIGHTS),

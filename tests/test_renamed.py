@@ -9,6 +9,7 @@ of its lines still exists or is explained; what moved with its owner needs no en
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -41,6 +42,7 @@ def lookup(name):
     return found
 
 
+@functools.cache
 def options(path):
     """The command line of a recipe, read off its `Config` without the seconds of an import."""
     tree = ast.parse((ROOT / path).read_text())

@@ -22,9 +22,42 @@ from safetensors.torch import load_file
 from test_recipes import launch, rows
 from torch.nn.functional import avg_pool2d, normalize
 import densekit as dk
-from densekit.scenes import sample_scenes
+from densekit.scenes import SCENE_CLASSES, sample_scenes
 
 RECIPE = Path(densesiam_segment.__file__)
+# Arguments that make no sense, and how the sentence that answers them begins.
+WRONG = [
+    (["--preset", "paper"], "--data is missing"),
+    (["--data", "nowhere"], "--data is nowhere"),
+    (["--mapping", "nowhere.json"], "--mapping is nowhere.json"),
+    (["--train-list", "nowhere.txt"], "--train-list is nowhere.txt"),
+    (["--val-list", "nowhere.txt"], "--val-list is nowhere.txt"),
+    (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
+    (["--weights", "lost.safetensors"], "--weights is lost.safetensors"),
+    (["--aux", "1"], "--aux is 1"),
+    (["--region", "-0.1"], "--region is -0.1"),
+    (["--region", "nan"], "--region is nan"),
+    (["--region-start", "1.5"], "--region-start is 1.5"),
+    (["--region-start", "nan"], "--region-start is nan"),
+    (["--image", "0"], "--image is 0"),
+    (["--size", "-64"], "--size is -64"),
+    (["--hue", "0.6"], "--hue is 0.6"),
+    (["--hue", "nan"], "--hue is nan"),
+    (["--blur", "1.0", "0.5"], "--blur is 1.0 0.5"),
+    (["--blur", "-1.0", "0.5"], "--blur is -1.0 0.5"),
+    (["--blur", "0.1", "inf"], "--blur is 0.1 inf"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--weight-decay", "-1"], "--weight-decay is -1"),
+    (["--weight-decay", "nan"], "--weight-decay is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+]
 MAPPING = RECIPE.with_name("coco_stuff_27.json")
 SMALL = replace(
     PRESETS["demo"], image=32, size=32, aux=8, batch=8, epochs=5, workers=0, device="cpu",
@@ -51,9 +84,7 @@ def folder(tmp_path_factory):
                 Image.fromarray(labels.byte().numpy()).save(folder / f"labels/{name}.png")
                 names.setdefault(split, []).append(name)
     (folder / "splits.json").write_text(json.dumps(names))
-    (folder / "classes.json").write_text(
-        json.dumps({"labels": [*dk.testing.SCENE_CLASSES], "ignore": 255})
-    )
+    (folder / "classes.json").write_text(json.dumps({"labels": [*SCENE_CLASSES], "ignore": 255}))
     return folder
 
 
@@ -356,7 +387,7 @@ def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("train-32-0\nval-32-0\n", "val-32-0"), ("\n", "empty"), (None, "missing")],
+    [("train-32-0\nval-32-0\n", "val-32-0"), ("\n", "empty"), (None, "cannot be used")],
 )
 def test_a_list_that_does_not_fit_is_one_sentence(folder, tmp_path, text, sentence):
     names = tmp_path / "list.txt"
@@ -468,7 +499,7 @@ def test_a_run_leaves_everything_and_resumes_and_region_begins_late(tmp_path, fo
 
     side_car = json.loads((tmp_path / "whole" / "segmenter.json").read_text())
     assert (side_car["architecture"], side_car["step"]) == ("tiny", 10)
-    assert side_car["classes"] == [*dk.testing.SCENE_CLASSES]
+    assert side_car["classes"] == [*SCENE_CLASSES]
     model = Segmenter(config, 12)
     model.load_state_dict(load_file(tmp_path / "halted" / "segmenter.safetensors"))
     assert sorted(model.names.tolist()) == list(range(12))
@@ -558,9 +589,11 @@ def test_two_processes_score_the_whole_set_together(tmp_path, folder):
         ({"preset": "paper"}, "--data"),
         ({"data": Path("nowhere")}, "nowhere"),
         ({"data": "folder", "val_split": "exam"}, "exam"),
-        ({"data": "folder", "batch": 64}, "images for a batch of 64"),
+        ({"data": "folder", "batch": 64}, "--batch is 64"),
         ({"data": "folder", "arch": "resnet5"}, "timm"),
-        ({"data": "folder", "weights": "lost.safetensors"}, "lost.safetensors"),
+        ({"data": "folder", "weights": "lost.safetensors"}, "--weights is lost.safetensors"),
+        ({"data": "folder", "weights": "random:resnet5"}, "no model resnet5"),
+        ({"data": "folder", "layout": "nothing"}, "nothing"),
     ],
     ids=str,
 )

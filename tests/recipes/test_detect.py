@@ -27,6 +27,34 @@ SMALL = replace(
     PRESETS["demo"], scenes=8, steps=4, milestones=(3,), warmup=1, batch=4, sides=(48, 64),
     width=8, rois=8, proposals=10, workers=0, log_every=1, save_every=2, device="cpu",
 )  # fmt: skip
+# Arguments that make no sense, and how the sentence that answers them begins.
+WRONG = [
+    (["--preset", "voc"], "--data is missing"),
+    (["--data", "nowhere"], "--data is nowhere"),
+    (["--encoder", "nowhere"], "--encoder is nowhere"),
+    (["--annotations"], "--annotations is empty"),
+    (["--val-annotations"], "--val-annotations is empty"),
+    (["--scenes", "0"], "--scenes is 0"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--milestones", "9", "3"], "--milestones is 9 3"),
+    (["--milestones", "0", "3"], "--milestones is 0 3"),
+    (["--warmup", "-1"], "--warmup is -1"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--sides"], "--sides is empty"),
+    (["--sides", "64", "0"], "--sides is 64 0"),
+    (["--anchors", "8", "16"], "--anchors is 8 16"),
+    (["--anchors", "0", "8", "16", "32", "64"], "--anchors is 0 8 16 32 64"),
+    (["--detector", "faster-rcnn-c4", "--anchors"], "--anchors is empty"),
+    (["--width", "0"], "--width is 0"),
+    (["--rois", "0"], "--rois is 0"),
+    (["--proposals", "-1"], "--proposals is -1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+]
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -511,7 +539,7 @@ def test_it_learns():
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------
-WRONG = SimpleNamespace(
+BROKEN = SimpleNamespace(
     category={"annotations": [{"id": 1, "image_id": 7, "category_id": 4, "bbox": [0, 0, 9, 9]}]},
     image={"annotations": [{"id": 1, "image_id": 8, "category_id": 3, "bbox": [0, 0, 9, 9]}]},
     box={"annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [0, 0, 9]}]},
@@ -526,24 +554,24 @@ WRONG = SimpleNamespace(
 @pytest.mark.parametrize(
     ("content", "changes", "sentence"),
     [
-        (WRONG.category, {}, "instances_val2017.json.* no such .*category_id': 4"),
-        (WRONG.image, {}, "no such image .*'image_id': 8"),
-        (WRONG.box, {}, "no box of four"),
-        (WRONG.word, {}, "in no known form.*'a'"),
-        (WRONG.bare, {"detector": "mask-rcnn-fpn"}, "mask"),
-        (WRONG.nothing, {}, "no object"),
-        (WRONG.nan, {}, "no object"),
-        (WRONG.keys, {}, "in no known form.*'name'"),
+        (BROKEN.category, {}, "instances_val2017.json.* no such .*category_id': 4"),
+        (BROKEN.image, {}, "no such image .*'image_id': 8"),
+        (BROKEN.box, {}, "no box of four"),
+        (BROKEN.word, {}, "in no known form.*'a'"),
+        (BROKEN.bare, {"detector": "mask-rcnn-fpn"}, "mask"),
+        (BROKEN.nothing, {}, "no object"),
+        (BROKEN.nan, {}, "no object"),
+        (BROKEN.keys, {}, "in no known form.*'name'"),
         ({}, {"annotations": ("annotations/none.json",)}, "cannot be read.*none.json"),
         ({}, {"annotations": ()}, "--annotations"),
         ({}, {"annotations": ("VOC2007/train",)}, "cannot be read.*VOC2007/ImageSets/Main/train"),
-        ({}, {"data": Path("nowhere")}, "cannot be read.*nowhere"),
+        ({}, {"data": Path("nowhere")}, "--data is nowhere"),
         ({}, {"data": None, "preset": "voc"}, "--data"),
-        ({}, {"encoder": "random:tiny-vit"}, "random:tiny-vit is no ResNet"),
-        ({}, {"encoder": "random:densenet121"}, "densenet121 is no ResNet"),
-        ({}, {"encoder": "nowhere"}, "nowhere.* does not exist"),
-        ({}, {"anchors": (8, 16)}, "--anchors"),
-        ({}, {"batch": 64}, "images for a batch of 64"),
+        ({}, {"encoder": "random:tiny-vit"}, "--encoder is random:tiny-vit: give a ResNet"),
+        ({}, {"encoder": "random:densenet121"}, "--encoder is random:densenet121: give a ResNet"),
+        ({}, {"encoder": "nowhere"}, "--encoder is nowhere"),
+        ({}, {"anchors": (8, 16)}, "--anchors is 8 16: give five"),
+        ({}, {"batch": 64}, "--batch is 64"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, content, changes, sentence):
