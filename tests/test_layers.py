@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from files import ROOT, project_files
 
-ROOT = Path(__file__).parents[1]
 LAYERS = {
     "typing": -1,  # what all signatures are made of
     "distributed": 0,
@@ -68,7 +68,7 @@ def faults(module, source):
 
 
 def modules():
-    return sorted(p for p in (ROOT / "densekit").glob("**/*.py") if p.name != "__init__.py")
+    return [p for p in project_files("densekit/**/*.py") if p.name != "__init__.py"]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
@@ -78,7 +78,7 @@ def test_a_module_imports_only_from_a_lower_layer(path):
 
 
 def recipes():
-    return sorted((ROOT / "recipes").glob("*.py"))
+    return project_files("recipes/*.py")
 
 
 MORE = {"d3ssl": {"proposals"}}  # which made its data
