@@ -28,3 +28,9 @@ def project_files(*patterns):
     """
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     return sorted(found if tracked() is None else found & tracked())
+
+
+def own_modules():
+    """Names of the project's modules, as they are imported: packages by their own names."""
+    files = project_files("recipes/*.py", "tests/*.py", "tests/recipes/*.py")
+    return ["densekit", "downstream", *(path.stem for path in files)]

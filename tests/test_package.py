@@ -11,8 +11,7 @@ import zipfile
 from email.parser import Parser
 
 import pytest
-from conftest import OURS
-from files import ROOT, project_files, tracked
+from files import ROOT, own_modules, project_files, tracked
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -92,7 +91,7 @@ print(densekit.__version__, tuple(densekit.crop_views(
 # ---- warnings --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [*OURS, "densekit.views", "downstream.encoders"])
+@pytest.mark.parametrize("module", [*own_modules(), "densekit.views", "downstream.encoders"])
 def test_a_warning_of_our_own_is_an_error(module):
     with pytest.raises(UserWarning, match="ours"):
         warnings.warn_explicit("ours", UserWarning, "file.py", 1, module=module)
