@@ -1,4 +1,4 @@
-"""OpenImage-MINI of D3SSL: the OpenImages that follow COCO's counts of objects, as an image list.
+"""OpenImage-MINI of D3SSL: a list of the images of OpenImages that follow the counts of COCO.
 
     python recipes/openimages_mini.py --boxes train-annotations-bbox.csv
         --classes class-descriptions-boxable.csv --coco instances_train2017.json
@@ -14,31 +14,33 @@ import hashlib
 import io
 import json
 import os
+import sys
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
 
+# ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    boxes: Path  # The boxes of OpenImages: (oidv6-)train-annotations-bbox.csv; .gz may follow.
-    classes: Path  # Their classes' names: class-descriptions-boxable.csv, of any version.
-    coco: Path  # The instances of COCO: instances_train2017.json.
-    out: Path  # The list to write, a .txt; its figures are written to OUT.json.
-    images: Path | None = None  # Folder of images: only those that lie in it are taken.
-    prefix: str = ""  # The images' folder as seen from the list's own, such as train/.
-    groups: bool = True  # A box of a group is one object, as is a crowd of COCO; else neither is.
-    mapping: Path | None = None  # Other counterparts, a JSON {COCO class: [OpenImages classes]}.
-    seed: int = 0  # Fixes the order in which the images are visited.
+    boxes: Path  # Boxes of OpenImages: (oidv6-)train-annotations-bbox.csv, or the same as .csv.gz.
+    classes: Path  # Names of their classes: class-descriptions-boxable.csv, of any version.
+    coco: Path  # Instances of COCO: instances_train2017.json.
+    out: Path  # List to write, a .txt; its figures are written to OUT.json.
+    images: Path | None = None  # Folder of images: only images that lie in it are taken.
+    prefix: str = ""  # Folder of the images as seen from the list's own folder, such as train/.
+    groups: bool = True  # Whether a box of a group, and a crowd of COCO, counts as one object.
+    mapping: Path | None = None  # Other counterparts, as JSON {COCO class: [OpenImages classes]}.
+    seed: int = 0  # Seed of the order in which the images are visited.
 
 
-# What OpenImages names otherwise or divides further; every other class has the same name in both.
+# The classes of COCO that OpenImages names otherwise or divides further. Every other class has the
+# same name in both.
 COUNTERPARTS = {
     "person": ["Person", "Man", "Woman", "Boy", "Girl"],
     "car": ["Car", "Taxi", "Limousine", "Van"],
@@ -65,22 +67,58 @@ COUNTERPARTS = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    CONFIG = tyro.cli(Config, description=__doc__)
+def read_options() -> Config:
+    """The command line."""
+    return tyro.cli(Config, description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import harness
+    import openimages_mini
+
+    sys.exit(harness.main(openimages_mini.select, options))
 
 import harness
 import numpy as np
 from tqdm import tqdm
 
 
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
+    harness.check(
+        config.out.parent.is_dir(), f"--out is {config.out}: give a file in a folder that exists."
+    )
+    harness.check(
+        config.images is None or config.images.is_dir(),
+        f"--images is {config.images}: give a folder that exists.",
+    )
+    harness.check(config.seed >= 0, f"--seed is {config.seed}: give 0 or more.")
+
+
 # ==== files =======================================================================================
+class Boxes(NamedTuple):
+    """The boxes of OpenImages: two numbers of each, which index the two lists of names."""
+
+    images: list[str]  # each ImageID
+    labels: list[str]  # each LabelName, such as /m/01g317
+    image: np.ndarray  # int32 (n,)
+    label: np.ndarray  # int32 (n,)
+
+
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
     """The file and its text, unpacked if it is a .gz; whatever is wrong in it is a UserError."""
     try:
         with path.open("rb") as raw, ExitStack() as stack:
-            file: Any = stack.enter_context(gzip.open(raw)) if path.suffix == ".gz" else raw
-            yield raw, stack.enter_context(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+            unpacked: Any = raw
+            if path.suffix == ".gz":
+                unpacked = stack.enter_context(gzip.open(raw))
+            text = io.TextIOWrapper(unpacked, "utf-8-sig", newline="")
+            yield raw, stack.enter_context(text)
     except OSError as error:
         raise harness.UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # wrong content raises nearly anything
@@ -89,146 +127,220 @@ def opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
 
 
 def read_coco(path: Path, groups: bool) -> dict[str, int]:
-    """How many objects each of COCO's classes has."""
-    keep = "categories", "annotations", "id", "name", "category_id", "iscrowd"  # not the outlines
+    """The number of objects of each of COCO's classes."""
+    wanted = {"categories", "annotations", "id", "name", "category_id", "iscrowd"}
+
+    def drop_the_rest(fields: dict) -> dict:  # outlines, which fill most of the file
+        return {name: value for name, value in fields.items() if name in wanted}
+
     with opened(path, "an instances file of COCO") as (_, text):
-        content = json.load(text, object_hook=lambda x: {k: x[k] for k in keep if k in x})
-        names = {x["id"]: x["name"] for x in content["categories"]}
-        found = [x for x in content["annotations"] if groups or not x.get("iscrowd")]
-        counts = Counter(names[x["category_id"]] for x in found)
-        return {name: counts[name] for name in names.values()}
+        content = json.load(text, object_hook=drop_the_rest)
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        counts = dict.fromkeys(names.values(), 0)
+        for annotation in content["annotations"]:
+            if groups or not annotation.get("iscrowd"):
+                counts[names[annotation["category_id"]]] += 1
+        return counts
 
 
 def read_classes(path: Path) -> dict[str, str]:
     """The display name of each of OpenImages' labels, such as /m/01g317."""
     with opened(path, "a list of OpenImages' classes") as (_, text):
-        return dict(row for row in csv.reader(text) if row)  # V7's header is a class without boxes
+        rows = [row for row in csv.reader(text) if row]
+        return dict(rows)  # the header of V7 becomes a class that has no boxes
 
 
 def read_mapping(path: Path) -> dict[str, list[str]]:
     """The user's own counterparts."""
     with opened(path, "a mapping {COCO class: [OpenImages classes]}") as (_, text):
-        content = json.load(text).items()  # a TypeError for all but lists of strings:
-        return {name: [*map(str.casefold, list.copy(others))] for name, others in content}
+        mapping = {}
+        for name, others in json.load(text).items():
+            if not isinstance(others, list):
+                raise TypeError(f"{name!r} has no list of classes")
+            mapping[name] = [str.casefold(other) for other in others]
+        return mapping
 
 
-def read_boxes(path: Path, groups: bool) -> tuple[list[str], list[str], np.ndarray]:
-    """The images, the labels, and each box as `image << 32 | label`; rows come in any order."""
-    images, labels, boxes = {}, {}, array("q")
+def read_boxes(path: Path, groups: bool) -> Boxes:
+    """The boxes of OpenImages, in any order; without `groups`, those of single objects alone."""
+    images: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    image_of_box = array("i")  # 4 bytes a box: OpenImages has 15 million
+    label_of_box = array("i")
     with opened(path, "a file of OpenImages' boxes") as (raw, text):
         rows = csv.reader(text)
         header = next(rows, [])
-        i, j, k = (header.index(x) for x in ("ImageID", "LabelName", "IsGroupOf"))
+        image_column = header.index("ImageID")
+        label_column = header.index("LabelName")
+        group_column = header.index("IsGroupOf")
+
         with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
             for number, row in enumerate(filter(None, rows)):
                 if len(row) != len(header):
                     raise ValueError(f"line {rows.line_num} has {len(row)} columns")
-                if groups or row[k] != "1":
-                    image = images.setdefault(row[i], len(images))
-                    boxes.append(image << 32 | labels.setdefault(row[j], len(labels)))
-                if not number % 65536:
+                if groups or row[group_column] != "1":
+                    image_of_box.append(images.setdefault(row[image_column], len(images)))
+                    label_of_box.append(labels.setdefault(row[label_column], len(labels)))
+                if number % 65536 == 0:
                     bar.update(raw.tell() - bar.n)
             bar.update(raw.tell() - bar.n)
-    if not boxes:
+
+    if not image_of_box:
         raise harness.UserError(f"{path} names no object.")
-    return [*images], [*labels], np.frombuffer(boxes, np.int64)
+    return Boxes(
+        images=list(images),
+        labels=list(labels),
+        image=np.frombuffer(image_of_box, np.int32),
+        label=np.frombuffer(label_of_box, np.int32),
+    )
 
 
 # ==== the rule ====================================================================================
 def counterparts(classes: dict, coco: dict, mapping: dict) -> dict[str, str]:
-    """COCO's class of each of OpenImages' labels that has one."""
-    if unknown := mapping.keys() - coco:
+    """The class of COCO of each label of OpenImages that has one."""
+    unknown = mapping.keys() - coco
+    if unknown:
         raise harness.UserError(f"--mapping names {sorted(unknown)}, which COCO lacks.")
-    owner: dict[str, str] = {}
+
+    coco_class: dict[str, str] = {}  # of each name of OpenImages, in lower case
     for name in coco:
-        for other in mapping.get(name, COUNTERPARTS.get(name, [name])):
-            if (first := owner.setdefault(other.casefold(), name)) != name:
-                both = f"of both {first!r} and {name!r}"
-                raise harness.UserError(f"{other!r} is a counterpart {both}: change --mapping.")
-    shared = {label: owner.get(name.casefold()) for label, name in classes.items()}
-    return {label: name for label, name in shared.items() if name is not None}
+        others = COUNTERPARTS.get(name, [name])
+        others = mapping.get(name, others)
+        for other in others:
+            first = coco_class.setdefault(other.casefold(), name)
+            if first != name:
+                raise harness.UserError(
+                    f"{other!r} is a counterpart of both {first!r} and {name!r}: change --mapping."
+                )
+
+    found = {}
+    for label, name in classes.items():
+        if name.casefold() in coco_class:
+            found[label] = coco_class[name.casefold()]
+    return found
 
 
-def tally(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each `image << 32 | second` once, sorted: image, second, how often."""
-    pairs, counts = np.unique(pairs, return_counts=True)
-    return pairs >> 32, pairs & 0xFFFFFFFF, counts
+def tally(image: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each pair of image and kind that occurs, sorted, and how often: image, kind, count."""
+    pairs = image.astype(np.int64) << 32 | kind
+    pairs, count = np.unique(pairs, return_counts=True)
+    return pairs >> 32, pairs & 0xFFFFFFFF, count
+
+
+def visiting_order(images: list[str], config: Config) -> list[int]:
+    """The numbers of the images in the order of their hashes; with --images, of those in it.
+
+    The hash of an image depends neither on the order of the rows nor on other images.
+    """
+    numbers = list(range(len(images)))
+    if config.images:
+        files = set(os.listdir(config.images))
+        numbers = [number for number in numbers if f"{images[number]}.jpg" in files]
+
+    def turn(number: int) -> bytes:
+        text = f"{config.seed} {images[number]}"
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    return sorted(numbers, key=turn)
 
 
 def choose(order: list[int], image: Any, which: Any, count: Any, limits: list[int]) -> list[int]:
-    """The images of `order` that can be taken when their turn comes, no class of theirs too full.
+    """Visits the images in their order, and takes each one that fits into what is still free.
 
-    `image[i]` has `count[i]` objects of the shared class `which[i]`; `image` is sorted.
+    `image[i]` has `count[i]` objects of the shared class `which[i]`; `image` is sorted. An image
+    that does not fit in its turn does not fit later either, since the free numbers only shrink.
     """
-    free, taken = np.array(limits), []
+    free = np.array(limits)
+    taken = []
     starts = np.searchsorted(image, np.arange(max(order) + 2)).tolist()
-    for i in order:
-        a, b = starts[i], starts[i + 1]
-        if a < b and (count[a:b] <= free[which[a:b]]).all():
-            free[which[a:b]] -= count[a:b]
-            taken.append(i)
-    return taken  # `free` only shrinks: whatever did not fit in its turn fits no more
+    for number in order:
+        rows = slice(starts[number], starts[number + 1])
+        has_shared = rows.start < rows.stop
+        if has_shared and (count[rows] <= free[which[rows]]).all():
+            free[which[rows]] -= count[rows]
+            taken.append(number)
+    return taken
 
 
+# ==== the list ====================================================================================
 def select(config: Config) -> None:
     """Write the list and its figures."""
-    if config.out.suffix != ".txt" or not config.out.parent.is_dir():
-        raise harness.UserError(f"--out {config.out} must be a .txt in a folder that exists.")
-    if config.images and not config.images.is_dir():
-        raise harness.UserError(f"The image folder {config.images} does not exist.")
-    classes, coco = read_classes(config.classes), read_coco(config.coco, config.groups)
+    check(config)
+    classes = read_classes(config.classes)
+    coco = read_coco(config.coco, config.groups)
     mapping = read_mapping(config.mapping) if config.mapping else {}
-    owner = counterparts(classes, coco, mapping)
-    lacking = [name for name in coco if name not in owner.values()]
+    coco_class = counterparts(classes, coco, mapping)  # of a label
+    if not coco_class:
+        raise harness.UserError(f"{config.classes} has no class of {config.coco}.")
+    shared = [name for name in coco if name in coco_class.values()]
+    lacking = [name for name in coco if name not in shared]
     for name in lacking:
         print(f"warning: no class of OpenImages is a counterpart of COCO's {name!r}.")
-    if not owner:
-        raise harness.UserError(f"{config.classes} has no class of {config.coco}.")
 
-    ids, labels, boxes = read_boxes(config.boxes, config.groups)
-    numbers = {name: i for i, name in enumerate(coco)}
-    which = np.array([numbers.get(owner.get(x, ""), -1) for x in labels])[boxes & 0xFFFFFFFF]
-    image, which, count = tally((boxes >> 32 << 32 | which)[which >= 0])
-    # A turn by the image's own hash depends neither on the order of the rows nor on other images.
-    turns = [hashlib.blake2b(f"{config.seed} {x}".encode(), digest_size=16).digest() for x in ids]
-    there = {*os.listdir(config.images)} if config.images else None
-    order = [i for i, x in enumerate(ids) if there is None or f"{x}.jpg" in there]
+    boxes = read_boxes(config.boxes, config.groups)
+    order = visiting_order(boxes.images, config)
     if not order:
         raise harness.UserError(f"No image of {config.boxes} lies in {config.images}.")
-    taken = choose(sorted(order, key=turns.__getitem__), image, which, count, [*coco.values()])
+
+    class_numbers = {name: number for number, name in enumerate(coco)}
+    number_of_label = [class_numbers.get(coco_class.get(label), -1) for label in boxes.labels]
+    which = np.array(number_of_label)[boxes.label]
+    is_shared = which >= 0
+    image, which, count = tally(boxes.image[is_shared], which[is_shared])
+    taken = choose(order, image, which, count, list(coco.values()))
     if not taken:
         raise harness.UserError(f"No image of {config.boxes} fits the rule.")
 
-    mine = np.isin(image, taken)
-    used = np.bincount(which[mine], count[mine], len(coco)).astype(int).tolist()
-    image, label, count = tally(boxes)  # of all classes
-    mine = np.isin(image, taken)
+    in_list = np.isin(image, taken)
+    used = np.bincount(which[in_list], count[in_list], len(coco)).astype(int).tolist()
+    shared_figures = {}
+    for name in shared:
+        labels = [label for label in coco_class if coco_class[label] == name]
+        shared_figures[name] = {
+            "taken": used[class_numbers[name]],
+            "coco": coco[name],
+            "openimages": sorted(classes[label] for label in labels),
+        }
     figures = {
-        "images": len(taken),
-        "objects_per_image": count[mine].sum().item() / len(taken),
-        "categories_per_image": mine.sum().item() / len(taken),
-        "categories": len(np.unique(label[mine])),
-        "shared": {
-            name: {
-                "taken": used[i], "coco": coco[name],
-                "openimages": sorted(classes[x] for x in owner if owner[x] == name),
-            } for name, i in numbers.items() if name not in lacking
-        },
+        **table_row(boxes, taken),
+        "shared": shared_figures,
         "without_counterpart": lacking,
         "settings": asdict(config),
-    }  # fmt: skip
-    lines = sorted(os.path.join(config.prefix, f"{ids[i]}.jpg") for i in taken)
-    text = json.dumps(figures, indent=2, default=str) + "\n"
+    }
+
+    names = [os.path.join(config.prefix, f"{boxes.images[number]}.jpg") for number in taken]
+    write_list(config.out, sorted(names), figures)
+    print_table(config.out.name, figures)
+
+
+def table_row(boxes: Boxes, taken: list[int]) -> dict[str, Any]:
+    """The columns of the paper's Table 2, which count the objects of all classes."""
+    image, label, count = tally(boxes.image, boxes.label)
+    in_list = np.isin(image, taken)
+    return {
+        "images": len(taken),
+        "objects_per_image": count[in_list].sum().item() / len(taken),
+        "categories_per_image": in_list.sum().item() / len(taken),
+        "categories": len(np.unique(label[in_list])),
+    }
+
+
+def write_list(out: Path, names: list[str], figures: dict[str, Any]) -> None:
+    """Write the figures and the list; each file is there whole or not at all."""
+    text = json.dumps(figures, indent=2, default=str)
+    lines = "".join(f"{name}\n" for name in names)
     try:
-        harness.write(Path(f"{config.out}.json"), text.encode())
-        harness.write(config.out, "\n".join([*lines, ""]).encode())
+        harness.write(Path(f"{out}.json"), f"{text}\n".encode())
+        harness.write(out, lines.encode())
     except OSError as error:
-        raise harness.UserError(f"{config.out} cannot be written: {error.strerror}.") from error
+        raise harness.UserError(f"{out} cannot be written: {error.strerror}.") from error
+
+
+def print_table(name: str, figures: dict[str, Any]) -> None:
+    """Show the figures beside the paper's."""
+    objects = f"{figures['objects_per_image']:.4g}"
+    categories = f"{figures['categories_per_image']:.4g}"
     row = "{:26}{:>9}{:>12}{:>12}{:>9}".format
     print(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
-    print(row(config.out.name, *(f"{x:.4g}" if x % 1 else x for x in [*figures.values()][:4])))
+    print(row(name, figures["images"], objects, categories, figures["categories"]))
     print(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))
-
-
-if __name__ == "__main__":
-    harness.main(select, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

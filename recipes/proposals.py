@@ -1,15 +1,15 @@
-"""Region proposals of a folder of images by selective search: once, offline, before d3ssl.py.
+"""Region proposals of a folder of images, by selective search: made once, before d3ssl.py runs.
 
     python recipes/proposals.py --data FOLDER              # writes FOLDER.proposals.npz
     python recipes/d3ssl.py --preset paper --data FOLDER --proposals FOLDER.proposals.npz
 
-The same command run again resumes, or adds new files. More: docs/recipes/proposals.md. The file:
+The same command run again resumes, or adds new images. More: docs/recipes/proposals.md. The file:
 
     names     bytes (n,)        path of each image, relative to the data folder
-    sizes     int32 (n, 2)      its height and width, upright
+    sizes     int32 (n, 2)      height and width of each image, upright
     offsets   int64 (n + 1,)    image i has boxes[offsets[i]:offsets[i + 1]], maybe none
-    boxes     int32 (m, 4)      x0 y0 x1 y1 in its pixels, half-open, from large to small
-    settings  JSON              of the search and the filter
+    boxes     int32 (m, 4)      x0 y0 x1 y1 in pixels of the image, half-open, from large to small
+    settings  JSON              settings of the search and of the filter
 """
 
 import itertools
@@ -17,47 +17,213 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
-from contextlib import closing, suppress
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
 
-SCHEMA = 1
 
-
+# ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
     data: Path  # Folder of images, any tree, or a .txt file that lists them.
-    out: Path | None = None  # The file to write; else DATA.proposals.npz, beside the data.
-    mode: Literal["fast", "quality"] = "fast"  # Opencv's; fast is R-CNN's, quality finds more.
-    longest: int = 640  # Longest side to search at, in pixels; larger images are shrunk (0: never).
-    side: int = 32  # Least width and height of a box, in pixels of the image.
-    aspect: float = 3.0  # Most that the longer side of a box may be of the shorter one.
+    out: Path | None = None  # File to write; by default DATA.proposals.npz, beside the data.
+    mode: Literal["fast", "quality"] = "fast"  # Mode of opencv: quality finds more, but is slower.
+    longest: int = 640  # Larger images are shrunk to this longest side, in pixels; 0: never.
+    side: int = 32  # Smallest width and height of a box, in pixels of the image.
+    aspect: float = 3.0  # Largest ratio of a box's longer side to its shorter side.
     scale: tuple[float, float] = (0.3, 0.8)  # Range of the root of a box's share of the image.
-    most: int = 0  # Boxes to keep of an image, the largest (0: all).
+    most: int = 0  # Number of boxes to keep of each image, the largest ones; 0: all.
     workers: int = os.cpu_count() or 1  # Processes that search.
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    CONFIG = tyro.cli(Config, description=__doc__)
-    search_path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(search_path)  # a fork server knows no other
+def read_options() -> Config:
+    """The command line."""
+    return tyro.cli(Config, description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import harness
+    import proposals
+
+    sys.exit(harness.main(proposals.propose, options))
 
 import harness
 import numpy as np
 import torch
 from harness import UserError
 from tqdm import tqdm
-import densekit
+import densekit as dk
+
+
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check(config.longest >= 0, f"--longest is {config.longest}: give 0 pixels or more.")
+    harness.check(config.side >= 0, f"--side is {config.side}: give 0 pixels or more.")
+    harness.check(config.aspect >= 1, f"--aspect is {config.aspect}: give 1 or more.")
+    low, high = config.scale
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--scale is {harness.as_typed(config.scale)}: give two shares from 0 to 1, the smaller "
+        "first.",
+    )
+    harness.check(config.most >= 0, f"--most is {config.most}: give 0 boxes or more.")
+    harness.check(config.workers >= 1, f"--workers is {config.workers}: give 1 process or more.")
+
+
+# ==== one image ===================================================================================
+class Found(NamedTuple):
+    """The result of the search in one image."""
+
+    size: tuple[int, int]  # height and width
+    boxes: np.ndarray  # int32 (m, 4), in pixels of the image
+
+
+def select(boxes: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
+    """The boxes (m, 4) that pass the filter, each once, from large to small, then by x0 y0 x1."""
+    boxes = np.unique(boxes.reshape(-1, 4).astype(np.int64), axis=0)
+    width = boxes[:, 2] - boxes[:, 0]
+    height = boxes[:, 3] - boxes[:, 1]
+    shorter = np.minimum(width, height)
+    longer = np.maximum(width, height)
+    area = width * height
+    scale = np.sqrt(area / (size[0] * size[1]))
+
+    slack = 1 + 1e-9  # a box on a limit passes, whatever the rounding
+    low, high = config.scale
+    keep = shorter >= max(config.side, 1)
+    keep &= longer <= config.aspect * slack * shorter
+    keep &= low <= scale * slack
+    keep &= scale <= high * slack
+
+    boxes = boxes[keep]
+    order = np.argsort(-area[keep], kind="stable")  # np.unique has sorted boxes of the same area
+    if config.most:
+        order = order[: config.most]
+    return boxes[order].astype(np.int32)
+
+
+def search(path: Path, config: Config) -> Found | str:
+    """The result for one image file, or a sentence that says why there is none."""
+    import cv2  # only the workers need it
+
+    cv2.setNumThreads(1)
+    finder = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    try:
+        image = harness.read_image(path)
+        height, width = image.shape[-2:]
+        shrunk_width, shrunk_height = shrunk_size(width, height, config.longest)
+        bgr = np.ascontiguousarray(image.flip(0).permute(1, 2, 0).numpy())
+        bgr = cv2.resize(bgr, (shrunk_width, shrunk_height), interpolation=cv2.INTER_AREA)
+
+        finder.setBaseImage(bgr)
+        if config.mode == "fast":
+            finder.switchToSelectiveSearchFast()
+        else:
+            finder.switchToSelectiveSearchQuality()
+        boxes = np.asarray(finder.process()).reshape(-1, 4)  # x y width height, in random order
+
+        boxes[:, 2:] += boxes[:, :2]
+        full_size = np.array([width, height, width, height])
+        searched_size = np.array([shrunk_width, shrunk_height, shrunk_width, shrunk_height])
+        boxes = np.rint(boxes * full_size / searched_size)
+    except Exception as error:  # broken bytes raise nearly anything
+        reason = str(error) or type(error).__name__
+        return " ".join(f"{path}: {reason}".split())
+    return Found((height, width), select(boxes, (height, width), config))
+
+
+def shrunk_size(width: int, height: int, longest: int) -> tuple[int, int]:
+    """Width and height at which no side is longer than `longest`; 0 allows any."""
+    if longest == 0 or max(width, height) <= longest:
+        return width, height
+    ratio = longest / max(height, width)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
+
+
+# ==== all images ==================================================================================
+def start_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that search. A fork server starts them, and imports torch once for all of them."""
+    recipes = str(Path(__file__).parent)
+    module_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if recipes not in module_path:
+        # The fork server looks for modules where the environment says, and nowhere else.
+        os.environ["PYTHONPATH"] = os.pathsep.join([recipes, *filter(None, module_path)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness"])
+    return ProcessPoolExecutor(workers, context, start_worker)
+
+
+def start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to heed
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this worker when the main process ends, even if that was killed."""
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
+
+
+def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple[str, Any]]:
+    """Each name with what `search` returns for it, in any order.
+
+    Only a few images are under way at any time, so that results do not pile up.
+    """
+    pool = start_pool(config.workers)
+    remaining = iter(names)
+    pending: dict[Future, str] = {}
+    try:
+        while True:
+            room = 4 * config.workers - len(pending)
+            for name in itertools.islice(remaining, room):
+                future = pool.submit(search, folder / name, config)
+                pending[future] = name
+            if not pending:
+                break
+
+            done = wait(pending, return_when=FIRST_COMPLETED).done
+            # A dead worker fails every pending search: the results that came before it count.
+            for future in sorted(done, key=has_failed):
+                result = future.result()
+                name = pending.pop(future)
+                yield name, result
+    except BrokenExecutor:
+        oldest = list(pending.values())[: config.workers]
+        raise UserError(
+            f"A worker process died, out of memory or at one of {', '.join(oldest)}: try fewer "
+            "--workers, or without that image."
+        ) from None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"opencv-contrib-python-headless is missing ({error}).") from None
+    finally:
+        if pending:  # Ctrl-C does not wait for what is under way
+            for child in multiprocessing.active_children():
+                child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def has_failed(future: Future) -> bool:
+    return future.exception() is not None
+
+
+# ==== the file ====================================================================================
+SCHEMA = 1  # version of the layout
 
 
 class Proposals(NamedTuple):
-    """The content of a proposals file; see there."""
+    """The content of a proposals file, which the docstring of this recipe describes."""
 
     names: list[str]
     sizes: np.ndarray
@@ -65,203 +231,235 @@ class Proposals(NamedTuple):
     boxes: np.ndarray
 
 
-# ---- one image ---------------------------------------------------------------------------------
-def select(boxes: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
-    """The boxes (m, 4) that pass the filter, each once, from large to small, then by x0 y0 x1."""
-    boxes = np.unique(boxes.reshape(-1, 4).astype(np.int64), axis=0)
-    width, height = (boxes[:, 2:] - boxes[:, :2]).T
-    root, slack = np.sqrt(width * height / (size[0] * size[1])), 1 + 1e-9  # a tie passes
-    keep = np.minimum(width, height) >= max(config.side, 1)
-    keep &= np.maximum(width, height) <= config.aspect * slack * np.minimum(width, height)
-    keep &= (config.scale[0] <= root * slack) & (root <= config.scale[1] * slack)
-    order = np.argsort(-(width * height)[keep], kind="stable")  # unique has sorted the rest
-    return boxes[keep][order[: config.most or None]].astype(np.int32)
-
-
-def search(path: Path, config: Config) -> tuple[tuple[int, int], np.ndarray] | str:
-    """The size and the proposals of one image file, or why there are none."""
-    import cv2  # only the workers need it
-
-    cv2.setNumThreads(1)
-    finder = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    try:
-        image = harness.read_image(path).numpy()[::-1].transpose(1, 2, 0)  # BGR
-        height, width = image.shape[:2]
-        ratio = min(1.0, (config.longest or max(height, width)) / max(height, width))
-        w, h = max(1, round(width * ratio)), max(1, round(height * ratio))
-        image = cv2.resize(np.ascontiguousarray(image), (w, h), interpolation=cv2.INTER_AREA)
-        finder.setBaseImage(image)
-        getattr(finder, f"switchToSelectiveSearch{config.mode.title()}")()
-        found = np.asarray(finder.process()).reshape(-1, 4)  # x y width height, in random order
-        found[:, 2:] += found[:, :2]
-        boxes = np.rint(found * np.array([width, height] * 2) / np.array([w, h] * 2))
-    except Exception as error:  # broken bytes raise nearly anything
-        return " ".join(f"{path}: {error or type(error).__name__}".split())
-    return (height, width), select(boxes, (height, width), config)
-
-
-def start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to heed
-    torch.set_num_threads(1)
-    parent: Any = multiprocessing.parent_process()  # if killed it would leave the workers behind
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-# ---- all images --------------------------------------------------------------------------------
-def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple[str, Any]]:
-    """Each name and what `search` says of it, in any order; a few are under way at any time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness"])
-    pool = ProcessPoolExecutor(config.workers, context, start_worker)
-    todo, flying, finished = iter(names), {}, False
-    try:
-        while True:
-            for name in itertools.islice(todo, 4 * config.workers - len(flying)):
-                flying[pool.submit(search, folder / name, config)] = name
-            if finished := not flying:
-                break
-            done = wait(flying, return_when=FIRST_COMPLETED).done
-            for future in sorted(done, key=lambda x: x.exception() is not None):  # keeps the good
-                result = future.result()
-                yield flying.pop(future), result
-    except BrokenExecutor:
-        suspects = ", ".join([*flying.values()][: config.workers])  # the first to start
-        problem = f"A worker process died, out of memory or at one of {suspects}"
-        raise UserError(f"{problem}: try fewer --workers, or without that image.") from None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"opencv-contrib-python-headless is missing ({error}).") from None
-    finally:
-        for child in multiprocessing.active_children() if not finished else ():
-            child.terminate()  # Ctrl-C does not wait for what is under way
-        pool.shutdown(cancel_futures=True)
-
-
-def earlier(out: Path, partial: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Size and boxes of each image that the file, or the partial one, has of earlier runs."""
-    found, rows = {}, []
-    if out.exists():
-        names, sizes, offsets, boxes = read_proposals(out)
-        found = dict(zip(names, zip(sizes, np.split(boxes, offsets[1:-1]))))  # noqa: B905
-        with np.load(out) as file:
-            rows.append(json.loads(str(file["settings"])))
-    with open(partial if partial.exists() else os.devnull, "rb") as lines:
-        for line in lines:
-            with suppress(ValueError):  # a kill may have halved it
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
-                else:
-                    found[row[0]] = row[1], np.array(row[2], np.int32).reshape(-1, 4)
-    for old in rows:
-        keys = [key for key in {**settings, **old} if old.get(key) != settings.get(key)]
-        if which := ", ".join(f"{k} = {old.get(k)!r}, now {settings.get(k)!r}" for k in keys):
-            raise UserError(f"{out}[.partial] has other settings ({which}): move it or set --out.")
-    return found
+def default_path(data: Path) -> Path:
+    """FOLDER.proposals.npz, beside the folder or the list."""
+    data = Path(os.path.abspath(data))
+    return data.with_name(f"{data.name}.proposals.npz")
 
 
 def read_proposals(path: str | Path) -> Proposals:
-    """The file that this recipe writes, validated; a UserError says what is wrong with it."""
+    """The content of a proposals file; a UserError says what is wrong with it."""
     if not Path(path).is_file():
         raise UserError(f"There is no proposals file {path}: recipes/proposals.py writes one.")
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             schema = json.loads(str(file["settings"]))["schema"]
-            names, sizes, offsets, boxes = (file[key] for key in Proposals._fields)
-        n, m = len(names), len(boxes)
-        shapes = [sizes.shape, offsets.shape, boxes.shape] == [(n, 2), (n + 1,), (m, 4)]
-        if schema != SCHEMA or not shapes or offsets[[0, -1]].tolist() != [0, m]:
+            names = [os.fsdecode(name) for name in file["names"].tolist()]
+            found = Proposals(names, file["sizes"], file["offsets"], file["boxes"])
+        images = len(found.names)
+        boxes = len(found.boxes)
+        valid = (
+            schema == SCHEMA
+            and found.sizes.shape == (images, 2)
+            and found.offsets.shape == (images + 1,)
+            and found.boxes.shape == (boxes, 4)
+            and found.offsets[0] == 0
+            and found.offsets[-1] == boxes
+        )
+        if not valid:
             raise ValueError(f"not schema {SCHEMA}")
     except Exception as error:  # broken bytes raise nearly anything
         raise UserError(f"{path} is no proposals file that this version reads ({error}).") from None
-    return Proposals([os.fsdecode(name) for name in names.tolist()], sizes, offsets, boxes)
+    return found
 
 
-def default_path(data: Path) -> Path:
-    data = Path(os.path.abspath(data))
-    return data.with_name(f"{data.name}.proposals.npz")
+def write_proposals(out: Path, found: dict[str, Found], settings: dict[str, Any]) -> None:
+    """Write the file; it is there whole or not at all."""
+    counts = [len(image.boxes) for image in found.values()]
+    temporary = out.with_name(f"{out.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            names=np.array([os.fsencode(name) for name in found]),
+            sizes=np.array([image.size for image in found.values()], np.int32),
+            offsets=np.cumsum([0, *counts], dtype=np.int64),
+            boxes=np.concatenate([image.boxes for image in found.values()]),
+            settings=json.dumps(settings),
+        )
+    temporary.replace(out)
+
+
+def read_earlier(out: Path, partial: Path, settings: dict[str, Any]) -> dict[str, Found]:
+    """The results of earlier runs, which the file or the partial file holds.
+
+    A partial file has the settings and then the result of one image a line, each as JSON.
+    """
+    results: dict[str, Found] = {}
+    if out.exists():
+        known = read_proposals(out)
+        for row, name in enumerate(known.names):
+            start, stop = known.offsets[row : row + 2]
+            results[name] = Found(tuple(known.sizes[row].tolist()), known.boxes[start:stop])
+        with np.load(out) as file:
+            check_settings(out, json.loads(str(file["settings"])), settings)
+
+    if partial.exists():
+        with partial.open("rb") as lines:
+            for line in lines:
+                row = parse_line(line)
+                if isinstance(row, dict):
+                    check_settings(partial, row, settings)
+                elif row:
+                    name, size, boxes = row
+                    results[name] = Found(size, np.array(boxes, np.int32).reshape(-1, 4))
+    return results
+
+
+def parse_line(line: bytes) -> Any:
+    """A line of the partial file; None for a line that was cut when its run was killed."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def check_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Proposals that were found with other settings do not go into the same file."""
+    differences = [
+        f"{name} = {old.get(name)!r}, now {new.get(name)!r}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{path} has other settings ({', '.join(differences)}): move it, or choose another "
+            "file with --out."
+        )
+
+
+# ==== images for a training =======================================================================
+class ImagesWithProposals(harness.FolderImages):
+    """The images of a folder or list that have proposals, `boxes[i]` of each, in [0, 1]."""
+
+    def __init__(self, data: Path, path: Path):
+        super().__init__(data)
+        known = read_proposals(path)
+        counts = np.diff(known.offsets)
+        rows = {name: row for row, name in enumerate(known.names) if counts[row] > 0}
+
+        listed = [os.fsdecode(name) for name in self.names.tolist()]
+        names = [name for name in listed if name in rows]
+        if not names:
+            raise UserError(f"{path} has no proposal of any image of {data}.")
+        if len(names) < len(listed) and os.environ.get("RANK", "0") == "0":
+            print(f"{len(names)} of {len(listed)} images have proposals; the others are left out.")
+        super().__init__(data, names)
+
+        widths_and_heights = np.tile(known.sizes[:, ::-1], 2)
+        boxes = torch.from_numpy(known.boxes / widths_and_heights.repeat(counts, axis=0)).float()
+        self.boxes = []
+        for name in names:
+            start, stop = known.offsets[rows[name] : rows[name] + 2]
+            self.boxes.append(boxes[start:stop])
+
+
+class SceneProposals(list):
+    """Procedural scenes, `source[i]` as of the harness, and their proposals, `boxes[i]` in [0, 1].
+
+    The proposals are the boxes of the scene's objects and four random boxes, since selective search
+    also finds boxes that hold no object. Boxes that cover less than 0.09 of the image are left out.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.boxes = []
+        size = 64, 64
+        for number, start in enumerate(range(0, count, 64)):  # bounds the memory
+            n = min(64, count - start)
+            generator = harness.generator(0, number)
+            scenes = dk.sample_scenes(n, size, generator=generator)
+            others = dk.sample_views(size, (n, 4), scale=(0.1, 0.4), generator=generator)
+
+            images = (scenes.images * 255).round().byte()
+            self.extend((image, ()) for image in images)
+            proposals = torch.cat([scenes.boxes, others.box], 1) / 64
+            large = dk.box_area(proposals) > 0.09  # unused slots are empty boxes
+            self.boxes.extend(x[keep] for x, keep in zip(proposals, large, strict=True))
 
 
 def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
-    """Images with proposals, `boxes[i]` of each in [0, 1] of it: a folder's; without, scenes."""
+    """Images and the proposals `boxes[i]` of each, in [0, 1]; without a folder, `scenes` scenes."""
     if data is None and path is not None:
         raise UserError("--proposals belong to images: name their folder with --data.")
+    if data is None and not scenes:
+        raise UserError("This preset trains on your images: name their folder with --data.")
     if data is None:
-        return harness.image_source(data, scenes=scenes)
-    images, known = harness.FolderImages(data), read_proposals(path or default_path(data))
-    spans = itertools.pairwise(known.offsets.tolist())
-    places = {
-        x: slice(*span) for x, span in zip(known.names, spans, strict=True) if span[0] < span[1]
-    }
-    names = [name for name in map(os.fsdecode, images.names.tolist()) if name in places]
-    if not names:
-        raise UserError(f"{path or default_path(data)} has no proposal of any image of {data}.")
-    if len(names) < len(images) and os.environ.get("RANK", "0") == "0":
-        print(f"{len(names)} of {len(images)} images have proposals; the others are left out.")
-    sides = np.repeat(np.tile(known.sizes[:, ::-1], 2), np.diff(known.offsets), axis=0)
-    boxes = torch.from_numpy(known.boxes / sides).float()
-    images: Any = harness.FolderImages(data, names)
-    images.boxes = [boxes[places[name]] for name in names]
-    return images
+        return SceneProposals(scenes)
+    return ImagesWithProposals(data, path or default_path(data))
 
 
 def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
-    """The first proposal of each of so many images, in [0, 1], (count, 3, side, side)."""
-    pictures = []
+    """The first proposal of each of the first `count` images, in [0, 1], (count, 3, side, side)."""
+    crops = []
     for i in range(min(count, len(source))):
-        image, unreadable = source[i]  # or the next one that can be read
-        box = source.boxes[(i + len(unreadable)) % len(source)][0]
-        box = box * torch.tensor(image.shape[:0:-1]).repeat(2)
-        view = densekit.View(box, torch.tensor(False))
-        pictures.append(densekit.crop_views(image / 255, view, side))
-    return torch.stack(pictures)
+        image, unreadable = source[i]
+        read = (i + len(unreadable)) % len(source)  # the next image that can be read
+        height, width = image.shape[-2:]
+        box = source.boxes[read][0] * torch.tensor([width, height, width, height])
+        view = dk.View(box, torch.tensor(False))
+        crops.append(dk.crop_views(image / 255, view, side))
+    return torch.stack(crops)
 
 
+# ==== loop ========================================================================================
 def propose(config: Config) -> None:
-    if min(config.workers, config.aspect) < 1 or min(config.longest, config.side, config.most) < 0:
-        raise UserError("--workers and --aspect are at least 1, and nothing is negative.")
-    images, out = harness.FolderImages(config.data), config.out or default_path(config.data)
-    names = list(dict.fromkeys(os.fsdecode(name) for name in images.names.tolist()))
-    partial, temporary = (out.with_name(f"{out.name}.{end}") for end in ("partial", "tmp"))
-    settings = {k: v for k, v in asdict(config).items() if k not in ("data", "out", "workers")}
-    settings = json.loads(json.dumps({"schema": SCHEMA, **settings}))
+    """Search all images that no earlier run has searched, and write the file."""
+    check(config)
+    images = harness.FolderImages(config.data)
+    names = [os.fsdecode(name) for name in images.names.tolist()]
+    names = list(dict.fromkeys(names))  # a list may name an image twice
+    out = config.out or default_path(config.data)
     if not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out.parent} is not a folder to write to: name another with --out.")
-    found, bad = earlier(out, partial, settings), {}
-    total, todo = sum(len(x) for _, x in found.values()), [x for x in names if x not in found]
+        raise UserError(f"--out is {out}: give a file in a folder that you can write to.")
+    partial = out.with_name(f"{out.name}.partial")
+
+    settings = {"schema": SCHEMA, **asdict(config)}
+    for name in ("data", "out", "workers"):
+        del settings[name]
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+
+    results = read_earlier(out, partial, settings)
+    todo = [name for name in names if name not in results]
+    boxes = sum(len(found.boxes) for found in results.values())
+    unreadable = {}
+
     bar = tqdm(total=len(names), initial=len(names) - len(todo), unit="image")
     searching = closing(search_all(images.folder, todo, config))
-    with partial.open("ab") as file, bar, searching as results:
-        file.write(b"\n" * bool(file.tell()) + json.dumps(settings).encode() + b"\n")
-        for name, result in results:
-            if isinstance(result, str):
-                bad[name] = result
+    with partial.open("ab") as file, bar, searching as found_in_any_order:
+        if file.tell():
+            file.write(b"\n")  # ends a line that a kill has cut
+        file.write(json.dumps(settings).encode() + b"\n")
+        for name, found in found_in_any_order:
+            if isinstance(found, str):
+                unreadable[name] = found
             else:
-                found[name], total = result, total + len(result[1])
-                file.write(json.dumps([name, result[0], result[1].tolist()]).encode() + b"\n")
+                results[name] = found
+                boxes += len(found.boxes)
+                row = [name, found.size, found.boxes.tolist()]
+                file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
-            bar.set_postfix(boxes=total / max(1, len(found)), bad=len(bad), refresh=False)
+            bar.set_postfix(boxes=boxes / max(1, len(results)), bad=len(unreadable), refresh=False)
             bar.update()
-    unreadable = out.with_suffix(".unreadable.txt")
-    if bad or unreadable.exists():
-        unreadable.write_bytes(b"".join(os.fsencode(bad[x]) + b"\n" for x in names if x in bad))
-    if not (names := [name for name in names if name in found]):
+
+    write_unreadable(out.with_suffix(".unreadable.txt"), names, unreadable)
+    results = {name: results[name] for name in names if name in results}
+    if not results:
         partial.unlink()
-        raise UserError(f"No image of {config.data} is readable, such as {min(bad.values())}.")
-    sizes, boxes = zip(*(found[name] for name in names), strict=True)
-    counts = np.array([len(x) for x in boxes])
-    with temporary.open("wb") as file:
-        np.savez_compressed(
-            file, names=np.array([os.fsencode(name) for name in names]),
-            sizes=np.array(sizes, np.int32), offsets=np.cumsum([0, *counts], dtype=np.int64),
-            boxes=np.concatenate(boxes), settings=json.dumps(settings),
-        )  # fmt: skip
-    temporary.replace(out)  # it is there whole or not at all
-    partial.unlink(missing_ok=True)
+        example = min(unreadable.values())
+        raise UserError(f"No image of {config.data} is readable, such as {example}.")
+    write_proposals(out, results, settings)
+    partial.unlink()
+
+    counts = np.array([len(found.boxes) for found in results.values()])
     print(
-        f"{len(names)} images, {counts.sum()} proposals, {counts.mean():.1f} an image, "
-        f"{(counts == 0).sum()} images without any, {len(bad)} unreadable files: {out}"
+        f"{len(results)} images, {counts.sum()} proposals, {counts.mean():.1f} an image, "
+        f"{(counts == 0).sum()} images without any, {len(unreadable)} unreadable files: {out}"
     )
 
 
-if __name__ == "__main__":
-    harness.main(propose, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+def write_unreadable(path: Path, names: list[str], unreadable: dict[str, str]) -> None:
+    """Name the unreadable files, in the order of the images; an older list is replaced."""
+    if not unreadable and not path.exists():
+        return
+    lines = [os.fsencode(unreadable[name]) + b"\n" for name in names if name in unreadable]
+    path.write_bytes(b"".join(lines))

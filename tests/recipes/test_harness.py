@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import harness
@@ -28,6 +29,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import Normalize
+import densekit as dk
 
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -522,6 +525,38 @@ def test_foreign_folder_is_refused(tmp_path, world):
     assert open_run(world, hidden, Config()) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "more", "expected"),
+    [
+        ({}, [], "runs/croc-demo"),
+        ({"data": Path("sets/coco")}, [], "runs/croc-demo-coco"),
+        ({"data": Path("sets/list.txt")}, ["vit", "b"], "runs/croc-demo-vit-b-list.txt"),
+        ({"data": Path("sets/coco"), "run": Path("mine")}, ["vit"], "mine"),
+    ],
+)
+def test_the_run_folder_tells_runs_apart(changes, more, expected):
+    config = SimpleNamespace(**{"run": None, "data": None, "preset": "demo", **changes})
+    assert harness.run_folder("croc", config, *more) == Path(expected)
+
+
+def test_a_data_folder_may_be_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    config = SimpleNamespace(run=None, data=Path(), preset="demo")
+    assert harness.run_folder("croc", config) == Path("runs/croc-demo-photos")
+
+
+def test_pictures_lie_side_by_side_in_the_order_of_their_steps(tmp_path, world):
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        paths = [run.picture_path(step) for step in (0, 40, 100_000)]
+        for path in paths:
+            path.touch()
+    assert [path.name for path in paths] == [
+        "step-000000.png", "step-000040.png", "step-100000.png",
+    ]  # fmt: skip
+    assert sorted((tmp_path / "run" / "pictures").iterdir()) == paths
+
+
 # ---- signals ---------------------------------------------------------------------------------
 
 
@@ -655,18 +690,89 @@ def test_main_says_one_sentence(capsys, error, code, text):
         assert config == "config"
         raise error
 
-    with pytest.raises(SystemExit) as leaving:
-        harness.main(function, "config")
-    assert leaving.value.code == code
+    assert harness.main(function, "config") == code
     assert capsys.readouterr().err == text
 
 
 def test_main_lets_success_and_defects_through():
     seen = []
-    harness.main(seen.append, "config")
+    assert harness.main(seen.append, "config") == 0
     assert seen == ["config"]
     with pytest.raises(ZeroDivisionError):
         harness.main(lambda _: 1 // 0, None)
+
+
+# ---- options ---------------------------------------------------------------------------------
+
+
+def test_check_raises_its_sentence():
+    harness.check(True, "--lr is 1: give 0.")
+    with pytest.raises(harness.UserError, match=r"^--lr is 1: give 0\.$"):
+        harness.check(False, "--lr is 1: give 0.")
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [((0.2, 1.0), "0.2 1.0"), (3, "3"), (1e-4, "0.0001"), ((), ""), (Path("a b"), "a b")],
+)
+def test_values_as_they_are_typed(value, typed):
+    assert harness.as_typed(value) == typed
+
+
+VIEWS = SimpleNamespace(size=48, scale=(0.2, 1.0), hue=0.1, blur=(0.1, 2.0))
+TRAINING = SimpleNamespace(
+    batch=8, lr=0.1, workers=0, log_every=1, save_every=1, seed=0, epochs=1, views=VIEWS
+)
+
+
+def test_what_is_allowed_passes():
+    harness.check_training(TRAINING)
+    others = {name: x for name, x in vars(TRAINING).items() if name not in ("epochs", "views")}
+    harness.check_training(SimpleNamespace(**others))  # a recipe that counts steps, without views
+    edges = {"hue": 0.0, "scale": (1.0, 1.0), "size": 1, "blur": (0.0, 0.1)}
+    harness.check_views(SimpleNamespace(**edges))
+
+
+nan = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("batch", 1, "--batch is 1: give"),
+        ("lr", -0.1, "--lr is -0.1: give"),
+        ("lr", nan, "--lr is nan: give"),
+        ("lr", float("inf"), "--lr is inf: give"),
+        ("workers", -1, "--workers is -1: give"),
+        ("log_every", 0, "--log-every is 0: give"),
+        ("save_every", 0, "--save-every is 0: give"),
+        ("seed", -1, "--seed is -1: give"),
+        ("seed", 2**63, f"--seed is {2**63}: give"),
+        ("epochs", 0, "--epochs is 0: give"),
+        ("views.size", 0, "--views.size is 0: give"),
+        ("views.scale", (1.0, 0.2), "--views.scale is 1.0 0.2: give"),
+        ("views.scale", (0.0, 0.2), "--views.scale is 0.0 0.2: give"),
+        ("views.scale", (0.2, 1.1), "--views.scale is 0.2 1.1: give"),
+        ("views.scale", (nan, 1.0), "--views.scale is nan 1.0: give"),
+        ("views.hue", 0.6, "--views.hue is 0.6: give"),
+        ("views.hue", nan, "--views.hue is nan: give"),
+        ("views.blur", (2.0, 0.1), "--views.blur is 2.0 0.1: give"),
+        ("views.blur", (-0.1, 1.0), "--views.blur is -0.1 1.0: give"),
+        ("views.blur", (0.1, float("inf")), "--views.blur is 0.1 inf: give"),
+    ],
+)
+def test_each_wrong_option_has_a_sentence_of_its_own(name, value, sentence):
+    values = dict(vars(TRAINING))
+    if name.startswith("views."):
+        views = {**vars(VIEWS), name.removeprefix("views."): value}
+        values["views"] = SimpleNamespace(**views)
+    else:
+        values[name] = value
+    with pytest.raises(harness.UserError) as error:
+        harness.check_training(SimpleNamespace(**values))
+    assert str(error.value).startswith(sentence)
+    assert str(error.value).endswith(".")
+    assert "\n" not in str(error.value)
 
 
 # ---- randomness ------------------------------------------------------------------------------
@@ -715,6 +821,21 @@ def test_seeded_leaves_the_global_stream_as_it_was():
         assert torch.equal(torch.cat([first, second]), torch.rand(6))
     with harness.seeded(1, 3):
         assert not torch.equal(first, torch.rand(3))
+
+
+def test_a_step_draws_the_same_numbers_whenever_it_runs():
+    def drawn(*key):
+        harness.seed_step(*key)
+        return torch.rand(4).tolist()
+
+    with torch.random.fork_rng(devices=[]):
+        first = drawn(7, 3, 0)
+        torch.rand(9)
+        assert drawn(7, 3, 0) == first
+        others = [drawn(8, 3, 0), drawn(7, 4, 0), drawn(7, 3, 1), drawn(7, 3, 0, 1)]
+        assert all(other != first for other in others)
+        torch.manual_seed(harness.generator(7, 3, 0, 2).initial_seed())
+        assert torch.rand(4).tolist() == first  # the losses of earlier versions depend on it
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -816,7 +937,7 @@ def test_tensors_of_a_batch_come_in_their_records():
 
 
 def test_batch_larger_than_the_data():
-    match = "Only 5 images for a batch of 6: lower --batch"
+    match = "--batch is 6: there are 5 images, give at most as many"
     with pytest.raises(harness.UserError, match=match):
         harness.batches_per_epoch(5, 6, ALONE)
     with pytest.raises(harness.UserError, match=match):
@@ -825,9 +946,43 @@ def test_batch_larger_than_the_data():
 
 @pytest.mark.parametrize(("batch", "size"), [(0, 1), (1, 1), (2, 2), (9, 2), (7, 3)])
 def test_batch_that_the_processes_cannot_share(batch, size):
-    match = f"--batch {batch} must give each of {size} processes"
+    match = f"--batch is {batch}: give a multiple of the {size} processes"
     with pytest.raises(harness.UserError, match=match):
         harness.batches_per_epoch(100, batch, harness.World(0, size, CPU))
+
+
+LONG = {f"a_term_with_a_long_name_{i}": i / 7 for i in range(30)}
+
+
+@pytest.mark.parametrize("names", [[], ["short"], list(LONG)])
+def test_the_progress_bar_has_a_hundred_columns(capsys, names):
+    values = {"short": 1.5, **LONG, "loss": 123.456}
+    bar = harness.progress(range(3), start=199_997, stop=200_000, world=ALONE)
+    for _ in bar:
+        harness.show(bar, values, names)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "200000/200000" in lines[-1]
+    assert "loss=123" in lines[-1]
+    assert ("short=1.5" in lines[-1]) == ("short" in names)
+
+
+def test_the_progress_bar_shows_three_named_terms(capsys):
+    values = dict.fromkeys(["a", "b", "c", "d", "loss"], 0.25)
+    bar = harness.progress(range(2), start=0, stop=2, world=ALONE)
+    for _ in bar:
+        harness.show(bar, values, ["d", "unknown", "b", "a"])  # a term that begins late may lack
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert "loss=0.25, d=0.25, b=0.25" in last
+    assert "a=0.25" not in last
+
+
+def test_one_process_alone_shows_progress(capsys):
+    other = harness.World(1, 2, CPU)
+    bar = harness.progress(range(3), start=0, stop=3, world=other)
+    assert list(bar) == [0, 1, 2]
+    harness.show(bar, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -993,6 +1148,26 @@ def test_unreadable_files_are_replaced_and_named(broken):
     assert torch.equal(source[9][0], source[0][0])
 
 
+def test_a_batch_of_images_and_all_that_was_passed_over(broken):
+    source = harness.FolderImages(broken)
+    images, unreadable = harness.read_batch(source, [0, 1, 3])
+    for image, index in zip(images, (0, 2, 9), strict=True):
+        assert torch.equal(image, source[index][0])
+    assert unreadable == [*source[1][1], *source[3][1]]
+    assert len(unreadable) == 7
+    assert harness.read_batch(harness.SceneImages(2), [1])[1] == []
+
+
+def test_unnormalized_images_are_the_pictures_again():
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    pictures = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = harness.unnormalize(Normalize(mean, std)(pictures), mean, std)
+    torch.testing.assert_close(found, pictures)
+    outside = harness.unnormalize(torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1), mean, std)
+    assert outside[0].unique().tolist() == [0]
+    assert outside[1].unique().tolist() == [1]
+
+
 def test_all_unreadable_is_one_sentence(tmp_path, capfd):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
@@ -1007,7 +1182,10 @@ def test_all_unreadable_is_one_sentence(tmp_path, capfd):
     def read_in_a_worker(workers):
         next(harness.batches(Source(2), 2, ALONE, seed=0, start=0, stop=1, workers=workers))
 
-    assert in_a_fork(harness.main, read_in_a_worker, 1) == 2
+    def command():
+        sys.exit(harness.main(read_in_a_worker, 1))
+
+    assert in_a_fork(command) == 2
     message = capfd.readouterr().err
     assert message.startswith(f"error: No image below {tmp_path} is readable")
     assert message.count("\n") == 1
@@ -1068,23 +1246,13 @@ def test_scenes_are_a_fixed_pool(monkeypatch):
 
     def fake(count, size, *, generator):
         asked.append(count)
-        used = torch.arange(8) < torch.arange(count)[:, None] % 3  # then a small one, then zeros
-        boxes = torch.tensor([0.0, 0.0, 16.0 + len(asked), 32.0]) * used[..., None]
-        boxes[:, 3] = torch.tensor([10.0, 10.0, 28.0, 28.0])
-        images = torch.full((count, 3, *size), 0.5)
-        return type("Scenes", (), {"images": images, "boxes": boxes})
+        return SimpleNamespace(images=torch.full((count, 3, *size), 0.5))
 
-    monkeypatch.setattr(harness.densekit.scenes, "scenes", fake)
+    monkeypatch.setattr(dk, "sample_scenes", fake)
     source = harness.image_source(None, scenes=130)
     assert source[0][0].unique().tolist() == [128]
-    assert [len(boxes) for boxes in source.boxes[:64]] == [i % 3 + 4 for i in range(64)]
-    assert [source.boxes[i][0, 2] * 64 for i in (1, 65, 129)] == [17, 18, 19]
-    others = torch.cat([boxes[-4:] for boxes in source.boxes])
-    assert others.amin() >= 0
-    assert others.amax() <= 1
-    assert len(others.unique(dim=0)) > 400  # of whole pixels, in all places
     assert sum(asked) == 130
-    assert max(asked) <= 64
+    assert max(asked) <= 64  # which bounds the memory
 
 
 def test_source_is_a_folder_or_scenes(tmp_path):
