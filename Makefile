@@ -56,6 +56,7 @@ clean: ## remove the environments and everything that is built
 # $(1) = environment, $(2) = extra
 define install
 @command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one, as in 'make test PYTHON=python3.12'."; exit 1; }
+@$(PYTHON) -V >/dev/null || { echo "$(PYTHON) could not be started: install Python 3.11 or newer, or name one, as in 'make test PYTHON=python3.12'."; exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V), and densekit needs 3.11 or newer: name one, as in 'make test PYTHON=python3.12'."; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv or pip module: install them (on Debian and Ubuntu: apt install python3-venv)."; exit 1; }
 @$(1)/bin/python -V >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)

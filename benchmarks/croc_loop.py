@@ -1,8 +1,9 @@
-"""CrOC's clustering as a plain loop on shrinking tensors: the rival of `sinkhorn_merge`.
+"""CrOC's clustering as a plain loop on shrinking tensors, to compare `sinkhorn_merge` with.
 
-Written from the paper in the way such programs usually are: one-hot products gather rows, Boolean
-masks drop columns, `cat` appends the merged one, the steps are padded to be stacked, Python sets
-prune. Tokens are (b, heads, views * n, d); marginals and merges are the authors' variants.
+The loop follows the paper in the style that is usual for such programs: one-hot products gather
+rows, Boolean masks drop columns, `cat` appends the merged column, padding makes the steps
+stackable, and Python sets prune the clusters. Tokens are (b, heads, views * n, d). Marginals and
+merges are the variants of the authors' program.
 """
 
 import torch
@@ -19,7 +20,7 @@ def transport(cost, row, col, reg, iterations):
 
 
 def merge_loop(tokens, positions, weights, start, reg=0.05, iterations=5, position_weight=4.0):
-    """The plans of all problems, padded to the most clusters, and each one's chosen K."""
+    """Return the plan of each problem, padded to the largest K, and the K that it chose."""
     b, n = tokens.shape[:2]
     k_start = start.shape[1]
     tokens = F.normalize(tokens, dim=-1)
@@ -77,7 +78,7 @@ def merge_loop(tokens, positions, weights, start, reg=0.05, iterations=5, positi
 
 
 def prune(plan, views=2):
-    """Hard weights per view, and the valid clusters, found with Python sets."""
+    """Return the hard weights of each view, and the clusters that both views have (Python sets)."""
     b, n, k = plan.shape
     soft = plan.view(b, views, n // views, k)
     soft = soft / (soft.sum(2, keepdim=True) + 1e-12)
@@ -90,7 +91,7 @@ def prune(plan, views=2):
 
 
 def view_centroids(tokens, weights, valid, heads):
-    """One list of valid centroids for each view: every head gathers its own copy of the tokens."""
+    """Return the valid centroids of each view; every head gathers its own copy of the tokens."""
     views = weights.shape[1]
     found = []
     for view in range(views):
@@ -101,7 +102,7 @@ def view_centroids(tokens, weights, valid, heads):
 
 
 def cluster(tokens, positions, weights, start, last):
-    """From the tokens of all heads to the centroids of both views, and the chosen K."""
+    """Cluster the tokens of all heads; return the centroids of both views and the chosen K."""
     heads = tokens.shape[1]
     flat = [x.flatten(0, 1) for x in (tokens, positions, weights, start)]
     plan, clusters = merge_loop(*flat)

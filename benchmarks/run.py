@@ -1,10 +1,11 @@
-"""densekit beside its rivals: one Markdown table, as ratios measured in one run.
+"""Measure densekit against other libraries and plain loops, and print one Markdown table.
 
-    python benchmarks/run.py                      # everything, minutes on two cores
-    python benchmarks/run.py --only geometry typed
+    python benchmarks/run.py                      # everything, some minutes on two cores
+    python benchmarks/run.py --only geometry checks
 
-Rivals take turns within a row, and the median of the rounds counts: a noisy machine slows both.
-`memory` runs the training step on fake tensors, so that it needs neither a GPU nor the memory.
+Within a row the two sides take turns, and the median of the rounds counts, so that a busy machine
+slows both alike. `memory` runs the training step on fake tensors: it needs neither a GPU nor the
+memory that it counts.
 """
 
 import argparse
@@ -41,7 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def times(*functions: Callable[[], object], rounds: int = 15, calls: int = 1) -> list[float]:
-    """Median seconds of a call to each function; the functions take turns."""
+    """Call the functions in turn, and return the median seconds of a call to each."""
     measured: list[list[float]] = [[] for _ in functions]
     for number in range(rounds + 1):
         for function, seconds in zip(functions, measured, strict=True):
@@ -64,7 +65,7 @@ def against(what: str, ours: float, rival: float, name: str) -> None:
 
 
 def geometry() -> None:
-    """Sampling a pair of views, carrying it, mapping the grid, against loading and cropping."""
+    """Time sampling two views and mapping a grid into both, against loading and cropping."""
     files = []
     for image in sample_scenes(8, (480, 640)).images:
         file = io.BytesIO()
@@ -98,7 +99,7 @@ def geometry() -> None:
 
 
 def checks() -> None:
-    """What `typed` costs a call: in eager, switched off, compiled."""
+    """Measure what `typed` adds to a call: in eager mode, switched off, and compiled."""
 
     def bare(x: Float[Tensor, "n d"]) -> None:
         return None
@@ -122,7 +123,7 @@ def checks() -> None:
     )
     off = {**os.environ, "DENSEKIT_TYPECHECK": "0"}
     same, cost = subprocess.check_output([sys.executable, "-c", code], env=off, text=True).split()
-    said = "the very function" if same == "True" else "another function"
+    said = "the same function" if same == "True" else "another function"
     row("`typed`, DENSEKIT_TYPECHECK=0", f"{float(cost):.2f} us more", "bare function", said)
     graphs = []
 
@@ -182,7 +183,7 @@ def primitives() -> None:
     start = time.perf_counter()
     sample_scenes(2048, (64, 64))
     seconds = time.perf_counter() - start
-    row("`testing.scenes`, 64 x 64", f"{2048 / seconds:.0f} a second", "", "")
+    row("`sample_scenes`, 64 x 64", f"{2048 / seconds:.0f} a second", "", "")
 
 
 SETTINGS = {
@@ -204,7 +205,7 @@ def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], list[dk.View
 
 
 def step() -> None:
-    """Time of a training step of each setting: ResNet-50, 224 pixels."""
+    """Time a training step of each setting, with ResNet-50 and 224 pixels."""
     batch = 64 if DEVICE.type == "cuda" else 8
     images, views = inputs(batch, DEVICE)
     images = [x.contiguous(memory_format=torch.channels_last) for x in images]
@@ -228,7 +229,7 @@ def step() -> None:
 
 
 def memory() -> None:
-    """Peak memory of a training step of each setting, counted on fake tensors: batch 64, bf16."""
+    """Count the peak memory of a training step of each setting on fake tensors: batch 64, bf16."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -260,7 +261,7 @@ def memory() -> None:
 
 
 def problem(images: int = 16, heads: int = 6, tokens: int = 392) -> tuple[Tensor, ...]:
-    """Tokens, positions, weights and start tokens of both views, as a ViT-S/16 gives them."""
+    """Make tokens, positions, weights and start tokens, shaped as for a ViT-S/16 and two views."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(images, heads, 5, 64, generator=generator)
     kind = torch.randint(5, (images, heads, tokens), generator=generator)
@@ -273,24 +274,24 @@ def problem(images: int = 16, heads: int = 6, tokens: int = 392) -> tuple[Tensor
     return tuple(x.to(DEVICE) for x in (z, places, weights, start))
 
 
-PROGRAM = {"similarity": "dot", "merge": "mass"}  # what the loop does
+PROGRAM = {"similarity": "dot", "merge": "mass"}  # the variants that the loop implements
 
 
 def assign(found: dk.MergedClusters) -> tuple[Tensor, Tensor]:
-    """Assignments of each view, with the clusters of all heads side by side, and the valid ones."""
+    """Return each view's assignments to the clusters of all heads, and which clusters are valid."""
     pruned = dk.prune_clusters(dk.split_assignments(found.assignments, normalize="columns"))
     return pruned.assignments.permute(0, 2, 3, 1, 4).flatten(-2), pruned.valid
 
 
 def view_centroids(z: Tensor, places: Tensor, weights: Tensor, start: Tensor, last: Tensor):
-    """From the tokens of all heads to masked centroids of both views, in fixed shapes."""
+    """Cluster the tokens of all heads; return the centroids of both views, in fixed shapes."""
     found = dk.sinkhorn_merge(z, places, weights, start, **PROGRAM)
     assignments, valid = assign(found)
     return dk.pool_masks(last, assignments, average=True), valid, found.clusters
 
 
 def clustering() -> None:
-    """CrOC's clustering at 16 images x 6 heads, 392 tokens, K 12 to 2, against a plain loop."""
+    """Time CrOC's clustering against a plain loop: 16 images x 6 heads, 392 tokens, K 12 to 2."""
     given = problem()
     last = torch.randn(16, 2, 196, 384, device=DEVICE)
     flat = [x.flatten(0, 1) for x in given]
@@ -328,14 +329,14 @@ def clustering() -> None:
     batch = 64 if DEVICE.type == "cuda" else 4
     model = croc.CrOC(croc.PRESETS["coco"]).to(DEVICE)
     images, views = inputs(batch, DEVICE)
-    tokens, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+    encoded = croc.encode(model.teacher["encoder"], torch.cat(images))
 
     def train() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss, _ = model(images, views, 0.07)
         loss.backward()
 
-    step, locate = times(train, lambda: model.locate(tokens, qkv, views), rounds=5)
+    step, locate = times(train, lambda: model.locate(*encoded, views), rounds=5)
     row(
         f"clustering in a step of CrOC, ViT-S/16, batch {batch}",
         f"{locate * 1e3:.1f} ms",
@@ -345,7 +346,7 @@ def clustering() -> None:
 
 
 def growth() -> None:
-    """Time of `sinkhorn_merge` against the number of tokens and of images."""
+    """Time `sinkhorn_merge` for several numbers of tokens and of images."""
     sizes = [{"tokens": n} for n in (98, 196, 392, 784)] + [{"images": b} for b in (4, 8, 32)]
     problems = [problem(**size) for size in sizes]
     measured = times(*(lambda x=x: dk.sinkhorn_merge(*x) for x in problems))
@@ -357,22 +358,22 @@ def growth() -> None:
 
 
 def moco() -> None:
-    """What DUPR adds to MoCo v2: RoIAlign, the momentum update, a whole step."""
+    """Time what DUPR adds to MoCo v2: RoIAlign, the momentum update, the banks, a whole step."""
     for d, side in ((1024, 14), (2048, 7)):
         features = torch.rand(256, d, side, side, device=DEVICE, requires_grad=True)
         low = torch.rand(256, 2, device=DEVICE) / 2
         boxes = torch.cat([low, low + 0.2 + 0.3 * torch.rand(256, 2, device=DEVICE)], 1)
         rois = torch.cat([torch.arange(256, device=DEVICE)[:, None], boxes * side], 1)
-        slope = torch.rand(256, d, side, side, device=DEVICE)
+        gradient = torch.rand(256, d, side, side, device=DEVICE)
 
         def ours() -> None:
             pooled = dk.roi_align(features, boxes[:, None], side).features[:, 0]
-            torch.autograd.grad(pooled, features, slope)
+            torch.autograd.grad(pooled, features, gradient)
 
         def rival() -> None:
             options = {"sampling_ratio": 2, "aligned": True}
             pooled = torchvision.ops.roi_align(features, rois, side, **options)
-            torch.autograd.grad(pooled, features, slope)
+            torch.autograd.grad(pooled, features, gradient)
 
         what = f"`roi_align`, 256 boxes, {d} x {side} x {side}, forward and backward"
         against(what, *times(ours, rival, rounds=5), "torchvision's roi_align")
@@ -435,13 +436,13 @@ def moco() -> None:
 
         return function
 
-    # In turns of three: another model's memory is not given back and asked for again each time.
+    # Three calls a turn: each model then returns its memory and requests it again less often.
     measured = times(stepper("paper"), stepper("mocov2"), rounds=4, calls=3)
     against(f"a step of DUPR, ResNet-50, batch {batch}, full banks", *measured, "MoCo v2")
 
 
 def cut_one_by_one(boxes: Tensor, draws: Tensor, beside: Tensor, images: Tensor) -> Tensor:
-    """What PRC and PRM do, image by image and proposal by proposal, on slices of whole pixels."""
+    """Apply PRC and PRM image by image and proposal by proposal, on slices of whole pixels."""
     images = images.clone()
     for image, own, draw, masks in zip(images, boxes, draws, beside, strict=True):
         cut = torch.zeros(image.shape[-2:], dtype=torch.bool)
@@ -465,7 +466,7 @@ def cut_one_by_one(boxes: Tensor, draws: Tensor, beside: Tensor, images: Tensor)
 
 
 def regions() -> None:
-    """D3SSL's region augmentations of a batch of 64 images with 4 proposals, against loops."""
+    """Time D3SSL's region augmentations against loops: 64 images with 4 proposals each."""
     size, (images, others) = (224, 224), torch.rand(2, 64, 3, 224, 224, device=DEVICE)
     low = torch.rand(64, 4, 2, device=DEVICE) * 120
     boxes = torch.cat([low, low + 32 + torch.rand(64, 4, 2, device=DEVICE) * 60], -1)
@@ -491,7 +492,7 @@ def regions() -> None:
     against("PRC, PRM and the fill, 64 images of 224 x 224, 4 proposals", *cuts, "loop over slices")
     against("`composite`, 64 images of 224 x 224", *pastes, "loop of masked assignments")
     both = [sum(seconds) for seconds in zip(cuts, pastes, strict=True)]
-    against("both: the region augmentations of such a batch", *both, "the two loops")
+    against("both: all region augmentations of this batch", *both, "the two loops")
     batch = 64 if DEVICE.type == "cuda" else 8
     config = d3ssl.PRESETS["paper"]
     model = d3ssl.D3SSL(config).to(DEVICE, memory_format=torch.channels_last)
@@ -518,7 +519,7 @@ def regions() -> None:
 
 
 def evaluation(count: int = 1_000_000) -> None:
-    """k-means with Hungarian matching of a million tokens; object kNN of a large gallery."""
+    """Time k-means and Hungarian matching of a million tokens, and kNN in a large gallery."""
     import faiss
     from sklearn.cluster import MiniBatchKMeans
 
@@ -589,7 +590,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument("--threads", type=int, default=None, help="number of torch threads")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""A bank of keys, first in, first out: the negatives of MoCo and its family."""
+"""A bank of keys, first in, first out: the source of negatives in MoCo and related methods."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "
 
 
 class Bank(NamedTuple):
-    """The newest keys. A checkpoint of its three tensors is all that a resumed run needs.
+    """The newest keys. A resumed run needs only the three tensors of the bank in the checkpoint.
 
     Attributes:
-        features: One key a row; rows that were never filled are zero.
-        cursor: The row that the next key goes to, which is the oldest of a full bank.
-        filled: How many rows hold a key.
+        features: One key in each row; rows that have not been filled are zero.
+        cursor: The row of the next key, which in a full bank is the row of the oldest key.
+        filled: Number of rows that contain a key.
     """
 
     features: Float[Tensor, "size d"]
@@ -24,11 +24,11 @@ class Bank(NamedTuple):
 
 
 class Negatives(NamedTuple):
-    """Keys that a loss tells the own key from.
+    """Keys that a query's own key is contrasted with.
 
     Attributes:
-        features: Keys, such as all rows of a bank.
-        valid: True for those to use, such as the rows that have been filled.
+        features: Keys, for example all rows of a bank.
+        valid: True for the keys to use, for example the rows that have been filled.
     """
 
     features: Float[Tensor, "*shared m d"]
@@ -45,22 +45,23 @@ def init_bank(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Bank:
-    """Make a bank, empty or full of random directions.
+    """Make a bank that is empty or full of random directions.
 
     Args:
-        size: Rows; once they are full, a new key replaces the oldest.
+        size: Number of rows; when all are filled, a new key replaces the oldest.
         dim: Length of a key.
-        random: Fill it with random unit vectors, as MoCo does. They count as keys, and as easy
-            negatives, until real ones replace them; an empty bank has no negatives at first.
-        generator: Source of the random numbers, on the bank's device; the same on every process.
-        dtype: Of the rows; bfloat16 halves the memory, and a key in it is off by at most 0.4 %.
-        device: Where to make it.
+        random: Fill the bank with random unit vectors, as MoCo does. They count as keys, and are
+            easy negatives, until real keys replace them. An empty bank has no negatives at first.
+        generator: Source of the random numbers, on the bank's device, in the same state on every
+            process.
+        dtype: Dtype of the rows; bfloat16 halves the memory, and changes a key by at most 0.4 %.
+        device: Device of the bank.
 
     Returns:
         The bank.
 
     Raises:
-        ValueError: The size or the length is not positive, or the dtype is not a floating one.
+        ValueError: The size or the length is not positive, or the dtype is not a floating dtype.
 
     Examples:
         >>> bank = init_bank(65536, 128)
@@ -72,8 +73,8 @@ def init_bank(
     """
     if size < 1 or dim < 1 or not dtype.is_floating_point:
         raise ValueError(
-            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give at least "
-            "one row and one number a row, of a floating dtype."
+            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
+            "size and a dim of 1 or more, and a floating dtype."
         )
     features = torch.zeros(size, dim, device=device)
     if random:
@@ -87,22 +88,24 @@ def init_bank(
 def push_to_bank(
     bank: Bank, keys: Float[Tensor, "*batch d"], valid: Bool[Tensor, "*valid"] | None = None
 ) -> Bank:
-    """Add keys to a bank, in order; each replaces the oldest.
+    """Add keys to a bank, in order; each key replaces the oldest one.
 
-    The number of keys may vary from call to call and exceed the bank: then the last ones stay.
-    Pushing in two parts is pushing once. So that all processes hold the same bank, push the same
-    keys everywhere: `push_to_bank(bank, all_gather(keys, group))`.
+    The number of keys may vary between calls. If it exceeds the size of the bank, the last keys
+    remain. Two calls with parts of the keys give the same bank as one call with all of them. To
+    have the same bank on all processes, push the same keys on each: `push_to_bank(bank,
+    all_gather(keys, group))`.
 
     Args:
-        bank: Left as it is; no gradient flows.
-        keys: Keys, row by row over all leading axes; detached, and cast to the bank's dtype.
-        valid: Keys to add, of shape `*batch` or broadcast to it; all when left out.
+        bank: The bank; it is not modified, and no gradient flows.
+        keys: Keys, row by row over all leading axes; they are detached and converted to the bank's
+            dtype.
+        valid: Keys to add, of shape `*batch` or broadcast to it; by default all.
 
     Returns:
         The new bank.
 
     Raises:
-        TypeError: The keys have another length than the bank's, or `valid` does not fit.
+        TypeError: The length of the keys is not that of the bank's keys, or `valid` does not match.
 
     Examples:
         >>> bank = push_to_bank(init_bank(2, 1), torch.tensor([[1.0], [2.0], [3.0]]))
@@ -118,15 +121,16 @@ def push_to_bank(
     valid = fit_valid("bank.push_to_bank", valid, shape)
     use = torch.ones(shape, dtype=torch.bool, device=keys.device) if valid is None else valid
     use = use.flatten()
-    place = use.long().cumsum(0)  # from 1, among the keys to use
+    number = use.long().cumsum(0)  # numbers the keys to use, from 1
     count = use.long().sum()
-    # A key that does not stay writes the newest one once more (or what is there): no change.
+    # A key that does not remain writes the newest key (or the row's own content) again, which
+    # changes nothing.
     last = (cursor + count - 1) % size
     keys = keys.detach().reshape(-1, features.shape[1]).to(features.dtype)
     known = torch.cat([keys, features.index_select(0, last[None])])
-    newest = torch.cat([torch.where(use, place, -1), place.new_zeros(1)]).argmax()
-    stays = use & (place > count - size)
-    row = torch.where(stays, (cursor + place - 1) % size, last)
+    newest = torch.cat([torch.where(use, number, -1), number.new_zeros(1)]).argmax()
+    stays = use & (number > count - size)
+    row = torch.where(stays, (cursor + number - 1) % size, last)
     keys = torch.where(stays[:, None], keys, known.index_select(0, newest[None]))
     features = features.index_copy(0, row, keys)
     return Bank(features, (cursor + count) % size, (filled + count).clamp(max=size))
@@ -134,16 +138,16 @@ def push_to_bank(
 
 @typed
 def bank_negatives(bank: Bank) -> Negatives:
-    """The keys of a bank as the negatives of `info_nce`: only the rows that have been filled.
+    """Return the keys of a bank as negatives of `info_nce`; only filled rows are valid.
 
-    The shape does not depend on how full the bank is, so that nothing is compiled twice and no
-    device waits: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
+    The shape does not depend on the number of filled rows, so nothing is compiled twice and no
+    device has to wait: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
 
     Args:
         bank: The bank.
 
     Returns:
-        All rows, and which of them hold a key.
+        All rows, and which of them contain a key.
 
     Examples:
         >>> bank = push_to_bank(init_bank(3, 1), torch.tensor([[1.0], [2.0]]))
@@ -161,15 +165,17 @@ def bank_negatives(bank: Bank) -> Negatives:
 def sample_keys(
     keys: Float[Tensor, "*batch n d"], count: int, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch count d"]:
-    """Draw some keys of each image, without replacement, so that a bank does not turn too fast.
+    """Randomly select `count` keys per image, without replacement.
+
+    Pushing only a few keys per image into a bank keeps its keys for more steps.
 
     Args:
         keys: n keys for each image.
-        count: How many to draw.
+        count: Number of keys to select per image.
         generator: Source of the random numbers, on the keys' device.
 
     Returns:
-        The drawn keys, in random order.
+        The selected keys, in random order.
 
     Raises:
         ValueError: The count is negative or above n.
@@ -183,6 +189,8 @@ def sample_keys(
     """
     n = keys.shape[-2]
     if not 0 <= count <= n:
-        raise ValueError(f"densekit.bank.sample_keys: count is {count} of {n} keys; give 0 to {n}.")
+        raise ValueError(
+            f"densekit.bank.sample_keys: count is {count}, but there are {n} keys; give 0 to {n}."
+        )
     draws = sample_uniform(keys.shape[:-1], keys, generator=generator)
     return take_rows(keys, draws.topk(count).indices)

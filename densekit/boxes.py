@@ -1,4 +1,7 @@
-"""Boxes: algebra and random selection. Boxes are `xyxy`, half-open, in continuous pixels."""
+"""Box algebra, and random selection and placement of boxes.
+
+Boxes are `(x1, y1, x2, y2)`, half-open, in continuous pixels or in another frame.
+"""
 
 from typing import NamedTuple
 
@@ -20,11 +23,12 @@ __all__ = [
 
 
 class SampledBoxes(NamedTuple):
-    """Some boxes of each image.
+    """Randomly selected boxes, the same number for each image.
 
     Attributes:
-        boxes: As many for each image.
-        valid: False where the image had no more; a copy of its first box stands there.
+        boxes: The selected boxes.
+        valid: False where the image has too few boxes; the entry is then a copy of its first
+            selected box.
     """
 
     boxes: Float[Tensor, "*batch count 4"]
@@ -33,7 +37,9 @@ class SampledBoxes(NamedTuple):
 
 @typed
 def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
-    """Tell the boxes that enclose an area from the reversed, empty, infinite and NaN ones.
+    """Find the boxes that enclose an area.
+
+    Reversed, empty, infinite and NaN boxes are not valid.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
@@ -50,9 +56,10 @@ def boxes_valid(boxes: Float[Tensor, "*batch 4"]) -> Bool[Tensor, "*batch"]:
 
 @typed
 def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
-    """Area of each box; zero for a box that is not valid.
+    """Compute the area of each box; it is zero for a box that is not valid.
 
-    Half precision is widened to float32, where the area of an image does not overflow.
+    Half precision is converted to float32, in which the area of an image does not overflow.
+    torchvision's `box_area` returns negative areas for reversed boxes.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
@@ -63,9 +70,6 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     Examples:
         >>> box_area(torch.tensor([[1.0, 1.0, 3.0, 2.0], [2.0, 0.0, 0.0, 1.0]]))
         tensor([2., 0.])
-
-    References:
-        torchvision's `box_area`, which gives negative areas to reversed boxes.
     """
     return _area(boxes)
 
@@ -74,15 +78,16 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
 def intersect_boxes(
     boxes1: Float[Tensor, "*batch 4"], boxes2: Float[Tensor, "*batch 4"]
 ) -> Float[Tensor, "*batch 4"]:
-    """Intersection of two boxes, pair by pair.
+    """Intersect two boxes, pair by pair.
 
     Args:
         boxes1: Boxes `(x1, y1, x2, y2)`.
         boxes2: Boxes in the same frame.
 
     Returns:
-        The box of the points inside both; all zeros where the two share no area or one of them
-        is not valid, so that `boxes_valid` of the result tells which exist.
+        The box of the points that lie inside both. It is all zeros where the two boxes share no
+        area or one of them is not valid, so `boxes_valid` of the result is True where an
+        intersection exists.
 
     Examples:
         >>> intersect_boxes(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, -1, 3, 1]))
@@ -98,24 +103,22 @@ def intersect_boxes(
 def box_iou(
     boxes1: Float[Tensor, "*batch 4"], boxes2: Float[Tensor, "*batch 4"]
 ) -> Float[Tensor, "*batch"]:
-    """Intersection over union of two boxes, pair by pair.
+    """Compute the intersection over union of two boxes, pair by pair.
 
-    Half precision is widened to float32.
+    Half precision is converted to float32. torchvision's `box_iou` compares all pairs, and returns
+    NaN for empty boxes.
 
     Args:
         boxes1: Boxes `(x1, y1, x2, y2)`.
         boxes2: Boxes in the same frame.
 
     Returns:
-        Area of the intersection over area of the union, in [0, 1]; zero where they share no area
-        or one of them is not valid.
+        The area of the intersection divided by the area of the union, in [0, 1]. It is zero where
+        the two boxes share no area or one of them is not valid.
 
     Examples:
         >>> box_iou(torch.tensor([0.0, 0, 2, 1]), torch.tensor([1.0, 0, 3, 1]))
         tensor(0.3333)
-
-    References:
-        torchvision's `box_iou` (all pairs; NaN for empty boxes).
     """
     area1, area2, shared = _area(torch.stack([boxes1, boxes2, _intersection(boxes1, boxes2)]))
     union = area1 + area2 - shared
@@ -126,17 +129,17 @@ def box_iou(
 def box_containment(
     boxes1: Float[Tensor, "*batch 4"], boxes2: Float[Tensor, "*batch 4"]
 ) -> Float[Tensor, "*batch"]:
-    """Share of each first box that lies inside the second, pair by pair.
+    """Compute the share of each first box that lies inside the second, pair by pair.
 
-    Half precision is widened to float32.
+    Half precision is converted to float32.
 
     Args:
         boxes1: Boxes `(x1, y1, x2, y2)`.
         boxes2: Boxes in the same frame.
 
     Returns:
-        Area of the intersection over the area of the first box, in [0, 1]; zero where they share no
-        area or one of them is not valid.
+        The area of the intersection divided by the area of the first box, in [0, 1]. It is zero
+        where the two boxes share no area or one of them is not valid.
 
     Examples:
         >>> box_containment(torch.tensor([0.0, 0, 2, 1]), torch.tensor([1.0, 0, 9, 9]))
@@ -151,14 +154,17 @@ def box_containment(
 
 @typed
 def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Size) -> Float[Tensor, "*batch 4"]:
-    """Cut off what lies outside the image.
+    """Clip boxes to the image.
+
+    This is torchvision's `clip_boxes_to_image`, for any leading axes.
 
     Args:
-        boxes: Boxes `(x1, y1, x2, y2)` in pixels, or in a frame of which `size` is the extent.
+        boxes: Boxes `(x1, y1, x2, y2)` in pixels, or in a frame whose extent is `size`.
         size: Size `(h, w)` of the image; `(1, 1)` for boxes in the frame of a view.
 
     Returns:
-        The boxes inside the image; one that lies outside is empty, and so not valid.
+        The part of each box that lies inside the image. A box that lies outside becomes empty, and
+        so is not valid.
 
     Raises:
         ValueError: The size is not positive.
@@ -166,9 +172,6 @@ def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Size) -> Float[Tensor, "*
     Examples:
         >>> clip_boxes(torch.tensor([-2.0, 1.0, 3.0, 9.0]), (4, 8))
         tensor([0., 1., 3., 4.])
-
-    References:
-        torchvision's `clip_boxes_to_image`.
     """
     if min(size) < 1:
         raise ValueError(f"densekit.boxes.clip_boxes: size is {size}; give a positive (h, w).")
@@ -185,22 +188,24 @@ def sample_boxes(
     *,
     generator: torch.Generator | None = None,
 ) -> SampledBoxes:
-    """Draw so many of each image's boxes, without replacement: ragged in, one length out.
+    """Randomly select `count` boxes per image, without replacement.
+
+    The number of valid boxes may differ between images; the result has one length.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
-        count: How many to draw, K.
-        valid: Boxes to draw from; all when left out. One that is reversed, empty or not finite
-            is never drawn.
+        count: Number K of boxes to select per image.
+        valid: Boxes to select from; by default all. A box that is reversed, empty or not finite is
+            never selected.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
-        The drawn boxes in random order, valid ones first. Where an image has too few the rest are
-        copies of its first, so that statistics see real regions only, and are not valid; zeros
-        where it has none.
+        The selected boxes in random order, valid ones first. Where an image has fewer than `count`
+        boxes, the other entries are not valid: they are copies of its first selected box, so that
+        statistics over all entries contain real regions only. An image without any box has zeros.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: The count is negative.
 
     Examples:
@@ -228,18 +233,18 @@ def sample_boxes(
 def sample_boxes_at_iou(
     boxes: Float[Tensor, "*batch 4"], iou: float, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch 4"]:
-    """Draw boxes of the same size whose intersection over union with the given ones is known.
+    """Sample moved boxes of the same size that have a given IoU with the original boxes.
 
-    A box is moved in a random direction; how the loss of overlap divides between x and y is random
-    too. Boxes may leave the image.
+    Each box is moved in a random direction. How the loss of overlap is divided between x and y is
+    random too. The moved boxes may leave the image.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
-        iou: The intersection over union, in [0, 1]; at 0 the boxes touch at a corner.
+        iou: The intersection over union, in [0, 1]; with 0 the two boxes touch at a corner.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
-        Moved boxes, in the same frame.
+        The moved boxes, in the same frame.
 
     Raises:
         ValueError: The IoU is outside [0, 1].
@@ -257,7 +262,7 @@ def sample_boxes_at_iou(
             f"densekit.boxes.sample_boxes_at_iou: iou is {iou}; give a number in [0, 1]."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
-    shared = 2 * iou / (1 + iou)  # intersection over the area of one box: (1 - |dx|) (1 - |dy|)
+    shared = 2 * iou / (1 + iou)  # share of one box that both cover: (1 - |dx|) (1 - |dy|)
     part = draws[..., :1]
     kept = shared ** torch.cat([part, 1 - part], -1)
     shift = torch.where(draws[..., 1:] < 0.5, kept - 1, 1 - kept)
@@ -266,7 +271,7 @@ def sample_boxes_at_iou(
 
 
 def _valid(boxes: Tensor) -> Tensor:
-    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite when a coordinate is
+    extent = boxes[..., 2:] - boxes[..., :2]  # NaN or infinite if a coordinate is
     return ((extent > 0) & (extent < torch.inf)).all(-1)
 
 

@@ -1,7 +1,7 @@
 """Clustering of tokens: Sinkhorn transport, merging of centroids, pruning.
 
-Everything is batched over leading axes and of fixed shape: what a problem does not use is zero, or
-marked by `valid`. Half precision is widened to float32, also under autocast.
+All functions accept leading batch axes and return fixed shapes: unused entries are zero, or marked
+by `valid`. Half precision is converted to float32, also under autocast.
 """
 
 from typing import Literal, NamedTuple
@@ -29,21 +29,21 @@ __all__ = [
     "split_assignments",
 ]
 
-_SAFE = 30  # scaled by rows and columns, exp(-30) stays within exp(-60) and exp(60): normal numbers
+_SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
 class MergedClusters(NamedTuple):
-    """Clusters of `sinkhorn_merge`, k columns of which the first `clusters` are in use.
+    """Clusters of `sinkhorn_merge`: k columns, of which the first `clusters` are in use.
 
     Attributes:
         assignments: The transport plan Q of the chosen step: the mass of each token in each
-            cluster; the columns not in use are zero.
+            cluster; columns that are not in use are zero.
         centroids: Mean of the L2-normalized tokens of each cluster, weighted by the plan; zero
             where not in use.
         clusters: The chosen number of clusters K.
         costs: Transport cost of every step, from the number of start tokens down to 2 clusters.
-        merges: The two columns that became one after each step but the last; the new one goes last,
-            the others keep their order.
+        merges: The two columns that were merged after each step except the last. The merged column
+            becomes the last one, and the others keep their order.
     """
 
     assignments: Float[Tensor, "*batch n k"]
@@ -54,12 +54,12 @@ class MergedClusters(NamedTuple):
 
 
 class PrunedClusters(NamedTuple):
-    """Hard clusters that every view has a token of.
+    """Hard clusters, reduced to those that have a token in every view.
 
     Attributes:
-        assignments: Weight of each token in its own cluster, zero elsewhere and in pruned clusters.
-        labels: The cluster of each token, pruned or not; -1 where it has no assignment.
-        valid: Clusters with a token in every view.
+        assignments: Weight of each token in its own cluster; zero elsewhere and in pruned clusters.
+        labels: The cluster of each token, pruned or not; -1 where the token has no assignment.
+        valid: True for clusters with a token in every view.
     """
 
     assignments: Float[Tensor, "*batch v n k"]
@@ -78,30 +78,31 @@ def sinkhorn(
     valid: Bool[Tensor, "*batch n k"] | None = None,
     group: Group = None,
 ) -> Float[Tensor, "*batch n k"]:
-    """Entropic optimal transport: the plan with given marginals and the least regularized cost.
+    """Compute entropic optimal transport: the plan of lowest regularized cost with given marginals.
 
-    Minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: scales
-    the rows of `exp(-cost / reg)` and then its columns, `iterations` times, in the log domain. The
-    columns come last: their sums are met exactly, the rows' in the limit.
+    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`. In the
+    log domain it scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times.
+    The columns are scaled last, so their sums are exact; the sums of the rows converge.
 
     Args:
-        cost: Cost of moving a unit from row n to column k; finite, or inf where forbidden. A
-            constant added to a row or to all of it changes nothing.
-        row: Mass of the rows, not negative; uniform with sum 1 over the valid rows when left out.
-        col: Mass of the columns, not negative, of the same sum; uniform when left out.
+        cost: Cost of moving a unit from row n to column k; finite, or inf where forbidden. Adding a
+            constant to a row, or to all entries, changes nothing.
+        row: Mass of the rows, not negative; by default uniform over the valid rows with sum 1.
+        col: Mass of the columns, not negative, with the same sum; by default uniform.
         reg: Strength of the entropy, above 0, in units of the cost (CrOC's `1 / lambda`).
-        iterations: How often rows and columns are scaled, at least once.
-        valid: Entries that may carry mass; a row or column without any is left out. This holds
-            problems of several sizes in one tensor.
-        group: Processes that the rows are spread over (`row` is this process's part, and its
-            uniform default is over the rows of all; no gradient flows); None when all are here.
-            For codes of which each row sums to 1, divide the plan by its row sums.
+        iterations: Number of times that rows and columns are scaled, at least 1.
+        valid: Entries that may have mass; a row or column without any valid entry is ignored. This
+            allows problems of several sizes in one tensor.
+        group: Processes over which the rows are distributed; None means that this process has all
+            rows. `row` is then the part of this process, its uniform default is over the rows of
+            all processes, and no gradient flows. For codes whose rows sum to 1, divide the plan by
+            its row sums.
 
     Returns:
         The plan, in at least float32.
 
     Raises:
-        ValueError: `reg` is not above 0, or `iterations` below 1.
+        ValueError: `reg` is not above 0, or `iterations` is below 1.
 
     Examples:
         >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -113,7 +114,7 @@ def sinkhorn(
         Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12; SwAV, Eq 3 and 5.
     """
     _check_transport("sinkhorn", reg, iterations)
-    if group is not None:  # no gradient, and so no backward pass that waits for other processes
+    if group is not None:  # without gradient no backward pass waits for other processes
         cost = cost.detach()
         row, col = (x if x is None else x.detach() for x in (row, col))
     cost = widened(cost)
@@ -122,7 +123,7 @@ def sinkhorn(
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
     possible = cost < torch.inf
-    # Scaling the rows undoes a shift of a row, which would cost precision.
+    # Scaling the rows cancels a shift of a row, and without the shift it is more precise.
     low = cost.detach().amin(-1, keepdim=True)
     logits = (torch.where(low < torch.inf, low, 0.0) - cost) / reg
     rows = possible.any(-1).to(logits.dtype)
@@ -144,14 +145,15 @@ def sinkhorn(
 def positional_cost(
     positions: Float[Tensor, "*batch n 2"], centers: Float[Tensor, "*batch k 2"]
 ) -> Float[Tensor, "*batch n k"]:
-    """Distance of each token to each centroid, over the largest one of the problem.
+    """Compute the distance of each token to each centroid, divided by the largest distance.
 
     Args:
-        positions: Tokens (x, y), both views in one frame: pixels of the image, say.
-        centers: Centroids (x, y), in the same frame.
+        positions: Positions (x, y) of the tokens of both views in one frame, such as pixels of the
+            image.
+        centers: Positions (x, y) of the centroids, in the same frame.
 
     Returns:
-        Distances in [0, 1], in at least float32; all 0 when all points coincide.
+        Distances in [0, 1], in at least float32; all are 0 if all points coincide.
 
     Examples:
         >>> positions = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
@@ -165,7 +167,7 @@ def positional_cost(
     square = (x[..., 0] - y[..., 0]).square() + (x[..., 1] - y[..., 1]).square()
     if 0 in square.shape[-2:]:
         return square
-    # The slope of a root is infinite at 0, where a start token is its own centroid.
+    # The gradient of a root is infinite at 0, where a start token is its own centroid.
     tiny = torch.finfo(square.dtype).tiny
     distance = square.clamp(min=tiny).sqrt() - tiny**0.5
     return safe_divide(distance, distance.amax((-2, -1), keepdim=True))
@@ -175,16 +177,16 @@ def positional_cost(
 def sample_tokens(
     weights: Float[Tensor, "*batch n"], count: int, *, generator: torch.Generator | None = None
 ) -> Integer[Tensor, "*batch count"]:
-    """Draw tokens without replacement, each draw in proportion to the weights that are left.
+    """Sample tokens without replacement, each in proportion to the weights that remain.
 
     Args:
         weights: Weight of each token, such as the attention of [CLS]; not negative. A token of
-            weight 0 is drawn when no other is left.
-        count: How many.
-        generator: Source of the random numbers.
+            weight 0 is selected only if no other token remains.
+        count: Number of tokens to select.
+        generator: Source of the random numbers, on the weights' device.
 
     Returns:
-        Indices into the tokens, all different, in the order of the draws.
+        Indices of the tokens, all different, in the order of selection.
 
     Raises:
         ValueError: There are fewer tokens than `count`.
@@ -200,11 +202,12 @@ def sample_tokens(
     if not 0 <= count <= weights.shape[-1]:
         raise ValueError(
             f"densekit.clustering.sample_tokens: count is {count}, but there are "
-            f"{weights.shape[-1]} tokens to draw from; give at most as many."
+            f"{weights.shape[-1]} tokens; give a count from 0 to this number."
         )
     weights = widened(weights)
     draws = sample_uniform(weights.shape, weights, generator=generator)
-    # The largest log w + Gumbel noise is one draw, the next largest the draw from what is left.
+    # The token with the largest log w + Gumbel noise is the first sample, the token with the next
+    # largest value is a sample of the remaining tokens, and so on.
     noise = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
     return (_log(weights) + noise).topk(count).indices
 
@@ -224,45 +227,48 @@ def sinkhorn_merge(
     merge: Literal["average", "mass"] = "average",
     cost_range: Literal["problem", "batch"] = "problem",
 ) -> MergedClusters:
-    """Cluster tokens by transport, merging centroids down to two; keep the cheapest step.
+    """Cluster tokens by transport, merge centroids down to two, and keep the step of lowest cost.
 
-    The centroids begin as the start tokens. Each step computes the cost of every token at every
-    centroid, `T = -Z C^T + position_weight T_pos`, brings its range to [0, 1], transports the
-    tokens' weights to the centroids' ([`sinkhorn`][densekit.clustering.sinkhorn]), moves each
-    centroid to the mean of its tokens, and merges the two that are most alike. K falls by one a
-    step whatever the data, so shapes are static. Kept is the step whose plan costs least, `<Q, T>`.
+    The start tokens are the first centroids. Each step computes the cost of every token at every
+    centroid, `T = -Z C^T + position_weight T_pos`, scales it to the range [0, 1], transports the
+    weights of the tokens to those of the centroids ([`sinkhorn`][densekit.clustering.sinkhorn]),
+    moves each centroid to the mean of its tokens, and merges the two most similar centroids. K
+    decreases by one in every step, independent of the data, so shapes are static. The result is the
+    step whose plan has the lowest cost `<Q, T>`.
 
-    Join both views along n, and give each attention head an entry of `*batch`: one call clusters
-    all. A problem's result depends on no other, unless `cost_range="batch"` asks for it. No
-    gradient flows. On a GPU leave `torch.set_float32_matmul_precision` at "highest": rounded to
-    TF32, products choose another K now and then.
+    Concatenate both views along n, and give each attention head an entry of `*batch`: one call then
+    clusters all of them. The result of a problem does not depend on the others, except with
+    `cost_range="batch"`. No gradient flows. On a GPU keep `torch.set_float32_matmul_precision` at
+    "highest": with products in TF32 another K is sometimes chosen.
 
     Args:
-        tokens: n tokens; L2-normalized here.
-        positions: Their centers (x, y) in the image frame, of both views alike.
-        weights: Their weights r, not negative, such as the attention of [CLS]; scaled to sum 1
-            here. A token of weight 0 takes no part.
-        start: Indices of the start tokens, two or more, of tokens with some weight
+        tokens: n tokens; they are L2-normalized here.
+        positions: Centers (x, y) of the tokens of both views in the image frame.
+        weights: Weights r of the tokens, not negative, such as the attention of [CLS]; they are
+            scaled to sum 1 here. A token of weight 0 is ignored.
+        start: Indices of two or more start tokens, whose weights are above 0
             ([`sample_tokens`][densekit.clustering.sample_tokens]).
         reg: Strength of the entropy, `1 / lambda`; the cost has range 1.
-        iterations: Of Sinkhorn, in every step.
+        iterations: Number of Sinkhorn iterations in every step.
         position_weight: Weight of the positional cost, lambda_pos.
-        max_clusters: Choose K from 2 to this; to the number of start tokens when left out.
-        similarity: Which centroids are most alike: by "cosine" (the paper), or by the "dot" product
-            of the means (the authors' program).
-        merge: "average" takes the mean of two centroids and two columns of Y, and the centroids'
-            marginal is `softmax(Y^T r)` (the paper). "mass" weights both by their mass in the plan,
-            and the marginal is each centroid's mean token weight, scaled to sum 1 (the program).
-        cost_range: What the range of the cost is taken over: each "problem" alone, or the whole
-            "batch" (the program), which makes an image's clusters depend on its neighbors. Under
+        max_clusters: Largest K that may be chosen; by default the number of start tokens. The
+            smallest is 2.
+        similarity: Similarity of centroids: their "cosine" (the paper), or the "dot" product of the
+            means (the authors' program).
+        merge: "average" takes the mean of two centroids and of two columns of Y, and the marginal
+            of the centroids is `softmax(Y^T r)` (the paper). "mass" weights both by their mass in
+            the plan, and the marginal is the mean token weight of each centroid, scaled to sum 1
+            (the program).
+        cost_range: The range of the cost is that of each "problem" alone, or that of the whole
+            "batch" (the program), in which an image's clusters depend on the other images. Under
             `vmap` the batch is what the function sees: one problem.
 
     Returns:
         Assignments, centroids, K, costs and merges, in at least float32.
 
     Raises:
-        ValueError: Fewer than two start tokens, `max_clusters` below 2, `reg` not above 0, or
-            `iterations` below 1.
+        ValueError: There are fewer than two start tokens, `max_clusters` is below 2, `reg` is not
+            above 0, or `iterations` is below 1.
 
     Examples:
         >>> tokens = torch.eye(2).repeat_interleave(4, 0)
@@ -272,15 +278,15 @@ def sinkhorn_merge(
         (tensor(2), tensor([0, 0, 0, 0, 1, 1, 1, 1]))
 
     References:
-        CrOC, Sec 3.3, Eq 8 to 14, 17 and 18. The paper leaves the range of T open.
+        CrOC, Sec 3.3, Eq 8 to 14, 17 and 18. The paper does not define the range of T.
     """
     _check_transport("sinkhorn_merge", reg, iterations)
     k = start.shape[-1]
     most = k if max_clusters is None else min(k, max_clusters)
     if most < 2:
         raise ValueError(
-            f"densekit.clustering.sinkhorn_merge: {k} start tokens and max_clusters="
-            f"{max_clusters} leave {most} clusters; merging needs two or more of each."
+            f"densekit.clustering.sinkhorn_merge: there are {k} start tokens and max_clusters is "
+            f"{max_clusters}; give 2 or more of each."
         )
     tokens, positions, weights = (widened(x.detach()) for x in (tokens, positions, weights))
     options = (reg, iterations, position_weight, most)
@@ -293,22 +299,22 @@ def _merge(
     tokens, positions, weights, start, reg, iterations, position_weight, most, cosine, by_mass,
     batch_range,
 ):  # fmt: skip
-    """`sinkhorn_merge` on (k, n) costs and plans: sums over tokens are then the quick ones."""
+    """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster."""
     d, k = tokens.shape[-1], start.shape[-1]
     row = _distribution(weights)
-    # A token without weight takes the place of a start token: the range of the cost ignores it.
-    features, places = (
+    # A token without weight becomes a copy of a start token, so the range of the cost ignores it.
+    features, positions = (
         torch.where(row[..., None] > 0, x, take_rows(x, start[..., :1]))
         for x in (l2_normalize(tokens), positions.to(tokens.dtype))
     )
-    # All that a cluster has, in one table: feature, position, token weight.
-    tables = features, torch.cat([places.mT, row[..., None, :]], -2).mT
+    # One table contains everything of a cluster: feature, position, token weight.
+    tables = features, torch.cat([positions.mT, row[..., None, :]], -2).mT
     clusters = torch.cat([take_rows(x, start) for x in tables], -1)
     plans, costs, centers, merges = [], [], [], []
     for left in range(k, 1, -1):
         cost = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
         if position_weight:  # Eq 18
-            far = positional_cost(clusters[..., d:-1], places)
+            far = positional_cost(clusters[..., d:-1], positions)
             cost = torch.add(cost, far, alpha=position_weight)
         every = batch_range and cost.numel() > 0
         cost = _unit_range(cost, tuple(range(cost.ndim)) if every else (-2, -1))
@@ -330,7 +336,7 @@ def _merge(
             )
             joined = safe_divide((two * part).sum(-2, keepdim=True), part.sum(-2, keepdim=True))
             others = torch.arange(left - 2, device=pair.device).expand(*pair.shape[:-1], -1)
-            for gone in (pair[..., :1], pair[..., 1:]):  # in this order: the first is the smaller
+            for gone in (pair[..., :1], pair[..., 1:]):  # the smaller first
                 others = others + (others >= gone)
             clusters = torch.cat([take_rows(means, others), joined], -2)
             merges.append(pair)
@@ -358,17 +364,18 @@ def split_assignments(
     """Split the joint assignments of several views, and normalize them.
 
     Args:
-        assignments: The plan over the tokens of all views, joined along n in the views' order.
-        views: How many views share the n tokens evenly.
-        normalize: "rows" makes each token's assignments sum to 1 (the paper); "columns" makes each
-            cluster's sum to 1 in each view, so that a token keeps its weight beside its neighbors
-            (the authors' program). What sums to zero stays zero.
+        assignments: The plan over the tokens of all views, concatenated along n in the views'
+            order.
+        views: Number of views; each has the same number of the n tokens.
+        normalize: With "rows" the assignments of each token sum to 1 (the paper). With "columns"
+            those of each cluster sum to 1 in each view, so that a token keeps its weight relative
+            to the other tokens (the authors' program). A sum of zero stays zero.
 
     Returns:
         Assignments of m = n / v tokens in each view, in at least float32.
 
     Raises:
-        ValueError: The tokens do not divide into that many views.
+        ValueError: The tokens cannot be divided into that many views.
 
     Examples:
         >>> split_assignments(torch.tensor([[0.3, 0.1], [0.2, 0.4]])).shape
@@ -379,8 +386,8 @@ def split_assignments(
     """
     if views < 1 or assignments.shape[-2] % views:
         raise ValueError(
-            f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens do not divide "
-            f"into {views} views; join the same number of tokens from each."
+            f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens cannot be "
+            f"divided into {views} views; concatenate the same number of tokens of each view."
         )
     split = widened(assignments).unflatten(-2, (views, assignments.shape[-2] // views))
     return safe_divide(split, split.sum(-1 if normalize == "rows" else -2, keepdim=True))
@@ -388,10 +395,10 @@ def split_assignments(
 
 @typed
 def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters:
-    """Give each token to its best cluster, and drop the clusters that a view has no token of.
+    """Assign each token to its best cluster, and drop the clusters that lack a token in some view.
 
-    `M_nk = 1` where k is the best cluster of token n. A cluster without a token of either view is
-    dropped for both through `valid`; that no cluster is left is a normal case.
+    `M_nk = 1` where k is the best cluster of token n. If a cluster has no token in one of the
+    views, `valid` drops it for all views. It is a normal case that no cluster remains.
 
     Args:
         assignments: Soft assignments of each view, not negative
@@ -429,7 +436,7 @@ def _check_transport(function: str, reg: float, iterations: int) -> None:
 
 
 def _transport(cost: Tensor, row: Tensor, col: Tensor, reg: float, iterations: int) -> Tensor:
-    """`sinkhorn` of a (k, n) cost in [0, 1], with row (n) and col (k); the plan is (k, n) too."""
+    """Compute `sinkhorn` of a (k, n) cost in [0, 1] with row (n) and col (k), as a (k, n) plan."""
     if reg * _SAFE < 1:
         return sinkhorn(cost.mT, row, col, reg=reg, iterations=iterations).mT
     kernel, u, v = (cost / -reg).exp(), row, torch.ones_like(col)
@@ -440,7 +447,7 @@ def _transport(cost: Tensor, row: Tensor, col: Tensor, reg: float, iterations: i
 
 
 def _most_alike(clusters: Tensor) -> Tensor:
-    """The two rows i < j with the largest product; the first such pair."""
+    """Return the two rows i < j with the largest product; the first such pair."""
     k = clusters.shape[-2]
     above = torch.ones(k, k, dtype=torch.bool, device=clusters.device).triu(1)
     best = torch.where(above, clusters @ clusters.mT, -torch.inf).flatten(-2).argmax(-1)
@@ -453,18 +460,18 @@ def _unit_range(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _distribution(x: Tensor) -> Tensor:
-    """The last axis scaled to sum 1; uniform where it is all zero."""
+    """Scale the last axis to sum 1; it is uniform where all entries are zero."""
     total = x.sum(-1, keepdim=True)
     return torch.where(total > 0, safe_divide(x, total), 1 / max(x.shape[-1], 1))
 
 
 def _log(x: Tensor) -> Tensor:
-    """Logarithm; -inf at zero, without a gradient there."""
+    """Compute the logarithm; it is -inf at zero, without a gradient there."""
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -torch.inf)
 
 
 def _log_sum(x: Tensor, axis: int, group: Group = None) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials, and each one's share; 0 and zeros where all are -inf."""
+    """Return the log-sum-exp and the share of each term; 0 and zeros where all terms are -inf."""
     peak = x.detach()
     if group is not None:  # a process may have no rows
         peak = torch.cat([peak, torch.full_like(peak.sum(axis, keepdim=True), -torch.inf)], axis)

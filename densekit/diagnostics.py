@@ -1,4 +1,4 @@
-"""What dense features carry: affinity, similarity against IoU, coupling, position."""
+"""Measures of a model without labels: affinity, similarity against IoU, coupling, position."""
 
 import difflib
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ __all__ = [
 
 
 class SimilarityCurve(NamedTuple):
-    """How alike a box and its moved copies are.
+    """The similarity of boxes and their moved copies, at several IoUs.
 
     Attributes:
         similarity: Mean cosine at each IoU.
-        valid: True where any moved copy was inside the map.
+        valid: True where at least one moved copy was inside the map.
     """
 
     similarity: Float[Tensor, " k"]
@@ -39,13 +39,13 @@ class SimilarityCurve(NamedTuple):
 
 
 class CouplingImages(NamedTuple):
-    """Images that show how much one object's features say of another, and where the objects are.
+    """Images that measure how much one object's features depend on a neighboring object.
 
     Attributes:
-        together: A, and B to its right, on black.
-        alone: A at the same place, alone.
-        box_a: Place of A in the frame of the image, in [0, 1].
-        box_b: Place of B.
+        together: Object A, and object B to its right, on black.
+        alone: A alone, at the same position.
+        box_a: Box of A in the frame of the image, in [0, 1].
+        box_b: Box of B in the same frame.
     """
 
     together: Float[Tensor, "*batch c tall wide"]
@@ -55,11 +55,11 @@ class CouplingImages(NamedTuple):
 
 
 class LayerBias(NamedTuple):
-    """What the features of each layer carry besides the object itself.
+    """The influence of neighboring objects and of the position on the features of each layer.
 
     Attributes:
-        coupling_rate: How much they take over from a neighbor; 1 is none.
-        mean_cosine: How alike they are at nine places; 1 is the same everywhere.
+        coupling_rate: Influence of a neighboring object; 1 means none.
+        mean_cosine: Similarity of the features at nine positions; 1 means that they are equal.
     """
 
     coupling_rate: Float[Tensor, " layers"]
@@ -73,21 +73,21 @@ def affinity_matrix(
     *,
     temperature: float = 0.001,
 ) -> Float[Tensor, "*batch n m"]:
-    """Tell how well each row of one view is found again in the other.
+    """Measure how well each row of one view is found in the other view.
 
-    `A_ij = exp(sim(f1_i, f2_j) / t) / sum_k exp(sim(f1_k, f2_j) / t)` with the cosine as sim. For
-    the same patches of two views, in the same order, the ideal is the identity.
+    `A_ij = exp(sim(f1_i, f2_j) / t) / sum_k exp(sim(f1_k, f2_j) / t)`, where sim is the cosine. For
+    the same patches of two views, in the same order, the identity is ideal.
 
     Args:
         features1: Rows of the first view, such as the patches of `patch_pairs`.
         features2: Rows of the second view.
-        temperature: Divides the cosine; the smaller, the nearer to a hard choice.
+        temperature: Divisor of the cosine; a smaller one gives a harder choice.
 
     Returns:
         Shares, in at least float32: each column sums to 1 over the rows.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: The temperature is not positive.
 
     Examples:
@@ -117,27 +117,27 @@ def similarity_iou_curve(
     size: int = 7,
     generator: torch.Generator | None = None,
 ) -> SimilarityCurve:
-    """Measure how the similarity of a box to a moved copy falls with their overlap.
+    """Measure how the similarity of a box and its moved copy decreases with their overlap.
 
-    Both boxes are pooled to S x S, and the cosine is averaged over the S x S places. A detector
-    wants a steep curve: near 1 for boxes that overlap much, low for those that overlap little.
-    A moved copy that leaves the map is left out, which large boxes do: what is averaged then
-    differs from IoU to IoU.
+    Both boxes are pooled to S x S bins, and the cosine is averaged over the bins. For a detector a
+    steep curve is good: near 1 for boxes that overlap much, and low for boxes that overlap little.
+    A moved copy that leaves the map is ignored. This happens to large boxes, so the averages at
+    different IoUs are over different boxes.
 
     Args:
         features: Feature maps.
         boxes: Boxes `(x1, y1, x2, y2)` in the maps' frame, in [0, 1], such as those of objects.
-        valid: Boxes to use; all when left out.
-        ious: The k intersections over union to measure at, each in [0, 1].
+        valid: Boxes to use; by default all.
+        ious: The k intersections over union at which to measure, each in [0, 1].
         size: Bins S of the pooled boxes along each axis.
         generator: Source of the random moves, on the boxes' device.
 
     Returns:
-        Mean cosine at each IoU, in at least float32, and whether any box was left to measure.
+        Mean cosine at each IoU, in at least float32, and whether any box was measured.
 
     Raises:
-        TypeError: The shapes do not fit.
-        ValueError: An IoU is outside [0, 1], or as `roi_align`.
+        TypeError: The shapes do not match.
+        ValueError: An IoU is outside [0, 1], or as in `roi_align`.
 
     Examples:
         >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
@@ -169,26 +169,26 @@ def layer_features(
     *,
     patch: int | None = None,
 ) -> dict[str, Float[Tensor, "b _ _ _"]]:
-    """Feature maps of the named layers of any model, caught by hooks in one forward pass.
+    """Record the feature maps of named layers of any model in one forward pass, by hooks.
 
-    Gradients flow and the model's mode stays as they are: call `model.eval()` and use
-    `torch.no_grad()` to measure. The model is left without hooks, also after an error.
+    The function does not change the model's mode and does not stop gradients: to measure, call
+    `model.eval()` and use `torch.no_grad()`. It removes its hooks, also after an error.
 
     Args:
         model: The model; it is called with the images alone.
-        images: Its input.
-        layers: Names of modules as in `model.named_modules()`, such as `"layer3"`; of one that
-            runs more than once the last output counts.
-        patch: Side of a ViT's patches in pixels, for layers that give tokens `(b, n, d)`: they
-            become the map of h / patch by w / patch cells; tokens in front (class, registers) are
-            left out.
+        images: Input of the model.
+        layers: Names of modules as in `model.named_modules()`, such as `"layer3"`. If a module runs
+            more than once, its last output is recorded.
+        patch: Side of a ViT's patches in pixels, for layers whose output is tokens `(b, n, d)`. The
+            tokens become the map of h / patch by w / patch cells, without the tokens in front
+            (class, registers).
 
     Returns:
         The maps by name, in the order of `layers`.
 
     Raises:
-        ValueError: A layer does not exist, was not run, or gives neither a map nor tokens of such
-            patches.
+        ValueError: A layer does not exist or did not run, or its output is neither a map nor tokens
+            of such patches.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 2, 2))
@@ -220,8 +220,8 @@ def layer_features(
             hook.remove()
     if missing := [name for name in layers if name not in caught]:
         raise ValueError(
-            f"densekit.diagnostics.layer_features: the layer {missing[0]!r} was not run; give one "
-            "that the model's forward calls (in a compiled model, none is seen)."
+            f"densekit.diagnostics.layer_features: the layer {missing[0]!r} did not run; give one "
+            "that the model's forward calls (hooks see no layer of a compiled model)."
         )
     return {name: caught[name] for name in layers}
 
@@ -230,16 +230,18 @@ def layer_features(
 def coupling_images(
     objects_a: Float[Tensor, "*batch c h w"], objects_b: Float[Tensor, "*batch c h w"]
 ) -> CouplingImages:
-    """Put two objects side by side, and the first one alone, for `coupling_rate`.
+    """Compose images of two objects side by side, and of the first one alone, for `coupling_rate`.
 
-    Each has a margin of a quarter of its size all around, but towards the other, which it touches.
+    Each object has a margin of a quarter of its size on all sides, except towards the other object,
+    which it touches.
 
     Args:
         objects_a: Pictures of objects A.
         objects_b: Pictures of objects B, of another class and the same size.
 
     Returns:
-        Images of `3 h / 2` by `5 w / 2` pixels, black (0) elsewhere, and the places of A and B.
+        Images of `3 h / 2` by `5 w / 2` pixels, which are black (0) elsewhere, and the boxes of A
+        and B.
 
     Raises:
         TypeError: The shapes differ.
@@ -273,20 +275,21 @@ def coupling_rate(
     box_a: Float[Tensor, "*batch 4"],
     box_b: Float[Tensor, "*batch 4"],
 ) -> Float[Tensor, "*batch"]:
-    """Coupling rate of a layer: how much an object's features take over from its neighbor.
+    """Compute the coupling rate of a layer: the influence of a neighbor on an object's features.
 
-    `CR = cos(A1, B) / cos(A2, B)`: A1 and B are pooled where both are in the image, A2 where A is
-    alone. Above 1 A's features carry B; 1 is ideal. Take the mean over many pairs of objects.
+    `CR = cos(A1, B) / cos(A2, B)`, where A1 and B are pooled from the image with both objects, and
+    A2 from the image with A alone. A rate above 1 means that the features of A contain B; 1 is
+    ideal. Average over many pairs of objects.
 
     Args:
-        together: Feature maps of images that hold A and B, such as `coupling_images` makes.
-        alone: Feature maps of the images that hold A alone, at the same place.
-        box_a: Place of A in the maps' frame, in [0, 1].
-        box_b: Place of B.
+        together: Feature maps of images that contain A and B, such as those of `coupling_images`.
+        alone: Feature maps of the images that contain A alone, at the same position.
+        box_a: Box of A in the maps' frame, in [0, 1].
+        box_b: Box of B in the same frame.
 
     Returns:
-        The rate of each pair of objects, in at least float32; of no meaning where the cosine
-        `cos(A2, B)` is near zero, and 0 where it is zero.
+        The rate of each pair of objects, in at least float32. It has no meaning where the cosine
+        `cos(A2, B)` is near zero, and is 0 where it is zero.
 
     Raises:
         TypeError: The shapes differ.
@@ -310,18 +313,19 @@ def coupling_rate(
 
 @typed
 def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Tensor, "*batch"]:
-    """Positional bias of a layer: how alike the same object's features are at nine places.
+    """Measure the positional bias of a layer: the similarity of features at nine positions.
 
-    Repeat an image in a 3 x 3 grid (`images.repeat(1, 1, 3, 3)`), encode it, and compare the
-    central third of the map with the eight others, pooled. 1 is ideal: the nine are identical, and
-    only the border of the image (zero padding) can tell them apart. So it is for pictures of whole
-    cells, a multiple of the layer's stride in pixels; others fall differently on the nine.
+    Repeat an image in a 3 x 3 grid (`images.repeat(1, 1, 3, 3)`) and encode it. The function pools
+    the nine thirds of the map and compares the central one with the eight others. 1 is ideal: the
+    nine pictures are identical, and only the border of the image (zero padding) can make their
+    features differ. This needs pictures of whole cells, whose sides are a multiple of the layer's
+    stride in pixels; other pictures lie differently on the cells.
 
     Args:
-        features: Feature maps of images that hold the same picture nine times.
+        features: Feature maps of images that contain the same picture nine times.
 
     Returns:
-        Mean cosine of the center and the other eight, in at least float32.
+        Mean cosine of the central third and the eight others, in at least float32.
 
     Raises:
         ValueError: The map has no cell.
@@ -333,8 +337,8 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
     References:
         D3SSL, Sec 3.2, Fig 4, Table 7.
     """
-    places = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
-    boxes = torch.cat([places - 1 / 6, places + 1 / 6], -1)
+    centers = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
+    boxes = torch.cat([centers - 1 / 6, centers + 1 / 6], -1)
     nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
     rows = l2_normalize(nine.features.flatten(-3))
     cosine = (rows * rows[..., 4:5, :]).sum(-1)
@@ -350,26 +354,28 @@ def layer_bias(
     patch: int | None = None,
     chunk: int = 64,
 ) -> LayerBias:
-    """Coupling rate and positional bias of each layer of a model, over pictures of objects.
+    """Measure the coupling rate and the positional bias of each layer, over pictures of objects.
 
-    Each object has the next one as its neighbor. Call it on a model in evaluation mode that
-    normalizes its input itself (`torch.nn.Sequential(normalize, encoder)`, with the layers then
-    named `"1.layer4"`), so that 0 is black.
+    The neighbor of each object is the next object. The model must be in evaluation mode and
+    normalize its input itself, so that 0 is black: use `torch.nn.Sequential(normalize, encoder)`,
+    with layer names such as `"1.layer4"`.
 
     Args:
         model: The model; it is called with images alone.
-        objects: Pictures of objects, cut out and resized. The images made of them are three times
-            as large: take about a third of the training size, and whole cells of the deepest layer
-            (a multiple of its stride); otherwise the nine fall differently on its cells.
+        objects: Pictures of objects, cut out and resized. The images that are composed of them are
+            three times as large, so use about a third of the training size. The sides should be a
+            multiple of the stride of the deepest layer; otherwise the nine pictures lie differently
+            on its cells.
         layers: Names of modules, as in `layer_features`.
         patch: Side of a ViT's patches in pixels, as in `layer_features`.
-        chunk: Objects measured at a time: bounds the memory.
+        chunk: Number of objects that are measured at a time, which bounds the memory.
 
     Returns:
         The means over the objects, one number for each layer.
 
     Raises:
-        ValueError: There are fewer than two objects, the chunk is below 1, or as `layer_features`.
+        ValueError: There are fewer than two objects, the chunk is below 1, or as in
+            `layer_features`.
 
     Examples:
         >>> layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
@@ -381,7 +387,7 @@ def layer_bias(
     if len(objects) < 2 or chunk < 1:
         raise ValueError(
             f"densekit.diagnostics.layer_bias: there are {len(objects)} objects and chunk is "
-            f"{chunk}; give two objects or more, and 1 or more at a time."
+            f"{chunk}; give two or more objects, and a chunk of 1 or more."
         )
     rates, cosines = [], []
     for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
@@ -398,17 +404,17 @@ def layer_bias(
 
 @typed
 def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
-    """Paint feature maps with their three principal components, for looking at them.
+    """Show feature maps as colors: their first three principal components.
 
-    The components are those of all cells together, so that a color means the same in every map;
-    each is stretched to [0, 1].
+    The components are computed over all cells of all maps, so a color means the same in every map.
+    Each component is scaled to [0, 1].
 
     Args:
-        features: Feature maps; what is not finite counts as 0.
+        features: Feature maps; values that are not finite count as 0.
 
     Returns:
-        Color maps in [0, 1], in float32; components that do not exist (fewer than three channels
-        or cells) are zero.
+        Color maps in [0, 1], in float32. Components that do not exist (fewer than three channels or
+        cells) are zero.
 
     Examples:
         >>> pca_colors(torch.rand(2, 16, 7, 7)).shape
@@ -425,22 +431,24 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     if len(tokens):
         colors = colors - colors.amin(0)
         spread = colors.amax(0)
-        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # below it is rounding noise
+        exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # smaller values are rounding noise
         colors = colors / torch.where(exists, spread, torch.inf)
     return colors.unflatten(0, (n, h, w)).movedim(-1, 1)
 
 
 def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
-    """A layer's output as feature maps, safe from what the next layers do to it in place."""
+    """Convert a layer's output to feature maps, in a copy that later layers cannot change."""
     if isinstance(output, Tensor) and output.ndim == 4:
         return output.clone()
     if isinstance(output, Tensor) and output.ndim == 3 and grid:
         front = output.shape[1] - grid[0] * grid[1]
         if front >= 0:
             return output[:, front:].mT.unflatten(-1, grid).contiguous()
-    what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    what = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        what = f"a tensor of shape {tuple(output.shape)}"
     tokens = f"for {grid} patches" if grid else "without `patch`"
     raise ValueError(
-        f"densekit.diagnostics.layer_features: the layer {name!r} gives {what} {tokens}; give a "
-        "layer of maps (b, d, h, w), or of tokens (b, n, d) and the side of their patches."
+        f"densekit.diagnostics.layer_features: the layer {name!r} returns {what} {tokens}; give a "
+        "layer that returns maps (b, d, h, w), or tokens (b, n, d) and the side of their patches."
     )

@@ -1,8 +1,8 @@
 """Sums, means and rows over processes, with their gradients; the identity without a group.
 
-Every process calls alike, backward passes included. The gradient is that of the sum of the losses
-of all processes: with DistributedDataParallel, which averages gradients, a loss on gathered rows
-has the gradient of one process that saw all rows.
+All processes must make the same calls, also in backward passes. The gradient is that of the sum of
+all processes' losses. DistributedDataParallel averages gradients, so with it a loss on gathered
+rows has the gradient of one process that sees all rows.
 """
 
 from typing import Any
@@ -46,16 +46,16 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = _Sum.apply(gradients[0], ctx.group)  # what each process's loss says of these rows
+        total = _Sum.apply(gradients[0], ctx.group)  # from the losses of all processes
         return total.tensor_split(ctx.group.size())[ctx.group.rank()], None
 
 
 @typed
 def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*shape"]:
-    """Sum of a tensor over the processes of a group; itself without one.
+    """Sum a tensor over the processes of a group; without a group return it unchanged.
 
     Args:
-        x: The same shape on every process.
+        x: A tensor of the same shape on every process.
         group: The processes; None leaves the tensor as it is.
 
     Returns:
@@ -70,13 +70,13 @@ def all_sum(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
 
 @typed
 def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*shape"]:
-    """Mean of a tensor over the processes of a group; itself without one.
+    """Average a tensor over the processes of a group; without a group return it unchanged.
 
-    The mean of masked means is no masked mean where processes have different numbers of valid
-    entries: for that give [`masked_mean`][densekit.numerics.masked_mean] the group.
+    The mean of masked means is not the masked mean where processes have different numbers of valid
+    entries. For a masked mean, pass the group to [`masked_mean`][densekit.numerics.masked_mean].
 
     Args:
-        x: The same shape on every process.
+        x: A tensor of the same shape on every process.
         group: The processes; None leaves the tensor as it is.
 
     Returns:
@@ -91,10 +91,11 @@ def all_mean(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "
 
 @typed
 def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*shape"]:
-    """Elementwise maximum of a tensor over the processes of a group; itself without one.
+    """Compute the elementwise maximum over the processes of a group; without one return the tensor.
 
     Args:
-        x: The same shape on every process. No gradient flows through the maximum of a group.
+        x: A tensor of the same shape on every process. No gradient flows through the maximum of a
+            group.
         group: The processes; None leaves the tensor as it is.
 
     Returns:
@@ -111,21 +112,21 @@ def all_max(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*
 def all_gather(
     x: Shaped[Tensor, " n *row"], group: Group = None, *, ragged: bool = False
 ) -> Shaped[Tensor, " m *row"]:
-    """Rows of all processes, in the order of their ranks; the tensor itself without a group.
+    """Gather the rows of all processes, in the order of ranks; without a group return the tensor.
 
     Use it for keys that every process pushes into its bank in the same order, and for negatives
-    from the whole batch. Where the number of rows differs from process to process, carry a `valid`
-    beside padded rows, or ask for `ragged`.
+    from the whole batch. Where the number of rows differs between processes, pad the rows and
+    gather their `valid` too, or set `ragged`.
 
     Args:
-        x: Rows, of any dtype; as many on every process, unless ragged.
+        x: Rows of any dtype; the same number on every process, unless ragged.
         group: The processes; None leaves the tensor as it is.
-        ragged: Let the number of rows differ, at the price of one more message, which the host
-            waits for.
+        ragged: Allow a different number of rows on each process. This takes one more message, for
+            which the host waits.
 
     Returns:
-        `m` rows, the same on every process. The gradient of a row is the sum of what all
-        processes' losses say of it.
+        `m` rows, the same on every process. The gradient of a row is the sum of its gradients from
+        all processes' losses.
 
     Examples:
         >>> all_gather(torch.ones(2, 3)).shape
@@ -148,22 +149,23 @@ def all_gather(
 def shuffle_batch(
     x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
 ) -> Shaped[Tensor, " n *row"]:
-    """Deal the rows of all processes out anew, for shuffled batch normalization.
+    """Redistribute the rows of all processes, for shuffled batch normalization.
 
-    The keys' batch statistics must not tell which key belongs to a query: shuffle the images,
-    encode them, `unshuffle_batch` the features, and only then use boxes or labels of theirs.
+    The batch statistics of the keys must not reveal which key belongs to a query. Therefore shuffle
+    the images, encode them, call `unshuffle_batch` on the features, and only then use the boxes or
+    labels of the images.
 
     Args:
         x: n rows on each process, of any dtype.
         order: A permutation of the `m = n processes` rows, the same on every process, such as
-            `torch.randperm(m, generator=...)` with one seed for all.
+            `torch.randperm(m, generator=...)` with the same seed on all.
         group: The processes; None permutes the rows of this one.
 
     Returns:
-        This process's n of the shuffled rows.
+        This process's n rows of the shuffled rows.
 
     Raises:
-        ValueError: The order has another length than all rows together.
+        ValueError: The length of the order is not the number of all rows.
 
     Examples:
         >>> order = torch.tensor([2, 0, 1])
@@ -181,18 +183,18 @@ def shuffle_batch(
 def unshuffle_batch(
     x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
 ) -> Shaped[Tensor, " n *row"]:
-    """Undo `shuffle_batch`: give each process the rows of its own images back.
+    """Undo `shuffle_batch`: return the rows of its own images to each process.
 
     Args:
-        x: n shuffled rows, or what was computed of them.
-        order: The permutation that `shuffle_batch` was given.
+        x: n shuffled rows, or features that were computed from them.
+        order: The permutation that was passed to `shuffle_batch`.
         group: The processes; None permutes the rows of this one.
 
     Returns:
-        This process's rows, in their old order.
+        This process's rows, in their original order.
 
     Raises:
-        ValueError: The order has another length than all rows together.
+        ValueError: The length of the order is not the number of all rows.
 
     Examples:
         >>> unshuffle_batch(torch.tensor([[3.0], [1.0], [2.0]]), torch.tensor([2, 0, 1])).flatten()
@@ -208,8 +210,8 @@ def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     if len(order) != len(x) * size:
         raise ValueError(
-            f"densekit.distributed.{function}: the order has {len(order)} places for {len(x)} rows "
-            f"on each of {size} processes; give a permutation of all of them."
+            f"densekit.distributed.{function}: the order has {len(order)} entries for {len(x)} "
+            f"rows on each of {size} processes; give a permutation of all rows."
         )
     return all_gather(x, group)[order.tensor_split(size)[rank]]
 

@@ -25,30 +25,31 @@ def ema_update(
 ) -> Tree:
     """Move a teacher's tensors towards a student's: `m teacher + (1 - m) student`.
 
-    Both are modules with parameters of the same names, such as a network and its deep copy, or
-    state dicts, or other trees of dicts, lists and (named) tuples alike. All tensors are updated
-    in one fused pass.
+    Teacher and student are two modules whose parameters have the same names, such as a network and
+    its deep copy; or two state dicts; or two other trees of dicts, lists and (named) tuples with
+    the same structure. All tensors are updated in one fused pass.
 
     Args:
-        teacher: Changed in place, or left as it is. In half precision an update by 1 - m rounds
-            to nothing: keep it in float32, or in bfloat16 and give a generator.
-        student: Left as it is; in any floating dtype, on any device.
-        momentum: Weight of the old value m.
-        buffers: "copy" a module's buffers from the student, such as batch-norm statistics,
-            "average" the floating ones and copy the others, or "keep" the teacher's. In a tree a
-            floating tensor is always averaged; whole numbers are copied or kept.
-        inplace: Change the teacher's own tensors, or leave them and return new ones.
-        generator: Source of the stochastic rounding of a bfloat16 teacher, on its device: the mean
-            goes up or down by chance, so that its expectation is exact. Seed it alike on all
-            processes.
+        teacher: The teacher. An update by 1 - m rounds to nothing in half precision, so keep the
+            teacher in float32, or in bfloat16 with a generator.
+        student: The student, in any floating dtype, on any device; it is not modified.
+        momentum: Weight m of the old value.
+        buffers: "copy" copies a module's buffers, such as batch-norm statistics, from the student;
+            "average" averages the floating buffers and copies the others; "keep" keeps the
+            teacher's. In a tree, a floating tensor is always averaged; integers are copied or kept.
+        inplace: Modify the teacher's own tensors; otherwise they stay as they are, and new ones are
+            returned.
+        generator: Source of the stochastic rounding of a bfloat16 teacher, on its device. The mean
+            is rounded up or down at random, so that its expectation is exact. It needs the same
+            state on all processes.
 
     Returns:
-        The teacher itself; or, not in place, a new tree, for a module a dict of its parameters
-        and buffers as `torch.func.functional_call` takes it.
+        The teacher itself; or, if not in place, a new tree. For a module this is a dict of its
+        parameters and buffers, as `torch.func.functional_call` accepts it.
 
     Raises:
-        TypeError: The two do not correspond, or the teacher is in half precision (for bfloat16:
-            without a generator). Nothing has changed then.
+        TypeError: Teacher and student do not correspond, or the teacher is in half precision
+            (bfloat16 is allowed with a generator). Nothing has been modified then.
         ValueError: The momentum is outside [0, 1].
 
     Examples:
@@ -64,8 +65,8 @@ def ema_update(
     """
     if not 0 <= momentum <= 1:
         raise ValueError(
-            f"densekit.ema.ema_update: momentum is {momentum}; give the old value's weight, from 0 "
-            "to 1."
+            f"densekit.ema.ema_update: momentum is {momentum}; give a weight of the old value "
+            "from 0 to 1."
         )
     (olds, fixed), (news, _) = _tensors(teacher), _tensors(student)
     _check_alike(olds, news)
@@ -85,9 +86,9 @@ def ema_update(
                 "a bfloat16 teacher a generator."
             )
     if not inplace:
-        copies = {_place(x): x.clone() for x in olds.values()}  # one for both names of tied weights
-        olds = {name: copies[_place(x)] for name, x in olds.items()}
-    averaged = [*{_place(olds[name]): name for name in averaged}.values()]
+        copies = {_memory(x): x.clone() for x in olds.values()}  # one copy of tied weights
+        olds = {name: copies[_memory(x)] for name, x in olds.items()}
+    averaged = [*{_memory(olds[name]): name for name in averaged}.values()]
     means = [olds[name].float() if name in narrow else olds[name] for name in averaged]
     if means:
         targets = [news[name].to(mean) for name, mean in zip(averaged, means, strict=True)]
@@ -103,17 +104,17 @@ def ema_update(
 
 
 def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a tree by name, and which are a module's buffers; in one quick pass."""
+    """Return a tree's tensors by name, and the names of a module's buffers, in one quick pass."""
     if not isinstance(tree, nn.Module):
         leaves, _ = tree_flatten_with_path(tree)
         if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
             raise TypeError(
-                "densekit.ema.ema_update: a module is inside of a tree; give each module, or a "
-                "tree of their state dicts."
+                "densekit.ema.ema_update: a tree contains a module; update each module "
+                "by itself, or give a tree of state dicts."
             )
         return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}, set()
     tensors, buffers, modules = {}, {}, [("", tree)]
-    for prefix, module in modules:  # which grows; named_modules() takes as long as the update
+    for prefix, module in modules:  # the list grows; named_modules() takes as long as the update
         for name, x in module._parameters.items():
             tensors[prefix + name] = x
         for name, x in module._buffers.items():
@@ -123,7 +124,7 @@ def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
     return {name: x for name, x in tensors.items() if x is not None}, {*buffers}
 
 
-def _place(x: Tensor) -> tuple:
+def _memory(x: Tensor) -> tuple:
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
@@ -139,12 +140,12 @@ def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
     name, shape = min(shapes[0] ^ shapes[1])
     raise TypeError(
         f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; give "
-        "two of one kind, the teacher a copy of the student."
+        "a teacher that is a copy of the student."
     )
 
 
 def _round_stochastically(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Float32 to bfloat16, up or down with the probability that makes the mean exact."""
+    """Round float32 to bfloat16, up or down with probabilities that make the expectation exact."""
     size, device = x.shape, x.device
     noise = torch.randint(2**16, size, generator=generator, dtype=torch.int32, device=device)
     rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)

@@ -1,6 +1,6 @@
 """k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest centroid.
 
-Half precision is widened to float32, also under autocast; no gradient flows.
+Half precision is converted to float32, also under autocast. No gradient flows.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
 
-_STARTS, _FEW = 4, 32  # short runs to begin with, on so many points for each cluster
+_STARTS, _FEW = 4, 32  # number of short runs at the start, and their points for each cluster
 
 
 class KMeans(NamedTuple):
@@ -22,8 +22,8 @@ class KMeans(NamedTuple):
 
     Attributes:
         centroids: Means of the clusters.
-        labels: The nearest centroid of each point, -1 where the point is not valid.
-        inertia: Sum of squared distances of the valid points to their centroids.
+        labels: The nearest centroid of each point; -1 where the point is not valid.
+        inertia: Sum of the squared distances of the valid points to their centroids.
     """
 
     centroids: Float[Tensor, "*batch k d"]
@@ -39,22 +39,23 @@ def kmeans_plus_plus(
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch count d"]:
-    """Draw start centroids for k-means: points that lie far from those drawn before.
+    """Choose start centroids for k-means: random points that lie far from those chosen before.
 
-    The first is a point drawn evenly, each next one a point drawn in proportion to its squared
-    distance from the nearest centroid so far.
+    The first centroid is a uniformly random point. Each further one is a random point whose
+    probability is proportional to its squared distance to the nearest centroid chosen so far.
 
     Args:
         points: n points.
-        count: How many centroids; points repeat when there are fewer different ones.
-        valid: Points to draw from; all when left out. Without any the centroids are zero.
-        generator: Source of the random numbers.
+        count: Number of centroids; points are repeated if there are fewer different ones.
+        valid: Points to choose from; by default all. Without any valid point the centroids are
+            zero.
+        generator: Source of the random numbers, on the points' device.
 
     Returns:
-        The drawn points, in at least float32; no gradient flows.
+        The chosen points, in at least float32; no gradient flows.
 
     Raises:
-        ValueError: `count` is negative, or there is no point to draw.
+        ValueError: `count` is negative, or there is no point to choose.
 
     Examples:
         >>> points = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
@@ -66,8 +67,8 @@ def kmeans_plus_plus(
     """
     if count < 0 or (count and not points.shape[-2]):
         raise ValueError(
-            f"densekit.k_means.kmeans_plus_plus: count is {count} of {points.shape[-2]} points; "
-            "give a count of 0 or more, and a point to draw."
+            f"densekit.k_means.kmeans_plus_plus: count is {count} and there are "
+            f"{points.shape[-2]} points; give a count of 0 or more, and one or more points."
         )
     x = widened(points.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
@@ -89,17 +90,16 @@ def kmeans(
     *,
     iterations: int = 20,
 ) -> KMeans:
-    """Lloyd's k-means, batched: points go to the nearest centroid, centroids to the means.
+    """Run Lloyd's k-means: assign points to the nearest centroid, then move centroids to the means.
 
-    A cluster that loses all its points starts again at the point that lies farthest from its
-    centroid, several such clusters at the next farthest ones.
+    A cluster that loses all its points starts again at the point that is farthest from its
+    centroid; several such clusters start again at the next farthest points.
 
     Args:
         points: n points.
-        start: Where the centroids start
-            ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
-        valid: Points to use; all when left out.
-        iterations: How often the centroids move, at most some dozens in practice.
+        start: Start centroids ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
+        valid: Points to use; by default all.
+        iterations: Number of times that the centroids move; a few dozen are enough in practice.
 
     Returns:
         Centroids, labels and inertia, in at least float32; no gradient flows.
@@ -117,13 +117,13 @@ def kmeans(
     """
     if not start.shape[-2] or iterations < 0:
         raise ValueError(
-            f"densekit.k_means.kmeans: {start.shape[-2]} centroids and iterations={iterations} "
-            "came; give one or more centroids and 0 or more iterations."
+            f"densekit.k_means.kmeans: there are {start.shape[-2]} centroids and iterations is "
+            f"{iterations}; give one or more centroids, and 0 or more iterations."
         )
     x, centers = widened(points.detach()), widened(start.detach())
     usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
     x = torch.where(usable[..., None], x, 0.0)
-    # Distances are differences of squares here: from the mean they keep their precision.
+    # Distances are computed as differences of squares, which are precise near the origin only.
     mean = (safe_divide(x.sum(-2), usable.sum(-1, keepdim=True).to(x)))[..., None, :]
     x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
     spare = min(x.shape[-2], centers.shape[-2])
@@ -155,23 +155,26 @@ def minibatch_kmeans(
     group: Group = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "clusters d"]:
-    """Centroids of a large set: k-means on a sample, then steps on batches drawn from all points.
+    """Compute centroids of a large set: k-means on a sample, then steps on random batches.
 
-    `kmeans` on `sample * clusters` points gives the start, itself from the best of four short runs
-    on some of them, each from `kmeans_plus_plus`. In a step, each centroid moves to the mean of all
-    points it was given so far, those of the sample included, so that the steps grow smaller. Over
-    processes, each draws as many from its own points, and sums are shared.
+    `kmeans` on `sample * clusters` points gives the start. This run starts from the best of four
+    short runs on fewer of these points, each of which starts from `kmeans_plus_plus`. In each step,
+    every centroid moves to the mean of all points that were assigned to it so far, including those
+    of the sample, so the steps become smaller. With several processes, each takes the same number
+    of random points from its own points, and the sums are shared.
 
     Args:
-        points: n points, such as the cells of all feature maps; what is not finite is left out.
-        clusters: How many centroids.
-        steps: How many batches to take after the sample; 0 is k-means on the sample alone.
-        batch: Points of a batch, of each process.
-        sample: Points of the sample for each cluster, of all processes; all when there are fewer.
-        iterations: Of `kmeans` on the sample.
-        group: Processes that hold the points together; None is this process alone.
-        generator: Source of the draws, on the points' device; over processes it is needed, in the
-            same state on each.
+        points: n points, such as the cells of all feature maps; points that are not finite are
+            ignored.
+        clusters: Number of centroids.
+        steps: Number of batches after the sample; with 0 it is k-means on the sample alone.
+        batch: Number of points in a batch, for each process.
+        sample: Number of points of the sample for each cluster, over all processes; all points if
+            there are fewer.
+        iterations: Number of iterations of `kmeans` on the sample.
+        group: Processes that share the points; None means this process alone.
+        generator: Source of the random numbers, on the points' device. With several processes it is
+            required, in the same state on each.
 
     Returns:
         The centroids, in at least float32, the same on all processes.
@@ -187,16 +190,16 @@ def minibatch_kmeans(
     References:
         Sculley 2010, Web-scale k-means clustering; CrOC, Sec 4.2 (unsupervised segmentation).
     """
-    counts = f"clusters={clusters}, steps={steps}, batch={batch}, sample={sample}"
     if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0:
         raise ValueError(
-            f"densekit.k_means.minibatch_kmeans: {counts} and iterations={iterations} came; give 1 "
-            "or more clusters, batch and sample, and 0 or more steps and iterations."
+            f"densekit.k_means.minibatch_kmeans: clusters is {clusters}, batch {batch}, sample "
+            f"{sample}, steps {steps} and iterations {iterations}; give 1 or more for the first "
+            "three, and 0 or more for steps and iterations."
         )
     if group is not None and generator is None:
         raise ValueError(
-            "densekit.k_means.minibatch_kmeans: a group came without a generator; give one, in the "
-            "same state on all processes, so that all start from the same centroids."
+            "densekit.k_means.minibatch_kmeans: a group needs a generator; give one, in the same "
+            "state on all processes, so that all start from the same centroids."
         )
 
     def take(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,13 +208,13 @@ def minibatch_kmeans(
         return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
 
     device = points.device
-    seed = torch.randint(2**31, (), generator=generator, device=device)  # alike on all processes
+    seed = torch.randint(2**31, (), generator=generator, device=device)  # the same on all processes
     share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
     own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
     known, usable = (all_gather(x, group, ragged=True) for x in own)
-    if not len(known):  # on all processes alike: none waits for another
+    if not len(known):  # the same on all processes: none waits for another
         raise ValueError("densekit.k_means.minibatch_kmeans: there is no point; give one or more.")
-    # One start may miss a cluster. Several are cheap on some of the points: of each process.
+    # One start may miss a cluster. Several starts are cheap on a part of each process's points.
     few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
     some, good = (x[few].expand(_STARTS, *x[few].shape) for x in (known, usable))
     draws = torch.Generator(device).manual_seed(int(seed))
@@ -237,17 +240,17 @@ def minibatch_kmeans(
 def nearest_centroids(
     points: Float[Tensor, "*batch n d"], centroids: Float[Tensor, "*batch k d"]
 ) -> Integer[Tensor, "*batch n"]:
-    """The nearest centroid of each point, by Euclidean distance.
+    """Find the nearest centroid of each point, by Euclidean distance.
 
     Args:
         points: n points.
         centroids: k centroids (`minibatch_kmeans`, `kmeans`).
 
     Returns:
-        Index of the nearest centroid; of several as near, the first.
+        Index of the nearest centroid; the first one if several are equally near.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: There is no centroid.
 
     Examples:
@@ -260,8 +263,8 @@ def nearest_centroids(
     if not centroids.shape[-2]:
         raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
     x, centers = widened(points.detach()), widened(centroids.detach())
-    # ||x - c||^2 up to ||x||^2, about the mean m of the centroids: differences of squares are
-    # precise near the origin only, and the points themselves need no copy so.
+    # This is ||x - c||^2 up to ||x||^2, with the mean m of the centroids as the origin. Differences
+    # of squares are precise near the origin only, and in this form the points need no copy.
     mean = centers.mean(-2, keepdim=True)
     centers = centers - mean
     bias = centers.square().sum(-1) / 2 + (centers * mean).sum(-1)
@@ -270,7 +273,7 @@ def nearest_centroids(
 
 
 def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest center, and its index."""
+    """Return each point's squared distance to its nearest center, and the center's index."""
     if not x.shape[-2]:
         return x.sum(-1), x.sum(-1).long()
     square = centers.square().sum(-1)[..., None, :] - 2 * (x @ centers.mT)

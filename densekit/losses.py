@@ -1,7 +1,7 @@
 """Losses on tensors: negative cosine, cross-entropy, InfoNCE, self-distillation; symmetric forms.
 
-A loss averages over the valid entries only, and is a zero that still carries the graph when none
-is valid. Half precision is widened to float32. Nothing here knows geometry.
+A loss is the mean over the valid entries. When no entry is valid it is zero, but still connected to
+the graph. Half precision is converted to float32. This module knows no geometry.
 """
 
 import math
@@ -42,17 +42,17 @@ def negative_cosine(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Negative cosine similarity `-p z / (|p| |z|)`; the teacher is detached.
+    """Compute the negative cosine similarity `-p z / (|p| |z|)`; the teacher is detached.
 
     Args:
-        student: Predictions p; gradient flows here only.
-        teacher: Projections z; detached here (the paper's stop-gradient).
-        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
-        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
-            valid).
+        student: Predictions p; the gradient flows to them only.
+        teacher: Projections z; they are detached (the paper's stop-gradient).
+        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
+            not valid).
 
     Returns:
-        The loss in [-1, 1], in at least float32; a zero vector has cosine 0 with anything.
+        The loss in [-1, 1], in at least float32; the cosine of a zero vector is 0.
 
     Raises:
         TypeError: The shapes differ.
@@ -79,17 +79,17 @@ def cross_entropy_similarity(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Cross-entropy `-softmax(z) . log softmax(p)`; the teacher z is detached.
+    """Compute the cross-entropy `-softmax(z) . log softmax(p)`; the teacher z is detached.
 
-    The d channels are pseudo-categories. The paper prints its Eq 3 the other way round; this is
-    the direction that its published code runs.
+    The d channels are pseudo-categories. The paper prints its Eq 3 with student and teacher
+    exchanged; this function computes the direction that its published code uses.
 
     Args:
-        student: Logits p; gradient flows here only.
-        teacher: Logits z; detached here.
-        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
-        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
-            valid).
+        student: Logits p; the gradient flows to them only.
+        teacher: Logits z; they are detached.
+        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
+            not valid).
 
     Returns:
         The loss, not negative, in at least float32, in nats.
@@ -121,26 +121,29 @@ def info_nce(
     temperature: float,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """InfoNCE: tell each query's own key from the others.
+    """Compute InfoNCE: contrast each query's own key with negative keys.
 
-    `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with its key k and
-    the negatives k_j, on L2-normalized vectors. Without `negatives` the other keys of the same set
-    are the negatives; with them only those are. In its dense form a query is a cell or patch of
-    one view, its key the same place of the other view, and the negatives come from a bank:
-    `info_nce(query, key, bank_negatives(bank), temperature=0.2)`. Gradient flows to queries, keys
-    and negatives: detach what comes from a momentum encoder. For several levels or kinds add
-    weighted calls, as `recipes/dupr.py` does; for weights of queries take `reduction="none"`.
+    The loss is `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with
+    its key k and the negatives k_j, on L2-normalized vectors. If `negatives` are given, only they
+    are the negatives; otherwise the other keys of the same set are. In the dense form a query is a
+    cell or patch of one view, its key is the same position in the other view, and the negatives
+    come from a bank: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
+
+    The gradient flows to queries, keys and negatives, so detach the outputs of a momentum encoder.
+    For several levels or kinds of features, add weighted calls, as `recipes/dupr.py` does. To
+    weight the queries, use `reduction="none"`.
 
     Args:
         query: n queries in each set.
-        key: Their keys: row n of both belong together.
-        negatives: m negatives, shared by all sets or broadcast against them, or such with their
-            `valid`, as a bank gives them; without any valid one the loss is zero.
-        valid: Entries to use, of shape `*batch n` or broadcast to it; the others are neither
-            queries nor, as keys, negatives.
-        temperature: Divides the cosine.
-        reduction: "mean" over the valid queries, or "none" for one value a query (0 where not
-            valid).
+        key: Their keys; row n of the keys belongs to row n of the queries.
+        negatives: m negatives, shared by all sets or broadcast to them; or `Negatives`, which
+            contain their `valid`, as `bank_negatives` returns them. Without any valid negative the
+            loss is zero.
+        valid: Entries to use, of shape `*batch n` or broadcast to it. The other entries are not
+            used as queries, nor are their keys used as negatives.
+        temperature: Divisor of the cosine.
+        reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
+            not valid).
 
     Returns:
         The loss, not negative, in at least float32, in nats.
@@ -155,8 +158,8 @@ def info_nce(
         tensor(0.0001)
 
     References:
-        DenseSiam, Eq 6 (in-set, temperature 0.1, mean); MoCo, Eq 1, and DUPR, Eq 1, 5 and 6 (given
-        negatives).
+        DenseSiam, Eq 6 (negatives of the same set, temperature 0.1, mean); MoCo, Eq 1, and DUPR, Eq
+        1, 5 and 6 (given negatives).
     """
     if not temperature > 0:
         raise ValueError(
@@ -169,7 +172,7 @@ def info_nce(
         raise TypeError(
             f"densekit.losses.info_nce: argument 'negatives' should be (m, {query.shape[-1]}), or "
             f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
-            f"{tuple(others.shape)} came."
+            f"{tuple(others.shape)} was given."
         )
     valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
     query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
@@ -184,11 +187,11 @@ def info_nce(
         others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
         positive = (query * key).sum(-1) / temperature
         bias = others.new_zeros(others.shape[:-1])
-        if use is not None:  # a finite number, or no valid one at all would be NaN
+        if use is not None:  # finite, since -inf would be NaN without any valid negative
             bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
         rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
         total, _ = _LogSumExp.apply(rows / temperature, others, bias)
-        # log(1 + exp(x)); with the number its slopes of all orders are finite, and float64 exact.
+        # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
         loss = torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
     return _reduce(loss, valid, reduction)
 
@@ -204,22 +207,22 @@ def self_distillation(
     teacher_temperature: float = 0.07,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Cross-entropy H(P_t, P_s) between a centered, sharpened teacher and a student.
+    """Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
 
-    `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and
-    `H = -sum_l P_t log P_s`; the teacher is detached.
+    `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and `H = -sum_l P_t
+    log P_s`; the teacher is detached.
 
     Args:
-        student: Logits of the student's head; gradient flows here only.
-        teacher: Logits of the teacher's head; detached here.
+        student: Logits of the student's head; the gradient flows to them only.
+        teacher: Logits of the teacher's head; they are detached.
         center: Running mean of the teacher's logits
-            ([`update_center`][densekit.losses.update_center]); it keeps one output from winning
-            everywhere, as the sharpening keeps the outputs from becoming equal.
-        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
-        student_temperature: Divides the student's logits.
-        teacher_temperature: Divides the teacher's, less than the student's.
-        reduction: "mean" over the valid entries, or "none" for one value an entry (0 where not
-            valid).
+            ([`update_center`][densekit.losses.update_center]). Centering prevents one output from
+            dominating; sharpening prevents uniform outputs.
+        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        student_temperature: Divisor of the student's logits.
+        teacher_temperature: Divisor of the teacher's logits; it is smaller than the student's.
+        reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
+            not valid).
 
     Returns:
         The loss, not negative, in at least float32, in nats.
@@ -257,18 +260,18 @@ def update_center(
     momentum: float = 0.9,
     group: Group = None,
 ) -> Float[Tensor, " d"]:
-    """Running mean of the teacher's logits: `m center + (1 - m) mean(teacher)`.
+    """Update the running mean of the teacher's logits: `m center + (1 - m) mean(teacher)`.
 
     Args:
-        center: The mean so far; zeros at the start.
+        center: The previous mean; zeros at the start.
         teacher: Logits of this step, of all views; no gradient flows.
-        valid: Entries to use, of shape `*batch` or broadcast to it; all when left out.
-        momentum: Weight of the old mean.
-        group: Processes that share the mean: every valid entry counts once, however many each
-            process has. None is this process alone.
+        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        momentum: Weight of the previous mean.
+        group: Processes that share the mean. Every valid entry counts once, also when the processes
+            have different numbers of entries. None means this process alone.
 
     Returns:
-        The new mean, in the dtype of `center`; the old one when there is no valid entry anywhere.
+        The new mean, in the dtype of `center`; the previous mean if no process has a valid entry.
 
     Raises:
         TypeError: The shapes differ.
@@ -283,8 +286,8 @@ def update_center(
     """
     if not 0 <= momentum <= 1:
         raise ValueError(
-            f"densekit.losses.update_center: momentum is {momentum}; give the old mean's weight, "
-            "from 0 to 1."
+            f"densekit.losses.update_center: momentum is {momentum}; give a weight of the "
+            "previous mean from 0 to 1."
         )
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
@@ -303,20 +306,20 @@ def symmetric_loss(
     *args,
     **kwargs,
 ) -> Float[Tensor, "*reduced"]:
-    """Mean of a loss over both directions: view 1 against view 2, and view 2 against view 1.
+    """Average a loss over both directions: view 1 with view 2, and view 2 with view 1.
 
     Args:
         loss: A function of student and teacher, such as `negative_cosine`.
         students: Predictions of view 1 and view 2.
         teachers: Projections of view 1 and view 2.
-        *args: Handed on to the loss, the same in both directions.
-        **kwargs: Handed on to the loss, the same in both directions.
+        *args: Further arguments of the loss, the same in both directions.
+        **kwargs: Further keyword arguments of the loss, the same in both directions.
 
     Returns:
         `loss(student1, teacher2) / 2 + loss(student2, teacher1) / 2`.
 
     Raises:
-        ValueError: There are not two students and two teachers.
+        ValueError: There are not exactly two students and two teachers.
 
     Examples:
         >>> p, z = torch.eye(2), torch.ones(2, 2)
@@ -328,18 +331,19 @@ def symmetric_loss(
     """
     if not len(students) == len(teachers) == 2:
         raise ValueError(
-            f"densekit.losses.symmetric_loss: {len(students)} students and {len(teachers)} "
-            "teachers came; give two of each, for view 1 and view 2."
+            f"densekit.losses.symmetric_loss: there are {len(students)} students and "
+            f"{len(teachers)} teachers; give two of each, for view 1 and view 2."
         )
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
 
 
 class _LogSumExp(Function):
-    """`logsumexp(query @ others.mT + bias)`, some columns at a time, and its slope by the query.
+    """Compute `logsumexp(query @ others.mT + bias)` in parts, with its gradient for the query.
 
-    49 patches of 256 images against a bank of 65,536 would be an array of 3 GB, several times. The
-    slope is the mean of the others, weighted by their share, and is made in the same pass.
+    The logits of 49 patches of 256 images and a bank of 65,536 keys would be an array of 3 GB,
+    several times. The gradient is the mean of the others, weighted by their softmax, and is
+    computed in the same pass.
     """
 
     generate_vmap_rule = True
@@ -355,7 +359,7 @@ class _LogSumExp(Function):
             share, fade = logits.sub_(new).exp_(), (most - new).exp()
             count = count * fade + share.sum(-1, keepdim=True)
             mean, most = mean * fade + share @ keys[..., :-1], new
-        count = count.clamp(min=1)  # which it is with any column
+        count = count.clamp(min=1)  # it is at least 1 if there is any column
         return (most + count.log())[..., 0], mean / count
 
     @staticmethod
@@ -366,19 +370,19 @@ class _LogSumExp(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         query, others, bias, total, mean = ctx.saved_tensors
-        slope = gradients[0][..., None]
+        gradient = gradients[0][..., None]
         if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
-            return mean * slope, None, None
-        # Once more, for second derivatives or for the slope by the others.
+            return mean * gradient, None, None
+        # Compute it again, for second derivatives or for the gradient with respect to the others.
         biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
             for keys in _some_at_a_time(query, others, bias):
                 share = (biased @ keys.mT).sub_(total[..., None]).exp_()
                 mean = mean + share @ keys[..., :-1]
-                part = share.mT @ (query * slope)
+                part = share.mT @ (query * gradient)
                 of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
-        return mean * slope, torch.cat(of_others, -2), None
+        return mean * gradient, torch.cat(of_others, -2), None
 
 
 def _append(x: Tensor, last: Tensor) -> Tensor:
@@ -386,15 +390,15 @@ def _append(x: Tensor, last: Tensor) -> Tensor:
 
 
 def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]:
-    """Rows of `others` with their bias, which the product adds without a pass of its own."""
-    most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; on a CPU the cache holds them
+    """Split `others` into parts, with the bias appended so that the matrix product adds it."""
+    most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; a CPU's cache can store them
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
     parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
     return [_append(rows, last) for rows, last in parts if last.shape[-1]]
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zeros in place of the rows that are not valid, so that a NaN there reaches no gradient."""
+    """Replace the rows that are not valid by zeros, so that a NaN in them reaches no gradient."""
     return x if valid is None else torch.where(valid[..., None], x, 0.0)
 
 

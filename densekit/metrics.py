@@ -1,7 +1,7 @@
 """Scores of predictions: confusion, IoU, matched clusters, accuracy, precision, intervals.
 
-Counts are the state: add the matrices of batches (`+`) and of processes
-(`torch.distributed.all_reduce`), and score the sum once.
+The state of a score is a matrix of counts. Add the matrices of batches (`+`) and of processes
+(`torch.distributed.all_reduce`), and compute the score of the sum once.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,14 +29,15 @@ __all__ = [
 
 
 class ConfusionScores(NamedTuple):
-    """What a confusion matrix says, in [0, 1]; zero when nothing was counted.
+    """Scores of a confusion matrix, in [0, 1]; zero if nothing was counted.
 
     Attributes:
         miou: Mean IoU of the classes that occur in labels or predictions.
-        pixel_accuracy: Share of the pixels that are right.
-        mean_accuracy: Mean over the classes that occur in labels of the share that is right.
-        iou: IoU of each class; zero where it does not occur.
-        valid: Classes that occur in labels or predictions.
+        pixel_accuracy: Share of the pixels that are correct.
+        mean_accuracy: Mean, over the classes that occur in labels, of the share of their pixels
+            that are correct.
+        iou: IoU of each class; zero where the class does not occur.
+        valid: True for classes that occur in labels or predictions.
     """
 
     miou: Float[Tensor, "*batch"]
@@ -47,11 +48,11 @@ class ConfusionScores(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """How often the right class is named, in [0, 1]; zero when nothing was counted.
+    """Share of correct predictions, in [0, 1]; zero if nothing was counted.
 
     Attributes:
-        overall: Share of all rows that are named rightly.
-        macro: Mean over the classes that occur of the share of their rows.
+        overall: Share of all rows that are correct.
+        macro: Mean, over the classes that occur, of the share of their rows that are correct.
     """
 
     overall: Float[Tensor, ""]
@@ -59,13 +60,13 @@ class Accuracy(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A figure and how far it would move with other images.
+    """A figure and its variation over random selections of the images.
 
     Attributes:
         value: The figure of all images.
         low: Lower end of the interval.
-        high: Upper end.
-        deviation: Standard deviation over the draws.
+        high: Upper end of the interval.
+        deviation: Standard deviation over the resamplings.
     """
 
     value: Float[Tensor, "*figure"]
@@ -83,22 +84,22 @@ def confusion_matrix(
     clusters: int | None = None,
     ignore: int = 255,
 ) -> Integer[Tensor, "classes clusters"]:
-    """Count how often each class is predicted as each; add the matrices of batches.
+    """Count the predictions of each class; the matrices of several batches can be added.
 
     Args:
         labels: True classes.
         predictions: Predicted classes, or clusters.
-        classes: How many classes there are.
-        clusters: How many clusters there are, for predictions that are no classes yet
-            ([`match_clusters`][densekit.metrics.match_clusters]); as many as classes if left out.
-        ignore: Label to leave out. Any other number outside [0, classes), of a label or of a
-            prediction, is left out too.
+        classes: Number of classes.
+        clusters: Number of clusters, if predictions are clusters
+            ([`match_clusters`][densekit.metrics.match_clusters]); by default the number of classes.
+        ignore: Label to ignore. Any other number outside [0, classes), of a label or of a
+            prediction, is ignored too.
 
     Returns:
-        Counts: rows are labels, columns are predictions.
+        Counts; rows are labels, columns are predictions.
 
     Raises:
-        TypeError: The shapes differ, or a number is not an integer.
+        TypeError: The shapes differ, or a dtype is not an integer dtype.
         ValueError: There is no class, or no cluster.
 
     Examples:
@@ -125,11 +126,11 @@ def confusion_matrix(
 
 @typed
 def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -> ConfusionScores:
-    """IoU and accuracies of a confusion matrix.
+    """Compute the IoU and the accuracies of a confusion matrix.
 
     Args:
         confusion: Counts with labels as rows and predictions as columns. Columns beyond the
-            classes, such as the last one of `merge_clusters`, are never right.
+            classes, such as the last one of `merge_clusters`, always count as wrong.
 
     Returns:
         The scores, in float32.
@@ -147,8 +148,8 @@ def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -
     classes, predictions = confusion.shape[-2:]
     if predictions < classes:
         raise ValueError(
-            f"densekit.metrics.confusion_scores: {classes} rows and {predictions} columns came; "
-            "give a column for each class, in the order of the rows (see merge_clusters)."
+            f"densekit.metrics.confusion_scores: there are {classes} rows and {predictions} "
+            "columns; give a column for each class, in the order of the rows (see merge_clusters)."
         )
     hits = confusion.diagonal(dim1=-2, dim2=-1).double()
     labels, total = confusion.sum(-1), confusion.sum((-2, -1))
@@ -167,17 +168,17 @@ def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -
 def mean_iou(
     confusion: Integer[Tensor, "*batch classes predictions"],
 ) -> Float[Tensor, "*batch"]:
-    """Mean intersection over union of the classes that occur.
+    """Compute the mean intersection over union of the classes that occur.
 
     Args:
         confusion: Counts, as for `confusion_scores`.
 
     Returns:
-        The mean over the classes that occur in labels or predictions, in [0, 1]; zero when
-        nothing was counted.
+        The mean over the classes that occur in labels or predictions, in [0, 1]; zero if nothing
+        was counted.
 
     Raises:
-        ValueError: As `confusion_scores`.
+        ValueError: As in `confusion_scores`.
 
     Examples:
         >>> mean_iou(torch.tensor([[1, 1], [0, 1]]))
@@ -196,20 +197,22 @@ def match_clusters(
     by: Literal["pixels", "iou"] = "pixels",
     many_to_one: bool = False,
 ) -> Integer[Tensor, " clusters"]:
-    """Name the class of each cluster: the Hungarian assignment, or the best class of each.
+    """Match clusters to classes: the Hungarian assignment, or the best class of each cluster.
 
-    One to one maximizes the sum over the pairs; with more clusters than classes some are left
-    over. Many to one, for over-clustering, gives every cluster the class it fits best. Both know
-    the labels: scores that follow are those of the best naming. It needs scipy.
+    One-to-one matching maximizes the sum over the pairs; if there are more clusters than classes,
+    some clusters have no class. Many-to-one matching, for over-clustering, assigns to every cluster
+    the class that fits it best. Both use the labels, so the scores that follow are those of the
+    best matching. One-to-one matching needs scipy.
 
     Args:
         confusion: Counts with classes as rows and clusters as columns, of the whole set.
-        by: What to maximize: the pixels that are right (as PiCIE and DenseSiam do), or the IoU of
-            class and cluster.
-        many_to_one: Let clusters share a class.
+        by: What to maximize: the number of correct pixels (as PiCIE and DenseSiam do), or the IoU
+            of class and cluster.
+        many_to_one: Allow several clusters to have the same class.
 
     Returns:
-        The class of each cluster, -1 for one that is left over (in many to one: that is empty).
+        The class of each cluster; -1 for a cluster without a class (in many-to-one matching, an
+        empty cluster).
 
     Raises:
         ImportError: scipy is not installed.
@@ -233,7 +236,7 @@ def match_clusters(
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(
-            "densekit.metrics.match_clusters: the Hungarian assignment is scipy's; install scipy, "
+            "densekit.metrics.match_clusters: the Hungarian assignment needs scipy; install it, "
             "or give many_to_one=True."
         ) from error
     rows, columns = linear_sum_assignment(score.cpu().numpy(), maximize=True)
@@ -247,15 +250,16 @@ def merge_clusters(
     confusion: Integer[Tensor, "*batch classes clusters"],
     assignment: Integer[Tensor, " clusters"],
 ) -> Integer[Tensor, "*batch classes merged"]:
-    """Turn the columns of a confusion matrix from clusters into classes.
+    """Convert the columns of a confusion matrix from clusters to classes.
 
     Args:
-        confusion: Counts with classes as rows and clusters as columns; also one for each image.
+        confusion: Counts with classes as rows and clusters as columns; or one such matrix for each
+            image.
         assignment: The class of each cluster, -1 for none (`match_clusters`).
 
     Returns:
-        Counts with a column for each class, in the order of the rows, and a last one for the
-        clusters without a class: `confusion_scores` counts those as wrong.
+        Counts with a column for each class, in the order of the rows, and a last column for the
+        clusters without a class, which `confusion_scores` counts as wrong.
 
     Examples:
         >>> merge_clusters(torch.tensor([[0, 5, 4], [3, 0, 0]]), torch.tensor([1, 0, -1]))
@@ -267,31 +271,32 @@ def merge_clusters(
     """
     classes = confusion.shape[-2]
     usable = (assignment >= 0) & (assignment < classes)
-    place = torch.where(usable, assignment, classes)
+    column = torch.where(usable, assignment, classes)
     merged = confusion.new_zeros(*confusion.shape[:-1], classes + 1)
-    return merged.scatter_add(-1, place.expand(confusion.shape), confusion)
+    return merged.scatter_add(-1, column.expand(confusion.shape), confusion)
 
 
 @typed
 def group_scores(
     confusion: Integer[Tensor, "*batch classes predictions"], group: Bool[Tensor, " classes"]
 ) -> ConfusionScores:
-    """Scores within a group of classes, such as things or stuff.
+    """Compute scores within a group of classes, such as things or stuff.
 
     Only pixels whose label and prediction are both in the group count, as in the tables of PiCIE
-    and DenseSiam. For the mean IoU of a group among all classes take
+    and DenseSiam. For the mean IoU of a group among all classes use
     `confusion_scores(confusion).iou[group].mean()`.
 
     Args:
-        confusion: Counts with labels as rows and classes as columns, in one order
-            (`merge_clusters`); further columns do not count.
-        group: Classes of the group.
+        confusion: Counts with labels as rows and classes as columns, in the same order
+            (`merge_clusters`); further columns are ignored.
+        group: True for the classes of the group.
 
     Returns:
-        The scores; `iou` and `valid` are over all classes, zero and False outside the group.
+        The scores. `iou` and `valid` have entries for all classes; they are zero and False outside
+        the group.
 
     Raises:
-        ValueError: As `confusion_scores`.
+        ValueError: As in `confusion_scores`.
 
     Examples:
         >>> things = torch.tensor([True, False])
@@ -311,12 +316,12 @@ def group_scores(
 def accuracy(
     labels: Integer[Tensor, " n"], predictions: Integer[Tensor, " n"], *, classes: int
 ) -> Accuracy:
-    """Share of the rows whose class is named rightly, over all rows and over the classes.
+    """Compute the share of rows whose class is predicted correctly, over all rows and per class.
 
     Args:
-        labels: True classes; a row with a number outside [0, classes) is not counted.
-        predictions: Predicted classes; any other number is wrong.
-        classes: How many classes there are.
+        labels: True classes; a row whose number is outside [0, classes) is not counted.
+        predictions: Predicted classes; any number that is not the label is wrong.
+        classes: Number of classes.
 
     Returns:
         Overall and macro accuracy.
@@ -350,19 +355,19 @@ def average_precision(
     *,
     points: int | None = None,
 ) -> Float[Tensor, " classes"]:
-    """Average precision of each class, for images that hold several.
+    """Compute the average precision of each class, for images that contain several classes.
 
-    `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest on.
+    `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest to the lowest.
 
     Args:
-        scores: One score for each image and class; only their order counts.
-        targets: True where the image holds the class.
-        points: Instead of the sum, the mean of the best precision at so many equidistant recalls
-            or above: 11 is PASCAL VOC 2007's.
+        scores: One score for each image and class; only their order matters.
+        targets: True where the image contains the class.
+        points: If given, use the interpolated form: at this number of equidistant recalls, take the
+            best precision at this recall or above, and average. PASCAL VOC 2007 uses 11.
 
     Returns:
-        Average precision, in [0, 1]; 0 for a class that no image holds: leave those out of the
-        mean (`targets.any(0)`).
+        Average precision, in [0, 1]. It is 0 for a class that no image contains; exclude such
+        classes from the mean (`targets.any(0)`).
 
     Raises:
         ValueError: `points` is below 2.
@@ -386,7 +391,7 @@ def average_precision(
     hit = targets.gather(0, order).double()
     number = torch.arange(n, device=device)[:, None]
     last = torch.cat([values[:-1] != values[1:], torch.ones_like(targets[:1])])
-    # The end of the run of equal scores that a row is in: their order must not count.
+    # The last row with the same score, since the order of equal scores must not matter.
     end = torch.where(last, number, n).flip(0).cummin(0).values.flip(0)
     found = hit.cumsum(0).gather(0, end)
     precision, total = found / (end + 1), hit.sum(0).clamp(min=1)
@@ -407,24 +412,25 @@ def bootstrap(
     level: float = 0.95,
     generator: torch.Generator | None = None,
 ) -> Interval:
-    """Interval of a figure by drawing the images again, with replacement.
+    """Compute a confidence interval of a figure by resampling the images with replacement.
 
-    The figure is a function of the sum over images, as the mean IoU is of the images' confusion
-    matrices. It says how far the figure depends on which images were scored, not how far another
-    training run would land.
+    The figure is a function of a sum over images, as the mean IoU is of the sum of the images'
+    confusion matrices. The interval shows how much the figure depends on the choice of the scored
+    images. It does not show how much another training run would differ.
 
     Args:
-        states: What is summed: one row an image.
-        statistic: Maps sums `(draws, *shape)` to figures `(draws, *)`, such as `mean_iou`.
-        draws: How often to draw.
-        level: Share of the draws inside the interval.
-        generator: Source of the draws, on the states' device.
+        states: The summands, one row for each image.
+        statistic: A function that maps sums `(draws, *shape)` to figures `(draws, *)`, such as
+            `mean_iou`.
+        draws: Number of resamplings.
+        level: Share of the resamplings inside the interval.
+        generator: Source of the random numbers, on the states' device.
 
     Returns:
-        The figure of all images, and its percentile interval and deviation over the draws.
+        The figure of all images, and its percentile interval and deviation over the resamplings.
 
     Raises:
-        ValueError: There is no image or no draw, or the level is not in (0, 1).
+        ValueError: There is no image or no resampling, or the level is not in (0, 1).
 
     Examples:
         >>> counts = torch.tensor([[[3, 0], [0, 1]]]).expand(5, 2, 2)  # five images alike
@@ -437,8 +443,8 @@ def bootstrap(
     n = len(states)
     if not n or draws < 1 or not 0 < level < 1:
         raise ValueError(
-            f"densekit.metrics.bootstrap: {n} images, draws={draws} and level={level} came; give "
-            "one image and one draw or more, and a level between 0 and 1."
+            f"densekit.metrics.bootstrap: there are {n} images, draws is {draws} and level is "
+            f"{level}; give one or more images and draws, and a level between 0 and 1."
         )
     rows = torch.randint(n, (draws, n), generator=generator, device=states.device)
     weights = torch.zeros(draws, n, dtype=torch.double, device=states.device)
@@ -453,13 +459,14 @@ def bootstrap(
 
 @typed
 def as_dict(result: Any) -> Any:
-    """A result in plain Python numbers, for `json.dump`.
+    """Convert a result to plain Python numbers, for `json.dump`.
 
     Args:
         result: A record, a tensor, or a dict or sequence of them.
 
     Returns:
-        Records as dicts of their fields, tensors as numbers and lists; what is neither stays.
+        Records become dicts of their fields, and tensors become numbers and lists; anything else
+        stays as it is.
 
     Examples:
         >>> as_dict({"knn": Accuracy(torch.tensor(0.5), torch.tensor(0.25))})
@@ -476,14 +483,14 @@ def as_dict(result: Any) -> Any:
 
 @typed
 def as_table(rows: Mapping[str, Any], *, digits: int = 3) -> str:
-    """Results as a Markdown table: a row for each, a column for each single number they hold.
+    """Format results as a Markdown table with a row for each result and a column for each number.
 
     Args:
         rows: Records, or dicts of numbers and records, by name.
-        digits: Decimals of a number.
+        digits: Number of decimals.
 
     Returns:
-        The table; nested fields have dotted names, per-class numbers are left out.
+        The table. Nested fields have dotted names; per-class numbers are left out.
 
     Examples:
         >>> print(as_table({"knn": Accuracy(torch.tensor(0.5), torch.tensor(0.25))}, digits=2))

@@ -1,4 +1,4 @@
-"""Nearest neighbors by cosine, nothing learned: votes for classes, matches, retrieval."""
+"""Nearest neighbors by cosine: votes for classes, matches of patches, retrieval of maps."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ __all__ = ["Matches", "knn_votes", "match_patches", "nearest_maps", "object_knn"
 
 
 class Matches(NamedTuple):
-    """Where patches of one view are found in another, or maps in a gallery.
+    """The nearest neighbors of each row, such as the matching patches of another view.
 
     Attributes:
-        indices: The nearest ones, the best first.
+        indices: Indices of the nearest rows, the most similar first.
         similarity: Their cosines.
     """
 
@@ -33,28 +33,28 @@ def knn_votes(
     temperature: float = 0.07,
     chunk: int | None = None,
 ) -> Float[Tensor, "n classes"]:
-    """Let the nearest neighbors in a gallery vote for the class of each row.
+    """Classify each row by a vote of its nearest neighbors in a gallery.
 
-    The k nearest by cosine vote with `exp(cosine / t)`, here divided by the sum of the votes. Rows
-    are images (image kNN), objects (`object_knn`), or the cells of feature maps: retrieval
-    segmentation, where unflattened votes are the scores of `segmentation_counts`.
+    The k nearest neighbors by cosine vote with the weight `exp(cosine / t)`, divided by the sum of
+    the weights. Rows are images (image kNN), objects (`object_knn`), or the cells of feature maps
+    (retrieval segmentation, where the votes as maps are scores for `segmentation_counts`).
 
     Args:
         features: Rows to classify.
-        gallery: Rows whose class is known; one that is not finite has no vote.
-        gallery_labels: Their classes; one outside [0, classes) has no vote.
-        classes: How many classes there are.
-        k: Neighbors that vote; all when the gallery has fewer.
-        temperature: Divides the cosine in a vote.
-        chunk: Rows classified at a time, which bounds the memory to `chunk x m` numbers; when
-            left out as many as make 2^27 numbers (half a gigabyte), one at least.
+        gallery: Rows whose class is known; a row that is not finite has no vote.
+        gallery_labels: Their classes; a row whose number is outside [0, classes) has no vote.
+        classes: Number of classes.
+        k: Number of neighbors that vote; all rows if the gallery has fewer.
+        temperature: Divisor of the cosine in a vote.
+        chunk: Number of rows that are classified at a time, which bounds the memory to `chunk x m`
+            numbers. By default it is chosen for 2^27 numbers (half a gigabyte), and is at least 1.
 
     Returns:
-        Share of the votes for each class, in at least float32; a row that is not finite, or has
-        no neighbor with a vote, has zeros.
+        Share of the votes for each class, in at least float32. It is zeros for a row that is not
+        finite or has no neighbor with a vote.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: `classes`, `k` or `chunk` is below 1, or the temperature is not positive.
 
     Examples:
@@ -80,7 +80,7 @@ def knn_votes(
     for rows in features.split(chunk):
         with full_precision(features):
             nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
-        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # no vote: NaN
+        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
     return torch.cat(shares)
@@ -98,28 +98,28 @@ def object_knn(
     temperature: float = 0.07,
     chunk: int | None = None,
 ) -> Accuracy:
-    """Classify objects by their nearest neighbors in a gallery.
+    """Classify objects by their nearest neighbors in a gallery, and score the classification.
 
-    The k nearest by cosine vote (`knn_votes`). Features of objects are RoIAlign of their boxes,
-    averaged. For the disturbed protocol everything outside an object's box is replaced by another
-    image before encoding: `composite(images, others, boxes_to_mask(boxes, size))`.
+    The k nearest neighbors by cosine vote (`knn_votes`). The features of an object are the mean of
+    RoIAlign of its box. In the disturbed protocol, another image replaces everything outside the
+    object's box before encoding: `composite(images, others, boxes_to_mask(boxes, size))`.
 
     Args:
-        features: One row an object to classify.
-        labels: Their classes; an object with a number outside [0, classes) is not counted.
-        gallery: One row for each known object; one that is not finite has no vote.
-        gallery_labels: Their classes; one outside [0, classes) has no vote.
-        classes: How many classes there are.
-        k: Neighbors that vote; all when the gallery has fewer.
-        temperature: Divides the cosine in a vote.
-        chunk: Objects classified at a time, as in `knn_votes`.
+        features: One row for each object to classify.
+        labels: Their classes; an object whose number is outside [0, classes) is not counted.
+        gallery: One row for each known object; a row that is not finite has no vote.
+        gallery_labels: Their classes; a row whose number is outside [0, classes) has no vote.
+        classes: Number of classes.
+        k: Number of neighbors that vote; all rows if the gallery has fewer.
+        temperature: Divisor of the cosine in a vote.
+        chunk: Number of objects that are classified at a time, as in `knn_votes`.
 
     Returns:
-        Overall and macro accuracy, in [0, 1]; 0 without an object or without a gallery.
+        Overall and macro accuracy, in [0, 1]; 0 if there is no object or no gallery.
 
     Raises:
-        TypeError: The shapes do not fit.
-        ValueError: As `knn_votes`.
+        TypeError: The shapes do not match.
+        ValueError: As in `knn_votes`.
 
     Examples:
         >>> gallery, labels = torch.eye(2), torch.tensor([0, 1])
@@ -140,21 +140,22 @@ def object_knn(
 def match_patches(
     features1: Float[Tensor, "*batch n d"], features2: Float[Tensor, "*batch m d"], *, k: int = 1
 ) -> Matches:
-    """Find the patches of one view in another, by features alone.
+    """Find the patches of one view in another view by their features.
 
-    Compare the indices with where the patches are: of `patch_pairs`, patch i belongs to patch i.
-    For cells of whole maps give `map.flatten(-2).mT`.
+    To score the result, compare the indices with the true positions: for the patches of
+    `patch_pairs`, patch i belongs to patch i. For the cells of whole maps pass
+    `map.flatten(-2).mT`.
 
     Args:
         features1: Patches to find.
         features2: Patches to search.
-        k: How many to return for each; all when there are fewer.
+        k: Number of matches for each patch; all patches if there are fewer.
 
     Returns:
-        The k nearest by cosine.
+        The k nearest patches by cosine.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: `k` is below 1.
 
     Examples:
@@ -176,21 +177,21 @@ def match_patches(
 def nearest_maps(
     features: Float[Tensor, "n d h w"], gallery: Float[Tensor, "m d h w"], *, k: int = 4
 ) -> Matches:
-    """Retrieve the images whose feature maps agree with an image's, place by place.
+    """Retrieve the images whose feature maps are most similar, position by position.
 
-    Maps are compared as they lie, not averaged: an image of the same class in another pose, or at
-    another place, is far.
+    The maps are compared without averaging. An image of the same class is therefore far if its
+    object has another pose or another position.
 
     Args:
         features: Maps to look up, such as C5.
         gallery: Maps to search.
-        k: How many to return for each; all when there are fewer.
+        k: Number of matches for each map; all maps if there are fewer.
 
     Returns:
-        The k nearest by the cosine of whole maps.
+        The k nearest maps by the cosine of whole maps.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: `k` is below 1.
 
     Examples:

@@ -1,6 +1,6 @@
-"""Numerics that every module shares: unit vectors, masked means, full precision, safe division.
+"""Numerics that several modules share: unit vectors, masked means, wider dtypes, safe division.
 
-The helpers that `__all__` leaves out are for the modules of densekit.
+The functions that `__all__` does not list are helpers for the modules of densekit.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         x: A tensor of any floating dtype.
 
     Returns:
-        The tensor itself in float32 and float64; a copy in float32 in bfloat16 and float16.
+        The tensor itself if it is float32 or float64; a copy in float32 if it is bfloat16 or
+        float16.
 
     Examples:
         >>> widen(torch.ones(2, dtype=torch.bfloat16)).dtype
@@ -36,8 +37,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     `torch.nn.functional.normalize` has a gradient of 1e12 at zero vectors.
 
     Args:
-        x: Vectors. One no longer than 1e-19 (1e-154 in float64, 6e-5 in float16, whose slopes would
-            overflow) counts as zero, and so does one beyond 1e19.
+        x: Vectors. A vector counts as zero if it is not longer than 1e-19 (1e-154 in float64; 6e-5
+            in float16, in which the gradient would overflow), or if it is longer than 1e19.
 
     Returns:
         Vectors of length one, in at least float32.
@@ -50,9 +51,9 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     References:
         DenseSiam, Eq 2.
     """
-    smallest = torch.finfo(x.dtype).tiny  # slopes stay below its inverse
+    smallest = torch.finfo(x.dtype).tiny  # gradients stay below its inverse
     x = widened(x)
-    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # below the root squares vanish
+    floor = max(smallest, torch.finfo(x.dtype).tiny ** 0.5)  # squares of smaller numbers underflow
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > floor, norm, torch.inf)
 
@@ -64,16 +65,17 @@ def masked_mean(
     *,
     group: Group = None,
 ) -> Float[Tensor, ""]:
-    """Mean of the valid entries; zero, with a graph and zero gradients, when there are none.
+    """Compute the mean of the valid entries; without any it is zero, with zero gradients.
 
-    Under DistributedDataParallel every process then still takes part in the backward pass.
+    The zero is still connected to the graph, so under DistributedDataParallel every process runs
+    its backward pass. An entry that is not valid changes nothing, even if it is NaN.
 
     Args:
-        values: Any values; those that are not valid may be NaN.
-        valid: Entries to use, of the values' shape or broadcast to it; all when left out.
-        group: Processes that share the mean: every valid entry of any of them counts once, and the
-            averaged gradients are those of one process that had them all. None is this process
-            alone.
+        values: Any values; entries that are not valid may be NaN.
+        valid: Entries to use, of the values' shape or broadcast to it; by default all.
+        group: Processes that share the mean. Every valid entry of every process counts once, and
+            the averaged gradients are those of one process that has all entries. None means this
+            process alone.
 
     Returns:
         A scalar, in at least float32.
@@ -90,44 +92,44 @@ def masked_mean(
 
 
 def widened(x: Tensor) -> Tensor:
-    """`widen` without the check, which takes ten times as long as the conversion."""
+    """Convert as `widen` does, without the type check, which takes ten times as long."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; zero, with zero gradients, where the denominator is zero.
+    """Divide; the quotient is zero, with zero gradients, where the denominator is zero.
 
-    The numerator is finite there, such as the sum of nothing over the count of nothing.
+    The numerator must be finite there, as in the sum of no entries divided by their number.
     """
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A block in which autocast rounds nothing to half precision, on the device of the tensor."""
+    """Return a block in which autocast does not round to half precision, on the tensor's device."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows of tables `(*batch, n, d)` by their indices `(*batch, k)`, as `(*batch, k, d)`."""
+    """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
     return table.gather(-2, rows[..., None].expand(*rows.shape, table.shape[-1]))
 
 
 def sample_uniform(
     shape: Sequence[int], like: Tensor, *, generator: torch.Generator | None
 ) -> Tensor:
-    """Uniform numbers in [0, 1), on the device of `like`, in its dtype but at least float32.
+    """Sample uniform numbers in [0, 1), on the device of `like`, in its dtype but at least float32.
 
-    So the same numbers are drawn in half precision.
+    Half precision therefore gets the same numbers as float32.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=like.device)
 
 
 def interpolation_weights(position: Tensor, cells: int) -> Tensor:
-    """Linear interpolation along a line of `cells` cells: the weight of each, for each position.
+    """Compute linear interpolation weights of `cells` cells on a line, for each position.
 
-    Positions run from 0 to 1 across the line. Nearer the end than half a cell, and outside, the
-    outermost cell is repeated; gradients are one-sided.
+    Positions run from 0 to 1 across the line. Between an end and the center of the outermost cell,
+    and outside the line, the value of the outermost cell is repeated; gradients are one-sided.
     """
     center = (position * cells - 0.5).clamp(0, cells - 1)[..., None]
     left = center.detach().floor().clamp(max=max(cells - 2, 0))
@@ -137,18 +139,18 @@ def interpolation_weights(position: Tensor, cells: int) -> Tensor:
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether a tensor of this shape expands to the target."""
+    """Return whether a tensor of this shape can be expanded to the target shape."""
     pairs = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
 
 
 def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """A mask in the shape of what it masks, or one sentence on why it cannot be."""
+    """Expand `valid` to the shape of the entries that it masks, or raise an error."""
     if valid is None:
         return None
     if not broadcasts(valid.shape, shape):
         raise TypeError(
             f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
-            f"a tensor of shape {tuple(valid.shape)} came."
+            f"a tensor of shape {tuple(valid.shape)} was given."
         )
     return valid.expand(shape)

@@ -17,7 +17,7 @@ class RoIFeatures(NamedTuple):
 
     Attributes:
         features: One small map for each box; zeros where not valid.
-        valid: True for a box that was asked for and encloses an area.
+        valid: True for a box that is to be used and encloses an area.
     """
 
     features: Float[Tensor, "*batch n d bins_y bins_x"]
@@ -32,19 +32,20 @@ def pool_masks(
     *,
     average: bool = False,
 ) -> Float[Tensor, "*batch k d"]:
-    """Embed k regions as sums of features, weighted by soft masks.
+    """Pool the features of k regions as sums over soft masks.
 
-    `e_k = sum_n m_nk f_n`, as the paper has it; with `average` divided by the region's mass,
-    `sum_n m_nk`.
+    `e_k = sum_n m_nk f_n`, as in the paper. With `average` the sum is divided by the region's mass,
+    `sum_n m_nk`, which gives the centroids of soft clusters.
 
     Args:
         features: Features of n cells or points.
         masks: Weight of each cell in each region, not negative.
-        valid: Cells to use; all when left out.
+        valid: Cells to use; by default all.
         average: Divide by the mass of the region. A region without mass is zero.
 
     Returns:
-        One row of features a region, in at least float32 (a sum of half precision overflows).
+        One row of features for each region, in at least float32, because a sum in half precision
+        overflows.
 
     Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
@@ -53,7 +54,8 @@ def pool_masks(
                 [2.0000, 2.5000]])
 
     References:
-        DenseSiam, Eq 4 (masks softmax(z'), features gridsample(f(x))).
+        DenseSiam, Eq 4 (masks softmax(z'), features gridsample(f(x))); CrOC, Eq 1 and 2
+        (centroids).
     """
     dtype = torch.promote_types(torch.promote_types(features.dtype, masks.dtype), torch.float32)
     values, weights = features.to(dtype), masks.to(dtype)
@@ -79,30 +81,33 @@ def roi_align(
 ) -> RoIFeatures:
     """Pool the features of each box into a small map of fixed size (RoIAlign).
 
-    Each box is split into equal bins, and a bin is the mean of the bilinear features at regular
-    points inside it. For upright boxes the weights are separable: two small matrix products a box,
-    made in float32 and rounded to the dtype of the features. Deterministic on every device,
-    differentiable twice, in the boxes too. A NaN in a map reaches all of its boxes. Time and memory
-    grow with the boxes times the map's height: made for few boxes a map, or small maps.
+    Each box is split into equal bins, and each bin is the mean of the bilinear features at regular
+    points inside it. The weights of upright boxes are separable, so a box needs two small matrix
+    products, which are computed in float32 and rounded to the dtype of the features. The function
+    is deterministic on every device, and twice differentiable, also with respect to the boxes. A
+    NaN in a map reaches all boxes of this map. Time and memory grow with the number of boxes times
+    the height of the map, so the function suits few boxes a map, or small maps. The result is that
+    of torchvision's `roi_align` with `aligned=True`.
 
     Args:
         features: One feature map for each batch entry.
-        boxes: n boxes `(x1, y1, x2, y2)` of each map, in the map's frame: [0, 1] across it; divide
-            boxes in pixels by the image's width and height. Parts outside by more than half a cell
-            count as zero.
-        size: Bins `(bins_y, bins_x)`; a number S for S x S.
-        valid: Boxes to use, where their number differs from image to image; all when left out.
-        sampling_ratio: Points of a bin along each axis; 0 for as many as cells lie along the bin,
-            rounded up (a box larger than the map takes no more than one of its size).
+        boxes: n boxes `(x1, y1, x2, y2)` of each map, in the map's frame, which is [0, 1] across
+            the map; divide boxes in pixels by the image's width and height. Points that lie outside
+            the map by more than half a cell count as zero.
+        size: Bins `(bins_y, bins_x)`; a number S means S x S.
+        valid: Boxes to use, where their number differs between images; by default all.
+        sampling_ratio: Number of points in a bin along each axis. With 0 it is the number of cells
+            along the bin, rounded up; a box that is larger than the map uses the number for a box
+            of the map's size.
 
     Returns:
-        The pooled maps, of the features' dtype and channels-last in memory, and which are valid. A
-        box that is reversed, empty or not finite is not valid; where not valid, features and all
-        gradients are zero.
+        The pooled maps and which of them are valid. The maps have the features' dtype and are
+        channels-last in memory. A box that is reversed, empty or not finite is not valid. Features
+        and all gradients are zero where not valid.
 
     Raises:
-        TypeError: The leading axes, or those of `valid`, do not fit.
-        ValueError: The size is not positive, the ratio negative, or the map has no cell.
+        TypeError: The leading axes, or those of `valid`, do not match.
+        ValueError: The size is not positive, the ratio is negative, or the map has no cell.
 
     Examples:
         >>> features = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
@@ -113,7 +118,7 @@ def roi_align(
                 [[[0.0000]]]]), valid=tensor([ True, False]))
 
     References:
-        Mask R-CNN, Sec 3; torchvision's `roi_align` with `aligned=True`; DUPR, Eq 3 and 4.
+        Mask R-CNN, Sec 3; DUPR, Eq 3 and 4.
     """
     bins = (size, size) if isinstance(size, int) else size
     h, w = features.shape[-2:]
@@ -139,17 +144,18 @@ def assign_levels(
 ) -> Int[Tensor, "*batch"]:
     """Assign each box to the level of a feature pyramid that fits its size.
 
-    `floor(k0 + log2(sqrt(area) / s0))`, kept within the levels there are. Pool from each level
-    with `valid = assigned == level`.
+    The level is `floor(k0 + log2(sqrt(area) / s0))`, clamped to the levels that exist. To pool from
+    one level, use `valid = assigned == level`. As in torchvision's `MultiScaleRoIAlign`, 1e-6 is
+    added before the floor to absorb rounding errors.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)` in pixels of the network's input.
         levels: Lowest and highest level; level k has stride `2 ** k`.
-        canonical_size: Side s0 of the box, in pixels, that belongs to the canonical level.
-        canonical_level: That level k0.
+        canonical_size: Side s0, in pixels, of a box that belongs to the canonical level.
+        canonical_level: The canonical level k0.
 
     Returns:
-        The level of each box; the lowest one for a box that is not valid.
+        The level of each box; the lowest level for a box that is not valid.
 
     Raises:
         ValueError: The levels are reversed, or the size is not positive.
@@ -159,7 +165,7 @@ def assign_levels(
         tensor([4, 2])
 
     References:
-        FPN, Eq 1; torchvision's `MultiScaleRoIAlign` (whose 1e-6 against rounding is kept).
+        FPN, Eq 1.
     """
     low, high = levels
     if low > high or not canonical_size > 0:
@@ -172,24 +178,24 @@ def assign_levels(
 
 
 def pool_bins(features: Tensor, boxes: Tensor, bins: Size, sampling_ratio: int) -> Tensor:
-    """RoIAlign as `(*batch, n, bins_y, bins_x, d)`; a reversed box gives its bins mirrored."""
+    """Compute RoIAlign as `(*batch, n, bins_y, bins_x, d)`; a reversed box gives mirrored bins."""
     (h, w), n = features.shape[-2:], boxes.shape[-2]
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
     across = _bin_weights(x1, x2, bins[1], w, sampling_ratio).to(features.dtype)
     down = _bin_weights(y1, y2, bins[0], h, sampling_ratio).to(features.dtype)
     with full_precision(features):
-        # All boxes of a map in one product, so that no map is repeated for each of its boxes.
+        # One product pools all boxes of a map, so that the map is not repeated for each box.
         rows = across.flatten(-3, -2)[..., None, :, :] @ features.movedim(-3, -1)
         rows = rows.unflatten(-2, (n, bins[1])).movedim(-4, -3)  # (*batch, n, h, bins_x, d)
         return (down @ rows.flatten(-2)).unflatten(-1, rows.shape[-2:])
 
 
 def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, ratio: int) -> Tensor:
-    """Weights `(*batch, bins, cells)` that average a line of cells over equal bins of a span."""
+    """Compute weights `(*batch, bins, cells)` that average cells on a line over equal bins."""
     start, extent = start[..., None, None], (stop - start)[..., None, None]
     most = ratio or math.ceil(cells / bins)
     spanned = extent.detach().abs() * (cells / bins)
-    count = (spanned - 1e-4).ceil().clamp(1, most)  # whole cells stay whole, whatever the rounding
+    count = (spanned - 1e-4).ceil().clamp(1, most)  # rounding adds no point
     count = torch.full_like(count, most) if ratio else count
     sample = torch.arange(most, dtype=start.dtype, device=start.device)
     bin_ = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]

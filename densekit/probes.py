@@ -1,7 +1,7 @@
-"""What frozen features know: linear classifiers and support vector machines, and their scores.
+"""Classifiers on frozen features: linear layers and support vector machines, and their scores.
 
-Features come as arrays: rows `(n, d)`, or maps `(n, d, h, w)`. What a protocol predicts on maps are
-class scores `(n, classes, h, w)`; `segmentation_counts` compares them with labels of any size.
+Features are rows `(n, d)` or maps `(n, d, h, w)`. On maps the predictions are class scores `(n,
+classes, h, w)`; `segmentation_counts` compares them with labels of any size.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ __all__ = [
 
 
 class SegmentationScore(NamedTuple):
-    """How well images are segmented, and how well without looking at them.
+    """The score of a segmentation, and that of a baseline that ignores the images.
 
     Attributes:
         miou: Mean IoU, in [0, 1].
-        prior_miou: Mean IoU of saying the most frequent class everywhere.
+        prior_miou: Mean IoU of predicting the most frequent class everywhere.
     """
 
     miou: Float[Tensor, ""]
@@ -46,8 +46,8 @@ class LinearProbe(NamedTuple):
 
     Attributes:
         weight: Weights; `features @ weight + bias` are the class scores.
-        bias: Offsets.
-        prior: Share of each class among the rows it was fitted on.
+        bias: Offsets of the class scores.
+        prior: Share of each class among the rows that it was fitted on.
     """
 
     weight: Float[Tensor, "d classes"]
@@ -66,21 +66,23 @@ def fit_linear_probe(
 ) -> LinearProbe:
     r"""Fit a linear classifier in closed form: ridge regression onto one-hot labels.
 
-    A quick stand-in for a linear layer trained by SGD. Features are standardized, so that the
-    penalty means the same at every scale; the result applies to the raw features.
+    It is a quick approximation of a linear layer that is trained by SGD. Features are standardized,
+    so that the penalty has the same effect at every scale; the resulting classifier applies to the
+    raw features.
 
     Args:
-        features: Frozen features, one row a cell.
+        features: Frozen features, one row for each cell.
         labels: Class of each row.
-        classes: How many classes there are.
-        ignore: Label of the rows to leave out.
+        classes: Number of classes.
+        ignore: Label of the rows to ignore.
         penalty: Ridge penalty, per row.
 
     Returns:
-        The classifier in float32; `(features @ probe.weight + probe.bias).argmax(-1)` predicts.
+        The classifier in float32; `(features @ probe.weight + probe.bias).argmax(-1)` predicts the
+        classes.
 
     Raises:
-        TypeError: The counts of features and labels differ.
+        TypeError: The numbers of features and labels differ.
         ValueError: There is no class, or the penalty is not positive.
 
     Examples:
@@ -105,7 +107,7 @@ def fit_linear_probe(
     rounding = 1e-12 * x.abs().amax(0) if len(x) else mean
     x = torch.where(keep[:, None], x - mean, 0.0)
     deviation = (x.square().sum(0) / rows).sqrt()
-    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # a constant says nothing
+    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # ignores constants
     x = x / deviation
     target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
     target = torch.where(keep[:, None], target, 0.0)
@@ -129,26 +131,28 @@ def linear_segmentation(
 ) -> SegmentationScore:
     """Score frozen feature maps by linear segmentation of held-out images, in closed form.
 
-    Features are resized bilinearly to every `stride`-th pixel of the label maps, `fit_linear_probe`
-    is fitted there, and the held-out images are scored at the same pixels. It takes seconds and
-    no learning rate; it is no substitute for the papers' protocol, a linear layer trained by SGD.
+    The features are resized bilinearly to every `stride`-th pixel of the label maps.
+    `fit_linear_probe` is fitted at these pixels, and the held-out images are scored at the same
+    pixels. This takes seconds and needs no learning rate. It does not replace the protocol of the
+    papers, which train a linear layer by SGD.
 
     Args:
         features: Feature maps to fit on.
         test_features: Feature maps to score.
         labels: Class maps of the images to fit on, of any size.
         test_labels: Class maps of the images to score.
-        classes: How many classes there are.
-        ignore: Label of the pixels to leave out.
+        classes: Number of classes.
+        ignore: Label of the pixels to ignore.
         stride: Use every `stride`-th pixel of the labels in each direction.
         penalty: As in `fit_linear_probe`.
 
     Returns:
-        The mean IoU over the held-out images, and that of the most frequent class to fit on.
+        The mean IoU over the held-out images, and the mean IoU of predicting the class that is most
+        frequent in the images to fit on.
 
     Raises:
-        TypeError: Counts or channels do not fit.
-        ValueError: The stride is not positive, or as `fit_linear_probe`.
+        TypeError: Numbers of images or channels do not match.
+        ValueError: The stride is not positive, or as in `fit_linear_probe`.
 
     Examples:
         >>> labels = torch.arange(4).repeat(2, 8, 2)
@@ -157,7 +161,7 @@ def linear_segmentation(
         tensor(1.)
 
     References:
-        CrOC, Sec 4.2 (the protocol this stands in for).
+        CrOC, Sec 4.2 (the protocol that this approximates).
     """
     if stride < 1:
         raise ValueError(
@@ -199,22 +203,23 @@ def train_linear_probe(
     weight_decay: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> LinearProbe:
-    """Train a linear layer on frozen feature maps by SGD with cross-entropy: linear segmentation.
+    """Train a linear layer on frozen feature maps by SGD with cross-entropy (linear segmentation).
 
-    The scores are resized bilinearly to the labels. Features are standardized over the set (a batch
-    norm without weights, fixed), the learning rate falls along a cosine. For classification give
-    maps of one cell: `features[..., None, None]` and `labels[:, None, None]`.
+    The scores are resized bilinearly to the labels. Features are standardized over the whole set,
+    like a fixed batch norm without weights, and the learning rate follows a cosine. For
+    classification use maps of one cell: `features[..., None, None]` and `labels[:, None, None]`.
 
     Args:
         features: Frozen feature maps.
         labels: Class maps of the same images, of any size.
-        classes: How many classes there are.
-        ignore: Label of the pixels to leave out, as any other number outside [0, classes).
-        epochs: Passes over the images.
-        batch: Images a step.
+        classes: Number of classes.
+        ignore: Label of the pixels to ignore. Any other number outside [0, classes) is ignored too.
+        epochs: Number of passes over the images.
+        batch: Number of images in a step.
         lr: Learning rate at the start.
-        momentum: Of SGD.
-        weight_decay: Of SGD, on the weights of the standardized features and on the offsets.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, on the weights of the standardized features and on the
+            offsets.
         generator: Source of the order of the images, on the CPU.
 
     Returns:
@@ -278,24 +283,25 @@ def fit_svm(
     cost: float = 1.0,
     iterations: int = 200,
 ) -> LinearProbe:
-    r"""Fit a linear support vector machine for each class, against all others.
+    r"""Fit a linear support vector machine for each class, against all other classes.
 
-    `min ||w||^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2`, with y = 1 where the image holds the
-    class and -1 elsewhere, and the offset b in the norm, as in LIBLINEAR. An image may hold several
-    classes. Score it with `average_precision`.
+    `min ||w||^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2`, where y is 1 if the image contains
+    the class and -1 otherwise. The norm includes the offset b, as in LIBLINEAR. An image may
+    contain several classes. `average_precision` computes the score.
 
     Args:
-        features: Frozen features, one row an image; scale them alike, such as by
-            `l2_normalize`: the cost depends on it.
-        targets: True where the image holds the class.
-        cost: C, the price of a margin that is not kept.
-        iterations: At most so many steps of L-BFGS; it stops where nothing moves.
+        features: Frozen features, one row for each image. Bring them to one scale, for example by
+            `l2_normalize`, because the cost depends on it.
+        targets: True where the image contains the class.
+        cost: C, the weight of violated margins.
+        iterations: Largest number of L-BFGS steps; the optimization stops earlier when it has
+            converged.
 
     Returns:
         The classifiers, in float32; `features @ svm.weight + svm.bias` are the scores.
 
     Raises:
-        ValueError: The cost or the iterations are not positive.
+        ValueError: The cost or the number of iterations is not positive.
 
     Examples:
         >>> svm = fit_svm(torch.tensor([[-1.0], [1.0]]), torch.tensor([[False], [True]]))
@@ -340,7 +346,7 @@ def fit_svm(
 def linear_maps(
     probe: LinearProbe, features: Float[Tensor, "n d h w"]
 ) -> Float[Tensor, "n classes h w"]:
-    """Class scores of a linear classifier at every cell.
+    """Compute the class scores of a linear classifier at every cell.
 
     Args:
         probe: The classifier (`fit_linear_probe`, `train_linear_probe`).
@@ -350,7 +356,7 @@ def linear_maps(
         Scores, in at least float32.
 
     Raises:
-        TypeError: The channels do not fit.
+        TypeError: The channels do not match.
 
     Examples:
         >>> probe = LinearProbe(torch.eye(2), torch.zeros(2), torch.ones(2) / 2)
@@ -375,17 +381,18 @@ def segmentation_counts(
 ) -> Integer[Tensor, "n classes clusters"]:
     """Compare class scores of any size with label maps: one confusion matrix for each image.
 
-    The scores are resized bilinearly to the labels, and the best one is the prediction. Sum the
-    matrices for the score of the set, and give them to `bootstrap` for its interval.
+    The scores are resized bilinearly to the labels, and the class with the highest score is the
+    prediction. The sum of the matrices gives the score of the set, and `bootstrap` gives its
+    interval.
 
     Args:
-        scores: Scores of classes, or of clusters: `one_hot` maps, votes, logits.
+        scores: Scores of classes or of clusters: one-hot maps, votes, logits.
         labels: Class maps.
-        classes: How many classes there are; as many as scores when left out.
-        ignore: Label to leave out, as in `confusion_matrix`.
+        classes: Number of classes; by default the number of scores.
+        ignore: Label to ignore, as in `confusion_matrix`.
 
     Returns:
-        Counts: labels as rows, predictions as columns.
+        Counts; rows are labels, columns are predictions.
 
     Raises:
         ValueError: There is no class or no score.
@@ -404,9 +411,9 @@ def segmentation_counts(
     sizes = {"classes": clusters if classes is None else classes, "clusters": clusters}
     if min(sizes.values()) < 1:
         raise ValueError(
-            f"densekit.probes.segmentation_counts: {sizes} came; give one or more of each."
+            f"densekit.probes.segmentation_counts: {sizes} are the sizes; give one or more of each."
         )
-    counts = [  # image by image: all scores at the size of the labels may not fit the memory
+    counts = [  # one image at a time: the resized scores of all may not fit the memory
         confusion_matrix(y, _resize(x[None], y.shape)[0].argmax(0), ignore=ignore, **sizes)
         for x, y in zip(scores.detach(), labels, strict=True)
     ]
@@ -423,21 +430,22 @@ def probe_scenes(
     size: Size = (64, 64),
     seed: int = 0,
 ) -> SegmentationScore:
-    """Score an encoder by linear segmentation of scenes that it has never seen.
+    """Score an encoder by linear segmentation of procedural scenes that it has not seen.
 
-    A quick yardstick for demos and for following a training: frozen features, a linear classifier
-    fitted on `count` scenes in closed form and scored on as many others.
+    This is a quick score for demos and for monitoring a training run. A linear classifier is fitted
+    in closed form on the frozen features of `count` scenes, and scored on as many other scenes.
 
     Args:
-        encode: Maps images `(b, 3, h, w)` in [0, 1] to feature maps `(b, d, h', w')`; put the
-            network into evaluation mode and normalize the images inside.
-        count: Scenes to fit on, and to score.
+        encode: A function that maps images `(b, 3, h, w)` in [0, 1] to feature maps `(b, d, h',
+            w')`. Put the network into evaluation mode, and normalize the images inside the
+            function.
+        count: Number of scenes to fit on, and number of scenes to score.
         size: Height and width of the scenes in pixels.
-        seed: Fixes both sets.
+        seed: Seed of both sets of scenes.
 
     Returns:
-        The mean IoU over the classes of the scenes, and that of always saying the class that is
-        most frequent.
+        The mean IoU over the classes of the scenes, and that of always predicting the most frequent
+        class.
 
     Examples:
         >>> score = probe_scenes(lambda images: images, count=16)  # raw colors
@@ -460,14 +468,14 @@ def probe_scenes(
 
 @contextlib.contextmanager
 def _gradients(x: Tensor) -> Iterator[None]:
-    """Full precision and gradients, whatever the caller has turned on or off."""
+    """Enable full precision and gradients, whatever modes the caller has set."""
     full = full_precision(x)
     with torch.inference_mode(False), torch.enable_grad(), full:
         yield
 
 
 def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # No convolution: on a GPU that rounds to TF32, and without a channel it gives no classes.
+    # A convolution would round to TF32 on a GPU, and fails without channels.
     return (weight.mT @ maps.flatten(2) + bias[:, None]).unflatten(2, maps.shape[-2:])
 
 

@@ -1,8 +1,8 @@
-"""Region augmentations: jittered, cut, masked and shifted proposals; pasting on another image.
+"""Region augmentations: proposals are jittered, cut, covered, shifted, and pasted on other images.
 
-Boxes are `xyxy` in pixels of the image, n for each image, ragged through `valid`. Choosing is apart
-from applying: a `sample_*` function draws, everything else is deterministic. A mask is True where
-something is to be done to a pixel.
+Boxes are `(x1, y1, x2, y2)` in pixels of the image, n for each image; `valid` says which are used.
+Choosing is separate from applying: `sample_*` functions are random, all others are deterministic. A
+mask is True for the pixels that are to be changed.
 """
 
 import math
@@ -29,11 +29,12 @@ __all__ = [
 
 
 class Cutout(NamedTuple):
-    """What is cut out of the proposals of an image.
+    """The pixels that are cut out of the proposals of an image.
 
     Attributes:
         mask: True for the pixels that are cut.
-        boxes: The rectangle that was cut for each proposal, in pixels; zeros where none was.
+        boxes: The rectangle that was cut out of each proposal, in pixels; zeros where there is
+            none.
     """
 
     mask: Bool[Tensor, "*batch h w"]
@@ -48,12 +49,12 @@ def sample_jittered_boxes(
     size: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
-    """Move and resize boxes at random: centers by a share of the sides, sides by a factor.
+    """Move and resize boxes at random.
 
     Args:
-        boxes: Boxes `(x1, y1, x2, y2)`, in any frame. The result may leave the image: clip it.
-        center: A center moves by up to this share of the box's width and height.
-        size: Width and height change, each on its own, by up to this share.
+        boxes: Boxes `(x1, y1, x2, y2)`, in any frame. The result may leave the image, so clip it.
+        center: Largest shift of a center, as a share of the box's width and height.
+        size: Largest change of the width and of the height, as a share; both change independently.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
@@ -72,7 +73,7 @@ def sample_jittered_boxes(
     if not (0 <= center < math.inf and 0 <= size < 1):
         raise ValueError(
             f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; "
-            "give shares, 0 or more, and size below 1."
+            "give a center of 0 or more, and a size from 0 to below 1."
         )
     draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator) - 1
     wide = widened(boxes)
@@ -89,18 +90,19 @@ def sample_inner_boxes(
     scale: tuple[float, float] = (0.8, 1.0),
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
-    """Draw a box inside each box: never larger, never outside (RBJ).
+    """Sample a random box inside each box (restricted box jitter, RBJ).
 
-    Selective search draws large proposals too wide; a jittered box that stays inside loses
-    background and gains none.
+    Proposals of selective search are often larger than the object. A jittered box that stays inside
+    the proposal loses background and gains none.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
-        scale: Least and largest share of the width and of the height, each drawn on its own.
+        scale: Smallest and largest share of the width and of the height, which are sampled
+            independently.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
-        Boxes inside the given ones, placed uniformly, in the same frame.
+        Boxes inside the given ones, at uniformly random positions, in the same frame.
 
     Raises:
         ValueError: `scale` is not within (0, 1].
@@ -117,7 +119,7 @@ def sample_inner_boxes(
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < least <= largest "
+            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < smallest <= largest "
             "<= 1."
         )
     draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
@@ -125,7 +127,7 @@ def sample_inner_boxes(
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
     low, high = (first + before).to(boxes.dtype), (last - (free - before)).to(boxes.dtype)
-    # Rounding pushes no side out.
+    # Rounding must not move a side outside.
     return torch.cat([low.maximum(boxes[..., :2]), high.minimum(boxes[..., 2:])], -1)
 
 
@@ -136,15 +138,15 @@ def sample_cutout(
     ratio: tuple[float, float] = (0.2, 0.5),
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch n 3"]:
-    """Draw what `proposal_cutout` needs: for each proposal how much to cut, and where.
+    """Sample the parameters of `proposal_cutout`: the size and the position of each proposal's cut.
 
     Args:
-        boxes: The proposals; only their number and device count.
-        ratio: Least and largest share rho of a proposal's area that may be lost.
+        boxes: The proposals; only their number and device matter.
+        ratio: Smallest and largest share rho of a proposal's area that may be cut.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
-        rho, and the place of the cut along x and y in [0, 1].
+        rho, and the position of the cut along x and y, in [0, 1].
 
     Raises:
         ValueError: The ratio is not within [0, 1].
@@ -159,7 +161,7 @@ def sample_cutout(
     low, high = ratio
     if not 0 <= low <= high <= 1:
         raise ValueError(
-            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= least <= largest <= 1."
+            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= smallest <= largest <= 1."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
@@ -172,28 +174,29 @@ def proposal_cutout(
     size: Size,
     valid: Bool[Tensor, "*batch n"] | None = None,
 ) -> Cutout:
-    """Cut a part out of every proposal, and no more than a part (PRC).
+    """Cut a part out of every proposal, but never too much of one (random cutout, PRC).
 
-    From large to small: a proposal that has lost more than its rho to larger ones is restored
-    first; then a rectangle of the proposal's own aspect ratio is cut inside it, of the area
-    that is left of rho. So when its turn is done a proposal has lost at most rho of its area; what
-    is cut from it afterwards is only what smaller proposals inside it lose. A pixel is cut when the
-    whole of it lies in the rectangle, and restored when any of it lies in the proposal.
+    The proposals are processed from large to small. If the cuts of larger proposals have removed
+    more than rho of a proposal, the proposal is restored first. Then a rectangle with the
+    proposal's aspect ratio is cut out of it, whose area is what remains of rho. So a proposal has
+    lost at most rho of its area at this point, and later loses only what smaller proposals inside
+    it lose. A pixel is cut if the whole pixel lies in the rectangle, and restored if any part of it
+    lies in the proposal.
 
     Args:
-        boxes: Proposals `(x1, y1, x2, y2)` in pixels; what lies outside the image has no pixel.
-        draws: rho and the place of each cut, from `sample_cutout`.
+        boxes: Proposals `(x1, y1, x2, y2)` in pixels; the part outside the image has no pixels.
+        draws: rho and the position of each cut, from `sample_cutout`.
         size: Size `(h, w)` of the image in pixels.
-        valid: Proposals to use; all when left out. One that is reversed, empty or not finite is
+        valid: Proposals to use; by default all. A proposal that is reversed, empty or not finite is
             never used.
 
     Returns:
-        The pixels that are cut, and each proposal's own rectangle; zeros where nothing was cut.
-        Proposals of the same area are taken by their corners (x1, y1, x2, y2), the same box by its
-        draws: permuting them, with their draws, permutes the result.
+        The pixels that are cut, and the rectangle of each proposal, which is zeros where nothing
+        was cut. Proposals of the same area are ordered by their corners (x1, y1, x2, y2), and equal
+        boxes by their draws, so permuting the proposals and their draws permutes the result.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: The size is not positive.
 
     Examples:
@@ -211,7 +214,7 @@ def proposal_cutout(
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     order = _large_to_small(boxes, draws)
     boxes, draws = take_rows(boxes, order), take_rows(draws, order)
-    # Pixels between the same edges share their fate: the mask is one of cells, not of pixels.
+    # All pixels between the same edges are cut or kept together, so the mask is one of cells.
     shape = boxes.shape[:-2]
     edges = [boxes.new_tensor([0, length]).expand(*shape, 2) for length in (size[1], size[0])]
     cells = torch.zeros(*shape, 1, 1, dtype=torch.bool, device=boxes.device)
@@ -248,16 +251,16 @@ def sample_surrounding_boxes(
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
-    """Draw a rectangle beside each proposal, in a random direction (PRM).
+    """Sample a rectangle beside each proposal, in a random direction (random mask, PRM).
 
-    Covering it leaves the proposal with a part of its surroundings only, another part in each view.
-    The rectangle touches the proposal from outside; `boxes_to_mask` makes the mask of all of them,
-    `fill_mask` applies it.
+    Covering this rectangle leaves only a part of the proposal's surroundings, and a different part
+    in each view. The rectangle touches the proposal from outside. `boxes_to_mask` makes the mask of
+    all rectangles, and `fill_mask` applies it.
 
     Args:
         boxes: Proposals `(x1, y1, x2, y2)`, in pixels.
-        ratio: Least and largest area, as a share of the proposal's; 0 is no rectangle.
-        aspect: Least and largest width over height; log-uniform.
+        ratio: Smallest and largest area, as a share of the proposal's area; 0 means no rectangle.
+        aspect: Smallest and largest width divided by height; the aspect is log-uniform.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
@@ -277,7 +280,7 @@ def sample_surrounding_boxes(
     if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
         raise ValueError(
             f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; "
-            "give 0 <= least <= largest, and an aspect above 0."
+            "give 0 <= smallest <= largest, and an aspect above 0."
         )
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     wide = widened(boxes)
@@ -285,12 +288,12 @@ def sample_surrounding_boxes(
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
     extent = wide[..., 2:] - wide[..., :2]
     area = extent.clamp(min=0).prod(-1) * share
-    some = area > 0  # the root has no slope at 0
+    some = area > 0  # the gradient of the root is infinite at 0
     root = torch.where(some, torch.where(some, area, 1.0).sqrt(), 0.0)
     half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
     angle = 2 * math.pi * draws[..., 2]
     direction = torch.stack([angle.cos(), angle.sin()], -1)
-    # From center to center, as far as it takes until one axis is free.
+    # The distance of the centers at which the two boxes no longer overlap along one axis.
     reach = (extent.clamp(min=0) / 2 + half) / direction.abs().clamp(min=1e-6)
     center = (wide[..., :2] + wide[..., 2:]) / 2 + reach.amin(-1, keepdim=True) * direction
     return torch.cat([center - half, center + half], -1).to(boxes.dtype)
@@ -302,18 +305,18 @@ def boxes_to_mask(
     size: Size,
     valid: Bool[Tensor, "*batch n"] | None = None,
 ) -> Bool[Tensor, "*batch h w"]:
-    """The pixels whose center lies in any of the boxes.
+    """Mark the pixels whose center lies in any of the boxes.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)` in pixels, half-open.
         size: Size `(h, w)` of the mask.
-        valid: Boxes to use; all when left out.
+        valid: Boxes to use; by default all.
 
     Returns:
         True inside the union of the boxes. A box that is not valid covers nothing.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: The size is not positive.
 
     Examples:
@@ -328,11 +331,11 @@ def boxes_to_mask(
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
     (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
-    for places, first, last in ((y, y1, y2), (x, x1, x2)):
-        inside.append((places >= first[..., None]) & (places < last[..., None]))
+    for centers, first, last in ((y, y1, y2), (x, x1, x2)):
+        inside.append((centers >= first[..., None]) & (centers < last[..., None]))
     rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
     with full_precision(boxes):
-        return rows.mT @ columns > 0  # how many boxes hold a pixel
+        return rows.mT @ columns > 0  # the number of boxes that contain a pixel
 
 
 @typed
@@ -342,18 +345,18 @@ def fill_mask(
     *,
     fill: float | Float[Tensor, " c"] = 0.0,
 ) -> Float[Tensor, "*batch c h w"]:
-    """Images with the masked pixels filled.
+    """Fill the masked pixels of images.
 
     Args:
         images: Images.
         mask: True for the pixels to fill.
-        fill: One number or one for each channel; 0 is the mean of normalized images.
+        fill: One number, or one for each channel; 0 is the mean of normalized images.
 
     Returns:
         The filled images.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
 
     Examples:
         >>> fill_mask(torch.ones(1, 1, 2), torch.tensor([[True, False]]))
@@ -374,21 +377,21 @@ def sample_shift(
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch 2"]:
-    """Draw one shift for all boxes of an image that keeps their envelope inside.
+    """Sample one shift for all boxes of an image that keeps them inside the image.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)` in pixels.
         size: Size `(h, w)` of the image.
-        valid: Boxes that count; all when left out.
+        valid: Boxes to use; by default all.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
         `(dx, dy)` in whole pixels, in at least float32, uniform over the shifts that keep every
-        valid box inside; 0 along an axis where a box reaches outside already, or without any valid
-        box.
+        valid box inside. It is 0 along an axis where a box already reaches outside, and 0 if there
+        is no valid box.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: The size is not positive.
 
     Examples:
@@ -402,7 +405,7 @@ def sample_shift(
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     wide, away = widened(boxes), usable[..., None]
     sides = wide.new_tensor([size[1], size[0]])
-    # Padded, so that an image without boxes has an envelope too.
+    # The padding gives an envelope to an image without boxes.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
     first = torch.cat([torch.where(away, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
     last = torch.cat([torch.where(away, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
@@ -427,7 +430,7 @@ def shift_boxes(
         The moved boxes.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
 
     Examples:
         >>> shift_boxes(torch.tensor([[0.0, 0.0, 2.0, 1.0]]), torch.tensor([1.0, 3.0]))
@@ -446,21 +449,24 @@ def composite(
     mask: Bool[Tensor, "*batch h w"],
     shift: Float[Tensor, "*batch 2"] | None = None,
 ) -> Float[Tensor, "*batch c h w"]:
-    """Paste a part of one image, moved, onto another: every pixel comes from exactly one of them.
+    """Paste a part of one image, which may be moved, onto another image.
+
+    Every pixel of the result comes from exactly one of the two images.
 
     Args:
         foreground: Images to copy from.
-        background: Images to paste on, such as others of the batch.
-        mask: Where to paste, in the frame of the result: the union of the shifted boxes less
-            what `proposal_cutout` cuts of it.
+        background: Images to paste on, such as other images of the batch.
+        mask: Pixels to paste, in the frame of the result: the union of the shifted boxes without
+            the pixels that `proposal_cutout` cuts.
         shift: `(dx, dy)` in whole pixels, from `sample_shift`: the pixel at p of the foreground
-            goes to p + shift; not moved when left out.
+            moves to p + shift. By default nothing moves.
 
     Returns:
-        The foreground, moved, where `mask` is True and the foreground reaches; else the background.
+        The moved foreground where `mask` is True and the foreground reaches; elsewhere the
+        background.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
 
     Examples:
         >>> new, mask = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[True, True, True]])
@@ -475,7 +481,7 @@ def composite(
         dx, dy = shift.round().long()[..., None].unbind(-2)
         x = torch.arange(w, device=shift.device) - dx
         y = torch.arange(h, device=shift.device) - dy
-        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # what the foreground reaches
+        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # where the foreground reaches
         source = (
             y.clamp(0, max(h - 1, 0))[..., :, None] * w + x.clamp(0, max(w - 1, 0))[..., None, :]
         )
@@ -494,13 +500,13 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _overlap(edges: Tensor, box: Tensor, axis: int) -> Tensor:
-    """How much of the length between each two edges lies in a box."""
+    """Compute the length of the overlap of a box with each interval between two edges."""
     first, last = (box[..., i, None] for i in (axis, 2 + axis))
     return (edges[..., 1:].minimum(last) - edges[..., :-1].maximum(first)).clamp(min=0)
 
 
 def _inside(edges: list[Tensor], box: Tensor) -> Tensor:
-    """The cells that lie in a box whose sides are among the edges."""
+    """Mark the cells that lie in a box whose sides are among the edges."""
     across, down = (
         (edges[axis][..., :-1] >= box[..., axis, None])
         & (edges[axis][..., 1:] <= box[..., 2 + axis, None])
@@ -510,7 +516,7 @@ def _inside(edges: list[Tensor], box: Tensor) -> Tensor:
 
 
 def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """More edges along one axis, and the cells between them, each as it was."""
+    """Insert edges along one axis; the new cells have the values of the cells that they split."""
     old = edges.shape[-1]
     new = new.maximum(edges[..., :1]).minimum(edges[..., -1:])
     edges, order = torch.cat([edges, new], -1).sort(stable=True)
@@ -518,7 +524,7 @@ def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor
 
 
 def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
-    """The columns (axis 0) or rows (axis 1) of cells with these indices."""
+    """Take columns (axis 0) or rows (axis 1) of cells by their indices."""
     shape = list(cells.shape)
     shape[-1 - axis] = index.shape[-1]
     return cells.gather(-1 - axis, index.unsqueeze(axis - 2).expand(shape))
@@ -528,6 +534,6 @@ def _large_to_small(boxes: Tensor, draws: Tensor) -> Tensor:
     corners = (boxes[..., i] for i in (3, 2, 1, 0))
     keys = [*draws.unbind(-1), *corners, -box_area(boxes)]
     order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
-    for key in keys:  # stable sorts, the least important first
+    for key in keys:  # stable sorts, by the least important key first
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
     return order

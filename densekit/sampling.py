@@ -1,4 +1,4 @@
-"""Points in regions, and features at points: what pairs the same image point of two views."""
+"""Points in regions, and features at points: how the same image point is found in two views."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class PairedPoints(NamedTuple):
-    """The same image points, seen from two views.
+    """The same image points in the frames of two views.
 
     Attributes:
         points: `(x, y)` in the image frame, in pixels.
@@ -47,8 +47,9 @@ class PairedFeatures(NamedTuple):
     """Features of two views at the same image points.
 
     Attributes:
-        features1: Features of the first view, one row a point.
-        features2: Features of the second view; row n is the same image point.
+        features1: Features of the first view, one row for each point.
+        features2: Features of the second view; row n belongs to the same image point as row n of
+            the first.
         valid: True where the two views overlap.
     """
 
@@ -61,15 +62,15 @@ class PairedFeatures(NamedTuple):
 def grid_points(
     boxes: Float[Tensor, "*batch 4"], size: int | Size = 7
 ) -> Float[Tensor, "*batch n 2"]:
-    """A regular grid of points inside each box: the centers of its h x w bins, row by row.
+    """Compute a regular grid of points inside each box: the centers of its h x w bins, row by row.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
-        size: Bins `(h, w)`; a number K for K x K.
+        size: Bins `(h, w)`; a number K means K x K.
 
     Returns:
-        `n = h w` points `(x, y)` a box, strictly inside it, in the boxes' frame; finite and of no
-        meaning where a box is not valid.
+        `n = h w` points `(x, y)` for each box, strictly inside it, in the boxes' frame. The points
+        of a box that is not valid are finite but have no meaning.
 
     Raises:
         ValueError: The size is not positive.
@@ -91,16 +92,16 @@ def grid_points(
 def sample_points(
     boxes: Float[Tensor, "*batch 4"], count: int, *, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*batch n 2"]:
-    """Points drawn uniformly inside each box.
+    """Sample points uniformly inside each box.
 
     Args:
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
-        count: How many points a box.
+        count: Number of points for each box.
         generator: Source of the random numbers, on the boxes' device.
 
     Returns:
-        `n = count` points `(x, y)` a box, in the boxes' frame. A box that is not finite gives
-        NaN-free points of no meaning.
+        `n = count` points `(x, y)` for each box, in the boxes' frame. The points of a box that is
+        not finite contain no NaN but have no meaning.
 
     Raises:
         ValueError: The count is negative.
@@ -130,17 +131,20 @@ def hard_points(
 ) -> Float[Tensor, "*batch n 2"]:
     """Replace the first beta n of n uniform points by the most dissimilar candidates.
 
-    PointRend's choice of points: draw `m = k n` candidates and n points with `sample_points`,
-    measure how badly the two views agree at the candidates, and call this.
+    This is how PointRend chooses points: sample `m = k n` candidates and n points with
+    `sample_points`, measure the dissimilarity of the two views at the candidates, and call this
+    function.
 
     Args:
         candidates: Points to choose from, in any frame.
-        dissimilarity: How badly the two views agree at each candidate; NaN counts as least.
-        uniform: Points that fill the rest, in the same frame.
-        beta: Share of the result to choose from the candidates, in [0, 1].
+        dissimilarity: Dissimilarity of the two views at each candidate; NaN counts as the smallest
+            value.
+        uniform: Points for the rest of the result, in the same frame.
+        beta: Share of the result that is chosen from the candidates, in [0, 1].
 
     Returns:
-        n points: `round(beta n)` candidates, hardest first, then the last of the uniform points.
+        n points: `round(beta n)` candidates, the most dissimilar first, then the last uniform
+        points.
 
     Raises:
         ValueError: `beta` is outside [0, 1], or there are fewer candidates than `round(beta n)`.
@@ -159,8 +163,8 @@ def hard_points(
     count = round(beta * uniform.shape[-2])
     if count > candidates.shape[-2]:
         raise ValueError(
-            f"densekit.sampling.hard_points: {count} hard points are asked of "
-            f"{candidates.shape[-2]} candidates; draw more candidates or lower beta."
+            f"densekit.sampling.hard_points: beta asks for {count} hard points, but there are "
+            f"{candidates.shape[-2]} candidates; sample more candidates or lower beta."
         )
     hardness = dissimilarity.nan_to_num(nan=-torch.inf)
     hardest = take_rows(candidates, hardness.topk(count).indices)
@@ -171,21 +175,22 @@ def hard_points(
 def gridsample(
     features: Float[Tensor, "*batch d h w"], points: Float[Tensor, "*batch n 2"]
 ) -> Float[Tensor, "*batch n d"]:
-    """Features at points, bilinear between the four nearest cell centers.
+    """Sample a feature map at points, with bilinear interpolation between the nearest cell centers.
 
-    Cell centers stand at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`); nearer the edge
-    than half a cell, and outside the map, the outermost cells are repeated. Computed as one matrix
-    product with n x hw weights, made in float32 and
-    rounded to the dtype of the features: deterministic on every device and differentiable
-    twice in features and points. To resample a whole large map use `crop_views`, whose weights are
-    separable. A NaN in a map reaches all of its points.
+    Cell centers are at `((j + 0.5)/w, (i + 0.5)/h)` (`align_corners=False`). Between the edge and
+    the outermost cell centers, and outside the map, the values of the outermost cells are repeated,
+    as with `padding_mode="border"` of `torch.nn.functional.grid_sample`. The function is one matrix
+    product with n x hw weights, which are computed in float32 and rounded to the dtype of the
+    features. It is deterministic on every device, and twice differentiable with respect to features
+    and points. A NaN in a map reaches all points of this map. To resample a whole large map use
+    `crop_views`, whose weights are separable.
 
     Args:
         features: One feature map for each batch entry.
         points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0.
 
     Returns:
-        One row of features a point, of the features' dtype.
+        One row of features for each point, in the features' dtype.
 
     Raises:
         ValueError: The map has no cell.
@@ -197,7 +202,7 @@ def gridsample(
                 [2.0000]])
 
     References:
-        DenseSiam, Sec 3.2; `torch.nn.functional.grid_sample` with `padding_mode="border"`.
+        DenseSiam, Sec 3.2.
     """
     h, w = features.shape[-2:]
     if h * w == 0:
@@ -213,16 +218,16 @@ def gridsample(
 
 @typed
 def grid_pairs(view1: View, view2: View, size: int | Size = 7) -> PairedPoints:
-    """A regular grid in the region that two views share, seen from both.
+    """Compute a regular grid in the region that two views share, in the frames of both views.
 
     Args:
         view1: First views.
         view2: Second views of the same images.
-        size: Grid `(h, w)`; a number K for K x K.
+        size: Grid `(h, w)`; a number K means K x K.
 
     Returns:
-        The grid's points in the image frame and in each view's frame. Where the views do not
-        overlap `valid` is False, and the points are finite and of no meaning.
+        The points of the grid in the image frame and in the frame of each view. Where the views do
+        not overlap, `valid` is False, and the points are finite but have no meaning.
 
     Raises:
         ValueError: The size is not positive.
@@ -251,20 +256,21 @@ def gridsample_pairs(
     view2: View,
     size: int | Size = 7,
 ) -> PairedFeatures:
-    """Features of two views at the same K x K image points of the region they share.
+    """Sample the features of two views at the same K x K image points of the region they share.
 
-    `grid_pairs` and two `gridsample`; call those to sample several maps at the same points.
+    The function calls `grid_pairs` once and `gridsample` twice. Call those directly to sample
+    several maps at the same points.
 
     Args:
         features1: Feature maps of the first views.
         features2: Feature maps of the second views, of any size.
         view1: First views.
         view2: Second views of the same images.
-        size: Grid `(h, w)`; a number K for K x K.
+        size: Grid `(h, w)`; a number K means K x K.
 
     Returns:
-        Two rows of features for each image point; `valid` is False where the views do not
-        overlap (the features are finite there: pass `valid` on to the loss).
+        Two rows of features for each image point. Where the views do not overlap, `valid` is False
+        and the features are finite; pass `valid` on to the loss.
 
     Raises:
         TypeError: The maps differ in channels, or the leading axes differ.
@@ -295,27 +301,27 @@ def patch_pairs(
     *,
     sampling_ratio: int = 2,
 ) -> PairedFeatures:
-    """Features of the S x S patches of the region that two views share.
+    """Pool the features of the S x S patches of the region that two views share.
 
-    RoIAlign of the shared region in each view, in the order of the image, row by row: patch (i, j)
-    of both is the same piece of the image, also where a view is mirrored. `gridsample_pairs` takes
-    the features at the patches' centers alone.
+    RoIAlign pools the shared region in each view. The patches are in the order of the image, row by
+    row, so patch (i, j) of both views is the same piece of the image, even where a view is
+    mirrored. `gridsample_pairs` samples the features at the centers of the patches only.
 
     Args:
         features1: Feature maps of the first views.
         features2: Feature maps of the second views, of any size.
         view1: First views.
         view2: Second views of the same images.
-        size: Patches `(rows, columns)`; a number S for S x S.
-        sampling_ratio: Points of a patch along each axis, as in `roi_align`.
+        size: Patches `(rows, columns)`; a number S means S x S.
+        sampling_ratio: Number of points in a patch along each axis, as in `roi_align`.
 
     Returns:
-        Two rows of features for each patch, `n = S S`; `valid` is False where the views do not
-        overlap (the features are finite there: pass `valid` on to the loss).
+        Two rows of features for each patch, `n = S S`. Where the views do not overlap, `valid` is
+        False and the features are finite; pass `valid` on to the loss.
 
     Raises:
         TypeError: The maps differ in channels, or the leading axes differ.
-        ValueError: The size is not positive, the ratio negative, or a map has no cell.
+        ValueError: The size is not positive, the ratio is negative, or a map has no cell.
 
     Examples:
         >>> pairs = sample_view_pairs((480, 640), (2,))
@@ -338,7 +344,7 @@ def patch_pairs(
     corners = overlap.box.unflatten(-1, (2, 2))
 
     def patches(features: Tensor, view: View) -> Tensor:
-        seen = image_to_view(view, corners).flatten(-2)  # reversed by a flip: mirrored patches
+        seen = image_to_view(view, corners).flatten(-2)  # a flip reverses boxes and patches
         return pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
 
     return PairedFeatures(patches(features1, view1), patches(features2, view2), overlap.valid)

@@ -11,17 +11,18 @@ __all__ = ["SCENE_CLASSES", "Scenes", "sample_scenes"]
 
 _SLOTS = 8  # object slots of a scene
 _GROUNDS = 2  # background regions of a scene; regions 0, 1 are grounds, 2 ... 9 the object slots
-_CHUNK = 2**18  # pixels rendered at a time: bounds the memory and keeps the buffers in the cache
+_CHUNK = 2**18  # pixels rendered at a time, which bounds the memory and fits into the cache
 
 
 class Scenes(NamedTuple):
-    """A batch of synthetic scenes with their ground truth; boxes are in image pixels.
+    """A batch of procedural scenes with their ground truth; boxes are in image pixels.
 
     Attributes:
         images: RGB values in [0, 1].
         labels: Class of every pixel, an index into `SCENE_CLASSES`.
-        instances: 0 on the background, `i + 1` where the object of slot `i` is seen.
-        boxes: Half-open xyxy boxes, tight around the visible pixels; zeros where not valid.
+        instances: 0 on the background, `i + 1` where the object of slot `i` is visible.
+        boxes: Half-open boxes `(x1, y1, x2, y2)`, tight around the visible pixels; zeros where not
+            valid.
         classes: Class of the object in each slot; 0 where the slot is unused.
         valid: True where the slot is used and at least one pixel of its object is visible.
     """
@@ -42,29 +43,29 @@ def sample_scenes(
     generator: torch.Generator | None = None,
     objects: tuple[int, int] = (2, 8),
 ) -> Scenes:
-    """Draw scenes of textured objects on textured backgrounds.
+    """Sample procedural scenes of textured objects on textured backgrounds.
 
-    Use it where a test, a demo or an example needs images whose content is known to the pixel.
-    The background is one or two of the stuff classes. An object's class fixes its shape and the
-    family of its texture; colors, angle, scale and phase of the texture, rotation, position,
-    diameter (20 to 55 % of the short side), illumination and pixel noise are random and
-    independent of the class, so color alone does not tell the class. No class has a handedness:
-    a mirrored object belongs to the same class. Objects are drawn in slot order, later ones hide
-    earlier ones, and all may reach over the image border.
+    Use it where a test, a demo or an example needs images whose content is known exactly. The
+    background is one or two of the stuff classes. An object's class determines its shape and the
+    family of its texture. Colors, the texture's angle, scale and phase, rotation, position,
+    diameter (20 to 55 % of the short side), illumination and pixel noise are random and independent
+    of the class, so shape and texture identify the class and color alone does not. A mirrored
+    object belongs to the same class. Objects are drawn in slot order: later ones hide earlier ones,
+    and all may reach over the image border.
 
     Args:
-        count: Number of scenes `b`; 0 is allowed.
+        count: Number of scenes `b`; it may be 0.
         size: Height and width of the images in pixels.
-        generator: Source of randomness; the scenes are made on its device. The global CPU
-            generator when None. The scenes depend on its state, `count`, `size` and `objects`.
+        generator: Source of the random numbers; the scenes are on its device. By default it is the
+            global CPU generator. The scenes depend on its state, `count`, `size` and `objects`.
         objects: Smallest and largest number of objects in a scene, both at most 8.
 
     Returns:
         The scenes, with `k = 8` object slots, of which the first ones are used.
 
     Raises:
-        ValueError: `count` is negative, `size` is not positive, or `objects` is not an
-            ascending pair within [0, 8].
+        ValueError: `count` is negative, `size` is not positive, or `objects` is not an ascending
+            pair within [0, 8].
 
     Examples:
         >>> batch = sample_scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,7 @@ def sample_scenes(
             "densekit.scenes.sample_scenes: objects should be (fewest, most) with "
             f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
-    # Everything random is drawn here for all scenes at once, so chunks cannot change the result.
+    # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
     plan = _draw_plan(count, size, generator, objects)
     device = plan.classes.device
     images = torch.empty(count, 3, height, width, device=device)
@@ -110,7 +111,7 @@ def sample_scenes(
 
 
 class _Plan(NamedTuple):
-    """The random parameters of scenes; lengths in units of the image's short side."""
+    """The random parameters of scenes; lengths are in units of the image's short side."""
 
     classes: Tensor  # (b, r): class of each region, -1 for an unused object slot
     shape: Tensor  # (b, r, 4): from the image to the shape's frame, see `_similarity`
@@ -140,13 +141,13 @@ def _draw_plan(
     used = torch.arange(_SLOTS, device=device) < integers(objects[0], objects[1] + 1, 1)
     center = uniform(total, 2, low=0.08, high=0.92) * extent
     radius = uniform(total, low=0.1, high=0.275)
-    # A texture has some four periods across its object, but none finer than three pixels.
+    # A texture has about four periods across its object, but a period has at least three pixels.
     period = 2 * radius * uniform(total, low=0.2, high=0.32)
     period[:, :_GROUNDS] = uniform(_GROUNDS, low=0.09, high=0.18)
     texture = _similarity(uniform(total), period.clamp(min=3 / short), center)
     texture[..., 2:] += uniform(total, 2, low=-0.5, high=0.5)
-    # Colors live on a circle and the second is opposite the first: both are uniform in [0, 1]
-    # whatever the class, and differ in each channel by at least 0.35.
+    # Each channel is on a circle, and the second color is roughly opposite the first. So both are
+    # uniform in [0, 1], independent of the class, and differ in each channel by at least 0.35.
     color = uniform(total, 3)
     other = (color + uniform(total, 3, low=0.35, high=0.65)) % 1
     slope = _direction(uniform()) * uniform(1, high=0.4) / extent
@@ -157,7 +158,7 @@ def _draw_plan(
         shape=_similarity(uniform(total), radius, center),
         texture=texture,
         colors=torch.stack([color, other], 2) * 0.9 + 0.05,
-        # Light falls linearly from 1 in the brightest corner to 0.43 or more in the opposite.
+        # Light decreases linearly from 1 in the brightest corner, to 0.43 or more in the opposite.
         light=torch.cat([slope, 1 - (slope * extent).clamp(min=0).sum(-1, keepdim=True)], 1),
         horizon=torch.cat([angle, offset, uniform(1, high=0.08), uniform(1, high=6.28)], dim=1),
     )
@@ -168,25 +169,25 @@ def _direction(turns: Tensor) -> Tensor:
 
 
 def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
-    """`(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `center` to 0, `unit` to 1."""
+    """Return `(a, b, c, d)` of u = a x + b y + c, v = a y - b x + d: `center` to 0, `unit` to 1."""
     a, b = (_direction(turns) / unit.unsqueeze(-1)).unbind(-1)
     x, y = center.unbind(-1)
     return torch.stack([a, b, -a * x - b * y, b * x - a * y], -1)
 
 
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
+    """Return the coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
     height, width = size
     x, y = torch.arange(width, device=device), torch.arange(height, device=device).unsqueeze(1)
     return (x + 0.5) / min(size), (y + 0.5) / min(size)
 
 
 def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Region seen in each pixel (0 or 1, or 2 + slot), and the weight of its second color."""
+    """Return each pixel's visible region (0, 1, or 2 + slot) and the weight of its second color."""
     x, y = _axes(size, plan.classes.device)
     count, total = plan.classes.shape
-    # One number holds both: the whole part is the region, the fraction half the weight. So the
-    # maximum over the layers belongs to the latest region that covers the pixel.
+    # One number contains both: its integer part is the region, and its fraction is half the weight.
+    # So the maximum over the layers belongs to the last region that covers the pixel.
     layers = torch.zeros(count, total, *size, device=x.device)
     for index, (shape, texture) in enumerate(_CLASSES.values()):
         row = torch.nonzero((plan.classes == index).flatten()).squeeze(1)
@@ -207,7 +208,7 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
 
 def _apply(similarity: Float[Tensor, "n 4"], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     a, b, c, d = similarity[..., None, None].unbind(1)
-    return (a * x + c) + b * y, (a * y + d) - b * x  # sums of a row and a column: two maps
+    return (a * x + c) + b * y, (a * y + d) - b * x  # each is a row plus a column
 
 
 def _tight_boxes(
@@ -220,8 +221,8 @@ def _tight_boxes(
     ends = []
     for seen in (columns[:, _GROUNDS:], rows[:, _GROUNDS:]):
         length = seen.shape[-1]
-        place = torch.arange(length, device=seen.device)
-        ends.append((length - ((length - place) * seen).amax(-1), ((place + 1) * seen).amax(-1)))
+        index = torch.arange(length, device=seen.device)
+        ends.append((length - ((length - index) * seen).amax(-1), ((index + 1) * seen).amax(-1)))
     (left, right), (top, bottom) = ends
     valid = right > 0
     return (torch.stack([left, top, right, bottom], -1) * valid.unsqueeze(-1)).float(), valid
@@ -230,7 +231,7 @@ def _tight_boxes(
 def _colors(
     plan: _Plan, regions: Int[Tensor, "b h w"], mix: Float[Tensor, "b h w"]
 ) -> Iterator[Float[Tensor, "b h w"]]:
-    """Lit colors of the pixels without noise, channel by channel."""
+    """Yield the lit colors of the pixels without noise, channel by channel."""
     x, y = _axes((regions.shape[1], regions.shape[2]), regions.device)
     slope_x, slope_y, level = plan.light[..., None, None].unbind(1)
     light = (slope_x * x + level) + slope_y * y
@@ -261,17 +262,17 @@ def _half_disk(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _fold(u: Tensor) -> Tensor:
-    """Distance from the middle of the period: 0.5 at the whole numbers, 0 halfway."""
+    """Return the distance from the middle of the period: 0.5 at whole numbers, 0 halfway."""
     return (u - u.floor()).sub_(0.5).abs_()
 
 
 def _edge(level: Tensor) -> Tensor:
-    """1 where the level is positive and 0 where it is negative, with a narrow ramp between."""
+    """Return 1 where the level is positive and 0 where it is negative, with a narrow ramp."""
     return (8 * level).add_(0.5).clamp_(0, 1)
 
 
 def _clouds(u: Tensor, v: Tensor) -> Tensor:
-    # Sines bent by each other: irregular blobs at a fraction of the price of a noise table.
+    # Sines that distort each other give irregular blobs, much faster than a noise table.
     s = torch.sin(3.1 * u + 2 * torch.sin(1.7 * v)) + torch.sin(2.7 * v + 2 * torch.sin(2.1 * u))
     return 0.5 + 0.25 * s
 
@@ -283,9 +284,9 @@ def _bricks(u: Tensor, v: Tensor) -> Tensor:
 
 # A class is a shape and a texture, each a function of u and v. A shape is positive inside, in a
 # frame where its diameter is at most 2 (numbers, not Booleans: comparing and converting would
-# take most of the time); grounds have none. A texture is the weight of the second color, from 0
-# to 1, in a frame whose unit is one period. None has a handedness: every shape is symmetric in u,
-# and every mirrored texture is one of the same family.
+# take most of the time); grounds have no shape. A texture is the weight of the second color, from
+# 0 to 1, in a frame whose unit is one period. No class has a handedness: every shape is symmetric
+# in u, and every mirrored texture is one of the same family.
 _STUFF = {
     "gradient": (None, lambda u, v: 0.5 + 0.5 * torch.sin(0.6 * u)),
     "clouds": (None, _clouds),

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, in plain Python numbers."""
+"""Schedules: pure functions of the training step, in plain Python numbers."""
 
 import math
 
@@ -9,11 +9,11 @@ __all__ = ["cosine_schedule", "linear_schedule", "warmup_cosine"]
 
 @typed
 def linear_schedule(step: float, steps: float, *, start: float, end: float) -> float:
-    """A straight line from `start` at step 0 to `end` at `steps`, constant outside.
+    """Follow a straight line from `start` at step 0 to `end` at `steps`; it is constant outside.
 
     Args:
-        step: The step; fractions are fine.
-        steps: Length of the schedule in steps; 0 is all end.
+        step: The step; it may be a fraction.
+        steps: Length of the schedule in steps; with 0 the value is always `end`.
         start: Value at step 0.
         end: Value at `steps` and after.
 
@@ -35,13 +35,13 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
 
 @typed
 def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
-    """Half a cosine from `start` at step 0 to `end` at `steps`, constant outside.
+    """Follow half a cosine from `start` at step 0 to `end` at `steps`; it is constant outside.
 
-    `end + (start - end) (1 + cos(pi step / steps)) / 2`.
+    The value is `end + (start - end) (1 + cos(pi step / steps)) / 2`.
 
     Args:
-        step: The step; fractions are fine.
-        steps: Length of the schedule in steps; 0 is all end.
+        step: The step; it may be a fraction.
+        steps: Length of the schedule in steps; with 0 the value is always `end`.
         start: Value at step 0.
         end: Value at `steps` and after.
 
@@ -74,14 +74,14 @@ def warmup_cosine(
     start: float = 0.0,
     end: float = 0.0,
 ) -> float:
-    """A line from `start` to `peak` over `warmup` steps, then half a cosine to `end` at `steps`.
+    """Follow a line from `start` to `peak` for `warmup` steps, then half a cosine to `end`.
 
     Args:
-        step: The step; fractions are fine.
+        step: The step; it may be a fraction.
         steps: Length of the whole schedule in steps.
         peak: Value at the end of the warm-up.
         warmup: Length of the warm-up in steps.
-        start: Value at step 0 when there is a warm-up.
+        start: Value at step 0 if there is a warm-up.
         end: Value at `steps` and after.
 
     Returns:
@@ -99,8 +99,8 @@ def warmup_cosine(
     """
     if not 0 <= warmup <= steps:
         raise ValueError(
-            f"densekit.schedules.warmup_cosine: warmup is {warmup} of {steps} steps; "
-            "give 0 up to the whole."
+            f"densekit.schedules.warmup_cosine: warmup is {warmup} and steps is {steps}; "
+            "give a warmup from 0 to steps."
         )
     if step < warmup:
         return linear_schedule(step, warmup, start=start, end=peak)
@@ -110,6 +110,6 @@ def warmup_cosine(
 def _progress(name: str, step: float, steps: float) -> float:
     if not steps >= 0:
         raise ValueError(
-            f"densekit.schedules.{name}: steps is {steps}; give the length, 0 or more."
+            f"densekit.schedules.{name}: steps is {steps}; give a length of 0 or more."
         )
     return min(max(step / steps, 0.0), 1.0) if steps else 1.0

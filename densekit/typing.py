@@ -1,4 +1,4 @@
-"""Shape-checked functions: the `typed` decorator and the aliases that signatures share."""
+"""Functions with checked shapes: the `typed` decorator and the aliases that signatures share."""
 
 import functools
 import inspect
@@ -38,11 +38,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def typed(function: _Function) -> _Function:
     """Check a function's arguments and result against its jaxtyping annotations.
 
-    Every public function of densekit wears it; use it on your own functions to get the same
-    errors. Axis names are bound across all arguments of one call, with the fields of an argument
-    annotated as a `NamedTuple`. The check runs in eager mode only: under `torch.compile` and
-    `torch.export` the bare function is traced, and with the environment variable
-    `DENSEKIT_TYPECHECK=0` set before the import the decorator returns the function itself.
+    All public functions of densekit use it; on your own functions it raises the same errors. Within
+    one call an axis name stands for one size, over all arguments and over the fields of arguments
+    that are annotated as a `NamedTuple`. The annotations use [jaxtyping's axis
+    language](https://docs.kidger.site/jaxtyping/api/array/). Functions are checked in eager mode
+    only. Under `torch.compile` and `torch.export` the undecorated function is traced. If the
+    environment variable `DENSEKIT_TYPECHECK=0` is set before the import, the decorator returns the
+    function itself.
 
     Args:
         function: A function whose parameters and result are annotated.
@@ -51,9 +53,9 @@ def typed(function: _Function) -> _Function:
         The checked function.
 
     Raises:
-        TypeError: (when called) An argument or the result has another type, dtype, rank or axis
-            size than its annotation; names the function, the argument, what was expected with
-            the sizes bound so far, and what came.
+        TypeError: (when called) The type, dtype, rank or axis sizes of an argument or of the result
+            do not match its annotation. The message names the function, the argument, what was
+            expected with the axis sizes known so far, and what was given.
 
     Examples:
         >>> @typed
@@ -61,9 +63,6 @@ def typed(function: _Function) -> _Function:
         ...     return (x * y).sum(-1)
         >>> inner(torch.ones(2, 3), torch.ones(2, 3))
         tensor([3., 3.])
-
-    References:
-        jaxtyping's axis language: <https://docs.kidger.site/jaxtyping/api/array/>.
     """
     if not _ENABLED:
         return function
@@ -78,7 +77,7 @@ def typed(function: _Function) -> _Function:
             return checked(*args, **kwargs)
         except TypeError as error:
             message = _explain(function, signature, error, args, kwargs)
-            if message is None:  # the arguments fit: it is the result, or an error from inside
+            if message is None:  # the arguments fit: the error is in the result or the function
                 raise
             raise TypeError(message) from None
 
@@ -89,10 +88,10 @@ def typed(function: _Function) -> _Function:
 
 
 def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Callable:
-    """A copy of the function, in whose signature the fields of records are checked.
+    """Copy the function, with a signature in which the fields of records are checked.
 
-    It is a copy because jaxtyping reads the signature of the function that it calls, and the
-    user's function keeps its own.
+    jaxtyping reads the signature of the function that it calls, and the signature of the user's
+    function must not change.
     """
     copy = types.FunctionType(
         function.__code__,
@@ -114,7 +113,7 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
 
 @functools.cache
 def _with_fields(hint: Any) -> Any:
-    """The hint itself, or for a NamedTuple of tensors the hint with a check of every field."""
+    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field."""
     if isinstance(hint, types.UnionType):
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if not _is_record(hint):
@@ -132,9 +131,9 @@ def _is_array(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits; if so, jaxtyping binds the sizes of its axes in the current context."""
+    """Return whether a value fits; if so, jaxtyping binds its axes in the current context."""
     if _is_array(hint):
-        return isinstance(value, hint)  # the quick way for a plain array
+        return isinstance(value, hint)  # a plain array has a faster check
     return is_bearable(value, hint, conf=_CONF)
 
 
@@ -142,7 +141,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _explain(function, signature, error, args, kwargs) -> str | None:
-    """One sentence on the first argument that does not fit; None when all fit."""
+    """Describe the first argument that does not fit in a sentence; None if all arguments fit."""
     where = f"{function.__module__}.{function.__qualname__}"
     try:
         bound = signature.bind(*args, **kwargs)
@@ -157,14 +156,15 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
             if not _fits(value, _with_fields(hint)):
                 return (
                     f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                    f"{_describe_sizes(sizes)}, but {_describe(value)} came.{_advice(value, hint)}"
+                    f"{_describe_sizes(sizes)}, but {_describe(value)} was given."
+                    f"{_advice(value, hint)}"
                 )
             sizes |= _sizes(value, hint)
     return None
 
 
 def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and hint of each annotated argument; of a record, those of each field."""
+    """Yield name, value and hint of each annotated argument; of a record, those of each field."""
     for name, value in bound.arguments.items():
         hint = bound.signature.parameters[name].annotation
         if _is_record(hint) and isinstance(value, hint):
@@ -175,7 +175,7 @@ def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _sizes(value: Any, hint: Any) -> dict[str, Any]:
-    """The named axes of a value that fits its hint, and their sizes."""
+    """Return the named axes of a value that fits its hint, and their sizes."""
     if isinstance(hint, types.UnionType):
         fitting = (member for member in typing.get_args(hint) if _fits(value, _with_fields(member)))
         return _sizes(value, next(fitting))
@@ -188,9 +188,9 @@ def _sizes(value: Any, hint: Any) -> dict[str, Any]:
         return {}
     axes = hint.dim_str.split()
     shape = list(value.shape)
-    for place, axis in enumerate(axes):
-        if axis.startswith(("*", "...")):  # this one axis stands for all that the others leave
-            several = slice(place, place + len(shape) - (len(axes) - 1))
+    for position, axis in enumerate(axes):
+        if axis.startswith(("*", "...")):  # this axis stands for all that remain
+            several = slice(position, position + len(shape) - (len(axes) - 1))
             shape[several] = [tuple(shape[several])]
     named = zip((axis.lstrip("*") for axis in axes), shape, strict=True)
     return {axis: size for axis, size in named if re.fullmatch(r"[a-zA-Z]\w*", axis)}

@@ -1,4 +1,4 @@
-"""Videos: labels carried from frame to frame, and the scores J and F of object masks."""
+"""Videos: labels propagated from frame to frame, and the scores J and F of object masks."""
 
 import math
 
@@ -20,25 +20,27 @@ def propagate_labels(
     temperature: float = 0.1,
     chunk: int = 1024,
 ) -> Float[Tensor, "c h w"]:
-    """Carry labels from earlier frames of a video to the next, by nearest neighbors.
+    """Propagate labels from earlier frames of a video to the next frame, by nearest neighbors.
 
-    Each cell takes the labels of the k cells of the earlier frames that are most alike, among
-    those at most `radius` rows and columns away, weighted by `exp(cosine / t)`.
+    For each cell, the candidates are the cells of the earlier frames that are at most `radius` rows
+    and columns away. The labels of the k most similar candidates are averaged with weights
+    `exp(cosine / t)`.
 
     Args:
         features: Feature map of the new frame.
         context: Feature maps of t earlier frames.
         context_labels: Their labels: c shares in each cell, such as one-hot objects.
-        radius: How far an object may have moved, in cells.
-        k: Neighbors to take.
-        temperature: Divides the cosine.
-        chunk: Cells at a time: bounds the memory to `chunk x t h w` numbers.
+        radius: Largest distance in cells that an object may have moved.
+        k: Number of neighbors.
+        temperature: Divisor of the cosine.
+        chunk: Number of cells that are processed at a time, which bounds the memory to `chunk x t h
+            w` numbers.
 
     Returns:
         Shares of the new frame, in at least float32.
 
     Raises:
-        TypeError: The shapes do not fit.
+        TypeError: The shapes do not match.
         ValueError: There is no earlier frame, `k` or `chunk` is below 1, the radius is negative, or
             the temperature is not positive.
 
@@ -54,19 +56,19 @@ def propagate_labels(
     t, _, h, w = context.shape
     if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
         raise ValueError(
-            f"densekit.video.propagate_labels: {t} frames, k={k}, chunk={chunk}, "
-            f"radius={radius} and temperature={temperature} came; give 1 or more frames, k and "
-            "chunk, a radius from 0, and a temperature above 0."
+            f"densekit.video.propagate_labels: there are {t} frames, k is {k}, chunk {chunk}, "
+            f"radius {radius} and temperature {temperature}; give 1 or more frames, a k and a "
+            "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
         )
     with full_precision(features):
         own = l2_normalize(features.flatten(1).mT)
         known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
         labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
         cell = torch.arange(h * w, device=features.device)
-        place = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
+        position = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
         found = []
-        for rows, at in zip(own.split(chunk), place.split(chunk), strict=True):
-            far = ((at[:, None] - place).abs() > radius).any(-1).repeat(1, t)
+        for rows, at in zip(own.split(chunk), position.split(chunk), strict=True):
+            far = ((at[:, None] - position).abs() > radius).any(-1).repeat(1, t)
             best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
             weights = (best.values / temperature).softmax(-1)
             found.append((weights[..., None] * labels[best.indices]).sum(1))
@@ -83,24 +85,25 @@ def propagate_video(
     k: int = 5,
     temperature: float = 0.1,
 ) -> Float[Tensor, "t c h w"]:
-    """Carry the labels of a video's first frame through all others.
+    """Propagate the labels of a video's first frame through all other frames.
 
-    Each frame is labeled from the first one and the `context` frames before it, by
-    `propagate_labels`; nothing is learned.
+    `propagate_labels` labels each frame from the first frame and the `context` frames before it.
+    Nothing is learned.
 
     Args:
         features: Feature maps of the frames, in order.
         first: Labels of the first frame: c shares in each cell.
-        context: Frames before the current one that are used, besides the first.
+        context: Number of frames before the current one that are used, besides the first.
         radius: As in `propagate_labels`.
         k: As in `propagate_labels`.
         temperature: As in `propagate_labels`.
 
     Returns:
-        Shares of all frames, in at least float32; resize them bilinearly and take the best.
+        Shares of all frames, in at least float32. To get labels, resize them bilinearly and take
+        the class with the largest share.
 
     Raises:
-        ValueError: There is no frame, the context is negative, or as `propagate_labels`.
+        ValueError: There is no frame, the context is negative, or as in `propagate_labels`.
 
     Examples:
         >>> features = torch.rand(1, 9, 3, 3).expand(4, 9, 3, 3)  # nothing moves
@@ -113,8 +116,8 @@ def propagate_video(
     """
     if not len(features) or context < 0:
         raise ValueError(
-            f"densekit.video.propagate_video: {len(features)} frames and context={context} "
-            "came; give a frame or more, and a context of 0 or more."
+            f"densekit.video.propagate_video: there are {len(features)} frames and context is "
+            f"{context}; give one or more frames, and a context of 0 or more."
         )
     labels = [widened(first)]
     for now in range(1, len(features)):
@@ -129,14 +132,14 @@ def propagate_video(
 def region_similarity(
     masks: Bool[Tensor, "*batch h w"], predictions: Bool[Tensor, "*batch h w"]
 ) -> Float[Tensor, "*batch"]:
-    """Region similarity J of video object segmentation: the IoU of two masks.
+    """Compute the region similarity J of video object segmentation: the IoU of two masks.
 
     Args:
         masks: True masks.
         predictions: Predicted masks.
 
     Returns:
-        IoU, in float32; 1 where both are empty.
+        IoU, in float32; 1 where both masks are empty.
 
     Examples:
         >>> region_similarity(torch.eye(2).bool(), torch.ones(2, 2).bool())
@@ -157,19 +160,20 @@ def boundary_f_measure(
     *,
     tolerance: float = 0.008,
 ) -> Float[Tensor, "*batch"]:
-    """Contour accuracy F of video object segmentation: how well two outlines lie on each other.
+    """Compute the contour accuracy F of video object segmentation: the agreement of two outlines.
 
-    `F = 2 P R / (P + R)` with P the share of the predicted outline that lies within the tolerance
-    of the true one, and R the reverse. An outline is where a pixel differs from the next one to
-    the right, below, or both.
+    `F = 2 P R / (P + R)`, where P is the share of the predicted outline that lies within the
+    tolerance of the true outline, and R is the reverse. A pixel belongs to the outline if it
+    differs from the pixel to its right, below it, or to its lower right.
 
     Args:
         masks: True masks.
         predictions: Predicted masks.
-        tolerance: Distance allowed, as a share of the image's diagonal; rounded up to pixels.
+        tolerance: Allowed distance as a share of the image's diagonal; it is rounded up to whole
+            pixels.
 
     Returns:
-        F, in float32; 1 where neither has an outline, 0 where only one has.
+        F, in float32; 1 where neither mask has an outline, 0 where only one has.
 
     Raises:
         ValueError: The tolerance is negative.
@@ -209,7 +213,7 @@ def boundary_f_measure(
 
 
 def _outline(mask: Tensor) -> Tensor:
-    """Where a pixel differs from the next to the right, below, or diagonally."""
+    """Mark the pixels that differ from the pixel to the right, below, or to the lower right."""
     x = mask
     right, below = (
         torch.cat([x[..., 1:], x[..., -1:]], -1),

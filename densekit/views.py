@@ -1,9 +1,9 @@
 """Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
 
-Two frames. **Image frame**: continuous pixels of the source image, x right and y down; pixel
-(row i, column j) covers `[j, j+1) x [i, i+1)` and its center is `(j + 0.5, i + 0.5)`.
-**View frame**: the unit square of a view; cell (i, j) of an h x w map has its center at
-`((j + 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
+There are two frames. **Image frame**: continuous pixels of the source image, x to the right and y
+down; the pixel in row i and column j covers `[j, j+1) x [i, i+1)` and its center is `(j + 0.5, i +
+0.5)`. **View frame**: the unit square of a view; cell (i, j) of an h x w map has its center at `((j
++ 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
 """
 
 import math
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class View(NamedTuple):
-    """A crop of an image, resized to any size and possibly mirrored.
+    """A crop of an image, which may be resized to any size and may be mirrored.
 
     Attributes:
         box: The crop `(x1, y1, x2, y2)` in the image frame, in pixels.
@@ -52,7 +52,7 @@ class ViewPairs(NamedTuple):
     Attributes:
         view1: The first view.
         view2: The second view.
-        valid: True where the two overlap as much as was asked.
+        valid: True where the two views overlap by at least the requested amount.
     """
 
     view1: View
@@ -61,12 +61,12 @@ class ViewPairs(NamedTuple):
 
 
 class BoxesInView(NamedTuple):
-    """What a view shows of some boxes.
+    """Boxes of an image as a view shows them.
 
     Attributes:
         boxes: The boxes in the view frame, in [0, 1].
-        share: Share of each box that the view contains.
-        valid: True for the boxes of which it contains enough.
+        share: The share of each box that the view contains.
+        valid: True for the boxes of which the view contains at least the requested share.
     """
 
     boxes: Float[Tensor, "*batch n 4"]
@@ -75,14 +75,14 @@ class BoxesInView(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What two views of one image share.
+    """The overlap of two views of one image.
 
     Attributes:
         box: The shared region in the image frame, in pixels.
         box1: The same region in the frame of the first view, in [0, 1].
         box2: The same region in the frame of the second view, in [0, 1].
         iou: Intersection over union of the two crops, in [0, 1].
-        valid: True where the two share an area; the boxes are zeros elsewhere.
+        valid: True where the two views share an area; elsewhere the boxes are zeros.
     """
 
     box: Float[Tensor, "*batch 4"]
@@ -99,18 +99,18 @@ def full_view(
     *,
     device: torch.device | str | None = None,
 ) -> View:
-    """The view that is the whole image, not mirrored.
+    """Make the view that is the whole image, not mirrored.
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
         batch: Leading axes of the result, in front of those of `size`.
-        device: Where to make it; where the sizes are when left out.
+        device: Device of the result; by default the device of the sizes.
 
     Returns:
         Views of shape `(*batch, *sizes)` with the box `(0, 0, w, h)`.
 
     Raises:
-        ValueError: A size given as a tuple is not positive (sizes in a tensor are not looked at).
+        ValueError: A size given as a tuple is not positive. Sizes in a tensor are not checked.
 
     Examples:
         >>> full_view((480, 640))
@@ -140,27 +140,28 @@ def sample_views(
     flip: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> View:
-    """Draw random views with the distribution of RandomResizedCrop and RandomHorizontalFlip.
+    """Sample random views as RandomResizedCrop and RandomHorizontalFlip do.
 
-    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`, the place uniform
-    over whole pixels; ten draws, then the largest centered crop whose aspect ratio is allowed.
-    Choosing is apart from cropping: hand the views to `crop_views`, or their whole-pixel boxes to
-    any other cropper.
+    The area is uniform in `scale`, the aspect ratio is log-uniform in `ratio`, and the position is
+    uniform over whole pixels. The first of ten samples that fits into the image is used; if none
+    fits, the view is the largest centered crop whose aspect ratio is allowed. Sampling is separate
+    from cropping: pass the views to `crop_views`, or their whole-pixel boxes to any other cropping
+    function.
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
-        batch: Leading axes to draw, in front of those of `size`.
-        scale: Least and largest share of the image's area.
-        ratio: Least and largest width over height.
-        flip: Probability of a mirrored view.
-        generator: Source of the random numbers; the views are made on its device.
+        batch: Leading axes of the result, in front of those of `size`.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width divided by height.
+        flip: Probability that a view is mirrored.
+        generator: Source of the random numbers; the views are on its device.
 
     Returns:
         Views of shape `(*batch, *sizes)` in the image frame.
 
     Raises:
-        ValueError: `scale`, `ratio` or `flip` is out of its range, or a size given as a tuple
-            is not positive (sizes in a tensor are not looked at).
+        ValueError: `scale`, `ratio` or `flip` is out of its range, or a size given as a tuple is
+            not positive. Sizes in a tensor are not checked.
 
     Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
@@ -168,12 +169,13 @@ def sample_views(
         (torch.Size([8, 4]), torch.Size([8]))
 
     References:
-        torchvision's `RandomResizedCrop` and `RandomHorizontalFlip`; DenseSiam, App A.
+        DenseSiam, App A.
     """
     for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
         if not 0 < low <= high < math.inf:
             raise ValueError(
-                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < least <= largest."
+                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < smallest <= "
+                "largest."
             )
     if not 0 <= flip <= 1:
         raise ValueError(
@@ -182,7 +184,7 @@ def sample_views(
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
     height, width = _height_and_width(size, None if generator is None else generator.device)
-    # Per view: ten areas, ten ratios, the place (x, y), the flip.
+    # For each view: ten areas, ten ratios, the position (x, y), the flip.
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
     area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * draws[..., :10])
@@ -220,28 +222,29 @@ def sample_view_pairs(
     flip: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> ViewPairs:
-    """Draw two views of each image that overlap at least so much.
+    """Sample two views of each image that overlap by at least `min_overlap`.
 
-    Of `attempts` independent pairs the first that overlaps enough is taken, or the one that
-    overlaps most when none does: bounded work, and `valid` tells. With `min_overlap` 0 the two
-    views are independent, as in most papers: at scale 0.2 about 1 pair in 100 shares nothing.
+    The function samples `attempts` independent pairs for each image. It returns the first pair that
+    overlaps enough, or else the pair with the largest overlap, for which `valid` is False. With
+    `min_overlap` 0 the two views are independent, as in most papers; at scale 0.2 about 1 pair in
+    100 then shares no area.
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
-        batch: Leading axes to draw, in front of those of `size`.
-        min_overlap: Least intersection over union of the two crops.
-        attempts: Pairs drawn for each image when `min_overlap` is above 0.
+        batch: Leading axes of the result, in front of those of `size`.
+        min_overlap: Smallest allowed intersection over union of the two crops.
+        attempts: Number of pairs that are sampled for each image when `min_overlap` is above 0.
         scale: As in `sample_views`.
         ratio: As in `sample_views`.
-        flip: As in `sample_views`; each view is mirrored on its own.
-        generator: Source of the random numbers; the views are made on its device.
+        flip: As in `sample_views`; the two views are mirrored independently.
+        generator: Source of the random numbers; the views are on its device.
 
     Returns:
-        Pairs of shape `(*batch, *sizes)`; `valid` is False where the views share no area or less
-        than `min_overlap`.
+        Pairs of shape `(*batch, *sizes)`. `valid` is False where the views share no area or overlap
+        by less than `min_overlap`.
 
     Raises:
-        ValueError: `min_overlap` is outside [0, 1], `attempts` below 1, or as `sample_views`.
+        ValueError: `min_overlap` is outside [0, 1], `attempts` is below 1, or as in `sample_views`.
 
     Examples:
         >>> pairs = sample_view_pairs((480, 640), (8,), min_overlap=0.2, attempts=20)
@@ -249,7 +252,7 @@ def sample_view_pairs(
         (torch.Size([8, 4]), torch.Size([8]))
 
     References:
-        DenseSiam, Sec 3.2 and App A; torchvision's `RandomResizedCrop`.
+        DenseSiam, Sec 3.2 and App A.
     """
     if not (0 <= min_overlap <= 1 and attempts >= 1):
         raise ValueError(
@@ -274,10 +277,10 @@ def sample_view_pairs(
 
 @typed
 def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch n 2"]:
-    """Map points from the image frame into the frame of a view.
+    """Map points from the image frame to the frame of a view.
 
-    Points outside the crop land outside [0, 1]. Where the view's box is not valid the points
-    stay as they are: finite, and of no meaning.
+    Points outside the crop are mapped to points outside [0, 1]. Where the view's box is not valid
+    the points are returned unchanged: they are finite but have no meaning.
 
     Args:
         view: One view for each batch entry.
@@ -302,9 +305,9 @@ def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
 
 @typed
 def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch n 2"]:
-    """Map points from the frame of a view back into the image frame; undoes `image_to_view`.
+    """Map points from the frame of a view to the image frame: the inverse of `image_to_view`.
 
-    Where the view's box is not valid the points stay as they are.
+    Where the view's box is not valid the points are returned unchanged.
 
     Args:
         view: One view for each batch entry.
@@ -331,9 +334,9 @@ def view_to_image(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tens
 def boxes_image_to_view(
     view: View, boxes: Float[Tensor, "*batch n 4"]
 ) -> Float[Tensor, "*batch n 4"]:
-    """Map boxes from the image frame into the frame of a view; a flip never reverses them.
+    """Map boxes from the image frame to the frame of a view; a flip does not reverse them.
 
-    Boxes are not clipped: what leaves the view leaves [0, 1].
+    Boxes are not clipped: the part of a box outside the view is outside [0, 1].
 
     Args:
         view: One view for each batch entry.
@@ -360,7 +363,7 @@ def boxes_image_to_view(
 def boxes_view_to_image(
     view: View, boxes: Float[Tensor, "*batch n 4"]
 ) -> Float[Tensor, "*batch n 4"]:
-    """Map boxes from the frame of a view into the image frame; undoes `boxes_image_to_view`.
+    """Map boxes from the frame of a view to the image frame: the inverse of `boxes_image_to_view`.
 
     Args:
         view: One view for each batch entry.
@@ -391,20 +394,21 @@ def boxes_in_view(
     *,
     min_share: float = 1.0,
 ) -> BoxesInView:
-    """Carry boxes into a view: crop, resize and flip, and tell which are still to be seen.
+    """Map boxes into a view, clip them, and say which of them the view still shows.
 
     Args:
         view: One view for each batch entry.
         boxes: Boxes `(x1, y1, x2, y2)` in the image frame, in pixels.
-        valid: Boxes to use; all when left out.
-        min_share: Share of a box that the view must contain for it to stay valid; 1 is all of it.
+        valid: Boxes to use; by default all.
+        min_share: Share of a box that the view must contain for the box to stay valid; 1 is the
+            whole box.
 
     Returns:
-        The boxes in the view frame, cut off at its border (zeros where nothing is inside), the
-        share of each that is inside, and which are valid.
+        The boxes in the view frame, clipped to the view (zeros where the view contains nothing of a
+        box); the share of each box that the view contains; and which boxes are valid.
 
     Raises:
-        TypeError: The leading axes do not fit.
+        TypeError: The leading axes do not match.
         ValueError: `min_share` is not within (0, 1].
 
     Examples:
@@ -418,28 +422,28 @@ def boxes_in_view(
     """
     if not 0 < min_share <= 1:
         raise ValueError(
-            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0, up "
-            "to 1."
+            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0 "
+            "and at most 1."
         )
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
-    enough = (share > 0) & (share >= min_share - 1e-6)  # which rounding may take from a box
+    enough = (share > 0) & (share >= min_share - 1e-6)  # rounding may remove this much
     return BoxesInView(seen, share, enough if valid is None else enough & valid)
 
 
 @typed
 def intersect_views(view1: View, view2: View) -> Overlap:
-    """Find what two views of one image share.
+    """Compute the region that two views of one image share.
 
     Args:
         view1: First views.
         view2: Second views of the same images.
 
     Returns:
-        The shared box in the image frame and in each view's frame, the intersection over union
-        of the crops, and `valid`: False (and all boxes zero) where nothing is shared or a view's
-        box is reversed, empty or NaN.
+        The shared box in the image frame and in the frame of each view, the intersection over union
+        of the crops, and `valid`. Where the views share no area, or the box of a view is reversed,
+        empty or NaN, `valid` is False and all boxes are zeros.
 
     Raises:
         TypeError: The leading axes of the two views differ.
@@ -467,15 +471,15 @@ def intersect_views(view1: View, view2: View) -> Overlap:
 
 @typed
 def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
-    """Image coordinates of the cell centers of a view's h x w map.
+    """Compute the image coordinates of the cell centers of a view's h x w map.
 
     Args:
         view: One view for each batch entry.
         size: Size `(h, w)` of the map in cells.
 
     Returns:
-        `(x, y)` of each cell's center in the image frame, in pixels; finite and of no meaning
-        where the view's box is not valid.
+        `(x, y)` of each cell's center in the image frame, in pixels. Where the view's box is not
+        valid the coordinates are finite but have no meaning.
 
     Raises:
         ValueError: The size is not positive.
@@ -487,7 +491,7 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
                  [2., 2.]]])
 
     References:
-        DenseSiam, Fig 3; methods with coordinates per cell, as PixPro's pixel distance.
+        DenseSiam, Fig 3; PixPro (its distance between pixels).
     """
     h, w = size
     if min(size) <= 0:
@@ -507,36 +511,36 @@ def crop_views(
     *,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Float[Tensor, "*batch c out_h out_w"]:
-    """Crop, resize and mirror a batch of images, each by its own view, with antialiasing.
+    """Crop, resize and mirror a batch of images with antialiasing, each image by its own view.
 
-    Two small matrix products an image, differentiable in the images. The filter is widened by the
-    shrinking factor, and never looks outside the crop. For boxes in whole pixels this is
-    torchvision's `resized_crop(antialias=True)` on tensors; a box may also end inside a pixel.
-    Outside the image there is black (zeros).
+    An image needs two small matrix products, and the result is differentiable with respect to the
+    images. The resize filter is widened by the factor of shrinking, and uses no pixel outside the
+    crop. For boxes in whole pixels the result is that of torchvision's
+    `resized_crop(antialias=True)` on tensors; a box may also end inside a pixel. The area outside
+    the image is black (zeros).
 
     Args:
-        images: Images, any number of channels; a list of images `(c, h, w)` of any sizes, which
-            are cropped together where they are of one size.
+        images: Images with any number of channels; or a list of images `(c, h, w)` of any sizes, in
+            which images of the same size are cropped together.
         view: One view for each image.
-        size: Size `(h, w)` of the crops in pixels; a number for square crops.
-        interpolation: The filter. "bicubic" leaves the range of the images at edges, by up to a
-            fifth of a step (clamp it), and fades to black only where no pixel is near.
+        size: Size `(h, w)` of the crops in pixels; a number means square crops.
+        interpolation: The resize filter. At edges "bicubic" overshoots the range of the images, by
+            up to a fifth of a step, so clamp the result; it fades to black only where no pixel is
+            near.
 
     Returns:
-        The crops, of the images' dtype (half precision is computed in float32); black where the
-        view's box is not valid.
+        The crops, in the images' dtype; half precision is computed in float32. A crop is black
+        where the view's box is not valid.
 
     Raises:
         ValueError: The size is not positive.
-        TypeError: The images are integers (divide by 255 first), or are not one for each view.
+        TypeError: The images are integers (divide by 255 first), or their number is not the number
+            of views.
 
     Examples:
         >>> images = torch.rand(2, 3, 40, 60)
         >>> crop_views(images, sample_views((40, 60), (2,)), 24).shape
         torch.Size([2, 3, 24, 24])
-
-    References:
-        torchvision's `resized_crop`.
     """
     out_h, out_w = (size, size) if isinstance(size, int) else size
     if min(out_h, out_w) <= 0:
@@ -546,7 +550,7 @@ def crop_views(
     if not isinstance(images, Tensor):
         if not images or view.flip.shape != (len(images),):
             raise TypeError(
-                f"densekit.views.crop_views: {len(images)} images came with views of shape "
+                f"densekit.views.crop_views: there are {len(images)} images and views of shape "
                 f"{tuple(view.flip.shape)}; give one view for each image of the list."
             )
         crops: list[Tensor] = [view.box.new_empty(0)] * len(images)
@@ -574,14 +578,14 @@ def crop_views(
 def _height_and_width(
     size: Size | Tensor, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
-    """One size, or one for each image, in float32: up to 2^24 pixels a side it is exact."""
+    """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
     sizes = torch.as_tensor(size, device=device).to(torch.float32)
     height, width = sizes.unbind(-1)
     return height, width
 
 
 def _affine(view: View) -> tuple[Tensor, Tensor]:
-    """Origin and signed extent: image = origin + extent * view; the identity if not valid."""
+    """Return origin and signed extent of image = origin + extent * view; identity if not valid."""
     valid = boxes_valid(view.box)[..., None]
     x1, y1, x2, y2 = view.box.unbind(-1)
     origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
@@ -608,10 +612,11 @@ def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
 
 
 def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bool) -> Tensor:
-    """Weights `(*batch, out, length)` that resize `[start, stop)` of a line of pixels to `out`.
+    """Compute weights `(*batch, out, length)` that resize the pixels `[start, stop)` to `out`.
 
-    A triangle (or Keys' cubic, a = -1/2) around each output center, cut at the pixels that the crop
-    touches; a triangle's sum counts pixels outside the image too, which are black.
+    The filter is a triangle (or Keys' cubic, a = -1/2) around each output center, and is cut at the
+    pixels that the crop touches. The sum of a triangle includes the pixels outside the image, which
+    are black.
     """
     start, stop = widened(start)[..., None], widened(stop)[..., None]
     step = (stop - start) / out
@@ -635,7 +640,7 @@ def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bo
 
 
 def _ramp_sum(first: Tensor, last: Tensor, center: Tensor, reach: Tensor) -> Tensor:
-    """Sum of `max(0, 1 - (center - k)/reach)` over the whole k in [first, last], last <= center."""
+    """Sum `max(0, 1 - (center - k)/reach)` over integers k in [first, last], last <= center."""
     first = first.maximum((center - reach).ceil())
     count = (last - first + 1).clamp(min=0)
     return count * (1 - (center - (first + last) / 2) / reach)

@@ -3,15 +3,18 @@
     python recipes/d3ssl.py                     # the demo: CPU, minutes
     torchrun --nproc-per-node 8 -- recipes/d3ssl.py --preset paper --data coco
 
-The same command run again resumes; --data needs proposals.py first. More: docs/recipes/d3ssl.md.
+The same command run again resumes. With --data run proposals.py first. `--preset region` is the
+baseline. Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
 """
 
 import argparse
 import copy
+import math
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -21,30 +24,30 @@ import tyro
 class Views:
     size: int = 224  # Side of the square views, in pixels; even.
     scale: tuple[float, float] = (0.4, 1.0)  # Share of the image's area that view 2 covers.
-    hue: float = 0.1  # Strength of the hue jitter; 0.5 goes all around.
+    hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "decoupling", "region"] = "demo"  # Where defaults come from.
-    data: Path | None = None  # Folder of images, any tree; the demo also runs without.
-    proposals: Path | None = None  # What recipes/proposals.py wrote about that folder.
-    run: Path | None = None  # Run folder; else runs/d3ssl-PRESET, with the data's name.
+    preset: Literal["demo", "paper", "decoupling", "region"] = "demo"  # The preset of the defaults.
+    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
+    run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
-    regions: int = 4  # Proposals K of an image in a step, of those that view 2 holds.
-    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut; 0 0 cuts nothing.
-    mask: tuple[float, float] = (0.2, 0.6)  # PRM: area of the mask beside it; 0 0 masks nothing.
-    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: sides of its jittered box; 1 1 is no jitter.
+    regions: int = 4  # Proposals K per image and step, of those inside view 2.
+    cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0: nothing.
+    mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, share of its area; 0 0: none.
+    jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: shares of its sides that stay; 1 1: no jitter.
     depositioning: float = 1.0  # Weight of L_dp; 0 leaves out its view.
-    bins: int = 14  # RoIAlign to bins x bins; half as many in the small view.
+    bins: int = 14  # Bins of RoIAlign along each axis; half as many in the small view.
     head: tuple[int, int] = (2048, 128)  # Widths of the head: hidden, outputs.
-    bank: int = 65536  # Keys of earlier batches.
-    temperature: float = 0.2
-    momentum: float = 0.999  # Of the key encoder and its head.
-    batch: int = 256  # Images a step, over all processes.
+    bank: int = 65536  # Keys of earlier batches in the bank.
+    temperature: float = 0.2  # Divides the cosines.
+    momentum: float = 0.999  # Momentum of the key encoder and its head.
+    batch: int = 256  # Images per step, over all processes.
     epochs: int = 800
-    lr: float = 0.3  # For a batch of 256: scaled with the batch.
+    lr: float = 0.3  # Learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
@@ -52,7 +55,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
-    save_every: int = 1000  # Steps between two checkpoints, each with its probe and pictures.
+    save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
     views: Views = field(default_factory=Views)
 
 
@@ -66,18 +69,29 @@ PRESETS = {
     "decoupling": Config("decoupling", depositioning=0.0),
     "region": Config("region", depositioning=0.0, cut=(0, 0), mask=(0, 0), jitter=(1, 1)),
 }  # fmt: skip
-LAYERS = "layer1", "layer2", "layer3", "layer4"  # of a ResNet: C2 to C5
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    default = PRESETS[first.parse_known_args()[0].preset]
-    CONFIG = tyro.cli(Config, default=default, description=__doc__)
+def read_options() -> Config:
+    """The command line; the preset is read first, since the other defaults are its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    preset = parser.parse_known_args()[0].preset
+    return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import d3ssl
+    import harness
+
+    sys.exit(harness.main(d3ssl.train, options))
 
 import harness
 import timm
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
 from proposals import crop_objects, image_source
@@ -86,216 +100,479 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
-from tqdm import tqdm
 import densekit as dk
 
 
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check_training(config)
+
+    decay = config.weight_decay
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
+    harness.check(
+        config.arch == "tiny"
+        or ("resn" in config.arch and "v2" not in config.arch and timm.is_model(config.arch)),
+        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
+    )
+    harness.check(
+        config.views.size % 2 == 0,
+        f"--views.size is {config.views.size}: give an even number, since one view is halved.",
+    )
+    harness.check(config.regions >= 1, f"--regions is {config.regions}: give 1 proposal or more.")
+
+    low, high = config.cut
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--cut is {low} {high}: give two shares from 0 to 1, the smaller first.",
+    )
+    low, high = config.mask
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--mask is {low} {high}: give two shares from 0 to 1, the smaller first.",
+    )
+    low, high = config.jitter
+    harness.check(
+        0 < low <= high <= 1,
+        f"--jitter is {low} {high}: give two shares above 0, up to 1, the smaller first.",
+    )
+
+    harness.check(
+        0 <= config.depositioning < math.inf,
+        f"--depositioning is {config.depositioning}: give a finite weight, 0 or more.",
+    )
+    harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
+    harness.check(
+        min(config.head) >= 1,
+        f"--head is {harness.as_typed(config.head)}: give two widths, 1 or more each.",
+    )
+    harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
+    harness.check(
+        0 < config.temperature < math.inf,
+        f"--temperature is {config.temperature}: give a finite number above 0.",
+    )
+    momentum = config.momentum
+    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
+    harness.check(
+        config.proposals is None or config.data is not None,
+        f"--proposals is {config.proposals}: name the folder of its images with --data.",
+    )
+
+
 # ==== views =======================================================================================
-class TwoViews:  # the whole image and a crop, the views they are, and K proposals in pixels
-    def __init__(self, source, config: Config):
-        self.source, self.seed, self.config, self.epoch = source, config.seed, config, 0
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
-        std = torch.distributions.Uniform(*map(torch.tensor, config.views.blur))
-        self.photometric = transforms.Compose([
-            transforms.ToPILImage(),  # the quickest on a CPU, and the blur of MoCo v2
-            transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
-            transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
+def photometric(views: Views) -> transforms.Compose:
+    """MoCo v2's random changes of the colors of one crop, which is then normalized."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
+    sigma = torch.distributions.Uniform(*views.blur)
+
+    def blur(image):
+        return image.filter(GaussianBlur(float(sigma.sample())))
+
+    return transforms.Compose(
+        [
+            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
             transforms.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        ]
+    )
+
+
+class TwoViews:
+    """Batches of images: each image as a whole and a crop, the `View` of both, and K proposals.
+
+    The proposals (b, K, 4) are in pixels of the image, with which of them to use.
+    """
+
+    def __init__(self, source, config: Config):
+        self.source = source
+        self.seed = config.seed
+        self.config = config.views
+        self.regions = config.regions
+        self.epoch = 0  # `harness.batches` sets it
+        self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
-        images, unreadable = zip(*(self.source[i] for i in indices), strict=True)
-        key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
-        scale, generator = self.config.views.scale, harness.generator(*key)
-        whole = nn.functional.pad(torch.tensor(sizes).flip(-1).float(), (2, 0))
-        view2 = dk.sample_views(torch.tensor(sizes), scale=scale, generator=generator)
-        views = [dk.View(whole, torch.rand(len(sizes), generator=generator) < 0.5), view2]
-        crop = partial(dk.crop_views, [x / 255 for x in images], size=self.config.views.size)
-        crops = [(crop(view) * 255).round().byte() for view in views]
-        with harness.seeded(*key, 1):  # other numbers than the views have
-            crops = [torch.stack([*map(self.photometric, crop)]) for crop in crops]
-        read = [(i + len(bad)) % len(self) for i, bad in zip(indices, unreadable, strict=True)]
-        boxes = nn.utils.rnn.pad_sequence([self.source.boxes[i] for i in read], batch_first=True)
-        held = dk.boxes_in_view(view2, boxes := boxes * whole[:, None, [2, 3, 2, 3]]).valid
-        boxes, valid = dk.sample_boxes(boxes, self.config.regions, held, generator=generator)
-        boxes = torch.where(valid[:, :1, None], boxes, view2.box[:, None])  # none: all, not valid
-        return crops, views, boxes, valid, [name for names in unreadable for name in names]
+        images = []
+        proposals = []
+        unreadable = []
+        for index in indices:
+            image, failures = self.source[index]
+            # The next image that can be read stands in for unreadable ones.
+            index_read = (index + len(failures)) % len(self)
+            images.append(image)
+            proposals.append(self.source.boxes[index_read])
+            unreadable.extend(failures)
+        key = (self.seed, self.epoch, indices[0])
+
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        generator = harness.generator(*key)
+        view2 = dk.sample_views(sizes, scale=self.config.scale, generator=generator)
+        width_height = sizes.flip(-1).float()
+        whole_image = torch.cat([torch.zeros_like(width_height), width_height], -1)
+        flip = torch.rand(len(sizes), generator=generator) < 0.5
+        view1 = dk.View(whole_image, flip)
+        views = [view1, view2]
+
+        shares = nn.utils.rnn.pad_sequence(proposals, batch_first=True)
+        in_pixels = shares * width_height.repeat(1, 2)[:, None]
+        in_view2 = dk.boxes_in_view(view2, in_pixels).valid
+        boxes, valid = dk.sample_boxes(in_pixels, self.regions, in_view2, generator=generator)
+        # An image without a proposal in view 2 gets the box of view 2, which is not valid.
+        has_proposal = valid[:, :1, None]
+        boxes = torch.where(has_proposal, boxes, view2.box[:, None])
+
+        pixels = [image / 255 for image in images]
+        crops = []
+        for view in views:
+            crop = dk.crop_views(pixels, view, self.config.size)
+            crops.append((crop * 255).round().byte())
+        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
+            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+        return augmented, views, boxes, valid, unreadable
 
 
-def augment(images: list, views: list, boxes: Tensor, valid: Tensor, config: Config) -> list:
-    """View 1, view 2, the small view 2 and view 3, each with its boxes in [0, 1] (Eq 2, 6 to 8)."""
-    (x1, x2), size = images, images[0].shape[-2:]
+class Input(NamedTuple):
+    """The images of one view, and its regions."""
 
-    def cut(boxes: Tensor, size: Any) -> Tensor:  # PRC
-        draws = dk.sample_cutout(boxes, ratio=config.cut)
-        return dk.proposal_cutout(boxes, draws, size, valid).mask
+    images: Tensor  # (b, 3, h, w)
+    boxes: Tensor  # (b, K, 4), in [0, 1]
 
-    def fill(x: Tensor, boxes: Tensor) -> Tensor:  # PRM after PRC, with the mean of the data
-        side, beside = x.shape[-2:], dk.sample_surrounding_boxes(boxes, ratio=config.mask)
-        return dk.fill_mask(x, cut(boxes, side) | dk.boxes_to_mask(beside, side, valid))
 
-    b1, b2 = (dk.boxes_in_view(view, boxes).boxes * size[0] for view in views)
-    b3 = dk.shift_boxes(b2, shift := dk.sample_shift(b2, size, valid))
-    mask = dk.boxes_to_mask(b3, size, valid) & ~cut(b3, size)
-    x3 = dk.composite(x2, x2.roll(1, 0), mask, shift)  # on another image of the batch
-    small = fill(nn.functional.avg_pool2d(x2, 2), b2 / 2)
-    pairs = (fill(x1, b1), b1), (x2, b2), (small, b2), (x3, b3)
-    return [(x, dk.sample_inner_boxes(b, scale=config.jitter) / size[0]) for x, b in pairs]  # RBJ
+def augment(
+    images: list[Tensor], views: list[dk.View], boxes: Tensor, valid: Tensor, config: Config
+) -> list[Input]:
+    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8)."""
+    images1, images2 = images
+    side = images1.shape[-1]
+    boxes1 = dk.boxes_in_view(views[0], boxes).boxes * side
+    boxes2 = dk.boxes_in_view(views[1], boxes).boxes * side
+
+    images3, boxes3 = move_proposals(images2, boxes2, valid, config)
+    half_size = nn.functional.avg_pool2d(images2, 2)
+    small_covered = cover_proposals(half_size, boxes2 / 2, valid, config)
+    images1_covered = cover_proposals(images1, boxes1, valid, config)
+    return [
+        Input(images1_covered, jitter_boxes(boxes1, side, config)),
+        Input(images2, jitter_boxes(boxes2, side, config)),
+        Input(small_covered, jitter_boxes(boxes2, side, config)),
+        Input(images3, jitter_boxes(boxes3, side, config)),
+    ]
+
+
+def move_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config):
+    """Paste the proposals of an image, cut and shifted, on another image; also their new boxes."""
+    size = images.shape[-2:]
+    shift = dk.sample_shift(boxes, size, valid)
+    moved = dk.shift_boxes(boxes, shift)
+    mask = dk.boxes_to_mask(moved, size, valid) & ~cut_mask(images, moved, valid, config)
+    others = images.roll(1, 0)
+    return dk.composite(images, others, mask, shift), moved
+
+
+def cover_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+    """Cover a part of each proposal (PRC), and a rectangle beside it (PRM)."""
+    beside = dk.sample_surrounding_boxes(boxes, ratio=config.mask)
+    beside_mask = dk.boxes_to_mask(beside, images.shape[-2:], valid)
+    mask = beside_mask | cut_mask(images, boxes, valid, config)
+    return dk.fill_mask(images, mask)  # with 0, which is the mean of the data
+
+
+def cut_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+    """The pixels to cut out of the proposals (PRC)."""
+    cutout = dk.sample_cutout(boxes, ratio=config.cut)
+    return dk.proposal_cutout(boxes, cutout, images.shape[-2:], valid).mask
+
+
+def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
+    """Random boxes inside those in pixels (RBJ), in [0, 1]."""
+    return dk.sample_inner_boxes(boxes, scale=config.jitter) / side
 
 
 # ==== model =======================================================================================
 def build_encoder(arch: str) -> Any:
-    """A ResNet without its head; the weights have torchvision's names."""
-    small = {"layers": (1,) * 4, "channels": (16, 32, 64, 64), "stem_type": "deep", "stem_width": 8}
-    tiny = ("resnet18", {**small, "output_stride": 8})
-    name, options = tiny if arch == "tiny" else (arch, {})
-    if "resn" not in name or "v2" in name or not timm.is_model(name):
-        raise harness.UserError(f"There is no ResNet {arch} in timm: try resnet50, or tiny.")
-    return timm.create_model(name, num_classes=0, global_pool="", **options)
+    """A ResNet without its head, whose weights have torchvision's names."""
+    if arch != "tiny":
+        return timm.create_model(arch, num_classes=0, global_pool="")
+    return timm.create_model(
+        "resnet18",
+        layers=(1, 1, 1, 1),
+        channels=(16, 32, 64, 64),
+        stem_type="deep",
+        stem_width=8,
+        output_stride=8,
+        num_classes=0,
+        global_pool="",
+    )
 
 
-def embed(network: Any, images: Tensor, boxes: Tensor, bins: int) -> Tensor:  # of regions, Eq 1
-    encoder, options = network["encoder"], {"stop_early": True, "intermediates_only": True}
-    (c4,) = encoder.forward_intermediates(images, indices=[3], **options)
-    c5 = encoder.layer4(dk.roi_align(c4, boxes, bins).features.flatten(0, 1))
-    return network["head"](c5.flatten(2).mT.mean(1)).unflatten(0, boxes.shape[:2])
+def embed(network: Any, view: Input, bins: int) -> Tensor:
+    """The outputs of the head for each region, (b, K, d) (Eq 1)."""
+    encoder = network["encoder"]
+    (c4,) = encoder.forward_intermediates(
+        view.images, indices=[3], stop_early=True, intermediates_only=True
+    )
+    regions = dk.roi_align(c4, view.boxes, bins).features
+    c5 = encoder.layer4(regions.flatten(0, 1))
+    rows = c5.flatten(2).mT.mean(1)
+    return network["head"](rows).unflatten(0, view.boxes.shape[:2])
 
 
-class D3SSL(nn.Module):  # query (student) and key (teacher): each an encoder f and a head (Fig 5)
+class D3SSL(nn.Module):
+    """Query network (student) and key network (teacher). Each is an encoder with a head (Fig 5)."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, encoder, (wide, out) = config, build_encoder(config.arch), config.head
-        numbers = config.bank, wide, out, config.regions, config.temperature, config.bins - 1
-        shares = config.cut, config.mask, config.jitter, config.views.scale
-        bad = min(*numbers, config.jitter[0], config.views.scale[0]) <= 0 or config.views.size % 2
-        if bad or not all(0 <= low <= high <= 1 for low, high in shares):
-            what = "--cut, --mask, --jitter, --views.scale: rising shares; --views.size: even"
-            raise harness.UserError(f"{what}; --bins 2+; --bank --head --regions --temperature >0.")
-        head = nn.Sequential(nn.Linear(encoder.num_features, wide), nn.ReLU(), nn.Linear(wide, out))
+        self.config = config
+        hidden, outputs = config.head
+        encoder = build_encoder(config.arch)
+        head = nn.Sequential(
+            nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
         self.student = nn.ModuleDict({"encoder": encoder, "head": head})
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher.requires_grad_(False)
+
+    @torch.no_grad()
+    def embed_keys(self, view: Input, order: Tensor) -> Tensor:
+        """The key of each region, (b, K, d).
+
+        The images are shuffled over the processes before, with their boxes, and the keys are
+        brought back after. So the batch statistics of a key come from other images than those of
+        its query, and the query cannot recognize its key by them.
+        """
+        group = torch.distributed.group.WORLD
+        images = dk.shuffle_batch(view.images, order, group)
+        boxes = dk.shuffle_batch(view.boxes, order, group)
+        keys = embed(self.teacher, Input(images, boxes), self.config.bins)
+        return dk.unshuffle_batch(keys, order, group)
 
     # ==== loss ====================================================================================
-    def forward(self, images, views, boxes: Tensor, valid: Tensor, bank: dk.Bank, order: Tensor):
-        config, group, bins = self.config, torch.distributed.group.WORLD, self.config.bins
-        *clean, small, view3 = augment(images, views, boxes, valid, config)
-        z1, z2 = embed(self.student, *clean[0], bins), embed(self.student, *small, bins // 2)
-        with torch.no_grad():  # dealt out anew: batch statistics then give no key away
-            deal = ([dk.shuffle_batch(x, order, group) for x in view] for view in clean)
-            k1, k2 = (dk.unshuffle_batch(embed(self.teacher, *x, bins), order, group) for x in deal)
-        options = {"negatives": dk.bank_negatives(bank), "valid": valid, "reduction": "none"}
-        info_nce = partial(dk.info_nce, temperature=config.temperature, **options)
-        mean = partial(dk.masked_mean, valid=valid, group=group)  # over all processes' valid ones
-        loss = mean(info_nce(z1, k2) + info_nce(z2, k1))  # Eq 4
-        terms = {"decoupling": loss, "filled": bank.filled, "valid": valid.double().mean()}
-        terms["cosine"] = -mean(dk.negative_cosine(z1.detach(), k2, reduction="none"))
+    def forward(
+        self,
+        images: list[Tensor],
+        views: list[dk.View],
+        boxes: Tensor,
+        valid: Tensor,
+        bank: dk.Bank,
+        order: Tensor,
+    ):
+        """The total loss, the terms that are logged, and the bank with the keys of this batch."""
+        config = self.config
+        group = torch.distributed.group.WORLD
+        view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+        query1 = embed(self.student, view1, config.bins)
+        query2 = embed(self.student, small, config.bins // 2)
+        key1 = self.embed_keys(view1, order)
+        key2 = self.embed_keys(view2, order)
+
+        # The means are over the valid regions of all processes (Eq 10).
+        mean = partial(dk.masked_mean, valid=valid, group=group)
+        info_nce = partial(
+            dk.info_nce,
+            negatives=dk.bank_negatives(bank),
+            valid=valid,
+            temperature=config.temperature,
+            reduction="none",
+        )
+        decoupling = mean(info_nce(query1, key2) + info_nce(query2, key1))  # Eq 4
+        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")
+        terms = {
+            "decoupling": decoupling,
+            "filled": bank.filled,
+            "valid": valid.double().mean(),
+            "cosine": mean(region_cosines),
+        }
+        loss = decoupling
+
         if config.depositioning:
-            z3 = embed(self.student, *view3, bins)
-            terms["depositioning"] = mean(info_nce(z3, k2) + info_nce(z3, k1))  # Eq 9
-            loss = loss + config.depositioning * terms["depositioning"]
-        rows, valid = (dk.all_gather(x, group) for x in (dk.l2_normalize(k1), valid))
-        return loss, terms, dk.push_to_bank(bank, rows, valid)  # in one order everywhere
+            query3 = embed(self.student, view3, config.bins)
+            depositioning = mean(info_nce(query3, key2) + info_nce(query3, key1))  # Eq 9
+            terms["depositioning"] = depositioning
+            loss = loss + config.depositioning * depositioning
+
+        # Every process pushes the keys of all processes, so that the banks stay the same.
+        all_keys = dk.all_gather(dk.l2_normalize(key1), group)
+        all_valid = dk.all_gather(valid, group)
+        return loss, terms, dk.push_to_bank(bank, all_keys, all_valid)
 
 
 # ==== evaluation ==================================================================================
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]  # The layers of a ResNet that end in C2 to C5.
+MEASURES = ["coupling_rate", "mean_cosine"]  # Of a layer, as `dk.layer_bias` names them.
+
+
 @torch.no_grad()
-def evaluate(model: D3SSL, source, preview, config: Config, run: harness.Run, step: int) -> None:
-    """Draw the five inputs, and coupling and positional bias of each layer; on scenes, probe."""
+def evaluate(
+    model: D3SSL, source, preview: tuple, config: Config, run: harness.Run, step: int
+) -> None:
+    """Save pictures of the inputs and of the bias of each layer; on scenes, also probe."""
     model.eval()
-    encoder: Any = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
-    torch.manual_seed(config.seed)  # the same augmentations each time
-    view1, view2, small, view3 = augment(*preview, config)
-    std, mean, panels = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1), []
-    draw = partial(draw_bounding_boxes, width=2)
-    for x, boxes in (view1, small, view3, view1, view2):  # the student's three, the teacher's two
-        x = (nn.functional.interpolate(x.cpu(), 224) * std + mean).clamp(0, 1)
-        rows = zip(x, boxes.cpu() * 224, preview[3].cpu(), strict=True)
-        panels.append(torch.stack([draw(x, b[i]) if i.any() else x for x, b, i in rows]))
-    (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
-    save_image(torch.stack(panels, 1).flatten(0, 1), path, nrow=len(panels))
-    stride = encoder[1].feature_info[-1]["reduction"]  # whole cells: nine times the same map
-    side = max(1, round(config.views.size / 3 / stride)) * stride
-    objects = crop_objects(source, 256, side).to(run.world.device)
-    bias = dk.layer_bias(encoder, objects, [f"1.{x}" for x in LAYERS])
-    names = [f"{name}_{layer}" for name in bias._fields for layer in LAYERS]
-    terms = dict(zip(names, torch.cat([*bias]), strict=True))
+    device = run.world.device
+    encoder = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
+    path = run.picture_path(step)
+    draw_inputs(preview, config, path)
+
+    terms = measure_layers(encoder, source, config, device)
     if config.data is None:
-        score = dk.probe_scenes(lambda x: encoder(x.to(run.world.device)))
+        score = dk.probe_scenes(lambda x: encoder(x.to(device)))
         terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
     run.log(step, **terms)
-    for name, axes in zip(bias._fields, (figure := Figure()).subplots(2), strict=True):
-        for row in (rows := run.rows("mean_cosine_layer4"))[:1] + rows[1:][-6:]:
-            axes.plot(LAYERS, [row[f"{name}_{x}"] for x in LAYERS], label=f"step {row['step']}")
-        axes.legend(title=name.replace("_", " "))
-    figure.savefig(path.with_name("layers.png"))
+    draw_layers(run.rows("mean_cosine_layer4"), path.with_name("layers.png"))
     model.train()
+
+
+def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
+    """A row per image: the student's view 1, small view 2 and view 3, the teacher's two views."""
+    images, views, boxes, valid, _ = preview
+    torch.manual_seed(config.seed)  # the same augmentations each time
+    view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+    panels = [draw_boxes(view, valid) for view in (view1, small, view3, view1, view2)]
+    save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
+
+
+def draw_boxes(view: Input, valid: Tensor) -> Tensor:
+    """The images of a view, 224 pixels wide, with their valid boxes."""
+    images = harness.unnormalize(nn.functional.interpolate(view.images, 224), MEAN, STD)
+    boxes = view.boxes.cpu() * 224
+    drawn = []
+    for image, own_boxes, own_valid in zip(images, boxes, valid.cpu(), strict=True):
+        if own_valid.any():  # torchvision warns of an image without any box
+            drawn.append(draw_bounding_boxes(image, own_boxes[own_valid], width=2))
+        else:
+            drawn.append(image)
+    return torch.stack(drawn)
+
+
+def measure_layers(encoder: Any, source, config: Config, device: torch.device) -> dict[str, Tensor]:
+    """Coupling rate and mean cosine similarity of each layer, on pictures of 256 objects.
+
+    A picture is a third of a view wide, and takes whole cells of C5: so an object looks the same to
+    the encoder at each of the nine places of a picture three times as large.
+    """
+    stride = encoder[1].feature_info[-1]["reduction"]
+    cells = max(1, round(config.views.size / 3 / stride))
+    objects = crop_objects(source, 256, cells * stride).to(device)
+    bias = dk.layer_bias(encoder, objects, [f"1.{layer}" for layer in LAYERS])
+    terms = {}
+    for measure in MEASURES:
+        for layer, value in zip(LAYERS, getattr(bias, measure), strict=True):
+            terms[f"{measure}_{layer}"] = value
+    return terms
+
+
+def draw_layers(rows: list[dict], path: Path) -> None:
+    """Both measures against the layer, a curve for the first checkpoint and for the last six."""
+    figure = Figure()
+    for measure, axes in zip(MEASURES, figure.subplots(2), strict=True):
+        for row in rows[:1] + rows[1:][-6:]:
+            curve = [row[f"{measure}_{layer}"] for layer in LAYERS]
+            axes.plot(LAYERS, curve, label=f"step {row['step']}")
+        axes.legend(title=measure.replace("_", " "))
+    figure.savefig(path)
+
+
+def method_of(config: Config) -> str:
+    """The name of the method that these options make."""
+    if config.depositioning:
+        return "d3ssl"
+    changes_regions = any(config.cut) or any(config.mask) or config.jitter[0] < 1
+    return "decoupling" if changes_regions else "region"
 
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
-    folder = config.run or Path("runs", f"d3ssl-{name}")
+    check(config)
+    folder = harness.run_folder("d3ssl", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+        device = world.device
         scenes = 4096 if config.preset == "demo" else 0
         source = image_source(config.data, config.proposals, scenes=scenes)
-        if config.bank > len(source):  # and negatives are of other images
-            raise harness.UserError(f"--bank: at most as many as there are images, {len(source)}.")
+        dataset = TwoViews(source, config)
+        # With more keys than images, an image would often meet its own earlier key as a negative.
+        harness.check(
+            config.bank <= len(source),
+            f"--bank is {config.bank}: there are {len(source)} images, give at most as many.",
+        )
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
-        lr, device = config.lr * config.batch / 256, world.device
+        peak_lr = config.lr * config.batch / 256
+
         torch.manual_seed(config.seed)
         model = D3SSL(config)
-        model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
+        model.to(device, memory_format=torch.channels_last)
+        model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        parameters, decay = model.student.parameters(), config.weight_decay
-        optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
+
+        parameters = model.student.parameters()
+        optimizer = torch.optim.SGD(
+            parameters, peak_lr, momentum=0.9, weight_decay=config.weight_decay
+        )
         bank = dk.init_bank(config.bank, config.head[1], device=device)
         step = run.resume(model, optimizer, bank=bank)
-        options = {"world": world, "seed": config.seed, "workers": config.workers}
-        batches = partial(harness.batches, TwoViews(source, config), **options)
-        *preview, _ = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
+
+        batches = partial(
+            harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
+        )
+        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, source, preview, config, run, step)
-        regions = batches(config.batch, start=step, stop=steps)
-        bar = tqdm(regions, total=steps, initial=step, disable=not world.is_main, unit="step")
-        for *inputs, unreadable in bar:
-            now = optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
+
+        bar = harness.progress(
+            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
+        )
+        for images, views, boxes, valid, unreadable in bar:
+            lr = dk.cosine_schedule(step, steps, start=peak_lr)
+            optimizer.param_groups[0].update(lr=lr)
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
+
+            # All processes shuffle the images of the keys in the same order.
             order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
-            torch.manual_seed(harness.generator(config.seed, step, world.rank, 2).initial_seed())
+            harness.seed_step(config.seed, step, world.rank)  # for the augmentation of the regions
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
-                loss, terms, bank = ddp(*inputs, bank, order.to(device))
+                loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device))
+
             optimizer.zero_grad()
             loss.backward()
-            slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(
-                step, {"loss": loss, "grad_norm": slope, **terms}
-            )  # ends if not finite
+            # An infinite norm clips nothing; the gradient norm is only measured.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            # The run ends here when a value is not finite, before the weights are touched.
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
+
             run.note_unreadable(unreadable)
-            bar.set_postfix(values, refresh=False)
+            harness.show(bar, values, ("decoupling", "depositioning"))
             if step % config.log_every == 0:
-                run.log(step, **values, lr=now, unreadable=run.unreadable)
-            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, source, preview, config, run, step)
             if due or stop:
                 run.save(step, model, optimizer, bank=bank)
             if stop:
                 return
+
         if world.is_main:
-            f, more = model.student["encoder"], (*config.cut, *config.mask, 1 - config.jitter[0])
-            method = "d3ssl" if config.depositioning else ("region", "decoupling")[any(more)]
-            facts = {"method": method, "architecture": config.arch, "mean": MEAN, "std": STD}
-            harness.save_encoder(folder / "encoder.safetensors", f, **facts, step=step)
+            method = method_of(config)
+            harness.save_encoder(
+                folder / "encoder.safetensors",
+                model.student["encoder"],
+                architecture=config.arch,
+                mean=MEAN,
+                std=STD,
+                method=method,
+                step=step,
+            )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
             line += "; C5: coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
-            print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")
-
-
-if __name__ == "__main__":
-    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+            for row in run.rows("probe_miou"):
+                print(line.format(**row))

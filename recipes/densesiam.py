@@ -8,9 +8,10 @@ Logged values, deviations from the paper, time and results: docs/recipes/densesi
 """
 
 import argparse
+import math
+import sys
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ import tyro
 class Views:
     size: int = 224  # Side of the square views, in pixels.
     scale: tuple[float, float] = (0.2, 1.0)  # Share of the image's area that a view covers.
-    hue: float = 0.1  # Strength of the hue jitter; 0.5 goes all around.
+    hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
 
 
@@ -33,20 +34,20 @@ class Loss:
     region_start: float = 0.5  # Share of the training after which RegionSim begins.
     grid: int = 7  # PixSim compares grid x grid points of the region that both views share.
     distance: Literal["cross_entropy_similarity", "negative_cosine"] = "cross_entropy_similarity"
-    temperature: float = 0.1  # Of RegionSim's InfoNCE.
+    temperature: float = 0.1  # Temperature of RegionSim's InfoNCE.
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "simsiam"] = "demo"  # Where the defaults come from.
-    data: Path | None = None  # Folder of images, any tree; the demo also runs without.
-    run: Path | None = None  # Run folder; else runs/densesiam-PRESET, with the data's name.
+    preset: Literal["demo", "paper", "simsiam"] = "demo"  # The preset of the defaults.
+    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
     categories: int = 512  # Channels of PixSim: its pseudo-categories, the regions of RegionSim.
-    batch: int = 512  # Images a step, over all processes.
-    epochs: int = 800  # 800 for COCO, 200 for ImageNet.
-    lr: float = 0.05  # For a batch of 256: scaled with the batch.
+    batch: int = 512  # Images per step, over all processes.
+    epochs: int = 800  # The paper trains 800 epochs on COCO and 200 on ImageNet.
+    lr: float = 0.05  # Learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
@@ -54,7 +55,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
-    save_every: int = 1000  # Steps between two checkpoints, each with its probe and pictures.
+    save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
     views: Views = field(default_factory=Views)
     loss: Loss = field(default_factory=Loss)
 
@@ -69,76 +70,172 @@ PRESETS = {
 }  # fmt: skip
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(PRESETS), default="demo")
-    default = PRESETS[first.parse_known_args()[0].preset]
-    CONFIG = tyro.cli(Config, default=default, description=__doc__)
+def read_options() -> Config:
+    """The command line; the preset is read first, since the other defaults are its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS), default="demo")
+    preset = parser.parse_known_args()[0].preset
+    return tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import densesiam
+    import harness
+
+    sys.exit(harness.main(densesiam.train, options))
 
 import harness
 import timm
 import torch
+from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
-from tqdm import tqdm
 import densekit as dk
 
 
+def check(config: Config) -> None:
+    """Answer an option that makes no sense with one sentence, before any data is read."""
+    harness.check_training(config)
+    decay = config.weight_decay
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
+    harness.check(
+        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
+    )
+    harness.check(
+        config.hidden >= 4,
+        f"--hidden is {config.hidden}: give 4 or more, since the predictor narrows to a quarter.",
+    )
+    categories = config.categories
+    harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
+
+    loss = config.loss
+    harness.check(
+        0 <= loss.dense < math.inf,
+        f"--loss.dense is {loss.dense}: give a finite number, 0 or more.",
+    )
+    harness.check(
+        0 <= loss.region < math.inf,
+        f"--loss.region is {loss.region}: give a finite number, 0 or more.",
+    )
+    harness.check(
+        0 <= loss.region_start <= 1,
+        f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",
+    )
+    harness.check(loss.grid >= 1, f"--loss.grid is {loss.grid}: give 1 or more.")
+    harness.check(
+        0 < loss.temperature < math.inf,
+        f"--loss.temperature is {loss.temperature}: give a finite number above 0.",
+    )
+
+
 # ==== views =======================================================================================
+def photometric(views: Views) -> transforms.Compose:
+    """SimSiam's random changes of the colors of one crop, which is then normalized."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
+    sigma = torch.distributions.Uniform(*views.blur)
+
+    def blur(image):
+        return image.filter(GaussianBlur(float(sigma.sample())))
+
+    return transforms.Compose(
+        [
+            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and SimSiam blurs with it
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
 class TwoViews:
-    """Two augmented crops of each image, and the views they are."""
+    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
 
     def __init__(self, source, config: Config):
-        self.source, self.seed, self.config, self.epoch = source, config.seed, config.views, 0
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.4, config.views.hue)
-        std = torch.distributions.Uniform(*map(torch.tensor, config.views.blur))
-        self.photometric = transforms.Compose([
-            transforms.ToPILImage(),  # the quickest on a CPU, and the blur of SimSiam
-            transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([lambda x: x.filter(GaussianBlur(float(std.sample())))], p=0.5),
-            transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        self.source = source
+        self.seed = config.seed
+        self.config = config.views
+        self.epoch = 0  # `harness.batches` sets it
+        self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, indices: list[int]):
-        images, unreadable = zip(*(self.source[i] for i in indices), strict=True)
-        key, sizes = (self.seed, self.epoch, indices[0]), [image.shape[-2:] for image in images]
-        scale, generator = self.config.scale, harness.generator(*key)
-        *views, _ = dk.sample_view_pairs(torch.tensor(sizes), scale=scale, generator=generator)
+        images, unreadable = harness.read_batch(self.source, indices)
+        key = (self.seed, self.epoch, indices[0])
+
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        generator = harness.generator(*key)
+        pairs = dk.sample_view_pairs(sizes, scale=self.config.scale, generator=generator)
+        views = [pairs.view1, pairs.view2]
+
         pixels = [image / 255 for image in images]
         crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
-        with harness.seeded(*key, 1):  # other numbers than the views have
-            crops = [torch.stack([*map(self.photometric, crop)]) for crop in crops]
-        return crops, views, [name for names in unreadable for name in names]
+        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
+            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+        return augmented, views, unreadable
 
 
 # ==== model =======================================================================================
 def build_encoder(arch: str) -> nn.Module:
     """A network that returns its last feature map; a ResNet's weights have torchvision's names."""
-    small = {"layers": (1,) * 4, "channels": (16, 32, 64, 64), "stem_type": "deep", "stem_width": 8}
-    tiny = ("resnet18", {**small, "output_stride": 8})
-    name, options = tiny if arch == "tiny" else (arch, {})
-    if "resn" not in name or not timm.is_model(name):
-        raise harness.UserError(f"There is no ResNet {arch} in timm: try resnet50, or tiny.")
-    return timm.create_model(name, num_classes=0, global_pool="", **options)
+    if arch != "tiny":
+        return timm.create_model(arch, num_classes=0, global_pool="")
+    return timm.create_model(
+        "resnet18",
+        layers=(1, 1, 1, 1),
+        channels=(16, 32, 64, 64),
+        stem_type="deep",
+        stem_width=8,
+        output_stride=8,
+        num_classes=0,
+        global_pool="",
+    )
 
 
-CELLS, VECTORS = (partial(nn.Conv2d, kernel_size=1), nn.BatchNorm2d), (nn.Linear, nn.BatchNorm1d)
+conv1x1 = partial(nn.Conv2d, kernel_size=1)
 
 
-def head(kind: tuple, *widths: int, projector: bool) -> nn.Module:  # a projector ends in BN
-    (layer, norm), modules = kind, []
-    for d, out in pairwise(widths[:-1]):
-        modules += [layer(d, out, bias=False), norm(out), nn.ReLU(inplace=True)]
-    modules.append(layer(*widths[-2:], bias=not projector))
-    return nn.Sequential(*modules, *([norm(widths[-1], affine=False)] if projector else []))
+def build_projector(layer, norm, inputs: int, width: int) -> nn.Sequential:
+    """Three layers. The last normalization has no affine parameters and no ReLU after it."""
+    return nn.Sequential(
+        layer(inputs, width, bias=False),
+        norm(width),
+        nn.ReLU(inplace=True),
+        layer(width, width, bias=False),
+        norm(width),
+        nn.ReLU(inplace=True),
+        layer(width, width, bias=False),
+        norm(width, affine=False),
+    )
+
+
+def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
+    """Two layers, from a projection to a prediction of the other view's projection."""
+    return nn.Sequential(
+        layer(width, hidden, bias=False),
+        norm(hidden),
+        nn.ReLU(inplace=True),
+        layer(hidden, width),
+    )
+
+
+def sample_maps(maps: list[Tensor], pairs: dk.PairedPoints) -> list[Tensor]:
+    """Features of both views at the same points of the image, (b, points, channels) each."""
+    return [dk.gridsample(maps[0], pairs.points1), dk.gridsample(maps[1], pairs.points2)]
 
 
 class DenseSiam(nn.Module):
@@ -146,139 +243,221 @@ class DenseSiam(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.loss, wide, dense = config.loss, config.hidden, config.categories
+        self.loss = config.loss
         self.encoder = build_encoder(config.arch)
-        d = self.encoder.num_features
-        self.projector = head(VECTORS, d, wide, wide, wide, projector=True)
-        self.predictor = head(VECTORS, wide, wide // 4, wide, projector=False)
+        channels = self.encoder.num_features
+        hidden = config.hidden
+        regions = config.categories
+
+        self.projector = build_projector(nn.Linear, nn.BatchNorm1d, channels, hidden)
+        self.predictor = build_predictor(nn.Linear, nn.BatchNorm1d, hidden, hidden // 4)
         if self.loss.dense or self.loss.region:
-            self.dense_projector = head(CELLS, d, dense, dense, dense, projector=True)
-            self.dense_predictor = head(CELLS, dense, dense, dense, projector=False)
+            self.dense_projector = build_projector(conv1x1, nn.BatchNorm2d, channels, regions)
+            self.dense_predictor = build_predictor(conv1x1, nn.BatchNorm2d, regions, regions)
         if self.loss.region:
-            self.region_projector = head(VECTORS, d, dense, dense, dense, projector=True)
-            self.region_predictor = head(VECTORS, dense, dense, dense, projector=False)
+            self.region_projector = build_projector(nn.Linear, nn.BatchNorm1d, channels, regions)
+            self.region_predictor = build_predictor(nn.Linear, nn.BatchNorm1d, regions, regions)
 
     # ==== loss ====================================================================================
-    def forward(self, images: list[Tensor], views: list[dk.View], with_region: bool):
+    def forward(
+        self, images: list[Tensor], views: list[dk.View], with_region: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
         maps = [self.encoder(x) for x in images]
-        z = [self.projector(f.mean((-2, -1))) for f in maps]  # of the whole views (Table 4e)
-        p = [self.predictor(x) for x in z]
-        loss = dk.symmetric_loss(dk.negative_cosine, p, z)
-        spread = dk.l2_normalize(z[0].detach()).std(0).mean() * z[0].shape[1] ** 0.5
-        terms = {"sim": loss, "spread": spread}  # a spread near 0 is collapse, near 1 is none
-        if self.loss.dense or self.loss.region:
-            pairs = dk.grid_pairs(*views, self.loss.grid)
-            points, valid = (pairs.points1, pairs.points2), pairs.valid[:, None]
-            z = [self.dense_projector(f) for f in maps]
-            p = [self.dense_predictor(x) for x in z]  # project, predict, then sample (Table 4d)
-            z, p = ([*map(dk.gridsample, x, points)] for x in (z, p))
-            distance = getattr(dk, self.loss.distance)
-            terms.update(
-                dense=dk.symmetric_loss(distance, p, z, valid), overlap=valid.float().mean()
-            )
-            loss = loss + self.loss.dense * terms["dense"]
-            if with_region:
-                # Eq 4 is linear in f: the first layer of g' before the sum gives the same for less.
-                f = [self.region_projector[0](x) for x in map(dk.gridsample, maps, points)]
-                e = [dk.pool_masks(x, masks.softmax(-1)) for x, masks in zip(f, z, strict=True)]
-                v = [self.region_projector[1:](x.flatten(0, 1)) for x in e]
-                u = [self.region_predictor(x) for x in v]
-                v, u = ([x.unflatten(0, e[0].shape[:2]) for x in y] for y in (v, u))
-                info_nce = partial(dk.info_nce, valid=valid, temperature=self.loss.temperature)
-                terms["region"] = dk.symmetric_loss(info_nce, u, v)
-                loss = loss + self.loss.region * terms["region"]
+        loss, terms = self.global_loss(maps)
+        if not (self.loss.dense or self.loss.region):
+            return loss, terms
+
+        pairs = dk.grid_pairs(*views, self.loss.grid)
+        terms["dense"], projections = self.dense_loss(maps, pairs)
+        terms["overlap"] = pairs.valid.float().mean()
+        loss = loss + self.loss.dense * terms["dense"]
+
+        if with_region:
+            terms["region"] = self.region_loss(maps, projections, pairs)
+            loss = loss + self.loss.region * terms["region"]
         return loss, terms
+
+    def global_loss(self, maps: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """SimSiam: negative cosine of the pooled features of the whole views (Table 4e)."""
+        projections = [self.projector(x.mean((-2, -1))) for x in maps]
+        predictions = [self.predictor(z) for z in projections]
+        loss = dk.symmetric_loss(dk.negative_cosine, predictions, projections)
+
+        # A spread near 1 is normal, and a spread near 0 is collapse.
+        deviation = dk.l2_normalize(projections[0].detach()).std(0).mean()
+        spread = deviation * projections[0].shape[1] ** 0.5
+        return loss, {"sim": loss, "spread": spread}
+
+    def dense_loss(self, maps: list[Tensor], pairs: dk.PairedPoints) -> tuple[Tensor, list[Tensor]]:
+        """PixSim: the views agree at the same points (Eq 1 and 3). Also returns the projections."""
+        projected_maps = [self.dense_projector(x) for x in maps]
+        predicted_maps = [self.dense_predictor(x) for x in projected_maps]
+        # The maps are sampled last, after the projection and the prediction (Table 4d).
+        projections = sample_maps(projected_maps, pairs)
+        predictions = sample_maps(predicted_maps, pairs)
+
+        distance = getattr(dk, self.loss.distance)
+        valid = pairs.valid[:, None]
+        return dk.symmetric_loss(distance, predictions, projections, valid), projections
+
+    def region_loss(
+        self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
+    ) -> Tensor:
+        """RegionSim: InfoNCE of soft regions, whose masks are the softmax of `logits` (Eq 4-6)."""
+        # Eq 4 is linear in the features. So the first layer of the projector may act before the
+        # sum over the points. The result is the same, and there are fewer points than regions.
+        first_layer = self.region_projector[0]
+        other_layers = self.region_projector[1:]
+        features = [first_layer(x) for x in sample_maps(maps, pairs)]
+        masks = [x.softmax(-1) for x in logits]
+        regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
+
+        # For the heads and their batch normalization every region of every image is a row.
+        shape = regions[0].shape[:2]
+        projected_rows = [other_layers(x.flatten(0, 1)) for x in regions]
+        predicted_rows = [self.region_predictor(x) for x in projected_rows]
+        projections = [x.unflatten(0, shape) for x in projected_rows]
+        predictions = [x.unflatten(0, shape) for x in predicted_rows]
+
+        valid = pairs.valid[:, None]
+        temperature = self.loss.temperature
+        info_nce = partial(dk.info_nce, valid=valid, temperature=temperature)
+        return dk.symmetric_loss(info_nce, predictions, projections)
 
 
 # ==== evaluation ==================================================================================
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
-    """Draw views with matched points, pseudo-categories and PCA; on scenes, probe the encoder."""
+    """Save a picture of the preview's images; on scenes, also probe the encoder."""
+    images, views, _ = preview
     model.eval()
-    pixels, pairs = torch.cat(preview[0]), dk.grid_pairs(*preview[1], model.loss.grid)
-    maps, palette = model.encoder(pixels), torch.rand(2**14, 3, generator=harness.generator(0))
-    panels = [pixels.cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)]
-    if model.loss.dense:
-        panels += [palette[model.dense_projector(maps).argmax(1).cpu()].movedim(-1, 1)]
-    panels += [dk.pca_colors(maps).cpu()]
-    tiles = torch.stack([nn.functional.interpolate(x.clamp(0, 1), 224) for x in panels], 1)
-    points = (torch.cat(pairs[1:3]) * 224).int().where(pairs.valid.repeat(2)[:, None, None], 999)
-    for tile, places in zip(tiles[:, 0], points.tolist(), strict=True):
-        for (x, y), color in zip(places, palette, strict=False):
-            tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
-    (path := run.folder / f"pictures/step-{step:06d}.png").parent.mkdir(exist_ok=True)
-    save_image(
-        tiles.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 2), path, nrow=2 * len(panels)
-    )
+    draw(model, images, views, run.picture_path(step))
+
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
-        score = dk.probe_scenes(lambda x: model.encoder(normalize(x).to(pixels.device)))
+        device = images[0].device
+        score = dk.probe_scenes(lambda x: model.encoder(normalize(x).to(device)))
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
 
+def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Path) -> None:
+    """A row per image; for each view its matched points, pseudo-categories and PCA colors."""
+    pixels = torch.cat(images)
+    maps = model.encoder(pixels)
+    palette = torch.rand(2**14, 3, generator=harness.generator(0))
+
+    panels = [harness.unnormalize(pixels, MEAN, STD)]
+    if model.loss.dense:
+        categories = model.dense_projector(maps).argmax(1).cpu()
+        panels.append(palette[categories].movedim(-1, 1))
+    panels.append(dk.pca_colors(maps).cpu())
+    tiles = [nn.functional.interpolate(x, 224) for x in panels]
+
+    pairs = dk.grid_pairs(*views, model.loss.grid)
+    points = torch.cat([pairs.points1, pairs.points2])
+    valid = pairs.valid.repeat(2)  # once for each view
+    for tile, places, overlap in zip(tiles[0], points, valid, strict=True):
+        if overlap:
+            mark(tile, places, palette[: len(places)])
+
+    rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
+    save_image(rows, path, nrow=2 * len(panels))
+
+
+def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:
+    """Mark each point, in [0, 1], by a square of 7 x 7 pixels in its color; the tile changes."""
+    places = (points * tile.shape[-1]).int().tolist()
+    for (x, y), color in zip(places, colors, strict=True):
+        tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
+
+
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    name = "-".join([config.preset, *([config.data.resolve().name] if config.data else [])])
-    folder = config.run or Path("runs", f"densesiam-{name}")
+    check(config)
+    folder = harness.run_folder("densesiam", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
-        source = harness.image_source(config.data, scenes=4096 if config.preset == "demo" else 0)
         device = world.device
+        scenes = 4096 if config.preset == "demo" else 0
+        source = harness.image_source(config.data, scenes=scenes)
+        dataset = TwoViews(source, config)
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
-        lr = config.lr * config.batch / 256
+        peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
         model = DenseSiam(config)
-        model = timm.layers.convert_sync_batchnorm(model) if device.type == "cuda" else model
-        model.to(device, memory_format=torch.channels_last).compile(disable=not config.compile)
-        late = config.loss.region > 0  # no gradient, and no weight decay, before RegionSim begins
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=late)
-        groups = [{"params": []}, {"params": []}]  # the learning rate of the predictors stays
+        if device.type == "cuda":
+            model = timm.layers.convert_sync_batchnorm(model)
+        model.to(device, memory_format=torch.channels_last)
+        model.compile(disable=not config.compile)
+        # The heads of RegionSim have no gradient, and no weight decay, before it begins.
+        has_region = config.loss.region > 0
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_region)
+
+        predictors = []  # their learning rate stays constant
+        others = []
         for name, parameter in model.named_parameters():
-            groups["predictor" in name]["params"].append(parameter)
-        optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=config.weight_decay)
+            if "predictor" in name:
+                predictors.append(parameter)
+            else:
+                others.append(parameter)
+        groups = [{"params": others}, {"params": predictors}]
+        optimizer = torch.optim.SGD(groups, peak_lr, momentum=0.9, weight_decay=config.weight_decay)
         step = run.resume(model, optimizer)
-        options = {"world": world, "seed": config.seed, "workers": config.workers}
-        batches = partial(harness.batches, TwoViews(source, config), **options)
+
+        batches = partial(
+            harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
+        )
         preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
-        images_and_views = batches(config.batch, start=step, stop=steps)
-        bar = tqdm(
-            images_and_views, total=steps, initial=step, disable=not world.is_main, unit="step"
+
+        bar = harness.progress(
+            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
         )
         for images, views, unreadable in bar:
-            now = optimizer.param_groups[0]["lr"] = dk.cosine_schedule(step, steps, start=lr)
-            with_region = late and step >= config.loss.region_start * steps
+            lr = dk.cosine_schedule(step, steps, start=peak_lr)
+            optimizer.param_groups[0].update(lr=lr)
+
+            with_region = has_region and step >= config.loss.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                 loss, terms = ddp(images, views, with_region)
+
             optimizer.zero_grad()
             loss.backward()
-            slope = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # only measured
-            values = run.reduce(
-                step, {"loss": loss, "grad_norm": slope, **terms}
-            )  # ends if not finite
+            # An infinite norm clips nothing; the gradient norm is only measured.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            # The run ends here when a value is not finite, before the weights are touched.
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
+
             run.note_unreadable(unreadable)
-            bar.set_postfix(values, refresh=False)
+            harness.show(bar, values, ("sim", "dense", "region"))
             if step % config.log_every == 0:
-                run.log(step, **values, lr=now, unreadable=run.unreadable)
-            due, stop = step % config.save_every == 0 or step == steps, run.stop_requested()
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)
             if due or stop:
                 run.save(step, model, optimizer)
             if stop:
                 return
+
         if world.is_main:
+            method = "densesiam" if config.loss.dense else "simsiam"
             harness.save_encoder(
-                folder / "encoder.safetensors", model.encoder, architecture=config.arch, mean=MEAN,
-                std=STD, method="densesiam" if config.loss.dense else "simsiam", step=step,
-            )  # fmt: skip
+                folder / "encoder.safetensors",
+                model.encoder,
+                architecture=config.arch,
+                mean=MEAN,
+                std=STD,
+                method=method,
+                step=step,
+            )
             line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
-            print(*(line.format(**row) for row in run.rows("probe_miou")), sep="\n")
-
-
-if __name__ == "__main__":
-    harness.main(train, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+            for row in run.rows("probe_miou"):
+                print(line.format(**row))

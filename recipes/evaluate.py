@@ -8,246 +8,419 @@ Without --data it takes procedural scenes. It writes results.json, report.md (on
 protocol, with figures) and figures/. The protocols, one by one: docs/recipes/evaluate.md.
 """
 
-import json
-import statistics
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 
+# ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    encoders: Annotated[tuple[str, ...], tyro.conf.Positional]  # Run folders, timm:NAME, ...
+    # Run folders, timm:NAME, torchvision:NAME or random:NAME.
+    encoders: Annotated[tuple[str, ...], tyro.conf.Positional]
     protocol: str = "linear-seg,kmeans-seg,object-knn"  # Some of the protocols, or all.
     data: Path | None = None  # A labeled set (docs/recipes/labeled_images.md), or DAVIS.
-    layout: str = "auto"  # Of the data: folder, coco, coco-stuff, voc, ade20k, cityscapes, ...
-    mapping: Path | None = None  # Other classes for the labels' ids, as for image_sets.
-    fit: str = "train"  # Split to fit on; the gallery of neighbors.
+    layout: str = "auto"  # Layout of the data: folder, coco, coco-stuff, voc, ade20k, ...
+    mapping: Path | None = None  # JSON file that gives the set other classes.
+    fit: str = "train"  # Split to fit on, and the gallery of the nearest neighbors.
     split: str = "val"  # Split to score.
     size: tuple[int, int] = (224, 224)  # Height and width that images are resized to.
-    limit: int = 0  # At most so many images of a split, drawn at random; 0 takes all.
-    out: Path = Path("runs/evaluate")  # Folder to write.
-    seeds: int = 1  # Repeat with seeds 0, 1, ...: of random encoders, of fits, of k-means.
-    clusters: int = 0  # Of kmeans-seg; 0 is one for each class; more match many to one.
-    neighbors: int = 20  # k of all nearest-neighbor protocols but video.
-    epochs: int = 25  # Of the linear layers.
-    lr: float = 0.1  # Of the linear layers.
-    objects: int = 10  # At most so many objects of an image, drawn at random.
+    limit: int = 0  # At most this many images of a split, randomly selected; 0 takes all.
+    out: Path = Path("runs/evaluate")  # Folder to write to.
+    seeds: int = 1  # Repetitions with other seeds of random encoders, fits and k-means.
+    clusters: int = 0  # Clusters of kmeans-seg; 0 takes one for each class.
+    neighbors: int = 20  # Nearest neighbors that vote; video has its own number.
+    epochs: int = 25  # Epochs of the linear layers.
+    lr: float = 0.1  # Learning rate of the linear layers.
+    objects: int = 10  # At most this many objects of an image, randomly selected.
     cost: float = 1.0  # C of the SVM.
-    draws: int = 1000  # Of the bootstrap over images.
-    batch: int = 32  # Images at a time.
-    workers: int = 2
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    draws: int = 1000  # Draws of the bootstrap over the images.
+    batch: int = 32  # Images that are encoded at a time.
+    workers: int = 2  # Processes that read images; 0 reads in the main process.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    CONFIG = tyro.cli(Config, description=__doc__)
+def read_options() -> Config:
+    """The command line."""
+    return tyro.cli(Config, description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import evaluate as recipe
+    import harness
+
+    sys.exit(harness.main(recipe.evaluate, options))
 
 import harness
 import torch
 from downstream import image_sets
-from downstream.diagnose import ALONE, place, retrieval
-from downstream.encoders import Encoder, load_encoder
+from downstream.diagnose import DIAGNOSTICS, retrieval
+from downstream.encoders import Encoder, device_of, load_encoder
 from downstream.protocols import FITTED, Features, position_prior, video
+from downstream.report import mean_over_seeds, report_text, write_results
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 import densekit as dk
 
+PROTOCOLS = (*FITTED, *DIAGNOSTICS, "retrieval", "video")
 
-# ==== features ====================================================================================
+
+def wanted_protocols(config: Config) -> list[str]:
+    if config.protocol == "all":
+        return list(PROTOCOLS)
+    return config.protocol.split(",")
+
+
+def check(config: Config) -> None:
+    """Refuse each wrong option with a sentence of its own."""
+    harness.check(
+        len(config.encoders) > 0,
+        "No encoder is named: give run folders, timm:NAME, torchvision:NAME or random:NAME.",
+    )
+    protocols = wanted_protocols(config)
+    known = ", ".join(PROTOCOLS)
+    for name in protocols:
+        harness.check(
+            name in PROTOCOLS,
+            f"--protocol is {config.protocol}: there is no protocol {name!r}, give all or some of "
+            f"{known}.",
+        )
+    harness.check(
+        len(protocols) == len(set(protocols)),
+        f"--protocol is {config.protocol}: name each protocol once.",
+    )
+    check_data(config, protocols)
+    check_numbers(config)
+
+    disturbs = any(name in FITTED and FITTED[name].disturbed for name in protocols)
+    harness.check(
+        config.batch >= 2 or not disturbs,
+        f"--batch is {config.batch}: to disturb an object takes another image, give 2 or more.",
+    )
+    harness.check(
+        config.device != "cuda" or torch.cuda.is_available(),
+        "--device is cuda: no GPU is visible, give cpu.",
+    )
+
+
+def check_numbers(config: Config) -> None:
+    harness.check(
+        min(config.size) >= 1,
+        f"--size is {harness.as_typed(config.size)}: give a height and a width of 1 pixel or more.",
+    )
+    harness.check(config.limit >= 0, f"--limit is {config.limit}: give 0 (all images) or more.")
+    harness.check(config.seeds >= 1, f"--seeds is {config.seeds}: give 1 or more.")
+
+    harness.check(
+        config.clusters >= 0, f"--clusters is {config.clusters}: give 0 (the classes) or more."
+    )
+    harness.check(config.neighbors >= 1, f"--neighbors is {config.neighbors}: give 1 or more.")
+    harness.check(config.epochs >= 1, f"--epochs is {config.epochs}: give 1 or more.")
+    harness.check(
+        math.isfinite(config.lr) and config.lr >= 0, f"--lr is {config.lr}: give 0 or more."
+    )
+    harness.check(config.objects >= 1, f"--objects is {config.objects}: give 1 or more.")
+    harness.check(
+        math.isfinite(config.cost) and config.cost > 0,
+        f"--cost is {config.cost}: give a number above 0.",
+    )
+
+    harness.check(config.draws >= 1, f"--draws is {config.draws}: give 1 or more.")
+    harness.check(config.batch >= 1, f"--batch is {config.batch}: give 1 image or more.")
+    harness.check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
+
+
+def check_data(config: Config, protocols: list[str]) -> None:
+    harness.check(
+        config.data is None or config.data.is_dir(),
+        f"--data is {config.data}: give a folder that exists.",
+    )
+    harness.check(
+        config.data is not None or "video" not in protocols,
+        "--data is None: the protocol video needs the folder of DAVIS.",
+    )
+
+    layouts = ["auto", "scenes"] if config.data is None else ["auto", *image_sets.LAYOUTS]
+    harness.check(
+        config.layout in layouts,
+        f"--layout is {config.layout}: give one of {', '.join(layouts)}.",
+    )
+    harness.check(
+        config.mapping is None or config.mapping.is_file(),
+        f"--mapping is {config.mapping}: give a JSON file that exists.",
+    )
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"it cannot be made a folder ({error.strerror}), give another"
+        raise harness.UserError(f"--out is {out}: {problem}.") from error
+
+
+# ==== samples =====================================================================================
 class Sample(NamedTuple):
     image: Tensor  # float (3, h, w) in [0, 1], resized
-    labels: Tensor | None
-    boxes: Tensor  # in [0, 1]
-    classes: Tensor  # of the boxes
-    area: Tensor  # share of each class in the image
+    labels: Tensor | None  # the class map at its own size
+    boxes: Tensor  # (n, 4) in [0, 1]
+    classes: Tensor  # (n,): the class of each box
+    area: Tensor  # (classes,): the share of each class in the image
 
 
-class Samples:  # a labeled set at one size, as a DataLoader reads it
-    def __init__(self, data: Any, config: Config):
-        self.data, self.size, self.objects = data, config.size, config.objects
-        drawn = torch.randperm(len(data), generator=harness.generator(0))
-        count = min(config.limit or len(data), len(data))
-        self.rows = drawn[:count].sort().values.tolist()
+class Samples:
+    """A labeled set at one size, as a DataLoader reads it."""
+
+    def __init__(self, images: image_sets.ImageSet, config: Config):
+        self.images = images
+        self.classes = images.classes
+        self.size = config.size
+        self.objects = config.objects
+        count = min(config.limit or len(images), len(images))
+        order = torch.randperm(len(images), generator=harness.generator(0))
+        self.rows = order[:count].sort().values.tolist()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        item, row = self.data[self.rows[index]], self.rows[index]
+        row = self.rows[index]
+        item = self.images[row]
         h, w = item.image.shape[-2:]
         image = transforms.resize(item.image / 255, self.size, antialias=True)
-        chosen = torch.randperm(len(item.boxes), generator=harness.generator(1, row))
-        chosen = chosen[: self.objects].sort().values
-        kinds = torch.nn.functional.one_hot(item.box_classes, len(self.data.classes))
-        sizes = kinds * dk.box_area(item.boxes)[:, None] / (h * w)
-        area = torch.cat([torch.zeros(1, kinds.shape[1]), sizes]).amax(0)  # of the largest box
-        if item.labels is not None:
-            known = item.labels[item.labels != image_sets.IGNORED]
-            area = torch.bincount(known, minlength=kinds.shape[1]) / (h * w)
+
+        order = torch.randperm(len(item.boxes), generator=harness.generator(1, row))
+        chosen = order[: self.objects].sort().values
         boxes = item.boxes[chosen] / torch.tensor([w, h, w, h])
+        area = class_areas(item, len(self.classes))
         return Sample(image, item.labels, boxes, item.box_classes[chosen], area)
 
 
-def loader(samples: Samples, config: Config, title: str) -> Iterator[list[Sample]]:
-    parts = torch.arange(len(samples)).tensor_split(-(-len(samples) // config.batch))
-    found = DataLoader(
-        samples, batch_sampler=[x.tolist() for x in parts], collate_fn=list,
-        num_workers=config.workers, multiprocessing_context="fork" if config.workers else None,
-    )  # fmt: skip
-    return iter(tqdm(found, desc=title, unit="batch", leave=False))
+def class_areas(item: image_sets.Labeled, classes: int) -> Tensor:
+    """The share of each class in an image: of its pixels, or without labels of its largest box."""
+    h, w = item.image.shape[-2:]
+    if item.labels is not None:
+        known = item.labels[item.labels != image_sets.IGNORED]
+        return torch.bincount(known, minlength=classes) / (h * w)
+
+    of_boxes = dk.box_area(item.boxes)[:, None] / (h * w)
+    of_classes = torch.nn.functional.one_hot(item.box_classes, classes) * of_boxes
+    nothing = torch.zeros(1, classes)
+    return torch.cat([nothing, of_classes]).amax(0)
 
 
+def load_batches(samples: Samples, config: Config, title: str) -> Iterable[list[Sample]]:
+    """All samples in order, in batches of nearly the same size, with a progress bar."""
+    count = math.ceil(len(samples) / config.batch)
+    parts = torch.arange(len(samples)).tensor_split(count)
+    context = "fork" if config.workers else None
+    loader = DataLoader(
+        samples,
+        batch_sampler=[part.tolist() for part in parts],
+        collate_fn=list,
+        num_workers=config.workers,
+        multiprocessing_context=context,
+    )
+    return tqdm(loader, desc=title, unit="batch", leave=False)
+
+
+def open_samples(config: Config) -> tuple[Samples, Samples]:
+    """The split to fit on, and the split to score."""
+    fit = open_split("--fit", config.fit, config)
+    test = open_split("--split", config.split, config)
+    if fit.classes != test.classes:
+        raise harness.UserError("The two splits name different classes.")
+    return fit, test
+
+
+def open_split(option: str, split: str, config: Config) -> Samples:
+    try:
+        images = image_sets.open_images(config.data, config.layout, split, config.mapping)
+    except image_sets.UnknownNameError as error:
+        raise harness.UserError(f"{option} is {split}: {error}") from error
+    return Samples(images, config)
+
+
+def open_videos(config: Config) -> list[image_sets.Video]:
+    try:
+        return image_sets.open_videos(config.data, config.split)
+    except image_sets.UnknownNameError as error:
+        raise harness.UserError(f"--split is {config.split}: {error}") from error
+
+
+# ==== features ====================================================================================
 @torch.no_grad()
 def encode(
     encoder: Encoder, samples: Samples, config: Config, *, disturb: bool = False
 ) -> Features:
-    """All features of a set; disturbed: each object with another image around its box."""
-    rows: dict[str, list] = {name: [] for name in Features._fields[:-1]}
-    device, first = place(encoder), 0
-    title = f"{encoder.name}{' (disturbed)' if disturb else ''}"
-    for batch in loader(samples, config, title):
+    """All features of a split; `disturb` puts another image around the box of each object."""
+    maps = []
+    pooled = []  # of each batch, the levels
+    labels = []
+    area = []
+    objects = []
+    object_classes = []
+    object_images = []
+
+    first = 0
+    title = f"{encoder.name} (disturbed)" if disturb else encoder.name
+    for batch in load_batches(samples, config, title):
         images = torch.stack([x.image for x in batch])
         if disturb and len(images) < 2:
-            raise harness.UserError("To disturb an object takes another image: give --batch 2.")
-        levels = encoder.levels(images.to(device))
-        owner = torch.cat([torch.full((len(x.boxes),), i) for i, x in enumerate(batch)]).long()
+            raise harness.UserError(
+                f"--batch is {config.batch}: it leaves an image alone, and to disturb an object "
+                "takes another, give 2 or another number."
+            )
+        levels = encoder.levels(images.to(device_of(encoder)))
+        last = levels[-1]
+
+        owners = torch.cat([torch.full((len(x.boxes),), i) for i, x in enumerate(batch)]).long()
         boxes = torch.cat([x.boxes for x in batch])
-        for part in torch.arange(len(owner)).split(config.batch):
-            own, box = owner[part], boxes[part]
-            maps = levels[-1][own.to(device)]
+        numbers = torch.arange(len(owners))
+        for start in range(0, len(owners), config.batch):
+            part = slice(start, start + config.batch)
             if disturb:
-                others = images[(own + 1 + part % max(1, len(images) - 1)) % len(images)]
-                h, w = images.shape[-2:]
-                mask = dk.boxes_to_mask((box * torch.tensor([w, h, w, h]))[:, None], (h, w))
-                maps = encoder(dk.composite(images[own], others, mask).to(device))
-            roi = dk.roi_align(maps.float(), box[:, None].to(device), 7).features
-            rows["objects"].append(roi.mean((-2, -1))[:, 0].cpu())
-        rows["maps"].append(levels[-1].half().cpu())
-        rows["pooled"].append([x.float().mean((-2, -1)).cpu() for x in levels])
-        rows["labels"] += [x.labels for x in batch]
-        rows["area"] += [x.area for x in batch]
-        rows["object_classes"] += [x.classes for x in batch]
-        rows["object_images"].append(owner + first)
+                disturbed = disturb_objects(images, owners[part], boxes[part], numbers[part])
+                own_maps = encoder(disturbed.to(device_of(encoder)))
+            else:
+                own_maps = last[owners[part].to(last.device)]
+            objects.append(pool_boxes(own_maps, boxes[part]).cpu())
+
+        maps.append(last.half().cpu())
+        pooled.append([x.float().mean((-2, -1)).cpu() for x in levels])
+        labels += [x.labels for x in batch]
+        area += [x.area for x in batch]
+        object_classes += [x.classes for x in batch]
+        object_images.append(owners + first)
         first += len(batch)
-    pooled = [torch.cat(level) for level in zip(*rows["pooled"], strict=True)]
-    empty = torch.zeros(0, rows["maps"][0].shape[1])
+
+    no_object = torch.zeros(0, maps[0].shape[1])
     return Features(
-        torch.cat(rows["maps"]), pooled, rows["labels"], torch.stack(rows["area"]),
-        torch.cat([empty, *rows["objects"]]), torch.cat(rows["object_classes"]),
-        torch.cat(rows["object_images"]), list(samples.data.classes),
-    )  # fmt: skip
+        maps=torch.cat(maps),
+        pooled=[torch.cat(level) for level in zip(*pooled, strict=True)],
+        labels=labels,
+        area=torch.stack(area),
+        objects=torch.cat([no_object, *objects]),
+        object_classes=torch.cat(object_classes),
+        object_images=torch.cat(object_images),
+        classes=list(samples.classes),
+    )
 
 
-# ==== report ======================================================================================
-PROTOCOLS = (*FITTED, *ALONE, "retrieval", "video")
+def disturb_objects(images: Tensor, owners: Tensor, boxes: Tensor, numbers: Tensor) -> Tensor:
+    """Each object's image with another image of the batch around its box.
+
+    Args:
+        images: The batch (b, 3, h, w).
+        owners: The number of each object's image in the batch.
+        boxes: The box of each object, in [0, 1].
+        numbers: The number of each object in the batch, which chooses the other image.
+    """
+    count = len(images)
+    others = (owners + 1 + numbers % max(1, count - 1)) % count  # never the owner
+    h, w = images.shape[-2:]
+    pixel_boxes = boxes * torch.tensor([w, h, w, h])
+    inside = dk.boxes_to_mask(pixel_boxes[:, None], (h, w))
+    return dk.composite(images[owners], images[others], inside)
 
 
-def over_seeds(found: list) -> Any:
-    """Means over the seeds; an interval also gets the deviation of its value over them."""
-    if not isinstance(found[0], dict):
-        mean = statistics.fmean(found)
-        return found[0] if isinstance(found[0], int) and mean == found[0] else mean
-    means = {key: over_seeds([x[key] for x in found if key in x]) for key in found[0]}
-    if "value" in means and len(found) > 1:
-        means["over_seeds"] = statistics.stdev(x["value"] for x in found)
-    return means
+def pool_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
+    """RoIAlign of 7 x 7 cells, averaged: one row for each box, of a map of its own."""
+    rois = dk.roi_align(maps.float(), boxes[:, None].to(maps.device), 7).features
+    return rois.mean((-2, -1))[:, 0]
 
 
-def short(figures: dict) -> dict:
-    """For a table: an interval in one cell, no numbers of single classes."""
-    cells = {}
-    for name, x in figures.items():
-        if isinstance(x, dict) and "value" in x:
-            spread = f" ± {x['over_seeds']:.3f}" if "over_seeds" in x else ""
-            cells[name] = f"{x['value']:.3f}{spread} [{x['low']:.3f}, {x['high']:.3f}]"
-        elif name != "iou":
-            cells[name] = short(x) if isinstance(x, dict) else x
-    return cells
+# ==== evaluation ==================================================================================
+class Evaluation:
+    """One encoder on the data. Its features are made once, when a protocol asks for them."""
 
+    def __init__(self, encoder: Encoder, samples: Any, videos: Any, config: Config, seed: int):
+        self.encoder = encoder
+        self.samples = samples  # the split to fit on and the split to score; None for video alone
+        self.videos = videos
+        self.config = config
+        self.seed = seed
+        self.made: dict[bool, tuple[Features, Features]] = {}  # disturbed or not
 
-def report(results: dict, config: Config) -> str:
-    data, size = config.data or "procedural scenes", f"{config.size[0]} x {config.size[1]}"
-    seeds = f"; mean over {config.seeds} seeds ± their deviation" if config.seeds > 1 else ""
-    lines = ["# Evaluation", "", f"`{data}`, split {config.split}, images at {size}{seeds}; "
-             "[95 % interval of a bootstrap over the images].", ""]  # fmt: skip
-    for protocol in [x for x in PROTOCOLS if any(x in found for found in results.values())]:
-        rows = {name: found[protocol] for name, found in results.items() if protocol in found}
-        lines += [f"## {protocol}", "", dk.as_table({x: short(y) for x, y in rows.items()}), ""]
-        if any("iou" in x for x in rows.values()):
-            lines += [dk.as_table({x: y["iou"] for x, y in rows.items() if "iou" in y}), ""]
-    for path in sorted((config.out / "figures").glob("*.png")):
-        lines += [f"![{path.stem}](figures/{path.name})", ""]
-    return "\n".join(lines)
+    def features(self, *, disturb: bool) -> tuple[Features, Features]:
+        """The features of the split to fit on and of the split to score."""
+        if disturb not in self.made:
+            fit, test = self.samples
+            fit_features = encode(self.encoder, fit, self.config, disturb=disturb)
+            test_features = encode(self.encoder, test, self.config, disturb=disturb)
+            self.made[disturb] = fit_features, test_features
+        return self.made[disturb]
 
-
-def score(encoder: Encoder, wanted: list[str], sets: Any, config: Config, seed: int, prior: dict):
-    """(protocol, figures) one by one; features are made once, the prior in the first run."""
-    fit: Any
-    test: Any
-    fit, test = sets or (None, None)  # video reads its own
-    features: dict[bool, list] = {}
-    for protocol in wanted:
-        disturb, figures = protocol.startswith("disturbed"), config.out / "figures"
+    def score(self, protocol: str) -> dict:
+        """The figures of a protocol."""
+        folder = self.config.out / "figures"
         if protocol == "video":
-            yield protocol, video(encoder, config)
-        elif protocol in ALONE:
-            batches = loader(test, config, f"{encoder.name} {protocol}")
-            yield protocol, ALONE[protocol](encoder, batches, config, figures)
-        else:
-            if disturb not in features:
-                features[disturb] = [
-                    encode(encoder, x, config, disturb=disturb) for x in (fit, test)
-                ]
-            pair = features[disturb]
-            if protocol == "retrieval":
-                yield protocol, retrieval(encoder, lambda i: test[i].image, pair[1], figures)
-                continue
-            yield protocol, FITTED[protocol](*pair, config, seed)
-            if protocol.endswith("-seg") and protocol not in prior:
-                prior[protocol] = dk.as_dict(position_prior(*pair, config))
+            return video(self.encoder, self.videos, self.config)
+        if protocol == "retrieval":
+            test = self.samples[1]
+            features = self.features(disturb=False)[1]
+            return retrieval(self.encoder, lambda i: test[i].image, features, folder)
+        if protocol in DIAGNOSTICS:
+            title = f"{self.encoder.name} {protocol}"
+            batches = load_batches(self.samples[1], self.config, title)
+            return DIAGNOSTICS[protocol](self.encoder, batches, self.config, folder)
+        chosen = FITTED[protocol]
+        fit, test = self.features(disturb=chosen.disturbed)
+        return chosen.score(fit, test, self.config, self.seed)
+
+    def score_prior(self) -> dict:
+        """The figures of the position prior, which looks at no image."""
+        fit, test = self.features(disturb=False)
+        return position_prior(fit, test, self.config)
 
 
+def check_size(encoder: Encoder, config: Config) -> None:
+    """Images must consist of whole cells of the encoder."""
+    harness.check(
+        all(side % encoder.stride == 0 for side in config.size),
+        f"--size is {harness.as_typed(config.size)}: {encoder.name} takes multiples of "
+        f"{encoder.stride}.",
+    )
+
+
+# ==== loop ========================================================================================
 def evaluate(config: Config) -> None:
-    wanted = list(PROTOCOLS) if config.protocol == "all" else config.protocol.split(",")
-    if unknown := [x for x in wanted if x not in PROTOCOLS]:
-        raise harness.UserError(f"There is no protocol {unknown[0]!r}: {', '.join(PROTOCOLS)}.")
-    if min(config.seeds, config.batch, config.draws, *config.size) < 1 or not config.encoders:
-        raise harness.UserError("Give an encoder, and 1 or more seeds, draws, batch and size.")
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    options = {"layout": config.layout, "mapping": config.mapping}
-    splits = (config.fit, config.split) if wanted != ["video"] else ()
-    sets = [image_sets.open_images(config.data, split=x, **options) for x in splits]
-    if len(sets) == 2 and sets[0].classes != sets[1].classes:
-        raise harness.UserError("The two splits name different classes.")
-    sets = [Samples(x, config) for x in sets]
-    results: dict[str, dict] = {"position prior": {}}
-    seeds: dict[str, dict] = {}
+    check(config)
+    make_folder(config.out)
+    protocols = wanted_protocols(config)
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    videos = open_videos(config) if "video" in protocols else None
+    samples = open_samples(config) if protocols != ["video"] else None
+
+    prior: dict[str, dict] = {}
+    results = {"position prior": prior}
+    seeds = {}
+
     for name in config.encoders:
-        runs: dict[str, list] = {}
+        found = defaultdict(list)  # by protocol, the figures of each seed
         for seed in range(config.seeds):
-            encoder = load_encoder(name, seed=seed).to("cuda" if cuda else "cpu")
-            if any(x % encoder.stride for x in config.size):
-                size = f"--size {config.size[0]} {config.size[1]}"
-                what = f"whole cells of {name}: give multiples of {encoder.stride}"
-                raise harness.UserError(f"{size} is not in {what}.")
-            prior = results["position prior"]
-            for protocol, found in score(encoder, wanted, sets, config, seed, prior):
-                runs.setdefault(protocol, []).append(dk.as_dict(found))
-        results[name] = {protocol: over_seeds(found) for protocol, found in runs.items()}
-        seeds[name] = runs
-        config.out.mkdir(parents=True, exist_ok=True)
-        facts = {"config": asdict(config), "results": results, "seeds": seeds}
-        text = json.dumps(facts, indent=2, default=str) + "\n"
-        harness.write(config.out / "results.json", text.encode())  # after each: nothing is lost
-        harness.write(config.out / "report.md", report(results, config).encode())
-    print(report(results, config))
+            encoder = load_encoder(name, seed=seed).to("cuda" if use_cuda else "cpu")
+            check_size(encoder, config)
+            evaluation = Evaluation(encoder, samples, videos, config, seed)
+            for protocol in protocols:
+                found[protocol].append(dk.as_dict(evaluation.score(protocol)))
+                has_prior = protocol in FITTED and FITTED[protocol].has_prior
+                if has_prior and protocol not in prior:  # in the cells of the first encoder
+                    prior[protocol] = dk.as_dict(evaluation.score_prior())
 
-
-if __name__ == "__main__":
-    harness.main(evaluate, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]
+        results[name] = {protocol: mean_over_seeds(figures) for protocol, figures in found.items()}
+        seeds[name] = found
+        # Files are written after each encoder, so that nothing is lost.
+        write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
+    print(report_text(results, PROTOCOLS, config))

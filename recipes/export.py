@@ -1,11 +1,13 @@
-"""A checkpoint's encoder for another framework: its names, its color order, its normalization.
+"""Write a checkpoint's encoder for another framework: under its names, in its color order.
 
     python recipes/export.py runs/dupr-coco --to detectron2 --out dupr.pkl
     python recipes/export.py runs/croc-coco/encoder.safetensors --to onnx --out croc.onnx
 
-Prints the lines that load it there, which FILE.json keeps. More: docs/recipes/export.md.
+It prints the lines that load the file there, and keeps them in FILE.json.
+More: docs/recipes/export.md.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,18 +15,30 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 
+# ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
     checkpoint: tyro.conf.Positional[str]  # A run folder, encoder.safetensors, or timm:NAME.
     to: Literal["torchvision", "timm", "detectron2", "mmdetection", "mmsegmentation", "onnx"]
-    out: Path  # The file to write; beside it FILE.json says how to load it.
-    color_order: Literal["rgb", "bgr"] | None = None  # It takes; else bgr for detectron2 alone.
-    normalize: bool = True  # For onnx: inside the file, which takes images in [0, 1].
-    overwrite: bool = False  # Replace FILE.
+    out: Path  # File to write; FILE.json beside it says how to load it.
+    color_order: Literal["rgb", "bgr"] | None = None  # Default bgr for detectron2, rgb otherwise.
+    normalize: bool = True  # An ONNX file normalizes its images, and takes them in [0, 1].
+    overwrite: bool = False  # Replaces FILE.
 
 
-if __name__ == "__main__":  # the arguments before torch: --help answers at once
-    CONFIG = tyro.cli(Config, description=__doc__)
+def read_options() -> Config:
+    """The command line."""
+    return tyro.cli(Config, description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. The rest of
+    # this file then runs as a module.
+    options = read_options()
+    import export as recipe
+    import harness
+
+    sys.exit(harness.main(recipe.export, options))
 
 import io
 import json
@@ -32,8 +46,6 @@ import os
 import pickle
 import re
 import warnings
-from contextlib import suppress
-from itertools import chain
 
 import harness
 import numpy as np
@@ -44,82 +56,197 @@ from downstream.encoders import TINY, Encoder, load_encoder
 from harness import UserError
 from torch import Tensor, nn
 
-# ---- names: from timm's, whose ResNets have torchvision's ----------------------------------------
-SUFFIXES = {"timm": (".safetensors", ".pth"), "detectron2": (".pkl",), "onnx": (".onnx",)}
-TORCHVISION_VIT = {  # pattern: replacement, one after another
-    r"^cls_token": "class_token", r"^pos_embed": "encoder.pos_embedding",
-    r"^patch_embed\.proj": "conv_proj", r"^norm\.": "encoder.ln.",
-    r"^blocks\.(\d+)": r"encoder.layers.encoder_layer_\1", r"\.norm(\d)": r".ln_\1",
-    r"\.attn\.qkv\.": ".self_attention.in_proj_", r"\.attn\.proj": ".self_attention.out_proj",
-    r"\.mlp\.fc1": ".mlp.0", r"\.mlp\.fc2": ".mlp.3",
-}  # fmt: skip
+SUFFIXES = {
+    "torchvision": (".pth",),
+    "timm": (".safetensors", ".pth"),
+    "detectron2": (".pkl",),
+    "mmdetection": (".pth",),
+    "mmsegmentation": (".pth",),
+    "onnx": (".onnx",),
+}
+# These read images in [0, 255], in either color order; the others read RGB images in [0, 1].
+READ_BYTES = ("detectron2", "mmdetection", "mmsegmentation")
+
+
+def check(config: Config) -> None:
+    """Refuse each wrong option with a sentence of its own, before anything is loaded."""
+    out = config.out
+    to = config.to
+    suffixes = " or ".join(SUFFIXES[to])
+
+    harness.check(
+        out.suffix in SUFFIXES[to], f"--out is {out}: give a file that ends in {suffixes} for {to}."
+    )
+    harness.check(
+        out.parent.is_dir() and os.access(out.parent, os.W_OK),
+        f"--out is {out}: {out.parent} is not a folder to write to, give another.",
+    )
+    for file in (out, side_car_of(out)):
+        harness.check(
+            config.overwrite or not file.exists(),
+            f"--out is {out}: {file} exists, add --overwrite or give another name.",
+        )
+        harness.check(not file.is_dir(), f"--out is {out}: {file} is a folder, give another name.")
+
+    harness.check(
+        config.color_order != "bgr" or to in READ_BYTES,
+        f"--color-order is bgr: networks of {to} take RGB images, give rgb.",
+    )
+    harness.check(
+        config.normalize or to == "onnx",
+        f"--no-normalize is given: a file for {to} holds only weights, give it for onnx alone.",
+    )
+
+
+def side_car_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+# ==== names =======================================================================================
+# Each table renames weights from timm's names, which torchvision's ResNets share. A row is a
+# pattern and its replacement; the rows are applied one after another.
+TORCHVISION_VIT = {
+    r"^cls_token": "class_token",
+    r"^pos_embed": "encoder.pos_embedding",
+    r"^patch_embed\.proj": "conv_proj",
+    r"^norm\.": "encoder.ln.",
+    r"^blocks\.(\d+)": r"encoder.layers.encoder_layer_\1",
+    r"\.norm(\d)": r".ln_\1",
+    r"\.attn\.qkv\.": ".self_attention.in_proj_",
+    r"\.attn\.proj": ".self_attention.out_proj",
+    r"\.mlp\.fc1": ".mlp.0",
+    r"\.mlp\.fc2": ".mlp.3",
+}
 MMSEGMENTATION_VIT = {
-    r"^patch_embed\.proj": "patch_embed.projection", r"^norm\.": "ln1.", r"^blocks": "layers",
-    r"\.norm(\d)": r".ln\1", r"\.attn\.qkv\.": ".attn.attn.in_proj_",
-    r"\.attn\.proj": ".attn.attn.out_proj", r"\.mlp\.fc1": ".ffn.layers.0.0",
+    r"^patch_embed\.proj": "patch_embed.projection",
+    r"^norm\.": "ln1.",
+    r"^blocks": "layers",
+    r"\.norm(\d)": r".ln\1",
+    r"\.attn\.qkv\.": ".attn.attn.in_proj_",
+    r"\.attn\.proj": ".attn.attn.out_proj",
+    r"\.mlp\.fc1": ".ffn.layers.0.0",
     r"\.mlp\.fc2": ".ffn.layers.1",
-}  # fmt: skip
+}
 DETECTRON2 = {
-    r"^(?!layer)": "stem.", r"^layer1": "res2", r"^layer2": "res3", r"^layer3": "res4",
-    r"^layer4": "res5", r"bn(\d)": r"conv\1.norm", r"downsample\.0": "shortcut",
+    r"^(?!layer)": "stem.",
+    r"^layer1": "res2",
+    r"^layer2": "res3",
+    r"^layer3": "res4",
+    r"^layer4": "res5",
+    r"bn(\d)": r"conv\1.norm",
+    r"downsample\.0": "shortcut",
     r"downsample\.1": "shortcut.norm",
-}  # fmt: skip
+}
 
 
 def rename(weights: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
     """The same tensors by their new names."""
-    for pattern, new in table.items():
-        weights = {re.sub(pattern, new, name): value for name, value in weights.items()}
+    for pattern, replacement in table.items():
+        weights = {re.sub(pattern, replacement, name): x for name, x in weights.items()}
     return weights
 
 
-# ---- does it fit? --------------------------------------------------------------------------------
-def plain_vit(network: Any) -> dict[str, Any]:
-    """The sizes of a ViT, as torchvision calls them; nothing for another network."""
-    with suppress(AttributeError):
-        patches, block = network.patch_embed, network.blocks[0]
+# ==== sizes =======================================================================================
+class ResNetSizes(NamedTuple):
+    depth: int
+    groups: int  # of the 3 x 3 convolution of a block
+    width: int  # channels of a group in the first level
+
+
+def resnet_sizes(encoder: Encoder) -> ResNetSizes:
+    conv = encoder.network.layer1[0].conv2
+    depth = int(re.findall(r"\d+", encoder.architecture)[0])  # 50 of wide_resnet50_2
+    return ResNetSizes(depth, conv.groups, conv.out_channels // conv.groups)
+
+
+def vit_sizes(network: Any) -> dict[str, Any] | None:
+    """The sizes of a ViT, by torchvision's names for them; None for another network."""
+    try:
+        patches = network.patch_embed
+        block = network.blocks[0]
         return {
-            "image_size": patches.img_size[0], "patch_size": patches.patch_size[0],
-            "num_layers": len(network.blocks), "num_heads": block.attn.num_heads,
-            "hidden_dim": network.embed_dim, "mlp_dim": block.mlp.fc1.out_features,
-        }  # fmt: skip
-    return {}
+            "image_size": patches.img_size[0],
+            "patch_size": patches.patch_size[0],
+            "num_layers": len(network.blocks),
+            "num_heads": block.attn.num_heads,
+            "hidden_dim": network.embed_dim,
+            "mlp_dim": block.mlp.fc1.out_features,
+        }
+    except AttributeError:
+        return None
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest, in units of the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+def torchvision_name(encoder: Encoder) -> str:
+    """resnet50 of timm's resnet50.a1_in1k."""
+    return encoder.architecture.split(".")[0]
 
 
-@torch.no_grad()
+# ==== does it fit? ================================================================================
 def check_fit(encoder: Encoder, to: str) -> None:
-    """Refuse what torchvision's own network, which all four frameworks share, does not compute."""
-    network, models = encoder.network, torchvision.models
-    wide = "" if to.startswith("mm") else "wide_"  # OpenMMLab has none
-    names = [x for x in models.list_models(models) if x.removeprefix(wide).startswith("resne")]
-    vits = to in ("torchvision", "mmsegmentation")
-    name, sizes = encoder.architecture.split(".")[0], plain_vit(network) if vits else {}
-    if not sizes and name not in names:
-        takes = ", ".join(names) + " and plain ViTs" * vits
-        raise UserError(f"{to} has no equal of {encoder.architecture}: it takes {takes}.")
-    side, table = (sizes["image_size"], TORCHVISION_VIT) if sizes else (64, {})
+    """Refuse a network that the framework would compute differently.
+
+    torchvision's own network stands for all four frameworks, since they share its arithmetic.
+    """
+    takes_vits = to in ("torchvision", "mmsegmentation")
+    sizes = vit_sizes(encoder.network) if takes_vits else None
+    if sizes:
+        side = sizes["image_size"]
+        table = TORCHVISION_VIT
+    else:
+        side = 64
+        table = {}
+        check_resnet_name(encoder, to, takes_vits=takes_vits)
+
     images = torch.randn(1, 3, side, side, generator=harness.generator(0))
     try:
         with torch.device("meta"):  # no time for weights that are replaced
-            other: Any = models.VisionTransformer(**sizes) if sizes else models.get_model(name)
-        setattr(other, "heads" if sizes else "fc", nn.Identity())
-        other.load_state_dict(rename(network.state_dict(), table), assign=True)
-        gap = difference(other.eval()(images), network(images))
+            other = build_torchvision(encoder, sizes)
+        other.load_state_dict(rename(encoder.network.state_dict(), table), assign=True)
+        with torch.no_grad():
+            gap = difference(other.eval()(images), encoder.network(images))
     except (RuntimeError, AssertionError) as error:
         detail = str(error).splitlines()[-1].strip(" \t.")[:200]
         raise UserError(f"{encoder.architecture} is not as {to} has it: {detail}.") from error
+
     if not gap < 1e-5:
         raise UserError(f"{encoder.architecture} gives other features in {to}, by {gap:.1e}.")
 
 
-# ---- frameworks: the content of the file, and the lines that load it there -----------------------
+def check_resnet_name(encoder: Encoder, to: str, *, takes_vits: bool) -> None:
+    """Refuse what is no ResNet of torchvision; OpenMMLab has no wide ones."""
+    beginnings = ("resnet", "resnext", "wide_resnet")
+    if to in ("mmdetection", "mmsegmentation"):
+        beginnings = ("resnet", "resnext")
+    known = torchvision.models.list_models(torchvision.models)
+    names = [name for name in known if name.startswith(beginnings)]
+    if torchvision_name(encoder) not in names:
+        takes = ", ".join(names)
+        if takes_vits:
+            takes += " and plain ViTs"
+        raise UserError(f"{to} has no equal of {encoder.architecture}: it takes {takes}.")
+
+
+def build_torchvision(encoder: Encoder, sizes: dict[str, Any] | None) -> nn.Module:
+    """The network of torchvision, without its head: a ViT of these sizes, or a ResNet."""
+    network: Any
+    if sizes:
+        network = torchvision.models.VisionTransformer(**sizes)
+        network.heads = nn.Identity()
+    else:
+        network = torchvision.models.get_model(torchvision_name(encoder))
+        network.fc = nn.Identity()
+    return network
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# ==== frameworks ==================================================================================
+# Each function gives the content of the file, and the lines that load it in the framework.
 class Job(NamedTuple):
-    path: str
+    path: str  # of the file to write
     encoder: Encoder
     weights: dict[str, Tensor]
     order: str  # RGB or BGR: of the images that the network takes
@@ -127,65 +254,98 @@ class Job(NamedTuple):
     std: list[float]
 
 
-def resnet_sizes(encoder: Encoder) -> tuple[int, int, int]:
-    """The depth, the groups of a block and the width of a group."""
-    conv = encoder.network.layer1[0].conv2
-    depth = int(re.findall(r"\d+", encoder.architecture)[0])
-    return depth, conv.groups, conv.out_channels // conv.groups
-
-
 def to_torchvision(job: Job) -> tuple[Any, str]:
-    name, sizes = job.encoder.architecture.split(".")[0], plain_vit(job.encoder.network)
-    sizes_given = ", ".join(f"{key}={value}" for key, value in sizes.items())
-    lines = f"""network = torchvision.models.{"VisionTransformer" if sizes else name}({sizes_given})
+    sizes = vit_sizes(job.encoder.network)
+    if sizes:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        call = f"torchvision.models.VisionTransformer({given})"
+        head = "heads"
+        weights = rename(job.weights, TORCHVISION_VIT)
+    else:
+        call = f"torchvision.models.{torchvision_name(job.encoder)}()"
+        head = "fc"
+        weights = job.weights
+
+    lines = f"""network = {call}
 weights = torch.load({job.path!r}, weights_only=True)
-network.load_state_dict(weights, strict=False)  # all but {"heads" if sizes else "fc"}"""
-    return rename(job.weights, TORCHVISION_VIT if sizes else {}), lines
+network.load_state_dict(weights, strict=False)  # all but {head}"""
+    return weights, lines
 
 
 def to_timm(job: Job) -> tuple[Any, str]:
-    name, options = TINY.get(job.encoder.architecture, (job.encoder.architecture, {}))
+    architecture = job.encoder.architecture
+    name, options = TINY.get(architecture, (architecture, {}))
     given = "".join(f", {key}={value!r}" for key, value in options.items())
-    call, cfg = f"timm.create_model({name!r}{given}", {"file": job.path, "custom_load": False}
+    call = f"timm.create_model({name!r}{given}"
+    overlay = {"file": job.path, "custom_load": False}
     lines = f"""network = {call}, num_classes=0, checkpoint_path={job.path!r})  # or, with a head:
-network = {call}, num_classes=10, pretrained=True, pretrained_cfg_overlay={cfg})"""
+network = {call}, num_classes=10, pretrained=True, pretrained_cfg_overlay={overlay})"""
     return job.weights, lines
 
 
 def to_detectron2(job: Job) -> tuple[Any, str]:
-    (depth, groups, width), path = resnet_sizes(job.encoder), json.dumps(job.path)
+    depth, groups, width = resnet_sizes(job.encoder)
     sizes = f"DEPTH: {depth}, NUM_GROUPS: {groups}, WIDTH_PER_GROUP: {width}"
+    out_channels = 256 if depth > 34 else 64
+    path = json.dumps(job.path)
     lines = f"""MODEL:
   WEIGHTS: {path}
   PIXEL_MEAN: {job.mean}
   PIXEL_STD: {job.std}
-  RESNETS: {{{sizes}, RES2_OUT_CHANNELS: {256 if depth > 34 else 64}, STRIDE_IN_1X1: False}}
+  RESNETS: {{{sizes}, RES2_OUT_CHANNELS: {out_channels}, STRIDE_IN_1X1: False}}
 INPUT: {{FORMAT: {job.order}}}"""
-    weights = rename(job.weights, DETECTRON2)
-    arrays = {k: v.numpy() for k, v in weights.items() if "num_batches" not in k}  # as in theirs
+
+    arrays = {}
+    for name, value in rename(job.weights, DETECTRON2).items():
+        if "num_batches" not in name:  # its frozen norms have no such number
+            arrays[name] = value.numpy()
     return {"model": arrays, "__author__": "densekit", "matching_heuristics": True}, lines
 
 
 def to_openmmlab(job: Job) -> tuple[Any, str]:
-    if sizes := plain_vit(job.encoder.network):
-        weights, width = rename(job.weights, MMSEGMENTATION_VIT), sizes["hidden_dim"]
-        backbone = {key: sizes[key] for key in ("patch_size", "num_layers", "num_heads")}
-        backbone |= {"type": "VisionTransformer", "img_size": sizes["image_size"]}
-        backbone |= {"embed_dims": width, "mlp_ratio": sizes["mlp_dim"] // width}
-        backbone |= {"final_norm": True, "norm_cfg": {"type": "LN", "eps": 1e-6}}
-        if sizes["mlp_dim"] % width:
-            raise UserError("A ViT of mmsegmentation has an MLP of a whole number of widths.")
+    sizes = vit_sizes(job.encoder.network)
+    if sizes:
+        weights = rename(job.weights, MMSEGMENTATION_VIT)
+        backbone = openmmlab_vit(sizes)
     else:
-        weights, (depth, groups, width) = job.weights, resnet_sizes(job.encoder)
-        backbone = {"type": "ResNet", "depth": depth, "style": "pytorch"}
-        backbone |= {"type": "ResNeXt", "groups": groups, "base_width": width} if groups > 1 else {}
-    backbone |= {"init_cfg": {"type": "Pretrained", "checkpoint": job.path}}
-    images = {"mean": job.mean, "std": job.std, "bgr_to_rgb": job.order == "RGB"}  # it reads BGR
+        weights = job.weights
+        backbone = openmmlab_resnet(job.encoder)
+
+    backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": job.path}
+    reads_rgb = job.order == "RGB"  # OpenMMLab reads BGR, and turns it round for these
+    images = {"mean": job.mean, "std": job.std, "bgr_to_rgb": reads_rgb}
     lines = f"model = dict(\n    data_preprocessor={images},\n    backbone={backbone},\n)"
     return {"state_dict": weights, "meta": {"author": "densekit"}}, lines
 
 
-class Levels(nn.Sequential):  # what an ONNX file holds: images in, the maps of all levels out
+def openmmlab_vit(sizes: dict[str, Any]) -> dict[str, Any]:
+    width = sizes["hidden_dim"]
+    if sizes["mlp_dim"] % width:
+        raise UserError("A ViT of mmsegmentation has an MLP of a whole number of widths.")
+    return {
+        "patch_size": sizes["patch_size"],
+        "num_layers": sizes["num_layers"],
+        "num_heads": sizes["num_heads"],
+        "type": "VisionTransformer",
+        "img_size": sizes["image_size"],
+        "embed_dims": width,
+        "mlp_ratio": sizes["mlp_dim"] // width,
+        "final_norm": True,
+        "norm_cfg": {"type": "LN", "eps": 1e-6},
+    }
+
+
+def openmmlab_resnet(encoder: Encoder) -> dict[str, Any]:
+    depth, groups, width = resnet_sizes(encoder)
+    if groups == 1:
+        return {"type": "ResNet", "depth": depth, "style": "pytorch"}
+    more = {"groups": groups, "base_width": width}
+    return {"type": "ResNeXt", "depth": depth, "style": "pytorch", **more}
+
+
+class Levels(nn.Sequential):
+    """What an ONNX file holds: images in, the maps of all levels out."""
+
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         return tuple(self[0].levels(input))
 
@@ -196,40 +356,71 @@ def to_onnx(job: Job) -> tuple[Any, str]:
         import onnxscript  # noqa: F401  which the exporter needs
     except ImportError as error:
         raise UserError(f"{error}: pip install onnx onnxscript onnxruntime.") from error
-    s, draws, model = job.encoder.stride, harness.generator(0), Levels(job.encoder).eval()
-    shapes = (2, 3, 4 * s, 6 * s), (1, 3, 6 * s, 4 * s), (3, 3, 224, 224)
+
+    stride = job.encoder.stride
+    shapes = [(2, 3, 4 * stride, 6 * stride), (1, 3, 6 * stride, 4 * stride), (3, 3, 224, 224)]
+    draws = harness.generator(0)
     batches = [torch.rand(shape, generator=draws) for shape in shapes]
+    model = Levels(job.encoder).eval()
+
     try:
-        expected = [model(x) for x in batches]
-        outputs = [f"level{i}" for i in range(5 - len(expected[0]), 5)]
-        with warnings.catch_warnings(action="ignore"):  # of the exporter about its own parts
-            program: Any = torch.onnx.export(
-                model, (batches[0],), input_names=["images"], output_names=outputs, dynamo=True,
-                dynamic_shapes=(dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), verbose=False,
-            )  # fmt: skip
-        content = program.model_proto.SerializeToString()
+        expected = [model(images) for images in batches]
+        levels = len(expected[0])
+        names = [f"level{number}" for number in range(5 - levels, 5)]  # the last one is level4
+        content = export_program(model, batches[0], names)
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        found = [session.run(None, {"images": x.numpy()}) for x in batches]
+        found = [session.run(None, {"images": images.numpy()}) for images in batches]
     except Exception as error:  # whatever it is that the exporter cannot express
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{job.encoder.architecture} does not go to ONNX: {problem}") from error
-    pairs = zip(chain(*found), chain(*expected), strict=True)
-    gap = torch.tensor([difference(torch.tensor(a), b) for a, b in pairs]).max()
+
+    gap = largest_difference(found, expected)
     print(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
     if not gap < 1e-4:
         raise UserError("That is more than 1e-4: nothing was written.")
+
+    outputs = ", ".join(names)
     lines = f"""session = onnxruntime.InferenceSession({job.path!r})
-maps = session.run(None, {{"images": images}})  # sides: multiples of {s}; {", ".join(outputs)}"""
+maps = session.run(None, {{"images": images}})  # sides: multiples of {stride}; {outputs}"""
     return content, lines
 
 
+def export_program(model: nn.Module, images: Tensor, names: list[str]) -> bytes:
+    """The ONNX file of a model, for images of any number, height and width."""
+    free = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings(action="ignore"):  # of the exporter about its own parts
+        program: Any = torch.onnx.export(
+            model,
+            (images,),
+            input_names=["images"],
+            output_names=names,
+            dynamo=True,
+            dynamic_shapes=({0: free, 2: free, 3: free},),
+            verbose=False,
+        )
+    return program.model_proto.SerializeToString()
+
+
+def largest_difference(found: list, expected: list) -> Tensor:
+    """The largest difference of any level of any batch; NaN where there is one."""
+    gaps = []
+    for found_levels, expected_levels in zip(found, expected, strict=True):
+        for array, level in zip(found_levels, expected_levels, strict=True):
+            gaps.append(difference(torch.tensor(array), level))
+    return torch.tensor(gaps).max()
+
+
 FRAMEWORKS = {
-    "torchvision": to_torchvision, "timm": to_timm, "detectron2": to_detectron2,
-    "mmdetection": to_openmmlab, "mmsegmentation": to_openmmlab, "onnx": to_onnx,
-}  # fmt: skip
+    "torchvision": to_torchvision,
+    "timm": to_timm,
+    "detectron2": to_detectron2,
+    "mmdetection": to_openmmlab,
+    "mmsegmentation": to_openmmlab,
+    "onnx": to_onnx,
+}
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ==== files =======================================================================================
 class Pickler(pickle.Pickler):
     """Writes arrays so that any numpy reads them; versions before 1.26 do not know numpy 2's."""
 
@@ -239,57 +430,83 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
+def file_bytes(content: Any, suffix: str) -> bytes:
+    """The bytes of a file with this suffix."""
+    if suffix == ".onnx":
+        return content
+    if suffix == ".safetensors":
+        return safetensors.torch.save(content, {"format": "pt"})
+    buffer = io.BytesIO()
+    if suffix == ".pkl":
+        Pickler(buffer, protocol=4).dump(content)
+    else:
+        torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+# ==== the command =================================================================================
 def load(config: Config) -> Encoder:
     """The encoder, if it can go there."""
-    name, to, encoder = config.checkpoint, config.to, load_encoder(config.checkpoint)
+    name = config.checkpoint
+    encoder = load_encoder(name)
     if not all(x.isfinite().all() for x in encoder.state_dict().values()):
         raise UserError(f"{name} has infinite or NaN weights: its training has diverged.")
-    if to != "onnx" and not encoder.by_timm:
+    if config.to != "onnx" and not encoder.by_timm:
         raise UserError(f"{name} is no network of timm: export timm:{encoder.architecture}.")
-    if to not in ("timm", "onnx"):
-        check_fit(encoder, to)
+    if config.to not in ("timm", "onnx"):
+        check_fit(encoder, config.to)
     return encoder
 
 
+def make_job(encoder: Encoder, config: Config) -> Job:
+    """The weights and the normalization in the color order that the framework reads."""
+    white = white_of(config.to)
+    mean = [round(white * x, 6) for x in encoder.mean]
+    std = [round(white * x, 6) for x in encoder.std]
+    weights = {name: value.clone() for name, value in encoder.network.state_dict().items()}
+
+    order = config.color_order or ("bgr" if config.to == "detectron2" else "rgb")
+    if order == "bgr":
+        first = next(name for name, value in weights.items() if value.ndim == 4)
+        weights[first] = weights[first].flip(1)  # the input channels of the first convolution
+        mean.reverse()
+        std.reverse()
+    return Job(str(config.out), encoder, weights, order.upper(), mean, std)
+
+
+def white_of(to: str) -> int:
+    """The value of white in the images that a framework reads."""
+    return 255 if to in READ_BYTES else 1
+
+
 def export(config: Config) -> None:
-    out, to, ends = config.out, config.to, SUFFIXES.get(config.to, (".pth",))
-    side_car = out.with_name(f"{out.name}.json")
-    if out.suffix not in ends:
-        raise UserError(f"--out {out} should end in {' or '.join(ends)} for {to}.")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out.parent} is not a folder to write to: name another with --out.")
-    if (out.exists() or side_car.exists()) and not config.overwrite:
-        raise UserError(f"{out} or its .json exists: add --overwrite, or name another with --out.")
-    top = 255 if to in ("detectron2", "mmdetection", "mmsegmentation") else 1  # value of white
-    if config.color_order == "bgr" and top == 1:
-        raise UserError(f"Networks of {to} take RGB images: --color-order bgr is refused.")
-    if not config.normalize and to != "onnx":
-        raise UserError(f"--no-normalize is for onnx: a file for {to} only holds weights.")
+    check(config)
     encoder = load(config)
-    order = (config.color_order or ("bgr" if to == "detectron2" else "rgb")).upper()
-    mean, std = ([round(top * x, 6) for x in y] for y in (encoder.mean, encoder.std))
-    weights = {k: v.clone() for k, v in encoder.network.state_dict().items()}
-    if order == "BGR":
-        first = next(k for k, v in weights.items() if v.ndim == 4)
-        mean, std, weights[first] = mean[::-1], std[::-1], weights[first].flip(1)
-    if not config.normalize:
-        encoder.mean, encoder.std = (0.0,) * 3, (1.0,) * 3
-    content, lines = FRAMEWORKS[to](Job(str(out), encoder, weights, order, mean, std))
-    buffer = io.BytesIO(content if to == "onnx" else b"")
-    if out.suffix == ".pkl":
-        Pickler(buffer, protocol=4).dump(content)
-    elif out.suffix == ".pth":
-        torch.save(content, buffer)
-    elif out.suffix == ".safetensors":
-        buffer.write(safetensors.torch.save(content, {"format": "pt"}))
-    images = {"color_order": order, "white": top, "mean": mean, "std": std}
-    images |= {"normalized_inside": True} if to == "onnx" and config.normalize else {}
-    facts = {"architecture": encoder.architecture, "checkpoint": encoder.name, "format": to}
-    facts = {**encoder.facts, **facts, **images, "load": lines.splitlines()}
-    harness.write(side_car, (json.dumps(facts, indent=2) + "\n").encode())
-    harness.write(out, buffer.getvalue())
+    job = make_job(encoder, config)
+    if not config.normalize:  # the side-car has the mean and std, and the file leaves them out
+        encoder.mean = (0.0, 0.0, 0.0)
+        encoder.std = (1.0, 1.0, 1.0)
+    content, lines = FRAMEWORKS[config.to](job)
+
+    images = {
+        "color_order": job.order,
+        "white": white_of(config.to),
+        "mean": job.mean,
+        "std": job.std,
+    }
+    if config.to == "onnx" and config.normalize:
+        images["normalized_inside"] = True
+    facts = {
+        **encoder.facts,
+        "architecture": encoder.architecture,
+        "checkpoint": encoder.name,
+        "format": config.to,
+        **images,
+        "load": lines.splitlines(),
+    }
+
+    side_car = json.dumps(facts, indent=2) + "\n"
+    file = file_bytes(content, config.out.suffix)
+    harness.write(side_car_of(config.out), side_car.encode())
+    harness.write(config.out, file)  # the last one: where it is, all is
     print(f"{lines}\n# images: {images}")
-
-
-if __name__ == "__main__":
-    harness.main(export, CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

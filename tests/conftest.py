@@ -1,10 +1,18 @@
 import os
 
 import torch
+from files import own_modules
 from hypothesis import HealthCheck, settings
 
 # Two threads are slower than one on operations this small, several times so on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("DENSEKIT_TEST_THREADS", "1")))
+
+
+def pytest_configure(config):
+    # A warning fails a test if a line of ours causes it. What others say to themselves, such as
+    # torch about the interpreter, is shown at the end: it must not fail a supported version.
+    config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(own_modules())})(\.|\Z)")
+
 
 # "ci" draws the same examples every time. To search further, with fresh examples on each run:
 #   make test ARGS="--hypothesis-profile=thorough"

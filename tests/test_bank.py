@@ -392,5 +392,5 @@ def test_what_is_no_bank_is_refused():
 
 @pytest.mark.parametrize("count", [-1, 6])
 def test_more_keys_than_there_are_cannot_be_sampled(count):
-    with pytest.raises(ValueError, match=f"bank.sample_keys: count is {count} of 5 keys"):
+    with pytest.raises(ValueError, match=f"sample_keys: count is {count}, but there are 5 keys"):
         sample_keys(torch.zeros(2, 5, 3), count)

@@ -325,15 +325,17 @@ def test_layers_that_cannot_be_read_are_named():
     with pytest.raises(ValueError, match=r"no layer 'blok'.*'block'"):
         layer_features(small_net(), x, ["blok"])
     for patch in (None, 1):
-        with pytest.raises(ValueError, match=r"'layer' gives shape \(1, 6, 5\).*the side of their"):
+        with pytest.raises(
+            ValueError, match=r"'layer' returns a tensor of shape \(1, 6, 5\).*the side of their"
+        ):
             layer_features(Tokens(), x, ["layer"], patch=patch)
     net = Tokens()
     net.unused = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match="'unused' was not run"):
+    with pytest.raises(ValueError, match="'unused' did not run"):
         layer_features(net, x, ["unused"])
     net.layer.forward = lambda x: (x, x)
     net.layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="'layer' gives tuple"):
+    with pytest.raises(ValueError, match="'layer' returns a tuple"):
         layer_features(net, x, ["layer"], patch=4)
 
 
@@ -361,7 +363,7 @@ def test_zero_padding_and_a_wide_kernel_show_as_bias():
     assert layer_bias(narrow, objects, [""]).mean_cosine.item() == pytest.approx(1, abs=1e-5)
     assert layer_bias(narrow, objects, [""]).coupling_rate.item() == pytest.approx(1, abs=1e-5)
     assert layer_bias(wide, objects, [""]).mean_cosine < 0.95
-    with pytest.raises(ValueError, match="two objects or more"):
+    with pytest.raises(ValueError, match="two or more objects"):
         layer_bias(narrow, objects[:1], [""])
 
 

@@ -378,10 +378,10 @@ def refused(rank, group, order):
 def test_an_order_of_another_length_is_refused():
     for messages in on_processes(2, refused, torch.arange(3)):
         for name, message in zip(("shuffle", "unshuffle"), messages, strict=True):
-            assert f"densekit.distributed.{name}_batch: the order has 3 places" in message
+            assert f"densekit.distributed.{name}_batch: the order has 3 entries" in message
             assert "3 rows on each of 2 processes" in message
     for function in (shuffle_batch, unshuffle_batch):
-        with pytest.raises(ValueError, match="2 places for 3 rows on each of 1 processes"):
+        with pytest.raises(ValueError, match="2 entries for 3 rows on each of 1 processes"):
             function(torch.zeros(3, 2), torch.arange(2))
 
 
@@ -415,7 +415,7 @@ def test_kmeans_over_uneven_parts_has_one_result_as_good_as_one_process(counts, 
 
 
 def no_generator(rank, group):
-    with pytest.raises(ValueError, match="minibatch_kmeans: a group came without a generator"):
+    with pytest.raises(ValueError, match="minibatch_kmeans: a group needs a generator"):
         minibatch_kmeans(torch.zeros(3, 2), 2, group=group)
 
 

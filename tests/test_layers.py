@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from files import ROOT, project_files
 
-ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the ground up: a module imports from the lines below its own alone
     {"typing"},
     {"distributed", "scenes", "schedules", "ema"},
@@ -81,7 +81,7 @@ def faults(module, source):
 
 
 def modules():
-    return sorted(p for p in (ROOT / "densekit").glob("**/*.py") if p.name != "__init__.py")
+    return [p for p in project_files("densekit/**/*.py") if p.name != "__init__.py"]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
@@ -100,11 +100,11 @@ def test_typing_holds_the_decorator_and_what_annotations_need():
 
 
 def recipes():
-    return sorted((ROOT / "recipes").glob("*.py"))
+    return project_files("recipes/*.py")
 
 
 def downstream():
-    return sorted((ROOT / "recipes" / "downstream").glob("*.py"))
+    return project_files("recipes/downstream/*.py")
 
 
 def is_command(path):

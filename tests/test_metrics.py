@@ -134,7 +134,7 @@ def test_mean_iou_is_exact_for_counts_that_float32_cannot_hold():
 
 
 def test_mean_iou_refuses_fewer_columns_than_rows_and_what_is_not_counted():
-    with pytest.raises(ValueError, match="confusion_scores: 4 rows and 3 columns came; give a"):
+    with pytest.raises(ValueError, match="confusion_scores: there are 4 rows and 3 columns; give"):
         mean_iou(torch.zeros(4, 3, dtype=torch.long))
     with pytest.raises(TypeError, match=r"mean_iou: argument 'confusion'.*float32"):
         mean_iou(torch.zeros(3, 3))
@@ -223,7 +223,7 @@ def confusions(draw):
 def test_columns_without_a_class_are_never_right(confusion):
     classes, clusters = confusion.shape
     if clusters < classes:
-        with pytest.raises(ValueError, match=f"{classes} rows and {clusters} columns came"):
+        with pytest.raises(ValueError, match=f"{classes} rows and {clusters} columns"):
             confusion_scores(confusion)
         return
     square = confusion[:, :classes]
@@ -341,7 +341,9 @@ def test_the_order_of_matching_and_renaming_the_predictions_is_the_same(maps, ge
 def test_without_scipy_one_to_one_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     confusion = torch.tensor([[1, 0], [0, 2]])
-    with pytest.raises(ImportError, match=r"match_clusters: .* install scipy, or give many"):
+    with pytest.raises(
+        ImportError, match=r"match_clusters: .* needs scipy; install it, or give many"
+    ):
         match_clusters(confusion)
     assert match_clusters(confusion, many_to_one=True).tolist() == [0, 1]
 
@@ -391,7 +393,7 @@ def test_the_group_of_all_classes_is_all_classes(maps):
 
 
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="confusion_scores: 3 rows and 2 columns came"):
+    with pytest.raises(ValueError, match="confusion_scores: there are 3 rows and 2 columns"):
         group_scores(torch.zeros(3, 2, dtype=torch.long), torch.ones(3).bool())
     with pytest.raises(TypeError, match=r"group_scores: argument 'group'.*classes=3"):
         group_scores(torch.zeros(3, 3, dtype=torch.long), torch.ones(2).bool())
@@ -624,7 +626,9 @@ def test_an_interval_of_many_figures_is_that_of_each():
     [(0, {}), (3, {"draws": 0}), (3, {"level": 0.0}), (3, {"level": 1.0}), (3, {"level": 95})],
 )
 def test_a_bootstrap_that_makes_no_sense_is_refused(n, options):
-    with pytest.raises(ValueError, match=rf"densekit.metrics.bootstrap: {n} images, draws="):
+    with pytest.raises(
+        ValueError, match=rf"densekit.metrics.bootstrap: there are {n} images, draws is"
+    ):
         bootstrap(torch.zeros(n, 2, 2).long(), mean_iou, **options)
 
 

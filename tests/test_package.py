@@ -1,18 +1,20 @@
 """The wheel holds the library alone, and the pins are what they promise to be."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 import zipfile
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
+from files import ROOT, own_modules, project_files, tracked
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LIBRARY = [Requirement(line) for line in PROJECT["dependencies"]]
@@ -35,9 +37,14 @@ def pins(name):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+    """The wheel of the project's own files, whatever else lies beside them."""
+    copy, folder = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+    for path in project_files("*", "densekit/**/*"):
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
-    done = subprocess.run([*command, str(ROOT)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
@@ -46,7 +53,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_library_alone(wheel):
     metadata = [name for name in wheel.namelist() if ".dist-info/" in name]
     code = set(wheel.namelist()) - set(metadata)
-    assert code == {f"densekit/{p.name}" for p in ROOT.glob("densekit/*") if p.is_file()}
+    assert code == {f"densekit/{path.name}" for path in project_files("densekit/*")}
     assert "densekit/py.typed" in code
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
@@ -81,6 +88,53 @@ print(densekit.__version__, tuple(densekit.crop_views(
     assert done.stdout.split(maxsplit=1) == [version, "(2, 3, 4, 4)\n"]
 
 
+# ---- warnings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [*own_modules(), "densekit.views", "downstream.encoders"])
+def test_a_warning_of_our_own_is_an_error(module):
+    with pytest.raises(UserWarning, match="ours"):
+        warnings.warn_explicit("ours", UserWarning, "file.py", 1, module=module)
+
+
+@pytest.mark.parametrize("module", ["torch.fx", "onnxscript", "timm.models", "evaluate_more"])
+def test_a_warning_of_others_is_none(module):
+    with warnings.catch_warnings(record=True) as shown:  # with the filters that are in force
+        warnings.warn_explicit("theirs", UserWarning, "file.py", 1, module=module)
+    assert len(shown) == 1
+
+
+# ---- make ------------------------------------------------------------------------------------
+
+
+def make_test_with(interpreter):
+    """What `make test` says with this interpreter, which is none that it can use."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-C", str(ROOT), "test", f"PYTHON={interpreter}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    return done.stderr + done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        (None, "was not found"),
+        ("echo 'shim: not installed' >&2; exit 127", "could not be started"),
+        ('case "$1" in -V) echo Python 3.10.1;; esac; exit ${2:+1}', "is Python 3.10.1, and"),
+    ],
+    ids=["missing", "broken", "old"],
+)
+def test_make_says_what_is_wrong_with_an_interpreter(tmp_path, script, says):
+    interpreter = tmp_path / "python3.99"
+    if script:
+        interpreter.write_text(f"#!/bin/sh\n{script}\n")
+        interpreter.chmod(0o755)
+    assert f"{interpreter} {says}" in make_test_with(interpreter)
+    assert not (ROOT / ".venv-python3.99").exists()
+
+
 # ---- the pins --------------------------------------------------------------------------------
 
 
@@ -107,14 +161,11 @@ def test_a_lower_bound_is_the_version_that_is_tested(requirement):
 
 
 def test_no_file_names_a_package_registry():
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
     # The brackets keep this very line from matching.
     hosts = re.compile(r"py[p]i\.org|python[h]osted\.org|download\.py[t]orch\.org|[n]pmjs\.org")
-    files = [ROOT / name for name in done.stdout.splitlines()]
-    texts = {path: path.read_bytes().decode(errors="ignore") for path in files if path.is_file()}
+    if tracked() is None:
+        pytest.skip("not a git checkout")
+    files = [path for path in sorted(tracked()) if path.is_file()]
+    texts = {path: path.read_bytes().decode(errors="ignore") for path in files}
     assert len(texts) > 10
     assert [str(path) for path, text in texts.items() if hosts.search(text)] == []

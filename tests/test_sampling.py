@@ -416,7 +416,7 @@ def test_a_share_outside_its_range_is_refused(beta):
 
 
 def test_too_few_candidates_are_refused():
-    with pytest.raises(ValueError, match="4 hard points are asked of 3 candidates"):
+    with pytest.raises(ValueError, match="4 hard points, but there are 3 candidates"):
         hard_points(torch.zeros(3, 2), torch.zeros(3), torch.zeros(4, 2), beta=1.0)
 
 

@@ -168,7 +168,7 @@ def test_a_negative_length_is_refused(schedule):
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, -1), (10, 11), (-1, 0)])
 def test_a_warmup_that_does_not_fit_is_refused(steps, warmup):
-    with pytest.raises(ValueError, match=f"warmup is {warmup} of {steps} steps"):
+    with pytest.raises(ValueError, match=f"warmup is {warmup} and steps is {steps}"):
         warmup_cosine(0, steps, peak=1.0, warmup=warmup)
 
 

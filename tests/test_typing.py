@@ -126,14 +126,14 @@ def test_wrong_rank():
     message = error(scale, torch.ones(3), X)
     assert "test_typing.scale: argument 'x'" in message
     assert 'Float[Tensor, "n d"]' in message
-    assert "shape (3,) and dtype torch.float32 came" in message
+    assert "shape (3,) and dtype torch.float32 was given" in message
 
 
 def test_wrong_axis_size_tells_the_sizes_bound_so_far():
     message = error(scale, X, torch.ones(2, 4))
     assert message == (
         "test_typing.scale: argument 'y' should be Float[Tensor, \"n d\"] with n=2, d=3, "
-        "but a tensor of shape (2, 4) and dtype torch.float32 came."
+        "but a tensor of shape (2, 4) and dtype torch.float32 was given."
     )
 
 
@@ -149,13 +149,13 @@ def test_wrong_batch_tells_the_batch():
 def test_wrong_dtype(dtype):
     message = error(scale, X, X.to(dtype))
     assert "argument 'y'" in message
-    assert f"dtype {dtype} came" in message
+    assert f"dtype {dtype} was given" in message
 
 
 def test_no_tensor():
     assert "argument 'x'" in error(scale, [[1.0, 2.0]], X)
     assert "argument 'x'" in error(scale, X.numpy(), X)
-    assert "but None of type NoneType came" in error(scale, None, X)
+    assert "but None of type NoneType was given" in error(scale, None, X)
 
 
 def test_field_of_a_record_of_wrong_size():
@@ -168,7 +168,7 @@ def test_field_of_a_record_of_wrong_size():
 def test_field_of_a_record_of_wrong_dtype():
     message = error(unpack, Record(torch.ones(4, 3, 2), torch.ones(4)), torch.ones(4, 3))
     assert "argument 'record.valid' should be Bool" in message
-    assert "torch.float32 came" in message
+    assert "torch.float32 was given" in message
 
 
 def test_field_of_a_record_of_wrong_rank():
@@ -210,14 +210,14 @@ def test_argument_that_may_be_missing():
 
 def test_python_number():
     assert "argument 'by' should be float" in error(scale, X, X, by="2")
-    assert "'2' of type str came" in error(scale, X, X, by="2")
+    assert "'2' of type str was given" in error(scale, X, X, by="2")
     assert "argument 'by'" in error(scale, X, X, by=torch.tensor(2.0))
 
 
 def test_word_of_a_choice():
     message = error(pick, X, mode="sum")
     assert "argument 'mode' should be Literal['mean', 'none']" in message
-    assert "'sum' of type str came" in message
+    assert "'sum' of type str was given" in message
 
 
 def test_size():

@@ -120,15 +120,17 @@ def test_half_features_carry_labels_in_float32():
 def test_labels_are_not_carried_where_it_makes_no_sense(options):
     t = {"t": 2} | options
     maps, labels = torch.rand(t.pop("t"), 3, 2, 2), torch.rand(2, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"densekit.video.propagate_labels: . frames, k="):
+    with pytest.raises(
+        ValueError, match=r"densekit.video.propagate_labels: there are . frames, k is"
+    ):
         propagate_labels(torch.rand(3, 2, 2), maps, labels[: len(maps)], **t)
 
 
 def test_a_video_that_makes_no_sense_is_refused():
     maps, first = torch.rand(2, 3, 2, 2), torch.rand(1, 2, 2)
-    with pytest.raises(ValueError, match=r"propagate_video: 0 frames and context=7 came"):
+    with pytest.raises(ValueError, match=r"propagate_video: there are 0 frames and context is 7"):
         propagate_video(maps[:0], first)
-    with pytest.raises(ValueError, match=r"propagate_video: 2 frames and context=-1 came"):
+    with pytest.raises(ValueError, match=r"propagate_video: there are 2 frames and context is -1"):
         propagate_video(maps, first, context=-1)
     with pytest.raises(TypeError, match="propagate_video: argument 'first'"):
         propagate_video(maps, first[:, :1])

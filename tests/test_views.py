@@ -647,7 +647,7 @@ def test_a_list_of_images_of_any_sizes_is_cropped_one_by_one(data):
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_list_of_images_needs_a_view_each(count):
     view = View(torch.tensor([[0.0, 0, 2, 2]] * 2), torch.tensor([False, True]))
-    with pytest.raises(TypeError, match=f"{count} images came with views of shape"):
+    with pytest.raises(TypeError, match=f"there are {count} images and views of shape"):
         crop_views([torch.rand(3, 4, 4)] * count, view, 2)
 
 

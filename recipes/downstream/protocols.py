@@ -1,10 +1,13 @@
 """The protocols of evaluate.py: features of two splits in, figures with their intervals out.
 
-No command of its own. Each is a function of the features of the split to fit on, those of the split
-to score, the configuration and a seed; `FITTED` has them by name.
+This module is no command. Each protocol is a function of the features of the split to fit on, the
+features of the split to score, the configuration and a seed. `FITTED` has them by name; `video`
+stands alone, because it takes the frames of videos.
 """
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -15,247 +18,360 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 import densekit as dk
 from downstream import image_sets
-from downstream.encoders import Encoder
+from downstream.encoders import Encoder, device_of
 from downstream.image_sets import IGNORED
 
+GALLERY = 100_000  # cells at most, of retrieval-seg
 
-class Features(NamedTuple):  # of a split, in the order of its images
+
+class Features(NamedTuple):
+    """The features of a split, in the order of its images."""
+
     maps: Tensor  # of the last level, (n, d, h, w), in half precision
-    pooled: list[Tensor]  # of each level, (n, d)
+    pooled: list[Tensor]  # the mean over the map of each level, (n, d)
     labels: list[Tensor | None]  # class maps at their own size
-    area: Tensor  # (n, classes)
+    area: Tensor  # (n, classes): the share of each class in the image
     objects: Tensor  # (m, d): RoIAlign of the last level, averaged
     object_classes: Tensor
-    object_images: Tensor  # the image that each object is of
+    object_images: Tensor  # the number of the image that each object is in
     classes: list[str]
 
 
 # ---- segmentation --------------------------------------------------------------------------------
-def nearest(labels: Tensor, size: Any) -> Tensor:
-    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
+def resize_labels(labels: Tensor, size: list[int]) -> Tensor:
+    """A class map (h, w) at another size, by the nearest pixel."""
+    resized = F.interpolate(labels[None, None].float(), tuple(size), mode="nearest-exact")
+    return resized[0, 0].long()
 
 
 def small_labels(features: Features, cells: int) -> Tensor:
-    """Class maps of one size, cells x cells for each cell of the feature maps, to fit on."""
-    size = [x * cells for x in features.maps.shape[-2:]]
-    empty = torch.full((1, 1), IGNORED)
-    maps = [nearest((empty if x is None else x)[None], size) for x in features.labels]
-    return torch.cat(maps)
+    """Class maps of one size to fit on: `cells` x `cells` labels for each cell of the features."""
+    size = [side * cells for side in features.maps.shape[-2:]]
+    nothing = torch.full((1, 1), IGNORED)
+    maps = [resize_labels(nothing if x is None else x, size) for x in features.labels]
+    return torch.stack(maps)
 
 
-def rows_of(maps: Tensor) -> Tensor:  # (n, d, h, w) -> (n h w, d)
+def cells_of(maps: Tensor) -> Tensor:
+    """All cells of maps (n, d, h, w) as rows (n h w, d)."""
     return maps.float().movedim(1, -1).flatten(0, 2)
 
 
-def count(scores: Any, test: Features, clusters: int) -> Tensor:
-    """A confusion matrix for each image; `scores(maps)` are the class scores of one image."""
-    k, counts = len(test.classes), []
+def count_confusions(class_scores: Callable[[Tensor], Tensor], test: Features) -> Tensor:
+    """A confusion matrix of each image that has a label map.
+
+    `class_scores` gives the scores (1, classes or clusters, h, w) of the maps of one image.
+    """
+    counts = []
     for maps, labels in zip(test.maps, test.labels, strict=True):
-        if labels is not None:
-            found = scores(maps[None].float())
-            counts.append(dk.segmentation_counts(found, labels[None], classes=k))
+        if labels is None:
+            continue
+        scores = class_scores(maps[None].float())
+        counts.append(dk.segmentation_counts(scores, labels[None], classes=len(test.classes)))
     if not counts:
         raise harness.UserError("No image of the split has a label map: choose another protocol.")
     return torch.cat(counts)
 
 
-def segmentation(counts: Tensor, test: Features, config: Any) -> dict:
+def segmentation_figures(counts: Tensor, test: Features, config: Any) -> dict:
+    """Figures of the whole split from the confusion matrix of each image."""
     scores = dk.confusion_scores(counts.sum(0))
-    interval = dk.bootstrap(counts, dk.mean_iou, draws=config.draws, generator=harness.generator(2))
-    iou = zip(test.classes, scores.iou.tolist(), scores.valid.tolist(), strict=True)
+    draws = harness.generator(2)
+    interval = dk.bootstrap(counts, dk.mean_iou, draws=config.draws, generator=draws)
+
+    iou_of_classes = {}
+    for number, name in enumerate(test.classes):
+        if scores.valid[number]:  # the class occurs
+            iou_of_classes[name] = scores.iou[number].item()
     return {
-        "miou": interval, "pixel_accuracy": scores.pixel_accuracy,
-        "mean_accuracy": scores.mean_accuracy, "images": len(counts),
-        "iou": {name: x for name, x, occurs in iou if occurs},
-    }  # fmt: skip
+        "miou": interval,
+        "pixel_accuracy": scores.pixel_accuracy,
+        "mean_accuracy": scores.mean_accuracy,
+        "images": len(counts),
+        "iou": iou_of_classes,
+    }
 
 
 def linear_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """A linear layer by SGD, at four label cells to a feature cell (CrOC, Sec 4.2)."""
+    """A linear layer by SGD, on 4 x 4 labels for each cell of the features (CrOC, Sec 4.2)."""
+    k = len(fit.classes)
     probe = dk.train_linear_probe(
-        fit.maps.float(), small_labels(fit, 4), classes=len(fit.classes), epochs=config.epochs,
-        lr=config.lr, generator=harness.generator(seed),
-    )  # fmt: skip
-    counts = count(partial(dk.linear_maps, probe), test, len(fit.classes))
-    return segmentation(counts, test, config)
+        fit.maps.float(),
+        small_labels(fit, 4),
+        classes=k,
+        epochs=config.epochs,
+        lr=config.lr,
+        generator=harness.generator(seed),
+    )
+    counts = count_confusions(partial(dk.linear_maps, probe), test)
+    return segmentation_figures(counts, test, config)
 
 
 def ridge_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """The same in closed form, on the label in the middle of each cell."""
-    labels, k = small_labels(fit, 1).flatten(), len(fit.classes)
-    probe = dk.fit_linear_probe(rows_of(fit.maps), labels, classes=k)
-    return segmentation(count(partial(dk.linear_maps, probe), test, k), test, config)
+    """A linear layer in closed form, on the label in the middle of each cell."""
+    k = len(fit.classes)
+    labels = small_labels(fit, 1).flatten()
+    probe = dk.fit_linear_probe(cells_of(fit.maps), labels, classes=k)
+    counts = count_confusions(partial(dk.linear_maps, probe), test)
+    return segmentation_figures(counts, test, config)
 
 
 def kmeans_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Clusters of the split to score, named by its labels (CrOC, Sec 4.2)."""
     clusters = config.clusters or len(test.classes)
-    options = {"generator": harness.generator(seed)}
-    centers = dk.minibatch_kmeans(rows_of(test.maps), clusters, **options)
+    draws = harness.generator(seed)
+    centers = dk.minibatch_kmeans(cells_of(test.maps), clusters, generator=draws)
 
-    def scores(maps: Tensor) -> Tensor:
-        labels = dk.nearest_centroids(rows_of(maps), centers).view(-1, *maps.shape[-2:])
-        return F.one_hot(labels, clusters).movedim(-1, 1).float()
+    def class_scores(maps: Tensor) -> Tensor:
+        nearest = dk.nearest_centroids(cells_of(maps), centers).view(-1, *maps.shape[-2:])
+        return F.one_hot(nearest, clusters).movedim(-1, 1).float()
 
-    counts = count(scores, test, clusters)
-    many = clusters > len(test.classes)
-    assignment = dk.match_clusters(counts.sum(0), many_to_one=many)
-    return segmentation(dk.merge_clusters(counts, assignment), test, config)
+    counts = count_confusions(class_scores, test)
+    many_to_one = clusters > len(test.classes)
+    names = dk.match_clusters(counts.sum(0), many_to_one=many_to_one)
+    return segmentation_figures(dk.merge_clusters(counts, names), test, config)
 
 
 def retrieval_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """The nearest of 100,000 labeled cells vote."""
-    labels, k = small_labels(fit, 1).flatten(), len(fit.classes)
-    keep = (labels != IGNORED).nonzero()[:, 0]
-    keep = keep[torch.randperm(len(keep), generator=harness.generator(seed))[:100_000]]
-    known = rows_of(fit.maps)[keep], labels[keep]
+    k = len(fit.classes)
+    labels = small_labels(fit, 1).flatten()
+    labeled = (labels != IGNORED).nonzero()[:, 0]
+    order = torch.randperm(len(labeled), generator=harness.generator(seed))
+    kept = labeled[order[:GALLERY]]
+    gallery = cells_of(fit.maps)[kept]
+    gallery_labels = labels[kept]
 
-    def scores(maps: Tensor) -> Tensor:
-        votes = dk.knn_votes(rows_of(maps), *known, classes=k, k=config.neighbors)
+    def class_scores(maps: Tensor) -> Tensor:
+        cells = cells_of(maps)
+        votes = dk.knn_votes(cells, gallery, gallery_labels, classes=k, k=config.neighbors)
         return votes.view(-1, *maps.shape[-2:], k).movedim(-1, 1)
 
-    return segmentation(count(scores, test, k), test, config)
+    return segmentation_figures(count_confusions(class_scores, test), test, config)
 
 
 def position_prior(fit: Features, test: Features, config: Any) -> dict:
     """What is known without an image: the shares of the classes at each place."""
-    k, labels = len(fit.classes), small_labels(fit, 4)
-    shares = F.one_hot(torch.where(labels < k, labels, k), k + 1)[..., :k].float().mean(0)
-    shares = shares.movedim(-1, 0)[None]
-    return segmentation(count(lambda maps: shares, test, k), test, config)
+    k = len(fit.classes)
+    labels = small_labels(fit, 4)
+    labels = torch.where(labels < k, labels, k)  # one more class for what is ignored
+    shares = F.one_hot(labels, k + 1)[..., :k].float().mean(0)
+    scores = shares.movedim(-1, 0)[None]
+    counts = count_confusions(lambda maps: scores, test)
+    return segmentation_figures(counts, test, config)
 
 
 # ---- classification ------------------------------------------------------------------------------
-def classification(
-    labels: Tensor, named: Tensor, images: Tensor, test: Features, config: Any
+def classification_figures(
+    labels: Tensor, predicted: Tensor, images: Tensor, test: Features, config: Any
 ) -> dict:
-    """Accuracies of rows (images or objects), the interval over images."""
-    keep = labels >= 0
-    labels, named, images = labels[keep], named[keep], images[keep]
+    """Accuracies of rows, which are images or objects; the interval is over the images.
+
+    Args:
+        labels: The class of each row; a row with -1 is left out.
+        predicted: The class that each row is given.
+        images: The number of the image that each row is in.
+        test: The features of the split.
+        config: The configuration of the evaluation.
+    """
+    known = labels >= 0
+    labels = labels[known]
+    predicted = predicted[known]
+    images = images[known]
     if not len(labels):
-        what = "has no object, or no image of a class"
-        raise harness.UserError(f"The split to score {what}: choose another protocol.")
+        raise harness.UserError(
+            "The split to score has no object, or no image of a class: choose another protocol."
+        )
+    # For each image and class: how many rows are right, and how many there are.
+    right_and_all = torch.stack([(labels == predicted).long(), torch.ones_like(labels)], -1)
     states = torch.zeros(len(test.maps), len(test.classes), 2, dtype=torch.long)
-    right = torch.stack([(labels == named).long(), torch.ones_like(labels)], -1)
-    states = states.index_put((images, labels), right, accumulate=True)
+    states = states.index_put((images, labels), right_and_all, accumulate=True)
 
-    def shares(sums: Tensor) -> Tensor:
-        hits, total = sums.double().unbind(-1)
-        macro = (hits / total.clamp(min=1)).sum(-1) / (total > 0).sum(-1).clamp(min=1)
-        return torch.stack([hits.sum(-1) / total.sum(-1).clamp(min=1), macro], -1)
+    def accuracies(sums: Tensor) -> Tensor:
+        right, total = sums.double().unbind(-1)
+        of_classes = right / total.clamp(min=1)
+        macro = of_classes.sum(-1) / (total > 0).sum(-1).clamp(min=1)
+        overall = right.sum(-1) / total.sum(-1).clamp(min=1)
+        return torch.stack([overall, macro], -1)
 
-    options = {"draws": config.draws, "generator": harness.generator(2)}
-    figures = dk.bootstrap(states, shares, **options)
-    both = {
-        name: dk.Interval(*(x[i] for x in figures)) for i, name in enumerate(dk.Accuracy._fields)
-    }
-    return {**both, "rows": len(labels)}
+    draws = harness.generator(2)
+    interval = dk.bootstrap(states, accuracies, draws=config.draws, generator=draws)
+    return {**split_interval(interval, dk.Accuracy._fields), "rows": len(labels)}
 
 
-def object_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
-    k = len(test.classes)
-    votes = dk.knn_votes(
-        test.objects, fit.objects, fit.object_classes, classes=k, k=config.neighbors
-    )
-    named = torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
-    return classification(test.object_classes, named, test.object_images, test, config)
+def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, dk.Interval]:
+    """The interval of several figures as an interval for each."""
+    return {name: dk.Interval(*(x[i] for x in interval)) for i, name in enumerate(names)}
 
 
 def main_class(features: Features) -> Tensor:
-    """The class that covers most of each image (of boxes, the largest's); -1 without any."""
+    """The class that covers most of each image, or -1 where there is none.
+
+    In an image without a label map it is the class of the largest box.
+    """
     return torch.where(features.area.amax(1) > 0, features.area.argmax(1), -1)
 
 
-def image_knn(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """Images by the nearest neighbors of their pooled last level."""
-    k = len(test.classes)
+def objects_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
+    """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
     votes = dk.knn_votes(
-        test.pooled[-1], fit.pooled[-1], main_class(fit), classes=k, k=config.neighbors
+        test.objects,
+        fit.objects,
+        fit.object_classes,
+        classes=len(test.classes),
+        k=config.neighbors,
+    )
+    predicted = torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
+    images = test.object_images
+    return classification_figures(test.object_classes, predicted, images, test, config)
+
+
+def images_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
+    """Images by the nearest neighbors of their pooled last level."""
+    votes = dk.knn_votes(
+        test.pooled[-1],
+        fit.pooled[-1],
+        main_class(fit),
+        classes=len(test.classes),
+        k=config.neighbors,
     )
     images = torch.arange(len(test.maps))
-    return classification(main_class(test), votes.argmax(1), images, test, config)
+    return classification_figures(main_class(test), votes.argmax(1), images, test, config)
 
 
-def image_linear(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """A linear layer on each pooled level."""
-    found, images = {}, torch.arange(len(test.maps))
-    for level, (x, y) in enumerate(zip(fit.pooled, test.pooled, strict=True), 1):
+def images_by_linear_layer(fit: Features, test: Features, config: Any, seed: int) -> dict:
+    """Images by a linear layer on each pooled level."""
+    images = torch.arange(len(test.maps))
+    figures = {}
+    levels = zip(fit.pooled, test.pooled, strict=True)
+    for number, (fit_rows, test_rows) in enumerate(levels, 1):
         probe = dk.train_linear_probe(
-            x[..., None, None], main_class(fit)[:, None, None], classes=len(fit.classes),
-            epochs=config.epochs, lr=config.lr, generator=harness.generator(seed),
-        )  # fmt: skip
-        named = (y @ probe.weight + probe.bias).argmax(1)
-        scores = classification(main_class(test), named, images, test, config)
-        found[f"level{level}"] = {name: scores[name] for name in dk.Accuracy._fields}
-    return {**found, "rows": len(images)}
+            fit_rows[..., None, None],
+            main_class(fit)[:, None, None],
+            classes=len(fit.classes),
+            epochs=config.epochs,
+            lr=config.lr,
+            generator=harness.generator(seed),
+        )
+        predicted = (test_rows @ probe.weight + probe.bias).argmax(1)
+        found = classification_figures(main_class(test), predicted, images, test, config)
+        figures[f"level{number}"] = {name: found[name] for name in dk.Accuracy._fields}
+    return {**figures, "rows": len(images)}
 
 
-def image_svm(fit: Features, test: Features, config: Any, seed: int) -> dict:
+def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """A linear SVM on each pooled level; mean AP of the classes that occur (DUPR, Table 1b)."""
-    targets, wanted = fit.area > 0, test.area > 0
-    occurs = targets.any(0) & wanted.any(0)
+    fit_targets = fit.area > 0
+    test_targets = test.area > 0
+    occurs = fit_targets.any(0) & test_targets.any(0)
     if not occurs.any():
         raise harness.UserError("No class occurs in both splits: choose another protocol.")
-    found = {}
-    for level, (x, y) in enumerate(zip(fit.pooled, test.pooled, strict=True), 1):
-        svm = dk.fit_svm(dk.l2_normalize(x), targets, cost=config.cost)
-        scores = dk.l2_normalize(y) @ svm.weight + svm.bias
-        found[f"level{level}_map"] = dk.average_precision(scores, wanted)[occurs].mean()
-    return {**found, "classes": int(occurs.sum()), "images": len(wanted)}
+
+    figures = {}
+    levels = zip(fit.pooled, test.pooled, strict=True)
+    for number, (fit_rows, test_rows) in enumerate(levels, 1):
+        svm = dk.fit_svm(dk.l2_normalize(fit_rows), fit_targets, cost=config.cost)
+        scores = dk.l2_normalize(test_rows) @ svm.weight + svm.bias
+        precision = dk.average_precision(scores, test_targets)
+        figures[f"level{number}_map"] = precision[occurs].mean()
+    return {**figures, "classes": int(occurs.sum()), "images": len(test_targets)}
+
+
+# ---- the table -----------------------------------------------------------------------------------
+class Protocol(NamedTuple):
+    score: Callable[[Features, Features, Any, int], dict]
+    disturbed: bool = False  # on features of objects that have another image around them
+    has_prior: bool = False  # the position prior is a baseline of it
+
+
+FITTED = {
+    "linear-seg": Protocol(linear_seg, has_prior=True),
+    "ridge-seg": Protocol(ridge_seg, has_prior=True),
+    "kmeans-seg": Protocol(kmeans_seg, has_prior=True),
+    "retrieval-seg": Protocol(retrieval_seg, has_prior=True),
+    "object-knn": Protocol(objects_by_neighbors),
+    "disturbed-object-knn": Protocol(objects_by_neighbors, disturbed=True),
+    "image-knn": Protocol(images_by_neighbors),
+    "image-linear": Protocol(images_by_linear_layer),
+    "image-svm": Protocol(images_by_svm),
+}
 
 
 # ---- video ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def video(encoder: Encoder, config: Any) -> dict:
+def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict:
     """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
-    device = next(encoder.parameters()).device
     sums = []
-    for item in tqdm(
-        image_sets.open_videos(config.data, config.split), desc=f"{encoder.name} video"
-    ):
-        masks, maps = item.masks or [None], []
-        first = None if masks[0] is None else image_sets.read_mask(masks[0])
-        ids = [] if first is None else [x for x in first.unique().tolist() if x not in (0, IGNORED)]
-        if first is None or not ids or len(masks) < 3:
-            raise harness.UserError(f"{item.name} has no object in its first frame to follow.")
-        for number in range(0, len(item.frames), config.batch):
-            read = [image_sets.read_frame(x) for x in item.frames[number : number + config.batch]]
-            frames = [transforms.resize(x / 255, config.size, antialias=True) for x in read]
-            maps.append(encoder(torch.stack(frames).to(device)).float())
-        maps = torch.cat(maps)
-        objects = torch.stack([first == x for x in (0, *ids)])[None].float().to(device)
-        start = F.interpolate(objects, tuple(maps.shape[-2:]), mode="area")[0]
-        shares, scores = dk.propagate_video(maps, start / start.sum(0).clamp(min=1e-6)), []
-        for path, share in zip(masks[1:-1], shares[1:-1], strict=True):  # as DAVIS counts
-            if path is not None:
-                mask = image_sets.read_mask(path)
-                size = tuple(mask.shape)
-                guess = F.interpolate(share[None], size, mode="bilinear")[0].argmax(0).cpu()
-                true = torch.stack([mask == x for x in ids])
-                own = torch.stack([guess == i for i in range(1, len(ids) + 1)])
-                j, f = dk.region_similarity(true, own), dk.boundary_f_measure(true, own)
-                scores.append(torch.stack([j, f]))
-        if not scores:
-            raise harness.UserError(f"{item.name} has no mask to score by but those at its ends.")
-        sums.append(torch.cat([torch.stack(scores).mean(0).sum(1), torch.tensor([len(ids)])]))
-    states = torch.stack(sums).double()
+    for item in tqdm(videos, desc=f"{encoder.name} video"):
+        masks = item.masks or []
+        first, objects = read_first_mask(item.name, masks)
+        maps = encode_frames(encoder, item, config)
+        start = share_of_objects(first, objects, maps)
+        shares = dk.propagate_video(maps, start)
+        scores = score_frames(item.name, masks, shares, objects)  # (frames, 2, objects)
+        sums.append(torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])]))
+    states = torch.stack(sums).double()  # of each video: J and F summed over objects, objects
 
-    def means(total: Tensor) -> Tensor:  # over objects: J, F, J&F
+    def means(total: Tensor) -> Tensor:
         both = total[..., :2] / total[..., 2:]
         return torch.cat([both, both.mean(-1, keepdim=True)], -1)
 
-    options = {"draws": config.draws, "generator": harness.generator(2)}
-    figures = dk.bootstrap(states, means, **options)
-    names = ("J", "F", "J&F")
+    draws = harness.generator(2)
+    interval = dk.bootstrap(states, means, draws=config.draws, generator=draws)
     return {
-        **{name: dk.Interval(*(x[i] for x in figures)) for i, name in enumerate(names)},
-        "videos": len(states), "objects": int(states[:, 2].sum()),
-    }  # fmt: skip
+        **split_interval(interval, ("J", "F", "J&F")),
+        "videos": len(states),
+        "objects": int(states[:, 2].sum()),
+    }
 
 
-FITTED = {  # by name; disturbed-object-knn is object-knn on features of its own
-    "linear-seg": linear_seg, "ridge-seg": ridge_seg, "kmeans-seg": kmeans_seg,
-    "retrieval-seg": retrieval_seg, "object-knn": object_knn, "disturbed-object-knn": object_knn,
-    "image-knn": image_knn, "image-linear": image_linear, "image-svm": image_svm,
-}  # fmt: skip
+def read_first_mask(name: str, masks: list[Path | None]) -> tuple[Tensor, list[int]]:
+    """The mask of the first frame, and the numbers of its objects."""
+    if len(masks) >= 3 and masks[0] is not None:
+        first = image_sets.read_mask(masks[0])
+        objects = [x for x in first.unique().tolist() if x not in (0, IGNORED)]
+        if objects:
+            return first, objects
+    raise harness.UserError(f"{name} has no object in its first frame to follow.")
+
+
+def encode_frames(encoder: Encoder, item: image_sets.Video, config: Any) -> Tensor:
+    """The maps (t, d, h, w) of all frames."""
+    maps = []
+    for number in range(0, len(item.frames), config.batch):
+        paths = item.frames[number : number + config.batch]
+        pixels = [image_sets.read_frame(path) / 255 for path in paths]
+        frames = [transforms.resize(x, config.size, antialias=True) for x in pixels]
+        maps.append(encoder(torch.stack(frames).to(device_of(encoder))).float())
+    return torch.cat(maps)
+
+
+def share_of_objects(mask: Tensor, objects: list[int], maps: Tensor) -> Tensor:
+    """The share (1 + objects, h, w) of the background and of each object in every cell."""
+    numbers = (0, *objects)
+    pixels = torch.stack([mask == x for x in numbers])[None].float().to(maps.device)
+    shares = F.interpolate(pixels, tuple(maps.shape[-2:]), mode="area")[0]
+    return shares / shares.sum(0).clamp(min=1e-6)  # without what is ignored
+
+
+def score_frames(name: str, masks: list[Path | None], shares: Tensor, objects: list[int]) -> Tensor:
+    """J and F of each object in every frame with a mask, (frames, 2, objects).
+
+    The first and the last frame do not count, as in DAVIS's own program.
+    """
+    scores = []
+    for path, share in zip(masks[1:-1], shares[1:-1], strict=True):
+        if path is None:
+            continue
+        mask = image_sets.read_mask(path)
+        resized = F.interpolate(share[None], tuple(mask.shape), mode="bilinear")[0]
+        predicted = resized.argmax(0).cpu()  # 0 is the background
+
+        true_masks = torch.stack([mask == x for x in objects])
+        own_masks = torch.stack([predicted == i for i in range(1, len(objects) + 1)])
+        j = dk.region_similarity(true_masks, own_masks)
+        f = dk.boundary_f_measure(true_masks, own_masks)
+        scores.append(torch.stack([j, f]))
+    if not scores:
+        raise harness.UserError(f"{name} has no mask to score by but those at its ends.")
+    return torch.stack(scores)

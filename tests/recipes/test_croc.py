@@ -16,6 +16,51 @@ SMALL = replace(
     workers=0, log_every=1, save_every=3, views=Views(size=32), device="cpu",
 )  # fmt: skip
 
+# Wrong options, and how the sentence about each of them begins.
+WRONG = [
+    (["--arch", "vit_smal"], "--arch is vit_smal"),
+    (["--arch", "vit_small_patch14_reg4_dinov2"], "--arch is vit_small_patch14_reg4_dinov2"),
+    (["--head", "4", "512", "512"], "--head is 4 512 512"),
+    (["--head", "256", "1", "512"], "--head is 256 1 512"),
+    (["--head", "256", "512", "0"], "--head is 256 512 0"),
+    (["--alpha", "-1"], "--alpha is -1"),
+    (["--alpha", "nan"], "--alpha is nan"),
+    (["--start", "1"], "--start is 1"),
+    (["--start", "129"], "--start is 129"),
+    (["--position", "-1"], "--position is -1"),
+    (["--position", "inf"], "--position is inf"),
+    (["--teacher-temperature", "0", "0.07", "30"], "--teacher-temperature is 0.0 0.07 30.0"),
+    (["--teacher-temperature", "0.04", "nan", "30"], "--teacher-temperature is 0.04 nan 30.0"),
+    (["--teacher-temperature", "0.04", "0.07", "-1"], "--teacher-temperature is 0.04 0.07 -1.0"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--warmup", "-1"], "--warmup is -1"),
+    (["--weight-decay", "-0.1", "0.4"], "--weight-decay is -0.1 0.4"),
+    (["--weight-decay", "0.04", "nan"], "--weight-decay is 0.04 nan"),
+    (["--momentum", "1.5"], "--momentum is 1.5"),
+    (["--momentum", "nan"], "--momentum is nan"),
+    (["--drop-path", "1"], "--drop-path is 1"),
+    (["--drop-path", "-0.1"], "--drop-path is -0.1"),
+    (["--clip", "0"], "--clip is 0"),
+    (["--clip", "nan"], "--clip is nan"),
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+    (["--views.size", "0"], "--views.size is 0"),
+    (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
+    (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
+    (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),
+    (["--views.hue", "0.6"], "--views.hue is 0.6"),
+    (["--views.hue", "nan"], "--views.hue is nan"),
+    (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
+    (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
+    (["--views.size", "36"], "--views.size is 36"),
+]
+
 
 def batch(count=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
@@ -151,13 +196,13 @@ def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
     torch.manual_seed(0)
     model, (images, views) = CrOC(SMALL), batch()
     starts = torch.rand(3, 3, 32).argsort(-1)[..., :4]
-    x, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+    encoded = croc.encode(model.teacher["encoder"], torch.cat(images))
     monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: starts)
-    found, pruned = model.locate(x, qkv, views)
+    found, pruned = model.locate(*encoded, views)
     for i in range(3):
         rows, own = [i, 3 + i], [dk.View(y.box[i : i + 1], y.flip[i : i + 1]) for y in views]
         monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, i=i: starts[i : i + 1])
-        alone, clusters = model.locate(x[rows], qkv[:, rows], own)
+        alone, clusters = model.locate(*(x[rows] for x in encoded), own)
         assert torch.equal(alone[0], found[i])
         torch.testing.assert_close(clusters.assignments[0], pruned.assignments[i])
 
@@ -167,7 +212,8 @@ def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
 def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
     torch.manual_seed(0)
     model, (images, views) = CrOC(replace(SMALL, tokens=tokens, token_weights=weights)), batch()
-    x, qkv = croc.encode(model.teacher["encoder"], torch.cat(images))
+    encoded = croc.encode(model.teacher["encoder"], torch.cat(images))
+    last, queries, keys, values = encoded
     given = {}
 
     def record(*arguments, **options):
@@ -177,11 +223,12 @@ def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
     merge = dk.sinkhorn_merge
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dk, "sinkhorn_merge", record)
-        clusters, pruned = model.locate(x, qkv, views)
+        clusters, pruned = model.locate(*encoded, views)
     heads = 1 if tokens == "last" else 3
     assert clusters.shape == (3, heads)
     assert pruned.labels.shape == (3, heads, 2, 16)
-    chosen = x[:, None] if tokens == "last" else qkv[("queries", "keys", "values").index(tokens)]
+    kinds = {"queries": queries, "keys": keys, "values": values, "last": last[:, None]}
+    chosen = kinds[tokens]
     first = torch.cat([chosen[1, :, 1:], chosen[4, :, 1:]], 1)  # image 1 in both views
     torch.testing.assert_close(given["tokens"][1], first)
     r = given["weights"] / given["weights"].sum(-1, keepdim=True)
@@ -190,7 +237,7 @@ def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
         cosine = (patches * cls).sum(-1)
         r0 = (torch.cat([cosine[1], cosine[4]], 1) / 2).softmax(-1)
     else:
-        scores = (qkv[0][:, :, :1] * qkv[1]).sum(-1) / 32**0.5
+        scores = (queries[:, :, :1] * keys).sum(-1) / 32**0.5
         scores = scores.softmax(-1)[:, :, 1:]
         scores = scores.mean(1, keepdim=True) if tokens == "last" else scores
         r0 = torch.cat([scores[1], scores[4]], 1)
@@ -203,9 +250,9 @@ def test_the_encoder_is_timms():
     plain = timm.create_model("vit_small_patch16_224", num_classes=0)
     plain.load_state_dict(encoder.state_dict())
     images = torch.rand(2, 3, 224, 224)
-    tokens, qkv = croc.encode(encoder.eval(), images)
+    tokens, *attention = croc.encode(encoder.eval(), images)
     torch.testing.assert_close(tokens, plain.eval().forward_features(images))
-    assert qkv.shape == (3, 2, 6, 197, 64)
+    assert [x.shape for x in attention] == [(2, 6, 197, 64)] * 3
     assert croc.to_map(tokens).shape == (2, 384, 14, 14)
     torch.testing.assert_close(croc.to_map(tokens)[0, :, 2, 5], tokens[0, 1 + 2 * 14 + 5])
 

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from d3ssl import D3SSL, PRESETS, TwoViews, Views, augment
+from d3ssl import D3SSL, PRESETS, Input, TwoViews, Views, augment
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -34,6 +34,51 @@ SMALL = replace(
     views=Views(size=32, scale=(0.5, 1.0)),
 )  # fmt: skip
 STILL = replace(SMALL, jitter=(1.0, 1.0))  # the boxes stay what they are
+# Wrong options, and what the sentence about each of them begins with.
+WRONG = [
+    (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
+    (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "resnetv2_50"], "--arch is resnetv2_50"),  # it has no layer4
+    (["--regions", "0"], "--regions is 0"),
+    (["--cut", "0.5", "0.2"], "--cut is 0.5 0.2"),
+    (["--cut", "0.5", "1.1"], "--cut is 0.5 1.1"),
+    (["--cut", "nan", "0.2"], "--cut is nan 0.2"),
+    (["--mask", "-0.1", "0.2"], "--mask is -0.1 0.2"),
+    (["--mask", "0.3", "0.2"], "--mask is 0.3 0.2"),
+    (["--jitter", "0.0", "1.0"], "--jitter is 0.0 1.0"),
+    (["--jitter", "0.8", "1.2"], "--jitter is 0.8 1.2"),
+    (["--jitter", "0.9", "0.8"], "--jitter is 0.9 0.8"),
+    (["--depositioning", "-1"], "--depositioning is -1"),
+    (["--depositioning", "nan"], "--depositioning is nan"),
+    (["--bins", "1"], "--bins is 1"),
+    (["--head", "16", "0"], "--head is 16 0"),
+    (["--head", "0", "8"], "--head is 0 8"),
+    (["--bank", "0"], "--bank is 0"),
+    (["--temperature", "0"], "--temperature is 0"),
+    (["--temperature", "nan"], "--temperature is nan"),
+    (["--momentum", "1.1"], "--momentum is 1.1"),
+    (["--momentum", "-0.1"], "--momentum is -0.1"),
+    (["--momentum", "nan"], "--momentum is nan"),
+    (["--views.size", "33"], "--views.size is 33"),  # odd
+    (["--batch", "1"], "--batch is 1"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--weight-decay", "-0.1"], "--weight-decay is -0.1"),
+    (["--weight-decay", "nan"], "--weight-decay is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+    (["--views.size", "0"], "--views.size is 0"),
+    (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
+    (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
+    (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),
+    (["--views.hue", "0.6"], "--views.hue is 0.6"),
+    (["--views.hue", "nan"], "--views.hue is nan"),
+    (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
+    (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
+]
 SIDE = SMALL.views.size
 COUNTS = 3, 4, 0, 1  # boxes of each image; uneven over two processes
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
@@ -372,11 +417,12 @@ def half_the_batch(rank, group, state, order, whole):
     norms.eval()  # one process would have other batch statistics
     ddp = nn.parallel.DistributedDataParallel(model)
     with pytest.MonkeyPatch.context() as patch:  # the draws are each process's own
-        patch.setattr(d3ssl, "augment", lambda *_: [(x[own], boxes[own]) for x, boxes in whole])
+        halves = [Input(x.images[own], x.boxes[own]) for x in whole]
+        patch.setattr(d3ssl, "augment", lambda *_: halves)
         loss, terms, bank = ddp(*rows_of(batch(), rank), filled_bank(), order)
     loss.backward()
-    slopes = [x.grad for x in model.student.parameters()]
-    return loss.detach(), terms["cosine"], slopes, bank
+    gradients = [x.grad for x in model.student.parameters()]
+    return loss.detach(), terms["cosine"], gradients, bank
 
 
 def test_two_processes_have_the_loss_the_gradient_and_the_bank_of_one(monkeypatch):
@@ -387,11 +433,11 @@ def test_two_processes_have_the_loss_the_gradient_and_the_bank_of_one(monkeypatc
     monkeypatch.setattr(d3ssl, "augment", lambda *_: whole)
     loss, terms, bank = model(*case, filled_bank(), order)
     loss.backward()
-    slopes = [x.grad for x in model.student.parameters()]
-    for half_loss, cosine, half_slopes, half_bank in halves:
+    gradients = [x.grad for x in model.student.parameters()]
+    for half_loss, cosine, half_gradients, half_bank in halves:
         # 7 valid boxes and 1: only a mean over all of them gives the same.
         torch.testing.assert_close((half_loss, cosine), (loss.detach(), terms["cosine"]))
-        torch.testing.assert_close(half_slopes, slopes)
+        torch.testing.assert_close(half_gradients, gradients)
         torch.testing.assert_close(half_bank, bank)
         assert all(torch.equal(a, b) for a, b in zip(half_bank, halves[0][-1], strict=True))
 
@@ -401,7 +447,7 @@ def encoded(rank, group, order):
     model, case, seen, plain = make(), batch(), [], d3ssl.embed
     model.config = replace(STILL, cut=(0.0, 0.0), mask=(0.0, 0.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(d3ssl, "embed", lambda *x: seen.append(x[1:]) or plain(*x))
+        patch.setattr(d3ssl, "embed", lambda *x: seen.append((*x[1], x[2])) or plain(*x))
         model(*rows_of(case, rank), filled_bank(), order)
     return seen
 
@@ -471,12 +517,13 @@ def test_the_chosen_boxes_are_some_that_view_2_holds():
 
 
 def test_the_boxes_are_drawn_from_the_seed_the_epoch_and_the_images():
-    dataset = TwoViews(some_source(), replace(SMALL, views=Views(size=8, scale=(1.0, 1.0))))
+    config = replace(SMALL, views=Views(size=8, scale=(1.0, 1.0)))
+    dataset = TwoViews(some_source(), config)
     first, again = ([dataset[[7, 3]][k] for k in (2, 3)] for _ in "12")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     dataset.epoch = 1
     assert not torch.equal(dataset[[7, 3]][2], first[0])
-    seeded = TwoViews(some_source(), replace(dataset.config, seed=1))
+    seeded = TwoViews(some_source(), replace(config, seed=1))
     assert not torch.equal(seeded[[7, 3]][2], first[0])
 
 
@@ -550,7 +597,7 @@ def test_the_encoder_is_timms():
     torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
     model = SimpleNamespace(encoder=encoder, head=nn.Identity())
     x, boxes = torch.rand(1, 3, 64, 64), torch.tensor([[[0.1, 0.2, 0.7, 0.9]]])
-    got = d3ssl.embed(vars(model), x, boxes, 3)  # block 5 of 3 x 3 bins of C4
+    got = d3ssl.embed(vars(model), Input(x, boxes), 3)  # block 5 of 3 x 3 bins of C4
     c2 = plain.layer1(plain.maxpool(plain.act1(plain.bn1(plain.conv1(x)))))
     c4 = plain.layer3(plain.layer2(c2))
     region = torchvision.ops.roi_align(c4, [boxes[0] * 4], 3, sampling_ratio=2, aligned=True)
@@ -581,42 +628,31 @@ def test_the_region_preset_changes_nothing_in_an_image():
     torch.testing.assert_close(b1[valid], carried(views[0], boxes)[valid])
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"views": Views(size=33)}, r"--views\.size"),
-        ({"views": Views(size=32, scale=(0.0, 1.0))}, r"--views\.scale"),
-        ({"bins": 1}, "--bins"),
-        ({"regions": 0}, "--regions"),
-        ({"bank": 0}, "--bank"),
-        ({"head": (16, 0)}, "--head"),
-        ({"head": (0, 8)}, "--head"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"cut": (0.5, 0.2)}, "--cut"),
-        ({"cut": (0.5, 1.1)}, "--cut"),
-        ({"mask": (-0.1, 0.2)}, "--mask"),
-        ({"jitter": (0.0, 1.0)}, "--jitter"),
-        ({"jitter": (0.8, 1.2)}, "--jitter"),
-        ({"arch": "resnetv2_50"}, "no ResNet resnetv2_50"),  # it has no layer4
-    ],
-)
-def test_impossible_numbers_are_answered_with_a_sentence(changes, sentence):
-    with pytest.raises(d3ssl.harness.UserError, match=sentence) as error:
-        D3SSL(replace(SMALL, **changes))
-    assert "\n" not in str(error.value)
-
-
 @pytest.fixture
 def few_scenes(monkeypatch):
     """A demo of 16 scenes, and without its probe."""
-    source = d3ssl.harness.image_source
-    monkeypatch.setattr(d3ssl.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    scenes = proposals.SceneProposals
+    monkeypatch.setattr(proposals, "SceneProposals", lambda count: scenes(16))
     score = SimpleNamespace(miou=0.5, prior_miou=0.25)
-    monkeypatch.setattr(d3ssl, "probe_scenes", lambda encode: score)
+    monkeypatch.setattr(dk, "probe_scenes", lambda encode: score)
+
+
+def test_scenes_are_those_of_the_harness_and_bring_large_proposals():
+    source = proposals.SceneProposals(70)
+    plain = d3ssl.harness.image_source(None, scenes=70)
+    for (image, unreadable), (same, _) in zip(source, plain, strict=True):
+        assert torch.equal(image, same)
+        assert unreadable == ()
+    assert len(source.boxes) == 70
+    boxes = torch.cat(source.boxes)
+    assert (dk.box_area(boxes) > 0.09).all()
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    again = proposals.image_source(None, None, scenes=70)
+    assert all(torch.equal(a, b) for a, b in zip(source.boxes, again.boxes, strict=True))
 
 
 def test_a_bank_larger_than_the_images_is_refused(tmp_path, few_scenes):
-    with pytest.raises(d3ssl.harness.UserError, match=r"--bank.*16") as error:
+    with pytest.raises(d3ssl.harness.UserError, match=r"--bank is 17.*16") as error:
         d3ssl.train(replace(SMALL, run=tmp_path, bank=17))  # its own keys are in it
     assert "\n" not in str(error.value)
 
@@ -630,8 +666,8 @@ def test_images_without_a_proposals_file_are_answered_with_what_to_run(tmp_path,
     assert "\n" not in str(error.value)
 
 
-def test_proposals_without_images_are_refused(tmp_path, folder, few_scenes):
-    config = replace(SMALL, run=tmp_path / "run", epochs=0)
+def test_proposals_without_images_are_refused(tmp_path, folder):
+    config = replace(SMALL, run=tmp_path / "run")
     with pytest.raises(d3ssl.harness.UserError, match="--data") as error:
         d3ssl.train(replace(config, proposals=proposals.default_path(folder)))
     assert "\n" not in str(error.value)
@@ -703,20 +739,29 @@ def fake_run(folder, *steps):
     rows = [dict.fromkeys(names, 1.0) | {"step": step} for step in steps or (0,)]
     world = SimpleNamespace(device=torch.device("cpu"))
     return SimpleNamespace(
-        folder=folder, world=world, log=lambda step, **values: None, rows=lambda name: rows
+        world=world,
+        log=lambda step, **values: None,
+        rows=lambda name: rows,
+        picture_path=lambda step: folder / f"step-{step}.png",
     )
 
 
+def some_preview():
+    """Four scenes, and the batch of them that is drawn."""
+    source = proposals.SceneProposals(4)
+    return source, TwoViews(source, SMALL)[[0, 1, 2, 3]]
+
+
 def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_path, monkeypatch):
-    source, drawn = d3ssl.harness.image_source(None, scenes=4), []
-    *preview, _ = TwoViews(source, SMALL)[[0, 1, 2, 3]]
-    boxes, valid = preview[2:]
+    drawn = []
+    source, preview = some_preview()
+    _, _, boxes, valid, _ = preview
     valid[:] = torch.tensor([True, False, True, False])
     std, mean = torch.tensor(d3ssl.STD), torch.tensor(d3ssl.MEAN)
     colors = [((k + torch.zeros(3)) / 4 - mean) / std for k in range(4)]
     shapes = (4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 16, 16), (4, 3, 32, 32)
     given = [
-        (color[:, None, None].expand(shape), boxes / 64 / (k + 1))
+        Input(color[:, None, None].expand(shape), boxes / 64 / (k + 1))
         for k, (color, shape) in enumerate(zip(colors, shapes, strict=True))
     ]
     monkeypatch.setattr(d3ssl, "augment", lambda *_: given)
@@ -726,21 +771,20 @@ def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_pa
     model = D3SSL(SMALL)
     d3ssl.evaluate(model, source, preview, replace(SMALL, data="."), fake_run(tmp_path), 0)
     assert model.training
-    with Image.open(tmp_path / "pictures" / "step-000000.png") as picture:
+    with Image.open(tmp_path / "step-0.png") as picture:
         pixels = torch.from_numpy(np.array(picture))
     order = 0, 2, 3, 0, 1  # view 1, the small one, view 3; view 1, view 2
     for row in range(4):
         for column, view in enumerate(order):
             tile = pixels[row * 226 + 2 :, column * 226 + 2 :][:224, :224]
             assert ((tile.float() - 255 * view / 4).abs() <= 1).all()
-    want = [given[view][1][row, valid[row]] * 224 for view in order for row in range(4)]
+    want = [given[view].boxes[row, valid[row]] * 224 for view in order for row in range(4)]
     assert len(drawn) == len(want)
     assert all(torch.equal(a, b) for a, b in zip(drawn, want, strict=True))
 
 
 def test_of_many_checkpoints_the_first_and_the_last_are_drawn(tmp_path, curves):
-    source = d3ssl.harness.image_source(None, scenes=4)
-    *preview, _ = TwoViews(source, SMALL)[[0, 1, 2, 3]]
+    source, preview = some_preview()
     run = fake_run(tmp_path, *range(0, 100, 5))
     d3ssl.evaluate(D3SSL(SMALL), source, preview, replace(SMALL, data="."), run, 95)
     for lines in curves[0]:
@@ -752,19 +796,18 @@ def test_of_many_checkpoints_the_first_and_the_last_are_drawn(tmp_path, curves):
 
 
 def test_the_preview_has_the_same_augmentations_each_time(tmp_path):
-    source, pictures = d3ssl.harness.image_source(None, scenes=4), []
-    *preview, _ = TwoViews(source, SMALL)[[0, 1, 2, 3]]
+    pictures = []
+    source, preview = some_preview()
     preview[3][:] = True
     for step in (0, 3):
         run, data = fake_run(tmp_path), replace(SMALL, data=".")
         d3ssl.evaluate(D3SSL(SMALL), source, preview, data, run, step)
-        pictures.append((tmp_path / "pictures" / f"step-{step:06d}.png").read_bytes())
+        pictures.append((tmp_path / f"step-{step}.png").read_bytes())
     assert pictures[0] == pictures[1]
 
 
 def test_an_image_without_a_box_is_shown_in_silence(tmp_path):
-    source = d3ssl.harness.image_source(None, scenes=4)
-    *preview, _ = TwoViews(source, SMALL)[[0, 1, 2, 3]]
+    source, preview = some_preview()
     preview[3][1] = False
     d3ssl.evaluate(D3SSL(SMALL), source, preview, replace(SMALL, data="."), fake_run(tmp_path), 0)
 

@@ -15,6 +15,41 @@ SMALL = replace(
     save_every=3, views=Views(size=32), device="cpu",
 )  # fmt: skip
 
+# Wrong options, and how the sentence about each of them begins.
+WRONG = [
+    (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
+    (["--hidden", "3"], "--hidden is 3"),
+    (["--categories", "1"], "--categories is 1"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--weight-decay", "-0.1"], "--weight-decay is -0.1"),
+    (["--weight-decay", "nan"], "--weight-decay is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+    (["--views.size", "0"], "--views.size is 0"),
+    (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
+    (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
+    (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),
+    (["--views.hue", "0.6"], "--views.hue is 0.6"),
+    (["--views.hue", "nan"], "--views.hue is nan"),
+    (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
+    (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
+    (["--loss.dense", "-1"], "--loss.dense is -1"),
+    (["--loss.dense", "nan"], "--loss.dense is nan"),
+    (["--loss.region", "-1"], "--loss.region is -1"),
+    (["--loss.region", "inf"], "--loss.region is inf"),
+    (["--loss.region-start", "1.5"], "--loss.region-start is 1.5"),
+    (["--loss.region-start", "nan"], "--loss.region-start is nan"),
+    (["--loss.grid", "0"], "--loss.grid is 0"),
+    (["--loss.temperature", "0"], "--loss.temperature is 0"),
+    (["--loss.temperature", "nan"], "--loss.temperature is nan"),
+]
+
 
 # ---- the method ------------------------------------------------------------------------------
 

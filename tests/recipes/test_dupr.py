@@ -22,6 +22,49 @@ SMALL = replace(
     PRESETS["demo"], patches=(2, 3, 3, 2), outputs=8, bank=16, batch=8, epochs=2, workers=0,
     log_every=1, save_every=3, views=Views(size=32), device="cpu",
 )  # fmt: skip
+# Wrong options, and what the sentence about each of them begins with.
+WRONG = [
+    (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
+    (["--alpha", "-0.1", "0", "0", "1"], "--alpha is -0.1 0.0 0.0 1.0"),
+    (["--alpha", "0", "nan", "0", "1"], "--alpha is 0.0 nan 0.0 1.0"),
+    (["--alpha", "0", "0", "0", "inf"], "--alpha is 0.0 0.0 0.0 inf"),
+    (["--beta", "0", "-1", "0", "1"], "--beta is 0.0 -1.0 0.0 1.0"),
+    (["--beta", "0", "0", "0", "nan"], "--beta is 0.0 0.0 0.0 nan"),
+    (
+        ["--alpha", "1", "0", "0", "0", "--beta", "0", "0", "1", "0"],
+        "--alpha is 1.0 0.0 0.0 0.0 and --beta is 0.0 0.0 1.0 0.0",
+    ),
+    (["--patches", "1", "1", "0", "2"], "--patches is 1 1 0 2"),
+    (["--outputs", "0"], "--outputs is 0"),
+    (["--bank", "0"], "--bank is 0"),
+    (["--keys", "0"], "--keys is 0"),
+    (["--keys", "50"], "--keys is 50: give at most 49"),  # 7 x 7
+    (["--temperature", "0"], "--temperature is 0"),
+    (["--temperature", "nan"], "--temperature is nan"),
+    (["--momentum", "1.1"], "--momentum is 1.1"),
+    (["--momentum", "-0.1"], "--momentum is -0.1"),
+    (["--momentum", "nan"], "--momentum is nan"),
+    (["--norm", "sync", "--device", "cpu"], "--norm is sync"),
+    (["--batch", "1"], "--batch is 1"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--weight-decay", "-0.1"], "--weight-decay is -0.1"),
+    (["--weight-decay", "nan"], "--weight-decay is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--log-every", "0"], "--log-every is 0"),
+    (["--save-every", "0"], "--save-every is 0"),
+    (["--views.size", "0"], "--views.size is 0"),
+    (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
+    (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
+    (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),
+    (["--views.hue", "0.6"], "--views.hue is 0.6"),
+    (["--views.hue", "nan"], "--views.hue is nan"),
+    (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
+    (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
+]
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -199,8 +242,9 @@ def half_the_batch(rank, group, state, order):
     ddp = nn.parallel.DistributedDataParallel(model)
     loss, terms, new = ddp(images, views, filled_banks(model, 20, torch.float64), order)
     loss.backward()
-    slopes = [x.grad for x in model.student.parameters()]
-    return loss.detach(), terms["patch4"].detach(), slopes, {k: v.features for k, v in new.items()}
+    gradients = [x.grad for x in model.student.parameters()]
+    features = {name: bank.features for name, bank in new.items()}
+    return loss.detach(), terms["patch4"].detach(), gradients, features
 
 
 def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
@@ -212,11 +256,11 @@ def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
     banks = filled_banks(model, 20, torch.float64)
     loss, terms, new = model(*batch(torch.float64), banks, order)
     loss.backward()
-    slopes = [x.grad for x in model.student.parameters()]
-    for half_loss, patch4, half_slopes, half_banks in halves:
+    gradients = [x.grad for x in model.student.parameters()]
+    for half_loss, patch4, half_gradients, half_banks in halves:
         # Process 1 has one pair without overlap: only a mean over all valid pairs gives the same.
         torch.testing.assert_close((half_loss, patch4), (loss.detach(), terms["patch4"].detach()))
-        torch.testing.assert_close(half_slopes, slopes)
+        torch.testing.assert_close(half_gradients, gradients)
         torch.testing.assert_close(half_banks["image5"], new["image5"].features)
         for name, rows in half_banks.items():
             assert torch.equal(rows, halves[0][-1][name])
@@ -266,26 +310,22 @@ def test_the_presets_are_the_papers():
     assert PRESETS["mocov2"] == mocov2
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"alpha": (1.0, 0.0, 0.0, 0.0), "beta": (0.0, 0.0, 1.0, 0.0)}, "C5"),
-        ({"keys": 5}, "--keys"),  # of 2 x 2
-        ({"keys": 0}, "--keys"),
-        ({"bank": 0}, "--bank"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"patches": (1, 1, 0, 2)}, "S x S"),
-    ],
-)
-def test_impossible_numbers_are_answered_with_a_sentence(changes, sentence):
-    with pytest.raises(dupr.harness.UserError, match=sentence):
-        DUPR(replace(SMALL, **changes))
+def test_the_heads_are_the_losses_with_a_weight():
+    heads = dupr.list_heads(replace(SMALL, alpha=(0.0, 0.5, 0.0, 0.0), beta=(0.25, 0.0, 0.0, 1.0)))
+    assert heads == [("image3", 1, 0, 0.5), ("patch2", 0, 2, 0.25), ("patch5", 3, 2, 1.0)]
+
+
+def test_an_image_has_as_many_patches_as_its_keys_at_every_level_with_a_patch_loss():
+    few = replace(SMALL, keys=5)  # patch4 has 3 x 3, patch5 has 2 x 2
+    with pytest.raises(dupr.harness.UserError, match=r"--keys is 5: give at most 4.* patch5"):
+        dupr.check(few)
+    dupr.check(replace(few, beta=(0.0, 0.0, 1.0, 0.0)))
 
 
 def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):
     source = dupr.harness.image_source
     monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=15))
-    with pytest.raises(dupr.harness.UserError, match=r"--bank.*15"):  # its own keys are in it
+    with pytest.raises(dupr.harness.UserError, match=r"--bank is 16.*15"):
         dupr.train(replace(SMALL, run=tmp_path))
 
 
@@ -305,14 +345,17 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
     torch.manual_seed(0)
     (x, _), (view, _) = batch()
     logged = {}
-    run = SimpleNamespace(folder=tmp_path, log=lambda step, **values: logged.update(values))
-    run.rows = lambda name: [{"step": 0, **logged}]
+    run = SimpleNamespace(
+        log=lambda step, **values: logged.update(values),
+        rows=lambda name: [{"step": 0, **logged}],
+        picture_path=lambda step: tmp_path / "picture.png",
+    )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
     dupr.evaluate(model, ([x, x], [view, view], []), replace(model.config, data="."), run, 0)
     assert logged["matched"] == 1
     assert logged["similarity_iou_1.0"].item() == pytest.approx(1)
     assert model.training
-    with Image.open(tmp_path / "pictures" / "step-000000.png") as picture:
+    with Image.open(tmp_path / "picture.png") as picture:
         pixels = torch.from_numpy(np.array(picture))
     for row in range(len(x)):  # view, view, what it is matched to
         tiles = [pixels[row * 226 + 2 :, i * 226 + 2 :][:224, :224] for i in range(3)]
@@ -322,7 +365,7 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
 
 def test_synchronized_statistics_need_a_gpu(tmp_path):
     config = replace(SMALL, run=tmp_path, norm="sync")
-    with pytest.raises(dupr.harness.UserError, match="--norm shuffled"):
+    with pytest.raises(dupr.harness.UserError, match="--norm is sync: give shuffled"):
         dupr.train(config)
 
 

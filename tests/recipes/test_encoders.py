@@ -92,9 +92,10 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_ord
                 ({"architecture": "resnet18"}, "does not fit resnet18: .*conv1"),
                 ({"architecture": "tiny-vit"}, "does not fit tiny-vit: .*cls_token"),
                 ({"mean": None}, "cannot be read"),
-                ({"mean": [0, 0]}, "three numbers each"),
-                ({"std": [1, 0, 1]}, "the second above 0"),
-                ({"color_order": "BGR"}, "BGR: .*RGB are needed"),
+                ({"mean": [0, 0]}, r"has mean \[0, 0\]: three numbers are needed"),
+                ({"std": [1, 1]}, r"has std \[1, 1\]: three numbers above 0 are needed"),
+                ({"std": [1, 0, 1]}, r"has std \[1, 0, 1\]: three numbers above 0 are needed"),
+                ({"color_order": "BGR"}, "has color_order BGR: RGB is needed"),
             ]
         ),
     ],

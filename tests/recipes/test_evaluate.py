@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import evaluate
 import harness
@@ -9,8 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from downstream import image_sets
-from downstream.protocols import FITTED, main_class, position_prior, segmentation, small_labels
+from downstream import image_sets, report
+from downstream.protocols import (
+    FITTED,
+    main_class,
+    position_prior,
+    segmentation_figures,
+    small_labels,
+)
 from PIL import Image
 from torch import nn
 import densekit as dk
@@ -140,7 +147,7 @@ def test_features_that_know_the_classes_segment_without_a_fault(data, tmp_path, 
     fit, test = both(config)
     if protocol == "kmeans-seg":
         config = dataclasses.replace(config, clusters=12)  # many to one: no bad start hurts
-    found = FITTED[protocol](fit, test, config, 0)
+    found = FITTED[protocol].score(fit, test, config, 0)
     # Class scores are resized bilinearly: at the corner of an object a pixel or two is wrong.
     assert found["miou"].value > 0.93
     assert found["images"] == 8
@@ -150,8 +157,8 @@ def test_features_that_know_the_classes_segment_without_a_fault(data, tmp_path, 
 @pytest.mark.parametrize("protocol", ["object-knn", "disturbed-object-knn"])
 def test_features_that_know_the_classes_name_all_objects(data, tmp_path, protocol):
     config = configured(data, tmp_path)
-    features = both(config, disturb=protocol.startswith("disturbed"))
-    found = FITTED[protocol](*features, config, 0)
+    features = both(config, disturb=FITTED[protocol].disturbed)
+    found = FITTED[protocol].score(*features, config, 0)
     assert found["overall"].value == found["macro"].value == 1
     assert found["overall"].deviation == 0
     assert found["rows"] == 8
@@ -167,8 +174,10 @@ def test_features_that_know_nothing_are_at_chance(data, tmp_path):
         ]).sum(0)
     )  # fmt: skip
     for protocol in ("linear-seg", "ridge-seg"):
-        torch.testing.assert_close(FITTED[protocol](*blank, config, 0)["miou"].value, prior.miou)
-    assert FITTED["object-knn"](*blank, config, 0)["overall"].value < 0.8
+        torch.testing.assert_close(
+            FITTED[protocol].score(*blank, config, 0)["miou"].value, prior.miou
+        )
+    assert FITTED["object-knn"].score(*blank, config, 0)["overall"].value < 0.8
 
 
 def test_classification_of_whole_images(data, tmp_path):
@@ -177,10 +186,10 @@ def test_classification_of_whole_images(data, tmp_path):
     kinds = [x.area[:, 1:].argmax(1) + 1 for x in (fit, test)]
     area = [nn.functional.one_hot(x, 4).float() for x in kinds]
     fit, test = (x._replace(area=y) for x, y in zip((fit, test), area, strict=True))
-    assert FITTED["image-knn"](fit, test, config, 0)["overall"].value == 1
-    linear = FITTED["image-linear"](fit, test, config, 0)
+    assert FITTED["image-knn"].score(fit, test, config, 0)["overall"].value == 1
+    linear = FITTED["image-linear"].score(fit, test, config, 0)
     assert linear["level2"]["overall"].value == 1
-    svm = FITTED["image-svm"](fit, test, config, 0)
+    svm = FITTED["image-svm"].score(fit, test, config, 0)
     assert svm["level2_map"] == pytest.approx(1)
     assert svm["classes"] == 3
 
@@ -190,7 +199,7 @@ def test_the_interval_is_over_images(data, tmp_path):
     _, test = both(config)
     counts = torch.zeros(8, 4, 4, dtype=torch.long)
     counts[:4, 0, 0], counts[4:, 0, 1] = 10, 10  # half of the images right, half wrong
-    found = segmentation(counts, test, config)["miou"]
+    found = segmentation_figures(counts, test, config)["miou"]
     assert found.value == pytest.approx(0.25)  # 40 / 80 of the ground, none of a
     assert found.low < 0.2 < 0.3 < found.high
 
@@ -250,6 +259,25 @@ def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them
     }  # fmt: skip
 
 
+def test_means_over_seeds_keep_counts_and_add_the_deviation_of_an_interval():
+    one = {"miou": {"value": 0.2, "low": 0.1, "high": 0.3}, "images": 8, "iou": {"sky": 0.5}}
+    two = {"miou": {"value": 0.4, "low": 0.3, "high": 0.5}, "images": 8, "iou": {"sky": 1.0}}
+    means = report.mean_over_seeds([one, two])
+    assert means["miou"]["value"] == pytest.approx(0.3)
+    assert means["miou"]["low"] == pytest.approx(0.2)
+    assert means["miou"]["over_seeds"] == pytest.approx(0.02**0.5)
+    assert means["images"] == 8
+    assert isinstance(means["images"], int)
+    assert report.table_row(means) == {"miou": "0.300 ± 0.141 [0.200, 0.400]", "images": 8}
+    assert report.mean_over_seeds([one]) == one
+    assert report.table_row(one) == {"miou": "0.200 [0.100, 0.300]", "images": 8}
+    tables = report.tables_of("ridge-seg", {"a": {"ridge-seg": one}, "b": {}})
+    assert len(tables) == 2
+    assert "| a | 0.200 [0.100, 0.300] | 8 |" in tables[0]
+    assert "| a | 0.500 |" in tables[1]
+    assert report.tables_of("bias", {"a": {"ridge-seg": one}}) == []
+
+
 def davis(root, frames=5):
     """A red square that moves by a cell a frame, and a still blue one."""
     for folder in ("JPEGImages/480p/moving", "Annotations/480p/moving", "ImageSets/2017"):
@@ -270,25 +298,27 @@ def davis(root, frames=5):
 
 def test_labels_follow_a_moving_object(tmp_path):
     config = configured(davis(tmp_path / "DAVIS"), tmp_path, size=(64, 64))
-    found = evaluate.video(Colors(), config)
+    videos = image_sets.open_videos(config.data)
+    found = evaluate.video(Colors(), videos, config)
     assert (found["videos"], found["objects"]) == (1, 2)
     assert found["J"].value > 0.8  # of 2 x 2 cells, whose corners the bilinear resize rounds
     assert found["F"].value > 0.8
     assert found["J&F"].value == pytest.approx((found["J"].value + found["F"].value) / 2)
     blind = Colors()
     blind.scale.data.zero_()
-    assert evaluate.video(blind, config)["J"].value < 0.6
+    assert evaluate.video(blind, videos, config)["J"].value < 0.6
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"protocol": "linear"}, "no protocol 'linear'"),
-        ({"encoders": ("random:tiny-vit",), "size": (60, 60)}, "multiples of 8"),
-        ({"encoders": ()}, "Give an encoder"),
-        ({"seeds": 0}, "1 or more seeds"),
-        ({"fit": "nothing"}, "nothing"),
+        ({"encoders": ()}, "^No encoder is named: give run folders"),
         ({"encoders": ("random:resnet19",)}, "no model resnet19"),
+        ({"encoders": ("random:tiny-vit",), "size": (60, 60)}, "--size is 60 60: .*multiples of 8"),
+        ({"fit": "nothing"}, r"^--fit is nothing: .*splits.json has no 'nothing': choose one of"),
+        ({"split": "nothing"}, r"^--split is nothing: .*has no 'nothing': choose one of"),
+        ({"protocol": "video", "split": "x"}, "^--split is x: .*ImageSets/2017 has no 'x'"),
+        ({"mapping": Path("lost.json")}, "^--mapping is lost.json: give a JSON file that exists"),
     ],
 )
 def test_a_wrong_argument_gets_a_sentence(data, tmp_path, changes, sentence):
@@ -296,19 +326,68 @@ def test_a_wrong_argument_gets_a_sentence(data, tmp_path, changes, sentence):
         evaluate.evaluate(configured(data, tmp_path, **changes))
 
 
+# Each wrong option and the beginning of its sentence, without any file.
+WRONG = [
+    (["random:tiny", "--protocol", "linear"], "--protocol is linear: there is no protocol"),
+    (["random:tiny", "--protocol", "bias,"], "--protocol is bias,: there is no protocol ''"),
+    (["random:tiny", "--protocol", "bias,bias"], "--protocol is bias,bias: name each"),
+    (["random:tiny", "--data", "nowhere"], "--data is nowhere: give a folder"),
+    (["random:tiny", "--protocol", "video"], "--data is None: the protocol video"),
+    (["random:tiny", "--layout", "voc"], "--layout is voc: give one of auto, scenes"),
+    (["random:tiny", "--mapping", "nowhere.json"], "--mapping is nowhere.json: give a JSON"),
+    (["random:tiny", "--fit", "nothing"], "--fit is nothing: "),
+    (["random:tiny", "--split", "nothing"], "--split is nothing: "),
+    (["random:tiny", "--size", "0", "64"], "--size is 0 64: give a height and a width"),
+    (["random:tiny", "--size", "64", "-8"], "--size is 64 -8: give a height and a width"),
+    (["random:tiny", "--size", "60", "60"], "--size is 60 60: random:tiny takes multiples of 8"),
+    (["random:tiny", "--limit", "-1"], "--limit is -1: give 0"),
+    (["random:tiny", "--out", __file__], f"--out is {__file__}: it cannot be made a folder"),
+    (["random:tiny", "--seeds", "0"], "--seeds is 0: give 1"),
+    (["random:tiny", "--clusters", "-1"], "--clusters is -1: give 0"),
+    (["random:tiny", "--neighbors", "0"], "--neighbors is 0: give 1"),
+    (["random:tiny", "--epochs", "0"], "--epochs is 0: give 1"),
+    (["random:tiny", "--lr", "-1"], "--lr is -1.0: give 0"),
+    (["random:tiny", "--lr", "nan"], "--lr is nan: give 0"),
+    (["random:tiny", "--objects", "0"], "--objects is 0: give 1"),
+    (["random:tiny", "--cost", "0"], "--cost is 0.0: give a number above 0"),
+    (["random:tiny", "--cost", "nan"], "--cost is nan: give a number above 0"),
+    (["random:tiny", "--draws", "0"], "--draws is 0: give 1"),
+    (["random:tiny", "--batch", "0"], "--batch is 0: give 1"),
+    (
+        ["random:tiny", "--protocol", "disturbed-object-knn", "--batch", "1"],
+        "--batch is 1: to disturb an object",
+    ),
+    (["random:tiny", "--workers", "-1"], "--workers is -1: give 0"),
+]
+if not torch.cuda.is_available():
+    WRONG.append((["random:tiny", "--device", "cuda"], "--device is cuda: no GPU"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG]
+)
+def test_a_wrong_option_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    assert harness.main(evaluate.evaluate, evaluate.read_options()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1
+
+
 def test_a_set_without_labels_or_objects_is_named(data, tmp_path):
     config = configured(data, tmp_path)
     fit, test = both(config)
     bare = test._replace(labels=[None] * 8)
     with pytest.raises(harness.UserError, match="label map"):
-        FITTED["ridge-seg"](fit, bare, config, 0)
+        FITTED["ridge-seg"].score(fit, bare, config, 0)
     some = {x: getattr(test, x)[:0] for x in ("objects", "object_classes", "object_images")}
     none = test._replace(**some)
     with pytest.raises(harness.UserError, match="no object"):
-        FITTED["object-knn"](fit, none, config, 0)
+        FITTED["object-knn"].score(fit, none, config, 0)
     with pytest.raises(harness.UserError, match="no image of a class"):
-        FITTED["image-knn"](fit, test._replace(area=test.area * 0), config, 0)
-    with pytest.raises(harness.UserError, match="--batch 2"):
+        FITTED["image-knn"].score(fit, test._replace(area=test.area * 0), config, 0)
+    with pytest.raises(harness.UserError, match="--batch is 1: it leaves an image alone"):
         both(dataclasses.replace(config, batch=1), disturb=True)
 
 
@@ -317,4 +396,4 @@ def test_images_without_a_class_are_left_out(data, tmp_path):
     fit, test = both(config)
     bare = test._replace(area=test.area * (torch.arange(8) > 2)[:, None])
     assert main_class(bare).tolist() == [-1] * 3 + [0] * 5
-    assert FITTED["image-knn"](fit, bare, config, 0)["rows"] == 5
+    assert FITTED["image-knn"].score(fit, bare, config, 0)["rows"] == 5

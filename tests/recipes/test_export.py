@@ -466,7 +466,7 @@ def test_an_export_into_the_run_folder_leaves_the_checkpoint_as_it_is(tmp_path):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     export.export(Config(str(tmp_path), to="timm", out=tmp_path / "encoder.pth"))
     assert {x: (tmp_path / x).read_bytes() for x in before} == before
-    with pytest.raises(UserError, match="exists: add --overwrite"):
+    with pytest.raises(UserError, match="exists, add --overwrite"):
         export.export(Config(str(path), to="timm", out=path))
 
 
@@ -490,12 +490,12 @@ def test_an_encoder_without_a_checkpoint_is_exported_too(tmp_path):
             "of tiny-vit: .*wide_resnet50_2.$",
         ),
         ("tiny-vit", "mmdetection", ".pth", {}, "of tiny-vit: .*resnext50_32x4d.$"),
-        ("tiny", "detectron2", ".pth", {}, "should end in .pkl for detectron2"),
-        ("tiny", "timm", ".onnx", {}, "should end in .safetensors or .pth for timm"),
-        ("tiny", "torchvision", "", {}, "should end in .pth for torchvision"),
-        ("tiny", "timm", ".pth", {"color_order": "bgr"}, "timm take RGB .* bgr is refused"),
-        ("tiny", "onnx", ".onnx", {"color_order": "bgr"}, "onnx take RGB .* bgr is refused"),
-        ("tiny", "timm", ".pth", {"normalize": False}, "--no-normalize is for onnx"),
+        ("tiny", "detectron2", ".pth", {}, "--out is .* ends in .pkl for detectron2"),
+        ("tiny", "timm", ".onnx", {}, "--out is .* ends in .safetensors or .pth for timm"),
+        ("tiny", "torchvision", "", {}, "--out is .* ends in .pth for torchvision"),
+        ("tiny", "timm", ".pth", {"color_order": "bgr"}, "--color-order is bgr: .*timm take RGB"),
+        ("tiny", "onnx", ".onnx", {"color_order": "bgr"}, "--color-order is bgr: .*onnx take RGB"),
+        ("tiny", "timm", ".pth", {"normalize": False}, "--no-normalize is given: .*timm holds"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
@@ -563,7 +563,7 @@ def test_a_checkpoint_of_unknown_or_other_colors_is_refused(tmp_path):
         assert not out.exists()
 
     side_car.write_text(json.dumps(facts | {"color_order": "BGR"}))
-    refused("color_order BGR: .*RGB are needed")
+    refused("color_order BGR: RGB is needed")
     facts = {key: facts[key] for key in ("architecture", "mean")}
     side_car.write_text(json.dumps(facts))
     refused("cannot be read .*color_order")
@@ -586,7 +586,7 @@ def test_a_file_is_replaced_only_on_demand(checkpoint, tmp_path):
     config = Config(checkpoint("tiny"), to="timm", out=tmp_path / "a.pth")
     for name in ("a.pth", "a.pth.json"):
         (tmp_path / name).write_text("precious")
-        with pytest.raises(UserError, match="exists: add --overwrite"):
+        with pytest.raises(UserError, match="exists, add --overwrite"):
             export.export(config)
         assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [(name, "precious")]
         (tmp_path / name).unlink()
@@ -595,6 +595,9 @@ def test_a_file_is_replaced_only_on_demand(checkpoint, tmp_path):
     assert torch.load(tmp_path / "a.pth", weights_only=True).keys()
     with pytest.raises(UserError, match="is not a folder to write to"):
         export.export(replace(config, out=tmp_path / "none" / "a.pth"))
+    (tmp_path / "b.pth").mkdir()
+    with pytest.raises(UserError, match=r"b.pth is a folder, give another name"):
+        export.export(replace(config, out=tmp_path / "b.pth", overwrite=True))
 
 
 def test_the_file_is_written_once_and_last(checkpoint, tmp_path, monkeypatch):
@@ -628,7 +631,34 @@ def test_the_command_exports_and_says_how_to_load_it(checkpoint, tmp_path):
 
 def test_a_refusal_is_one_line_and_the_exit_code_2(checkpoint, tmp_path, capsys):
     config = Config(checkpoint("tiny"), to="torchvision", out=tmp_path / "a.pth")
-    with pytest.raises(SystemExit) as error:
-        harness.main(export.export, config)
-    assert error.value.code == 2
+    assert harness.main(export.export, config) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# Each wrong option and the beginning of its sentence, without any file.
+WRONG = [
+    (["nowhere", "--to", "timm", "--out", "a.pth"], "nowhere does not exist: name a run folder"),
+    (["random:tiny", "--to", "timm", "--out", "a.pkl"], "--out is a.pkl: give a file that ends"),
+    (["random:tiny", "--to", "timm", "--out", "b/a.pth"], "--out is b/a.pth: b is not a folder"),
+    (
+        ["random:tiny", "--to", "timm", "--out", "a.pth", "--color-order", "bgr"],
+        "--color-order is bgr: networks of timm take RGB",
+    ),
+    (
+        ["random:tiny", "--to", "timm", "--out", "a.pth", "--no-normalize"],
+        "--no-normalize is given: a file for timm holds only weights",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG]
+)
+def test_a_wrong_option_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["export.py", *arguments])
+    assert harness.main(export.export, export.read_options()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
