@@ -127,7 +127,9 @@ def check_options(config: Config) -> None:
     )
     width, image_prototypes, cluster_prototypes = config.head
     harness.check(
-        width >= 8 and image_prototypes >= 2 and cluster_prototypes >= 2,  # width // 8 is used too
+        width >= 8
+        and image_prototypes >= 2
+        and cluster_prototypes >= 2,  # the MLP ends in width // 8
         f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and 2 prototypes "
         "or more of each kind.",
     )
@@ -474,8 +476,9 @@ def draw(model: CrOC, images: list[Tensor], views: list[dk.View], path: Path) ->
     maps = to_map(tokens).cpu()
     _, pruned = model.find_clusters(tokens, queries, keys, values, views)
 
-    # Random colors, which are the same at every step. The tokens of pruned clusters are black.
-    palette = torch.rand(99, 3, generator=harness.generator(1493))
+    # A random color for each cluster, the same at every step; there are at most as many clusters
+    # as start tokens. The tokens of pruned clusters are black.
+    palette = torch.rand(model.config.start, 3, generator=harness.generator(1493))
     kept = pruned.assignments.sum(-1, keepdim=True).cpu() > 0
     colors = palette[pruned.labels.cpu()] * kept
     head_maps = rearrange(colors, "b heads v (h w) c -> heads (v b) c h w", h=grid_side(tokens))

@@ -377,8 +377,11 @@ class D3SSL(nn.Module):
         valid: Tensor,
         bank: dk.Bank,
         order: Tensor,
-    ):
-        """The total loss, the terms that are logged, and the bank with the keys of this batch."""
+    ) -> tuple[Tensor, dict[str, Tensor], dk.Bank]:
+        """The total loss, the terms that are logged, and the bank with the keys of this batch.
+
+        `order` says how the images of the keys are shuffled.
+        """
         config = self.config
         group = torch.distributed.group.WORLD
         view1, view2, small, view3 = augment(images, views, boxes, valid, config)

@@ -235,7 +235,7 @@ class LevelLoss(NamedTuple):
     """The loss at one level, of whole images or of their patches. It has a head of its own."""
 
     name: str  # "image2" to "patch5"
-    level_index: int  # of the level in lists of all levels: 0 is C2, and 3 is C5
+    level_index: int  # in a list of all levels: 0 is C2, and 3 is C5
     side: int  # S, for S x S patches; 0 is the whole image
     weight: float  # in the total loss
 
@@ -337,7 +337,7 @@ class DUPR(nn.Module):
         views: list[dk.View],
         banks: dict[str, dk.Bank],
         order: Tensor,
-    ):
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, dk.Bank]]:
         """The total loss, the terms that are logged, and the banks with the keys of this batch.
 
         `order` says how the images of the keys are shuffled.
@@ -347,7 +347,7 @@ class DUPR(nn.Module):
         query_maps = level_maps(self.student["encoder"], images[0])
         key_maps = self.encode_keys(images[1], order)
 
-        total_loss = 0.0
+        total_loss = torch.zeros((), device=images[0].device)
         terms = {}
         new_banks = {}
         for loss in self.losses:
@@ -400,7 +400,7 @@ class DUPR(nn.Module):
 
 # ==== evaluation ==================================================================================
 PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
-INDEX = 2  # The pictures are of C4, as in the paper.
+LEVEL_INDEX = 2  # The pictures are of C4, as in the paper.
 IOUS = [i / 10 for i in range(11)]
 
 
@@ -419,11 +419,11 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     encoder = model.student["encoder"]
     images, views, _ = preview
     # All pictures are drawn on the CPU.
-    maps = [level_maps(encoder, x)[INDEX].cpu() for x in images]
+    maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
     views = [dk.View(view.box.cpu(), view.flip.cpu()) for view in views]
 
     path = run.picture_path(step)
-    matches = match(maps, views, config.patches[INDEX])
+    matches = match(maps, views, config.patches[LEVEL_INDEX])
     draw_matches(images, views, matches, path)
     own_index = torch.arange(matches.nearest.shape[1])
     is_own = matches.nearest == own_index
@@ -509,7 +509,7 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
     """Cosine against IoU, a curve for each checkpoint (Fig 5)."""
     figure = Figure()
     axes = figure.subplots(
-        subplot_kw={"xlabel": "IoU", "ylabel": f"cosine (C{FIRST_LEVEL + INDEX})"}
+        subplot_kw={"xlabel": "IoU", "ylabel": f"cosine (C{FIRST_LEVEL + LEVEL_INDEX})"}
     )
     for row in rows:
         curve = [row[f"similarity_iou_{iou}"] for iou in IOUS]

@@ -207,6 +207,17 @@ def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
         torch.testing.assert_close(clusters.assignments[0], pruned.assignments[i])
 
 
+def test_the_picture_has_a_color_for_every_cluster(tmp_path):
+    """Without the positional cost, nearly all of these start tokens remain clusters."""
+    torch.manual_seed(0)
+    config = replace(SMALL, start=128, position=0.0, views=Views(size=64))
+    model, (_, views) = CrOC(config), batch()
+    images = [torch.randn(3, 3, 64, 64) for _ in views]
+    with torch.no_grad():
+        croc.draw(model, images, views, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("tokens", ["values", "keys", "queries", "last"])
 @pytest.mark.parametrize("weights", ["attention", "cosine"])
 def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):

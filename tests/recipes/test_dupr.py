@@ -310,14 +310,16 @@ def test_the_presets_are_the_papers():
     assert PRESETS["mocov2"] == mocov2
 
 
-def test_the_heads_are_the_losses_with_a_weight():
-    heads = dupr.list_losses(replace(SMALL, alpha=(0.0, 0.5, 0.0, 0.0), beta=(0.25, 0.0, 0.0, 1.0)))
-    assert heads == [("image3", 1, 0, 0.5), ("patch2", 0, 2, 0.25), ("patch5", 3, 2, 1.0)]
+def test_the_losses_are_those_with_a_weight():
+    losses = dupr.list_losses(
+        replace(SMALL, alpha=(0.0, 0.5, 0.0, 0.0), beta=(0.25, 0.0, 0.0, 1.0))
+    )
+    assert losses == [("image3", 1, 0, 0.5), ("patch2", 0, 2, 0.25), ("patch5", 3, 2, 1.0)]
 
 
 def test_an_image_has_as_many_patches_as_its_keys_at_every_level_with_a_patch_loss():
     few = replace(SMALL, keys=5)  # patch4 has 3 x 3, patch5 has 2 x 2
-    with pytest.raises(dupr.harness.UserError, match=r"--keys is 5: give at most 4.* patch5"):
+    with pytest.raises(dupr.harness.UserError, match=r"--keys is 5: give at most 4.* at C5"):
         dupr.check_options(few)
     dupr.check_options(replace(few, beta=(0.0, 0.0, 1.0, 0.0)))
 
