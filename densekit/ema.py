@@ -3,14 +3,18 @@
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from densekit.typing import Tensor, typed
+
+if TYPE_CHECKING:  # the import takes more than a second; who has a DTensor has taken it
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["ema_update"]
 
@@ -158,7 +162,7 @@ def _rebuild(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
     for name, x in (*olds.items(), *news.items()):
-        if type(x) not in _PLAIN and isinstance(x, UninitializedTensorMixin):
+        if type(x) in (UninitializedBuffer, UninitializedParameter):
             _refuse(name, "has no shape yet; call the module once before")
     if olds.keys() == news.keys() and all(x.shape == news[name].shape for name, x in olds.items()):
         return
@@ -179,7 +183,7 @@ def _check_pair(name: str, old: Tensor, new: Tensor, *, inplace: bool) -> None:
         _refuse(name, f"of the {which} is on the device 'meta', where it has no values")
     if new.is_complex() and not old.is_complex():
         _refuse(name, "is complex in the student and real in the teacher")
-    meshes = [getattr(x, "device_mesh", None) for x in (old, new)]
+    meshes = [x.device_mesh if _is_sharded(x) else None for x in (old, new)]
     if meshes[0] != meshes[1]:
         _refuse(name, "is not sharded over the same devices in teacher and student")
     if not inplace or torch.compiler.is_compiling():
@@ -230,9 +234,13 @@ def _repeats_memory(x: Tensor) -> bool:
 # ---- sharded tensors: each process moves its own part --------------------------------------------
 
 
+def _is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(x, "placements")
+
+
 def _local_parts(old: Tensor, new: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """Return this process's parts of two sharded tensors; other tensors stay as they are."""
-    if rule == "keep" or not hasattr(old, "placements"):
+    if rule == "keep" or not (_is_sharded(old) and _is_sharded(new)):
         return old, new
     if new.placements != old.placements:
         new = new.redistribute(old.device_mesh, old.placements)
@@ -246,7 +254,7 @@ def _sharded_as(olds: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str,
     results, known = {}, {}
     for name, old in olds.items():
         value = values[name]
-        if not hasattr(old, "placements") or hasattr(value, "placements"):
+        if not _is_sharded(old) or _is_sharded(value):
             results[name] = value
             continue
         key = id(value), old.placements
@@ -280,7 +288,7 @@ def _place(x: Tensor) -> tuple[Hashable, Hashable]:
     try:
         storage = x.untyped_storage()
     except NotImplementedError:  # x belongs to vmap or to another transform
-        return _place(torch._C._functorch.get_unwrapped(x))[0], id(x)
+        return _place(get_unwrapped(x))[0], id(x)
     address = storage.data_ptr() if plain else 0  # one for all that share an array of NumPy
     return address or storage._cdata, (x.dtype, x.storage_offset(), x.shape, x.stride())
 
@@ -388,7 +396,7 @@ def _is_fused(x: Tensor) -> bool:
 
 
 def _has_storage(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x):
         return False
     return type(x) in _PLAIN or not is_traceable_wrapper_subclass(x)
 
