@@ -220,10 +220,22 @@ def trained(features, labels, seed=0, **options):
     return train_linear_probe(features, labels, generator=generator, **OPTIONS | options)
 
 
+def cells_of_labels(labels, size):
+    """The cells that some pixel with a class depends on, one cell at a time."""
+    count = size[0] * size[1]
+    alone = torch.eye(count).view(count, 1, *size)
+    reach = nn.functional.interpolate(alone, labels.shape[-2:], mode="bilinear")[:, 0] > 0
+    seen = (reach & (labels != 255)[:, None]).any(-1).any(-1)
+    return seen.unflatten(1, size)
+
+
 def slow_training(features, labels, *, epochs, batch, lr, momentum=0.9, weight_decay=0.0):
     """torch's convolution, resizing, loss, SGD and cosine schedule: scores of all maps."""
-    n, d = features.shape[:2]
-    variance, mean = torch.var_mean(features.double(), (0, 2, 3), correction=0, keepdim=True)
+    n, d, h, w = features.shape
+    cells = features.double().movedim(1, -1)[cells_of_labels(labels, (h, w))]
+    variance, mean = (
+        x[:, None, None] for x in torch.var_mean(cells, 0, correction=0)
+    )  # of what is ignored, nothing counts
     # As a batch norm on the whole set; one cell alone has no variance.
     maps = ((features - mean) / variance.sqrt().clamp(min=1e-9)).float()
     net = nn.Conv2d(d, CLASSES, 1)
