@@ -213,7 +213,7 @@ def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
             f"densekit.distributed.{function}: the order has {len(order)} entries for {len(x)} "
             f"rows on each of {size} processes; give a permutation of all rows."
         )
-    return all_gather(x, group)[order.tensor_split(size)[rank]]
+    return all_gather(x, group)[order.long().tensor_split(size)[rank]]
 
 
 def _alone(group: Group) -> bool:

@@ -1,6 +1,11 @@
 """k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest centroid.
 
-Half precision is converted to float32, also under autocast. No gradient flows.
+Half precision is converted to float32, also under autocast. No gradient flows. Points that are not
+finite are left out. The nearest centroid of a point depends on this point and the centroids alone:
+far points, and centroids that no point uses, change no other label, whatever numbers they hold.
+
+The points are processed in blocks of at most 2^20 numbers (or of one point), so their distances to
+the centroids are never in memory together.
 """
 
 import math
@@ -24,7 +29,7 @@ class KMeans(NamedTuple):
 
     Attributes:
         centroids: Means of the clusters.
-        labels: The nearest centroid of each point; -1 where the point is not valid.
+        labels: The nearest centroid of each point; -1 where the point is not valid or not finite.
         inertia: Sum of the squared distances of the valid points to their centroids.
     """
 
@@ -49,8 +54,8 @@ def kmeans_plus_plus(
     Args:
         points: n points.
         count: Number of centroids; points are repeated if there are fewer different ones.
-        valid: Points to choose from; by default all. Without any valid point the centroids are
-            zero.
+        valid: Points to choose from; by default all. A point that is not finite is not chosen.
+            Without any point to choose the centroids are zero.
         generator: Source of the random numbers, on the points' device.
 
     Returns:
@@ -101,7 +106,7 @@ def kmeans(
     Args:
         points: n points.
         start: Start centroids ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
-        valid: Points to use; by default all.
+        valid: Points to use; by default all. A point that is not finite is not used.
         iterations: Number of times that the centroids move; a few dozen are enough in practice.
 
     Returns:
@@ -162,7 +167,9 @@ def minibatch_kmeans(
     short runs on fewer of these points, each of which starts from `kmeans_plus_plus`. In each step,
     every centroid moves to the mean of all points that were assigned to it so far, including those
     of the sample, so the steps become smaller. With several processes, each takes the same number
-    of random points from its own points, and the sums are shared.
+    of random points from its own points, and the sums are shared. Besides the points, a few copies
+    of the sample (`sample * clusters * d` numbers) are in memory, and four of the parts of it that
+    the short runs take.
 
     Args:
         points: n points, such as the cells of all feature maps; points that are not finite are
@@ -245,7 +252,8 @@ def nearest_centroids(
         centroids: k centroids (`minibatch_kmeans`, `kmeans`).
 
     Returns:
-        Index of the nearest centroid; the first one if several are equally near.
+        Index of the nearest centroid; the first one if several are equally near. It is -1 where the
+        point is not finite. A centroid that is not finite is never the nearest.
 
     Raises:
         TypeError: The shapes do not match.
@@ -266,7 +274,7 @@ def nearest_centroids(
 
 
 def _blocks(x: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-    """Split points, so that neither they nor their products with the centers fill more than a block."""
+    """Split points, so that they and their products with the centers fit in a block."""
     return x.split(block_rows(math.prod(x.shape[:-2]) * max(centers.shape[-2:])), -2)
 
 

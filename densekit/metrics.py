@@ -262,8 +262,8 @@ def merge_clusters(
         assignment: The class of each cluster, -1 for none (`match_clusters`).
 
     Returns:
-        Counts in int64, with a column for each class, in the order of the rows, and a last column for the
-        clusters without a class, which `confusion_scores` counts as wrong.
+        Counts in int64, with a column for each class, in the order of the rows, and a last column
+        for the clusters without a class, which `confusion_scores` counts as wrong.
 
     Examples:
         >>> merge_clusters(torch.tensor([[0, 5, 4], [3, 0, 0]]), torch.tensor([1, 0, -1]))

@@ -106,8 +106,10 @@ def fit_linear_probe(
             "give at least one class and a penalty above 0."
         )
     labels = labels.long()
-    keep = _counted(labels, classes, ignore) & features.isfinite().all(-1)
-    rows, size = keep.sum().clamp(min=1), block_rows(max(features.shape[1], classes))
+    size = block_rows(max(features.shape[1], classes))
+    finite = torch.cat([x.isfinite().all(-1) for x in features.split(size)])
+    keep = _counted(labels, classes, ignore) & finite
+    rows = keep.sum().clamp(min=1)
     parts = list(zip(features.split(size), labels.split(size), keep.split(size), strict=True))
 
     def block(features: Tensor, keep: Tensor, mean: Tensor | float = 0.0) -> Tensor:

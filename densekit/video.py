@@ -65,7 +65,8 @@ def propagate_labels(
     with full_precision(features):
         own, known = features.flatten(1).mT, context.movedim(1, -1).flatten(0, 2)
         labels = context_labels.movedim(1, -1).flatten(0, 2)
-        asks, usable = own.isfinite().all(-1), (known.isfinite().all(-1) & labels.isfinite().all(-1))
+        asks = own.isfinite().all(-1)
+        usable = known.isfinite().all(-1) & labels.isfinite().all(-1)
         own = l2_normalize(torch.where(asks[:, None], own, 0.0))
         known = l2_normalize(torch.where(usable[:, None], known, 0.0)).to(own)
         labels = torch.where(usable[:, None], labels, 0.0).to(own)
