@@ -119,16 +119,21 @@ def fit_linear_probe(
         target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
         return torch.where(keep[:, None], target, 0.0)
 
-    mean, largest = 0.0, features.new_zeros(features.shape[1], dtype=torch.double)
+    mean = largest = square = features.new_zeros(features.shape[1], dtype=torch.double)
     for x, _, used in parts:
         x = block(x, used)
         mean = mean + x.sum(0) / rows
         largest = torch.maximum(largest, x.abs().amax(0)) if len(x) else largest
-    deviation = (sum(block(x, used, mean).square().sum(0) for x, _, used in parts) / rows).sqrt()
+    for x, _, used in parts:
+        square = square + block(x, used, mean).square().sum(0)
+    deviation = (square / rows).sqrt()
     deviation = torch.where(deviation > 1e-12 * largest, deviation, torch.inf)  # ignores constants
-    prior = sum(one_hot(y, used).sum(0) for _, y, used in parts) / rows
+    counts = features.new_zeros(classes, dtype=torch.double)
+    for _, y, used in parts:
+        counts = counts + one_hot(y, used).sum(0)
+    prior = counts / rows
     gram = penalty * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-    product = 0.0
+    product = torch.zeros(len(mean), classes, dtype=mean.dtype, device=mean.device)
     for x, y, used in parts:
         x = block(x, used, mean) / deviation
         gram = gram + x.mT @ x / rows
@@ -541,7 +546,7 @@ def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         finite.append(usable)
         known.append(usable & (needed > 0))
 
-    count = sum(cells.sum() for cells in known).clamp(min=1)
+    count = torch.cat(known).sum().clamp(min=1)
     total = square = largest = torch.zeros(d, dtype=torch.double, device=x.device)
     for maps, cells in zip(x.split(images), known, strict=True):
         flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)

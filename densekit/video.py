@@ -202,13 +202,18 @@ def boundary_f_measure(
     if not masks.numel():
         return masks.new_ones(masks.shape[:-2], dtype=torch.float32)
     reach = math.ceil(tolerance * math.hypot(*masks.shape[-2:]))
-    flat = (x.reshape(-1, *masks.shape[-2:]) for x in (masks, predictions))
     count = block_rows(math.prod(masks.shape[-2:]))
-    parts = zip(*(x.split(count) for x in flat), strict=True)
-    return torch.cat([_boundary_f(*part, reach) for part in parts]).view(masks.shape[:-2])
+    parts = zip(
+        masks.reshape(-1, *masks.shape[-2:]).split(count),
+        predictions.reshape(-1, *masks.shape[-2:]).split(count),
+        strict=True,
+    )
+    scores = [_boundary_f(true, guess, reach) for true, guess in parts]
+    return torch.cat(scores).view(masks.shape[:-2])
 
 
 def _boundary_f(masks: Tensor, predictions: Tensor, reach: int) -> Tensor:
+    """Return F of each mask; the tolerance is `reach` pixels."""
     true, guess = _outline(masks), _outline(predictions)
 
     def share(outline: Tensor, other: Tensor) -> Tensor:
