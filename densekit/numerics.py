@@ -11,6 +11,8 @@ from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["l2_normalize", "masked_mean", "widen"]
 
+BLOCK = 2**20  # numbers: 4 MiB in float32, which stay in the cache
+
 
 @typed
 def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -104,6 +106,18 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Return whether Python may read values: of plain tensors on the CPU, in eager mode.
+
+    It may not under `torch.compile` and the transforms of `torch.func`, nor of fake tensors; on a
+    GPU it would wait for the values.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    plain = (Tensor, torch.nn.Parameter)
+    return all(x.device.type == "cpu" and type(x) in plain for x in tensors)
+
+
 def full_precision(x: Tensor) -> torch.autocast:
     """Return a block in which autocast does not round to half precision, on the tensor's device."""
     return torch.autocast(x.device.type, enabled=False)
@@ -111,7 +125,16 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
+    rows = rows.long()  # torch 2.6 takes no other indices
     return table.gather(-2, rows[..., None].expand(*rows.shape, table.shape[-1]))
+
+
+def block_rows(width: int) -> int:
+    """Return how many rows of `width` numbers fit in a block of `BLOCK` numbers; at least one.
+
+    A function that works in blocks needs memory for one of them, however many rows there are.
+    """
+    return max(1, BLOCK // max(1, width))
 
 
 def sample_uniform(
