@@ -125,7 +125,7 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
-    rows = rows.long()  # torch 2.6 takes no other indices
+    rows = rows.long()  # `gather` does not take every integer dtype
     return table.gather(-2, rows[..., None].expand(*rows.shape, table.shape[-1]))
 
 
