@@ -363,7 +363,7 @@ def average_precision(
 
     `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest to the lowest. The
     classes are processed in blocks: besides the result, the memory is that of some columns, and of
-    no more than some 2^20 numbers where a column is shorter.
+    no more than some 2^22 numbers where a column is shorter.
 
     Args:
         scores: One score for each image and class; only their order matters. Where a score is NaN,
@@ -437,7 +437,7 @@ def bootstrap(
     images. It does not show how much another training run would differ.
 
     The resamplings are processed in blocks: besides one copy of the states in float64, the memory
-    is that of some 2^20 numbers, or of some sums where one is larger.
+    is that of some 2^22 numbers, or of some sums where one is larger.
 
     Args:
         states: The summands, one row for each image. Integers are summed in int64, half precision

@@ -71,7 +71,7 @@ def fit_linear_probe(
 
     It is a quick approximation of a linear layer that is trained by SGD. Features are standardized,
     so that the penalty has the same effect at every scale; the resulting classifier applies to the
-    raw features. The sums are in float64, in blocks of at most some 2^20 numbers or one row, which
+    raw features. The sums are in float64, in blocks of at most some 2^22 numbers or one row, which
     bounds the memory.
 
     Args:
