@@ -76,9 +76,11 @@ def init_bank(
             f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
             "size and a dim of 1 or more, and a floating dtype."
         )
-    features = torch.zeros(size, dim, device=device)
+    features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
-        rows = torch.randn(size, dim, generator=generator, device=device)
+        rows = torch.randn(
+            size, dim, generator=generator, dtype=torch.float32, device=device
+        )
         features = torch.nn.functional.normalize(rows, dim=-1)
     filled = torch.tensor(size if random else 0, device=device)
     return Bank(features.to(dtype), torch.tensor(0, device=device), filled)

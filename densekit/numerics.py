@@ -3,6 +3,7 @@
 The functions that `__all__` does not list are helpers for the modules of densekit.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -104,8 +105,13 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """Return a block in which autocast does not round to half precision, on the tensor's device."""
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return a block in which autocast does not round to half precision, on the tensor's device.
+
+    Devices that autocast does not know, such as "meta", have nothing to switch off.
+    """
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

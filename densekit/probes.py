@@ -169,7 +169,8 @@ def linear_segmentation(
         )
     h, w = labels.shape[-2:]
     offset = min(stride, h, w) // 2
-    points = grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0], device=features.device), (h, w))
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32, device=features.device)
+    points = grid_points(whole, (h, w))
     points = points.unflatten(0, (h, w))[offset::stride, offset::stride].flatten(0, 1)
 
     def rows(maps: Tensor, targets: Tensor):
@@ -257,7 +258,8 @@ def train_linear_probe(
         bias = x.new_zeros(classes, dtype=torch.float32, requires_grad=True)
         optimizer = torch.optim.SGD([weight, bias], lr, momentum, weight_decay=weight_decay)
         for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+            order = torch.randperm(len(x), generator=generator, device="cpu")
+            for rows in order.to(x.device).split(batch):
                 optimizer.param_groups[0]["lr"] = cosine_schedule(step, steps, start=lr)
                 maps = (x[rows].float() - mean) * scale
                 scores = _resize(_scores(maps, weight, bias), y.shape[-2:])
@@ -272,7 +274,7 @@ def train_linear_probe(
         weight = weight.detach() * scale[:, :, 0]
         bias = bias.detach() - mean[:, 0, 0] @ weight
     counts = y[y != ignore].bincount(minlength=classes)
-    return LinearProbe(weight, bias, counts / counts.sum().clamp(min=1))
+    return LinearProbe(weight, bias, counts.float() / counts.sum().clamp(min=1))
 
 
 @typed

@@ -150,7 +150,7 @@ def region_similarity(
     """
     both = (masks & predictions).sum((-2, -1))
     either = (masks | predictions).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, both.float() / either.clamp(min=1), 1.0)
 
 
 @typed
@@ -196,16 +196,18 @@ def boundary_f_measure(
     step = torch.arange(-reach, reach + 1, device=masks.device)
     disk = (step.square()[:, None] + step.square() <= reach**2).float()
     true, guess = (_outline(x) for x in (masks, predictions))
-    grown = [
-        torch.nn.functional.conv2d(
-            x.reshape(-1, 1, h, w).float(), disk[None, None], padding=reach
-        ).reshape(x.shape) > 0.5
-        for x in (true, guess)
-    ]  # fmt: skip
+    with full_precision(disk):
+        grown = [
+            torch.nn.functional.conv2d(
+                x.reshape(-1, 1, h, w).float(), disk[None, None], padding=reach
+            ).reshape(x.shape) > 0.5
+            for x in (true, guess)
+        ]  # fmt: skip
 
     def share(outline: Tensor, near: Tensor, other: Tensor) -> Tensor:
         length, close = outline.sum((-2, -1)), (outline & near).sum((-2, -1))
-        return torch.where(length > 0, close / length.clamp(min=1), (~other.any(-1).any(-1)) * 1.0)
+        neither = (~other.any(-1).any(-1)).float()
+        return torch.where(length > 0, close.float() / length.clamp(min=1), neither)
 
     precision = share(guess, grown[0], true)
     recall = share(true, grown[1], guess)
