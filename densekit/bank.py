@@ -78,9 +78,7 @@ def init_bank(
         )
     features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
-        rows = torch.randn(
-            size, dim, generator=generator, dtype=torch.float32, device=device
-        )
+        rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)
         features = torch.nn.functional.normalize(rows, dim=-1)
     filled = torch.tensor(size if random else 0, device=device)
     return Bank(features.to(dtype), torch.tensor(0, device=device), filled)

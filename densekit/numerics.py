@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed
 
@@ -113,6 +115,23 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     if not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Return whether Python may read the values of these tensors: they are plain, and on the CPU.
+
+    It may not while a graph is traced, inside a transform such as vmap, or if they are fake. On
+    other devices it would have to wait.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(
+        x.device.type == "cpu"
+        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not is_functorch_wrapped_tensor(x)
+        and forward_ad.unpack_dual(x).tangent is None
+        for x in tensors
+    )
 
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
