@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed
 
@@ -120,10 +121,10 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 def readable(*tensors: Tensor) -> bool:
     """Return whether Python may read the values of these tensors: they are plain, and on the CPU.
 
-    It may not while a graph is traced, inside a transform such as vmap, or if they are fake. On
-    other devices it would have to wait.
+    It may not while a graph is traced, which a dispatch mode may do too, inside a transform such as
+    vmap, or if they are fake. On other devices it would have to wait.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return False
     return all(
         x.device.type == "cpu"

@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -113,9 +113,15 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
 
 @functools.cache
 def _with_fields(hint: Any) -> Any:
-    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field."""
+    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field.
+
+    beartype looks at one item of a sequence, at random; this hint looks at all.
+    """
     if isinstance(hint, types.UnionType):
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
+    if typing.get_origin(hint) is Sequence:
+        (item,) = map(_with_fields, typing.get_args(hint))
+        return Annotated[Sequence, Is[lambda items: all(_fits(x, item) for x in items)]]
     if not _is_record(hint):
         return hint
     fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
