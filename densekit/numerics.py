@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed
 
@@ -124,7 +124,7 @@ def readable(*tensors: Tensor) -> bool:
     It may not while a graph is traced, which a dispatch mode may do too, inside a transform such as
     vmap, or if they are fake. On other devices it would have to wait.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack():
         return False
     return all(
         x.device.type == "cpu"

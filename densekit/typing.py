@@ -220,7 +220,7 @@ def _describe_hint(hint: Any) -> str:
     if _is_array(hint):
         return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
     name = hint.__name__ if type(hint) is type else str(hint)
-    return re.sub(r"typing\.|\bjax(?=[A-Z])", "", name)
+    return re.sub(r"typing\.|collections\.abc\.|torch\.(?=Tensor)|\bjax(?=[A-Z])", "", name)
 
 
 def _describe(value: Any) -> str:
