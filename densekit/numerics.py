@@ -4,6 +4,7 @@ The functions that `__all__` does not list are helpers for the modules of densek
 """
 
 import contextlib
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["l2_normalize", "masked_mean", "widen"]
+
+_dispatch = operator.attrgetter("__torch_dispatch__")
 
 
 @typed
@@ -128,7 +131,7 @@ def readable(*tensors: Tensor) -> bool:
         return False
     return all(
         x.device.type == "cpu"
-        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and _dispatch(type(x)) is _dispatch(Tensor)
         and not is_functorch_wrapped_tensor(x)
         and forward_ad.unpack_dual(x).tangent is None
         for x in tensors
