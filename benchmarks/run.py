@@ -10,6 +10,7 @@ memory that it counts.
 
 import argparse
 import copy
+import functools
 import io
 import os
 import statistics
@@ -154,7 +155,8 @@ def primitives() -> None:
 
         what = f"`gridsample`, 16 x {d} x {side} x {side} at 49 points, forward and backward"
         against(what, *times(ours, rival), "F.grid_sample")
-    for (h, w), size, count in (((64, 64), 48, 64), ((480, 640), 224, 8)):
+    photos = ((64, 64), 48, 64), ((480, 640), 224, 8), ((3000, 4000), 224, 1)
+    for (h, w), size, count in photos:
         images, view = torch.rand(count, 3, h, w, device=DEVICE), dk.sample_views((h, w), (count,))
         boxes = view.box.int().tolist()
         view = dk.View(view.box.to(DEVICE), view.flip.to(DEVICE))
@@ -166,8 +168,27 @@ def primitives() -> None:
             for image, (x1, y1, x2, y2) in zip(images, boxes, strict=True):
                 TF.resized_crop(image, y1, x1, y2 - y1, x2 - x1, [size, size], antialias=True)
 
-        what = f"`crop_views`, {count} images {h} x {w} to {size}"
+        what = f"`crop_views`, {count} x {h} x {w} to {size}"
         against(what, *times(ours, rival), "loop of torchvision's resized_crop")
+        inside = dk.View(view.box * 0.999 + 0.3, view.flip)
+
+        def fractional() -> None:
+            dk.crop_views(images, inside, size)
+
+        def dense() -> None:
+            torch.vmap(functools.partial(dk.crop_views, size=size))(images, inside)
+
+        what = f"{what}, fractional boxes"
+        against(what, *times(fractional, dense, rounds=5), "products over the whole image")
+    image, shares = torch.rand(3, 3000, 4000, device=DEVICE), (1.0, 0.25)
+    flip = torch.tensor(False, device=DEVICE)
+    corners = [torch.tensor([0.3, 0.3, 3999 * s, 2999 * s], device=DEVICE) for s in shares]
+    large, small = times(
+        *(lambda box=box: dk.crop_views(image, dk.View(box, flip), 224) for box in corners),
+        rounds=5,
+    )
+    what = "`crop_views`, 1 x 3000 x 4000 to 224, a sixteenth of the area"
+    against(what, small, large, "all of it, fractional boxes")
     query = torch.rand(16, 512, 128, device=DEVICE, requires_grad=True)
 
     def ours() -> None:

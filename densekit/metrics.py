@@ -347,8 +347,8 @@ def accuracy(
     right = counted & (labels == predictions)
     nothing, labels = labels.new_zeros(classes), labels * counted
     hits, count = (nothing.scatter_add(0, labels, x.long()) for x in (right, counted))
-    share = hits / count.clamp(min=1)
-    overall = hits.sum() / count.sum().clamp(min=1)
+    share = hits.float() / count.clamp(min=1)
+    overall = hits.sum().float() / count.sum().clamp(min=1)
     return Accuracy(overall, share.sum() / (count > 0).sum().clamp(min=1))
 
 

@@ -78,12 +78,13 @@ def knn_votes(
     known_labels = gallery_labels.long()
     usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
     known, known_labels = torch.where(usable[:, None], known, 0.0), known_labels * usable
-    bias = torch.where(usable, 0.0, -torch.inf).to(known)
+    bias = torch.where(usable, known.new_zeros(()), -torch.inf)
     shares = []
     for rows in features.split(chunk):
         with full_precision(features):
             nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
-        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # NaN where nobody votes
+        weights = (nearest.values / temperature).softmax(-1)
+        weights = torch.where(weights.isnan(), 0.0, weights)  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
     return torch.cat(shares)

@@ -330,7 +330,7 @@ def boxes_to_mask(
     _check_size("boxes_to_mask", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
-    (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
+    (y, x), inside = (torch.arange(s, device=boxes.device).to(x1) + 0.5 for s in size), []
     for centers, first, last in ((y, y1, y2), (x, x1, x2)):
         inside.append((centers >= first[..., None]) & (centers < last[..., None]))
     rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))

@@ -159,7 +159,7 @@ def region_similarity(
     """
     both = (masks & predictions).sum((-2, -1))
     either = (masks | predictions).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, both.float() / either.clamp(min=1), 1.0)
 
 
 @typed

@@ -419,7 +419,6 @@ HOOKS = {" ".join(COLUMNS): "takes a module and calls it: tests/test_diagnostics
 ONE_BANK = {"batched single": "one bank for all keys: its record has no leading axes"}
 ROWS_OF_ALL = {"batched single": "the first axis is the batch that it permutes"}
 DETACHED = {"gradcheck gradgradcheck": "no gradient flows"}
-CENTER = torch.tensor([0.1, -0.2, 0.3, 0.0])
 COLORS = {"batched single": "the colors are those of all images: they have no leading axes"}
 MASKS = {
     "gradcheck gradgradcheck": "masks have no gradient",
@@ -464,6 +463,11 @@ def every_second(confusion):
 
 def scores_of_a_group(confusion):
     return dk.group_scores(confusion, every_second(confusion))
+
+
+def center(teacher):
+    dtype = at_least_float32(teacher.dtype)
+    return torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=dtype, device=teacher.device)
 
 
 def votes(features, labels, gallery, gallery_labels):
@@ -602,7 +606,7 @@ TABLE = [
         call=lambda s, t, valid: dk.self_distillation(
             s,
             t,
-            CENTER.to(s),
+            center(t).to(s),
             valid,
             student_temperature=0.5,
             teacher_temperature=0.25,
@@ -612,7 +616,7 @@ TABLE = [
     row(
         "update_center",
         lambda *arguments: pair_and_valid(*arguments)[1:],
-        call=lambda t, valid: dk.update_center(CENTER.to(at_least_float32(t.dtype)), t, valid),
+        call=lambda t, valid: dk.update_center(center(t), t, valid),
         without=DETACHED | {"batched": "the mean over all the axes together is what it is for"},
     ),
     row("sinkhorn", costs_and_marginals, (0, 1, 2), reg=0.5, iterations=3, close=4),
