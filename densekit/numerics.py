@@ -104,6 +104,18 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Return whether Python may read values: of plain tensors on the CPU, in eager mode.
+
+    It may not under `torch.compile` and the transforms of `torch.func`, nor of fake tensors; on a
+    GPU it would wait for the values.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    plain = (Tensor, torch.nn.Parameter)
+    return all(x.device.type == "cpu" and type(x) in plain for x in tensors)
+
+
 def full_precision(x: Tensor) -> torch.autocast:
     """Return a block in which autocast does not round to half precision, on the tensor's device."""
     return torch.autocast(x.device.type, enabled=False)
