@@ -141,7 +141,7 @@ def similarity_iou_curve(
 
     Examples:
         >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
-        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1]
+        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1].round(decimals=3)
         tensor(1.)
 
     References:
@@ -296,7 +296,7 @@ def coupling_rate(
 
     Examples:
         >>> maps, left = torch.rand(8, 4, 4), torch.tensor([0.0, 0.0, 0.5, 1.0])
-        >>> coupling_rate(maps, maps, left, 1 - left[[2, 3, 0, 1]])
+        >>> coupling_rate(maps, maps, left, 1 - left[[2, 3, 0, 1]]).round(decimals=3)
         tensor(1.)
 
     References:
@@ -331,7 +331,7 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
         ValueError: The map has no cell.
 
     Examples:
-        >>> mean_cosine_similarity(torch.rand(8, 4, 4).repeat(1, 3, 3))
+        >>> mean_cosine_similarity(torch.rand(8, 4, 4).repeat(1, 3, 3)).round(decimals=3)
         tensor(1.)
 
     References:
@@ -378,8 +378,9 @@ def layer_bias(
             `layer_features`.
 
     Examples:
-        >>> layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
-        LayerBias(coupling_rate=tensor([1.]), mean_cosine=tensor([1.]))
+        >>> bias = layer_bias(torch.nn.Identity(), torch.rand(4, 3, 8, 8), [""])
+        >>> bias.coupling_rate.round(decimals=3), bias.mean_cosine.round(decimals=3)
+        (tensor([1.]), tensor([1.]))
 
     References:
         D3SSL, Sec 3, Fig 3 and 4, Table 7.

@@ -34,20 +34,19 @@ class Config:
     data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
     run: Path | None = None  # Run folder; by default runs/croc-PRESET[-NAME OF DATA].
     arch: str = "vit_small_patch16_224"  # A ViT of timm, or "tiny" (96 channels, patches of 8).
-    head: tuple[int, int, int] = (2048, 65536, 8192)  # Width, outputs for images, for clusters.
+    head: tuple[int, int, int] = (2048, 65536, 8192)  # Width, outputs for images, and for clusters.
     alpha: float = 1.0  # Weight of the clusters' loss.
     tokens: Literal["values", "keys", "queries", "last"] = "values"  # The tokens to cluster.
-    token_weights: Literal["attention", "cosine"] = (
-        "attention"  # Measure of a token's similarity to [CLS].
-    )
-    start: int = 12  # Tokens that the clusters start from, K_start.
+    token_weights: Literal["attention", "cosine"] = "attention"  # Measure of similarity to [CLS].
+    start: int = 12  # K_start, the tokens that the clusters start from.
     position: float = 4.0  # Weight of the positional cost, lambda_pos.
-    teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)  # From, to, in epochs.
+    # The teacher's temperature at first and at last, and the epochs in which it changes.
+    teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)
     batch: int = 256  # Images per step, over all processes.
     epochs: int = 300
     lr: float = 5e-4  # Learning rate for a batch of 256; it is scaled with the batch.
     warmup: float = 10.0  # Epochs in which the learning rate rises.
-    weight_decay: tuple[float, float] = (0.04, 0.4)  # At the start and at the end.
+    weight_decay: tuple[float, float] = (0.04, 0.4)  # Weight decay at the start and at the end.
     momentum: float = 0.996  # Momentum of the teacher at the start; it rises to 1.
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm of each parameter.

@@ -90,7 +90,10 @@ def as_typed(value: Any) -> str:
 def check_training(config: Any) -> None:
     """Check the options that the recipes share; each wrong one is a UserError of its own."""
     check(config.batch >= 2, f"--batch is {config.batch}: give 2 images or more.")
-    check(math.isfinite(config.lr) and config.lr >= 0, f"--lr is {config.lr}: give 0 or more.")
+    check(
+        math.isfinite(config.lr) and config.lr >= 0,
+        f"--lr is {config.lr}: give a finite number, 0 or more.",
+    )
     check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
     check(config.log_every >= 1, f"--log-every is {config.log_every}: give 1 step or more.")
     check(config.save_every >= 1, f"--save-every is {config.save_every}: give 1 step or more.")
@@ -115,7 +118,7 @@ def check_views(views: Any) -> None:
     check(
         0 <= low < high < math.inf,
         f"--views.blur is {as_typed(views.blur)}: give two standard deviations in pixels, 0 or "
-        "more, the smaller first.",
+        "more, the first below the second.",
     )
 
 

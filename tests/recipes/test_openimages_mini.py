@@ -42,14 +42,14 @@ knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, 
 chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").strip().split(", ")  # fmt: skip
-# What test_options.py gives besides, and the options that cannot be meant.
+# The options without which the command does not start, and wrong ones with their sentences.
 NEEDED = ["--boxes", "boxes.csv", "--classes", "classes.csv", "--coco", "coco.json"]
 NEEDED += ["--out", "list.txt"]
 WRONG = [
-    (["--seed", "-1"], "--seed is -1"),
-    (["--out", "list.csv"], "--out is list.csv"),
-    (["--out", "nowhere/list.txt"], "--out is nowhere/list.txt"),
-    (["--images", "nowhere"], "--images is nowhere"),
+    ([*NEEDED, "--seed", "-1"], "--seed is -1"),
+    ([*NEEDED, "--out", "list.csv"], "--out is list.csv"),
+    ([*NEEDED, "--out", "nowhere/list.txt"], "--out is nowhere/list.txt"),
+    ([*NEEDED, "--images", "nowhere"], "--images is nowhere"),
 ]
 LIMITS = {"person": 4, "dog": 2, "mouse": 1, "sports ball": 3, "dining table": 1}
 

@@ -28,19 +28,19 @@ from densekit.scenes import sample_scenes
 FOLDER = Path(proposals.__file__).parent
 NAMES = ["0.png", "a/1.png", "a/b c/2.png", "z.png"]
 SMALL = Config(Path(), side=8, workers=1)
-# What test_options.py gives besides, and the options that cannot be meant.
+# The options without which the command does not start, and wrong ones with their sentences.
 NEEDED = ["--data", "photos"]
 WRONG = [
-    (["--longest", "-1"], "--longest is -1"),
-    (["--side", "-1"], "--side is -1"),
-    (["--aspect", "0.3"], "--aspect is 0.3"),
-    (["--aspect", "nan"], "--aspect is nan"),
-    (["--scale", "0.8", "0.3"], "--scale is 0.8 0.3"),
-    (["--scale", "-0.1", "0.3"], "--scale is -0.1 0.3"),
-    (["--scale", "0.3", "1.1"], "--scale is 0.3 1.1"),
-    (["--scale", "nan", "0.8"], "--scale is nan 0.8"),
-    (["--most", "-1"], "--most is -1"),
-    (["--workers", "0"], "--workers is 0"),
+    ([*NEEDED, "--longest", "-1"], "--longest is -1"),
+    ([*NEEDED, "--side", "-1"], "--side is -1"),
+    ([*NEEDED, "--aspect", "0.3"], "--aspect is 0.3"),
+    ([*NEEDED, "--aspect", "nan"], "--aspect is nan"),
+    ([*NEEDED, "--scale", "0.8", "0.3"], "--scale is 0.8 0.3"),
+    ([*NEEDED, "--scale", "-0.1", "0.3"], "--scale is -0.1 0.3"),
+    ([*NEEDED, "--scale", "0.3", "1.1"], "--scale is 0.3 1.1"),
+    ([*NEEDED, "--scale", "nan", "0.8"], "--scale is nan 0.8"),
+    ([*NEEDED, "--most", "-1"], "--most is -1"),
+    ([*NEEDED, "--workers", "0"], "--workers is 0"),
 ]
 EVERY = replace(SMALL, side=0, aspect=1e9, scale=(0.0, 1.0))
 
