@@ -31,7 +31,7 @@ __all__ = [
     "split_assignments",
 ]
 
-_MOST = 8  # masses of rows and columns with different sums make the factors grow a little each time
+_MOST = 8  # iterations of one kernel: marginals of unequal sums let the factors drift apart
 _SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
@@ -83,9 +83,10 @@ def sinkhorn(
 ) -> Float[Tensor, "*batch n k"]:
     """Compute entropic optimal transport: the plan of lowest regularized cost with given marginals.
 
-    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`. In the
-    log domain it scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times.
-    The columns are scaled last, so their sums are exact; the sums of the rows converge.
+    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: it
+    scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times. The columns are
+    scaled last, so their sums are exact; the sums of the rows converge. The plan is the same as in
+    the log domain, for costs and masses of any range, and takes about the time of plain scaling.
 
     Args:
         cost: Cost of moving a unit from row n to column k; finite, or inf where forbidden. Adding a
@@ -477,32 +478,33 @@ def _plain_scalings(
 ) -> int:
     """Return how many iterations one kernel of `_scale` serves without a loss of precision.
 
-    From one iteration to the next, the factors u of the rows change by ratios between the least
-    share of a row's mass and `k` over that of a column's: these are the bounds of the first ratios,
-    and each later one lies between the least and the largest before it. So the product of u and v,
-    which an entry that has underflowed lacks, and v alone have known bounds. The answer is 1 if the
-    shares are not known without waiting for a device.
+    From one iteration to the next, the factors u of the rows change by ratios between the smallest
+    share of a row's mass and `k` over that of a column's. These are bounds of the first ratios, and
+    all later ratios lie between the smallest and the largest of those. So there are bounds of v,
+    and of the product of u and v that an entry lacks which has underflowed in the kernel. The
+    result is 1 where the shares are not known without waiting for a device.
     """
-    if group is not None or torch.compiler.is_compiling():
+    known = all(x is None or readable(logits, x) for x in (row, col))
+    if group is not None or torch.compiler.is_compiling() or not known:
         return 1
     n, k = logits.shape[-2:]
-    least = [1 / n, 1 / k]
-    for axis, (mass, used) in enumerate(((row, rows.mT), (col, cols))):
-        if mass is not None:
-            if not readable(logits, mass):
-                return 1
-            # A row without mass takes no part; a column without mass does, in the first iteration.
-            used = used.squeeze(-2) & ((mass > 0) | (axis == 1))
-            total = torch.where(used, mass, 0.0).sum(-1)
-            share = torch.where(used, mass, torch.inf).amin(-1) / total
-            least[axis] = share.clamp(max=1).amin().item() if share.numel() else 1.0
-    if not all(share > 0 for share in least):
+    # A row without mass takes no part. A column without mass does, in the first iteration.
+    row_share = 1 / n if row is None else _least_share(row, rows.squeeze(-1) & (row > 0))
+    col_share = 1 / k if col is None else _least_share(col, cols.squeeze(-2))
+    if not (row_share > 0 and col_share > 0):
         return 1
-    eps, tiny = (getattr(torch.finfo(logits.dtype), name) for name in ("eps", "tiny"))
-    fall, rise = -math.log(least[0]), math.log(k) - math.log(least[1])
-    product = math.log(eps / tiny / k) / max(fall + rise, 1e-9)
-    factor = (math.log(least[1] / tiny) - math.log(n)) / max(rise, 1e-9)
-    return 1 + int(max(min(product, factor, _MOST - 1), 0))
+    eps, tiny = torch.finfo(logits.dtype).eps, torch.finfo(logits.dtype).tiny
+    fall, rise = -math.log(row_share), math.log(k) - math.log(col_share)
+    of_product = math.log(eps / tiny / k) / max(fall + rise, 1e-9)
+    of_v = (math.log(col_share / tiny) - math.log(n)) / max(rise, 1e-9)
+    return 1 + int(max(min(of_product, of_v, _MOST - 1), 0))
+
+
+def _least_share(mass: Tensor, used: Tensor) -> float:
+    """Return the smallest share that a used entry of any problem has of the total mass."""
+    total = torch.where(used, mass, 0.0).sum(-1)
+    share = torch.where(used, mass, torch.inf).amin(-1) / total
+    return share.clamp(max=1).amin().item() if share.numel() else 1.0
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
