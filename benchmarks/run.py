@@ -336,7 +336,7 @@ def clustering() -> None:
             loss, _ = model(images, views, 0.07)
         loss.backward()
 
-    step, locate = times(train, lambda: model.locate(*encoded, views), rounds=5)
+    step, locate = times(train, lambda: model.find_clusters(*encoded, views), rounds=5)
     row(
         f"clustering in a step of CrOC, ViT-S/16, batch {batch}",
         f"{locate * 1e3:.1f} ms",

@@ -12,6 +12,10 @@ __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "
 class Bank(NamedTuple):
     """The newest keys. A resumed run needs only the three tensors of the bank in the checkpoint.
 
+    `torch.save(bank, path)` writes a bank that `torch.load(path)` reads, also with its default
+    `weights_only=True`, in a program that imports densekit. For other programs save a dict of
+    tensors, `torch.save(bank._asdict(), path)`, and read it with `Bank(**torch.load(path))`.
+
     Attributes:
         features: One key in each row; rows that have not been filled are zero.
         cursor: The row of the next key, which in a full bank is the row of the oldest key.
@@ -21,6 +25,9 @@ class Bank(NamedTuple):
     features: Float[Tensor, "size d"]
     cursor: Int[Tensor, ""]
     filled: Int[Tensor, ""]
+
+
+torch.serialization.add_safe_globals([Bank])
 
 
 class Negatives(NamedTuple):
@@ -76,9 +83,9 @@ def init_bank(
             f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
             "size and a dim of 1 or more, and a floating dtype."
         )
-    features = torch.zeros(size, dim, device=device)
+    features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
-        rows = torch.randn(size, dim, generator=generator, device=device)
+        rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)
         features = torch.nn.functional.normalize(rows, dim=-1)
     filled = torch.tensor(size if random else 0, device=device)
     return Bank(features.to(dtype), torch.tensor(0, device=device), filled)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Function
-from densekit.typing import Float, Int, Shaped, Tensor, typed
+from densekit.typing import Float, Integer, Shaped, Tensor, typed
 
 __all__ = ["all_gather", "all_max", "all_mean", "all_sum", "shuffle_batch", "unshuffle_batch"]
 
@@ -147,7 +147,7 @@ def all_gather(
 
 @typed
 def shuffle_batch(
-    x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
+    x: Shaped[Tensor, " n *row"], order: Integer[Tensor, " m"], group: Group = None
 ) -> Shaped[Tensor, " n *row"]:
     """Redistribute the rows of all processes, for shuffled batch normalization.
 
@@ -158,7 +158,7 @@ def shuffle_batch(
     Args:
         x: n rows on each process, of any dtype.
         order: A permutation of the `m = n processes` rows, the same on every process, such as
-            `torch.randperm(m, generator=...)` with the same seed on all.
+            `torch.randperm(m, generator=...)` with the same seed on all; of any integer dtype.
         group: The processes; None permutes the rows of this one.
 
     Returns:
@@ -181,7 +181,7 @@ def shuffle_batch(
 
 @typed
 def unshuffle_batch(
-    x: Shaped[Tensor, " n *row"], order: Int[Tensor, " m"], group: Group = None
+    x: Shaped[Tensor, " n *row"], order: Integer[Tensor, " m"], group: Group = None
 ) -> Shaped[Tensor, " n *row"]:
     """Undo `shuffle_batch`: return the rows of its own images to each process.
 
@@ -203,7 +203,7 @@ def unshuffle_batch(
     References:
         MoCo, Sec 3.3 (Shuffling BN).
     """
-    return _deal("unshuffle_batch", x, order.argsort(), group)
+    return _deal("unshuffle_batch", x, order.long().argsort(), group)
 
 
 def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
@@ -213,7 +213,7 @@ def _deal(function: str, x: Tensor, order: Tensor, group: Group) -> Tensor:
             f"densekit.distributed.{function}: the order has {len(order)} entries for {len(x)} "
             f"rows on each of {size} processes; give a permutation of all rows."
         )
-    return all_gather(x, group)[order.tensor_split(size)[rank]]
+    return all_gather(x, group)[order.long().tensor_split(size)[rank]]
 
 
 def _alone(group: Group) -> bool:

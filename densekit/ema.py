@@ -1,15 +1,25 @@
 """Momentum update of a teacher: an exponential moving average of a student's weights."""
 
-from typing import Any, Literal
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from densekit.typing import Tensor, typed
+
+if TYPE_CHECKING:  # the import takes more than a second; who has a DTensor has taken it
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["ema_update"]
 
 Tree = nn.Module | dict | list | tuple
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @typed
@@ -27,7 +37,13 @@ def ema_update(
 
     Teacher and student are two modules whose parameters have the same names, such as a network and
     its deep copy; or two state dicts; or two other trees of dicts, lists and (named) tuples with
-    the same structure. All tensors are updated in one fused pass.
+    the same structure. Sharded tensors (DTensor, `fully_shard`) stay sharded: each process updates
+    its own part.
+
+    Each number in memory moves once, even if several names or views refer to it. At its ends the
+    mean is exact: a momentum of 0 copies the student and a momentum of 1 keeps the teacher, also
+    where the other one is infinite or NaN. Between the ends an infinite or NaN value of either one
+    reaches the mean as the formula says. Either all tensors are updated, or none.
 
     Args:
         teacher: The teacher. An update by 1 - m rounds to nothing in half precision, so keep the
@@ -48,8 +64,10 @@ def ema_update(
         parameters and buffers, as `torch.func.functional_call` accepts it.
 
     Raises:
-        TypeError: Teacher and student do not correspond, or the teacher is in half precision
-            (bfloat16 is allowed with a generator). Nothing has been modified then.
+        TypeError: Teacher and student do not correspond; or the teacher is in half precision
+            (bfloat16 is allowed with a generator); or a tensor cannot be updated, since it is
+            expanded, sparse, without values (on the device "meta") or made in inference mode.
+            Nothing has been modified then.
         ValueError: The momentum is outside [0, 1].
 
     Examples:
@@ -70,37 +88,47 @@ def ema_update(
         )
     (olds, fixed), (news, _) = _tensors(teacher), _tensors(student)
     _check_alike(olds, news)
-    averaged, copied = [], []
+    pairs = []
     for name, old in olds.items():
+        new = news[name]
         floating = old.is_floating_point() or old.is_complex()
         if floating and (buffers == "average" or name not in fixed):
-            averaged.append(name)
+            _check_pair(name, old, new, inplace=inplace)
+            _check_precision(name, old, momentum, generator)
+            rule = _rule_of_mean(old, momentum)
         elif buffers != "keep":
-            copied.append(name)
-    narrow = [name for name in averaged if olds[name].dtype in (torch.bfloat16, torch.float16)]
-    for dtype in {olds[name].dtype for name in narrow}:
-        if dtype == torch.float16 or generator is None:
-            raise TypeError(
-                f"densekit.ema.ema_update: the teacher is in {dtype}, where an update of "
-                f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy, or give "
-                "a bfloat16 teacher a generator."
-            )
-    if not inplace:
-        copies = {_memory(x): x.clone() for x in olds.values()}  # one copy of tied weights
-        olds = {name: copies[_memory(x)] for name, x in olds.items()}
-    averaged = [*{_memory(olds[name]): name for name in averaged}.values()]
-    means = [olds[name].float() if name in narrow else olds[name] for name in averaged]
-    if means:
-        targets = [news[name].to(mean) for name, mean in zip(averaged, means, strict=True)]
-        torch._foreach_lerp_(means, targets, 1 - momentum)
-    if copied:
-        torch._foreach_copy_([olds[name] for name in copied], [news[name] for name in copied])
-    for name, mean in zip(averaged, means, strict=True):
-        if name in narrow:
-            olds[name].copy_(_round_stochastically(mean, generator))
+            _check_pair(name, old, new, inplace=inplace)
+            rule = "copy"
+        else:
+            rule = "keep"
+        pairs.append(_Pair(name, *_local_parts(old, new, rule), rule))
     if inplace:
+        _write(pairs, momentum, generator)
         return teacher
-    return olds if isinstance(teacher, nn.Module) else _rebuild(teacher, olds)
+    values = _new_values(pairs, momentum, generator)
+    results = _sharded_as(olds, values)
+    return results if isinstance(teacher, nn.Module) else _rebuild(teacher, results)
+
+
+class _Pair(NamedTuple):
+    """A tensor of the teacher, its student, and what becomes of it."""
+
+    name: str
+    old: Tensor
+    new: Tensor
+    rule: Literal["average", "round", "copy", "keep"]
+
+
+def _rule_of_mean(old: Tensor, momentum: float) -> Literal["average", "round", "copy", "keep"]:
+    """Choose how a mean is computed; at its ends only one of the two tensors counts.
+
+    Its formula would be NaN there where the other one is infinite: zero times infinity.
+    """
+    if momentum == 1:
+        return "keep"
+    if old.dtype == torch.bfloat16:
+        return "round"
+    return "copy" if 1 - momentum == 1 else "average"
 
 
 def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
@@ -124,16 +152,18 @@ def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
     return {name: x for name, x in tensors.items() if x is not None}, {*buffers}
 
 
-def _memory(x: Tensor) -> tuple:
-    return x.data_ptr(), x.dtype, x.shape, x.stride()
-
-
 def _rebuild(tree: Any, tensors: dict[str, Tensor]) -> Any:
     leaves, structure = tree_flatten_with_path(tree)
     return tree_unflatten([tensors.get(keystr(path), leaf) for path, leaf in leaves], structure)
 
 
+# ---- checks: whatever may fail is looked at before anything is modified --------------------------
+
+
 def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
+    for name, x in (*olds.items(), *news.items()):
+        if type(x) in (UninitializedBuffer, UninitializedParameter):
+            _refuse(name, "has no shape yet; call the module once before")
     if olds.keys() == news.keys() and all(x.shape == news[name].shape for name, x in olds.items()):
         return
     shapes = [{(name, tuple(x.shape)) for name, x in tensors.items()} for tensors in (olds, news)]
@@ -142,6 +172,260 @@ def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
         f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; give "
         "a teacher that is a copy of the student."
     )
+
+
+def _check_pair(name: str, old: Tensor, new: Tensor, *, inplace: bool) -> None:
+    for x in (old, new):
+        if x.layout != torch.strided:
+            _refuse(name, f"has the layout {x.layout}; give dense tensors")
+    if old.is_meta != new.is_meta:
+        which = "teacher" if old.is_meta else "student"
+        _refuse(name, f"of the {which} is on the device 'meta', where it has no values")
+    if new.is_complex() and not old.is_complex():
+        _refuse(name, "is complex in the student and real in the teacher")
+    meshes = [x.device_mesh if _is_sharded(x) else None for x in (old, new)]
+    if meshes[0] != meshes[1]:
+        _refuse(name, "is not sharded over the same devices in teacher and student")
+    if not inplace or torch.compiler.is_compiling():
+        return
+    if old.is_inference() and not torch.is_inference_mode_enabled():
+        _refuse(name, "of the teacher was made in inference mode and cannot change; clone it")
+    if _repeats_memory(old):
+        _refuse(name, "of the teacher is expanded: several elements share one number; clone it")
+
+
+def _check_precision(
+    name: str, old: Tensor, momentum: float, generator: torch.Generator | None
+) -> None:
+    if torch.finfo(old.dtype).bits >= 32:
+        return
+    if old.dtype != torch.bfloat16 or generator is None:
+        raise TypeError(
+            f"densekit.ema.ema_update: the teacher is in {old.dtype}, where an update of "
+            f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy, or give "
+            "a bfloat16 teacher a generator."
+        )
+    if generator.device.type != old.device.type and not old.is_meta:
+        _refuse(name, f"is on the device {old.device} and the generator on {generator.device}")
+
+
+def _refuse(name: str, problem: str) -> NoReturn:
+    raise TypeError(f"densekit.ema.ema_update: {name} {problem}.")
+
+
+def _repeats_memory(x: Tensor) -> bool:
+    """Return whether elements of a tensor share memory, as those of an expanded tensor do."""
+    if x.is_contiguous():
+        return False
+    axes = sorted((step, size) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1)
+    reach = 0
+    for step, size in axes:
+        if step <= reach:
+            break
+        reach += step * (size - 1)
+    else:
+        return False
+    offsets = torch.zeros(1, dtype=torch.long, device="cpu")
+    for step, size in axes:
+        offsets = (offsets[:, None] + step * torch.arange(size, device="cpu")).flatten()
+    return len(offsets.unique()) < x.numel()
+
+
+# ---- sharded tensors: each process moves its own part --------------------------------------------
+
+
+def _is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
+    return hasattr(x, "placements")
+
+
+def _local_parts(old: Tensor, new: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Return this process's parts of two sharded tensors; other tensors stay as they are."""
+    if rule == "keep" or not (_is_sharded(old) and _is_sharded(new)):
+        return old, new
+    if new.placements != old.placements:
+        new = new.redistribute(old.device_mesh, old.placements)
+    if any(placement.is_partial() for placement in old.placements):
+        return old, new
+    return old.to_local(), new.to_local()
+
+
+def _sharded_as(olds: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make sharded tensors of the parts of those that were sharded; tied ones are one tensor."""
+    results, known = {}, {}
+    for name, old in olds.items():
+        value = values[name]
+        if not _is_sharded(old) or _is_sharded(value):
+            results[name] = value
+            continue
+        key = id(value), old.placements
+        if key not in known:
+            known[key] = type(old).from_local(
+                value,
+                old.device_mesh,
+                old.placements,
+                run_check=False,
+                shape=old.shape,
+                stride=old.stride(),
+            )
+        results[name] = known[key]
+    return results
+
+
+# ---- memory: each number moves once, under however many names and views --------------------------
+
+
+def _place(x: Tensor) -> tuple[Hashable, Hashable]:
+    """Identify the memory of a tensor, and the tensor's elements in this memory.
+
+    `data_ptr()` does not: it is 0 for every tensor that wraps others, and raises within `vmap`.
+    """
+    if torch.compiler.is_compiling():
+        return id(x), None
+    plain = type(x) in _PLAIN
+    if not plain and is_traceable_wrapper_subclass(x):
+        inner = [_place(getattr(x, field)) for field in x.__tensor_flatten__()[0]]
+        return tuple(memory for memory, _ in inner), (tuple(inner), x.shape)
+    try:
+        storage = x.untyped_storage()
+    except NotImplementedError:  # x belongs to vmap or to another transform
+        return _place(get_unwrapped(x))[0], id(x)
+    address = storage.data_ptr() if plain else 0  # one for all that share an array of NumPy
+    return address or storage._cdata, (x.dtype, x.storage_offset(), x.shape, x.stride())
+
+
+def _by_memory(pairs: Sequence[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
+    """Split pairs into those whose memory no other tensor uses, and the others.
+
+    Of several names of the same elements, the last one remains.
+    """
+    places = {_place(pair.old): pair for pair in pairs}
+    uses = Counter(memory for memory, _ in places)
+    uses.update({_place(pair.new)[0] for pair in pairs})
+    alone = [pair for (memory, _), pair in places.items() if uses[memory] == 1]
+    together = [pair for (memory, _), pair in places.items() if uses[memory] > 1]
+    return alone, together
+
+
+# ---- the update ----------------------------------------------------------------------------------
+
+
+def _write(pairs: Sequence[_Pair], momentum: float, generator: torch.Generator | None) -> None:
+    alone, together = _by_memory([pair for pair in pairs if pair.rule != "keep"])
+    # Where tensors share memory, all new values are computed before the first is written.
+    values = [_new_value(pair, momentum, generator) for pair in together]
+    fused = [pair for pair in alone if pair.rule != "round" and _is_fused(pair.old)]
+    _write_fused(fused, momentum)
+    for pair in alone:
+        _, old, new, rule = pair
+        if rule != "round" and _is_fused(old):
+            continue
+        if rule == "copy":
+            old.copy_(new)
+        elif rule == "average" and _is_ordinary(old, new):
+            old.lerp_(new.to(old.device, old.dtype), 1 - momentum)
+        else:
+            old.copy_(_new_value(pair, momentum, generator))
+    for pair, value in zip(together, values, strict=True):
+        pair.old.copy_(value)
+
+
+def _new_values(
+    pairs: Sequence[_Pair], momentum: float, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """Compute new tensors, by name; those that shared memory share memory again."""
+    places = [_place(pair.old) for pair in pairs]
+    distinct = dict(zip(places, pairs, strict=True))  # of several names, the last one
+    values = {place: _new_value(pair, momentum, generator) for place, pair in distinct.items()}
+    uses = Counter(memory for memory, _ in distinct)
+    without = {memory for (memory, _), x in values.items() if not _has_storage(x)}
+    copies = {}
+    for place, pair in distinct.items():
+        old, memory = pair.old, place[0]
+        if uses[memory] == 1 or memory in without or _repeats_memory(old):
+            continue
+        if (memory, old.dtype) not in copies:
+            size = old.untyped_storage().nbytes() // old.element_size()
+            copies[memory, old.dtype] = old.as_strided((size,), (1,), 0).clone()
+        view = copies[memory, old.dtype].as_strided(old.shape, old.stride(), old.storage_offset())
+        if pair.rule != "keep":
+            view.copy_(values[place])
+        values[place] = view
+    return {pair.name: values[place] for place, pair in zip(places, pairs, strict=True)}
+
+
+def _new_value(pair: _Pair, momentum: float, generator: torch.Generator | None) -> Tensor:
+    _, old, new, rule = pair
+    if rule == "keep":
+        return old.clone()
+    if rule == "copy":
+        return new.to(old.device, old.dtype, copy=True)
+    if rule == "average":
+        return _mean(old, new.to(old.device, old.dtype), momentum)
+    return _round_stochastically(
+        _mean(old.float(), new.to(old.device).float(), momentum), generator
+    )
+
+
+def _mean(old: Tensor, new: Tensor, momentum: float) -> Tensor:
+    """Compute the mean of two tensors, also where a number is infinite or the difference overflows.
+
+    `lerp` adds a share of the difference, so a teacher that equals its student stays as it is.
+    Where this is not finite, the mean is the sum of two products.
+    """
+    if 1 - momentum == 1:
+        return new.clone()
+    mean = torch.lerp(old, new, 1 - momentum)
+    if _is_ordinary(old, new):
+        return mean
+    return torch.where(mean.isfinite(), mean, momentum * old + (1 - momentum) * new)
+
+
+def _is_ordinary(old: Tensor, new: Tensor) -> bool:
+    """Return whether `lerp` is known to be finite; only a CPU can be asked without waiting for it.
+
+    Where the difference overflows, the product of the numbers overflows too.
+    """
+    plain = type(old) in _PLAIN and type(new) in _PLAIN and _has_storage(old) and _has_storage(new)
+    if not plain or old.device.type != "cpu" or old.is_complex():
+        return False
+    return math.isfinite(torch.dot(old.flatten(), new.to(old.device, old.dtype).flatten()))
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.device.type not in ("cpu", "meta") and _has_storage(x)
+
+
+def _has_storage(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x):
+        return False
+    return type(x) in _PLAIN or not is_traceable_wrapper_subclass(x)
+
+
+def _write_fused(pairs: Sequence[_Pair], momentum: float) -> None:
+    """Write what `_new_value` computes, with few kernels: for tensors on an accelerator."""
+    copied = [pair for pair in pairs if pair.rule == "copy"]
+    if copied:
+        torch._foreach_copy_([pair.old for pair in copied], [pair.new for pair in copied])
+    for group in _in_groups([pair for pair in pairs if pair.rule == "average"]):
+        olds = [pair.old for pair in group]
+        news = [pair.new.to(pair.old.device, pair.old.dtype) for pair in group]
+        means = torch._foreach_lerp(olds, news, 1 - momentum)
+        sums = torch._foreach_mul(olds, momentum)
+        torch._foreach_add_(sums, news, alpha=1 - momentum)
+        finite = [torch.where(x.isfinite(), x, y) for x, y in zip(means, sums, strict=True)]
+        torch._foreach_copy_(olds, finite)
+
+
+def _in_groups(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
+    """Split pairs into groups of 2^26 numbers, or one tensor: new values take little memory."""
+    groups, size = [], math.inf
+    for pair in pairs:
+        size += pair.old.numel()
+        if size > 2**26:
+            groups.append([])
+            size = pair.old.numel()
+        groups[-1].append(pair)
+    return groups
 
 
 def _round_stochastically(x: Tensor, generator: torch.Generator | None) -> Tensor:

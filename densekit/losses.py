@@ -84,9 +84,13 @@ def cross_entropy_similarity(
     The d channels are pseudo-categories. The paper prints its Eq 3 with student and teacher
     exchanged; this function computes the direction that its published code uses.
 
+    A category whose teacher probability is 0 adds nothing, even if its student's logit is minus
+    infinity. The loss is infinite if the student excludes a category that the teacher does not
+    exclude, and NaN if all logits of a row are minus infinity, or one is plus infinity or NaN.
+
     Args:
-        student: Logits p; the gradient flows to them only.
-        teacher: Logits z; they are detached.
+        student: Logits p; the gradient flows to them only. Minus infinity excludes a category.
+        teacher: Logits z; they are detached. Minus infinity excludes a category.
         valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
@@ -107,8 +111,9 @@ def cross_entropy_similarity(
     """
     valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
     student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
-    entropy = -(widened(teacher.detach()).softmax(-1) * widened(student).log_softmax(-1)).sum(-1)
-    return _reduce(entropy, valid, reduction)
+    share, log = widened(teacher.detach()).softmax(-1), widened(student).log_softmax(-1)
+    log = torch.where(share == 0, 0.0, log)  # zero times minus infinity would be NaN
+    return _reduce(-(share * log).sum(-1), valid, reduction)
 
 
 @typed
@@ -130,6 +135,9 @@ def info_nce(
     come from a bank: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
 
     The gradient flows to queries, keys and negatives, so detach the outputs of a momentum encoder.
+    With given negatives, neither the loss nor its gradient stores an array of queries times
+    negatives; a forward derivative of the gradient, as in `torch.func.hessian`, does.
+
     For several levels or kinds of features, add weighted calls, as `recipes/dupr.py` does. To
     weight the queries, use `reduction="none"`.
 
@@ -190,7 +198,10 @@ def info_nce(
         if use is not None:  # finite, since -inf would be NaN without any valid negative
             bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
         rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
-        total, _ = _LogSumExp.apply(rows / temperature, others, bias)
+        if _in_forward_mode():
+            total = _logsumexp(rows / temperature, others, bias)
+        else:
+            total, _ = _LogSumExp.apply(rows / temperature, others, bias)
         # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
         loss = torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
     return _reduce(loss, valid, reduction)
@@ -210,11 +221,13 @@ def self_distillation(
     """Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
 
     `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and `H = -sum_l P_t
-    log P_s`; the teacher is detached.
+    log P_s`; the teacher is detached. A category whose teacher probability is 0 adds nothing.
 
     Args:
-        student: Logits of the student's head; the gradient flows to them only.
-        teacher: Logits of the teacher's head; they are detached.
+        student: Logits of the student's head; the gradient flows to them only. Minus infinity
+            excludes a category, as in `cross_entropy_similarity`.
+        teacher: Logits of the teacher's head; they are detached. Minus infinity excludes a
+            category, whatever the center is.
         center: Running mean of the teacher's logits
             ([`update_center`][densekit.losses.update_center]). Centering prevents one output from
             dominating; sharpening prevents uniform outputs.
@@ -245,7 +258,10 @@ def self_distillation(
             f"{teacher_temperature}; give two above 0."
         )
     valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
-    sharp = (widened(teacher.detach()) - center) / teacher_temperature
+    logits = widened(teacher.detach())
+    # The logit of an excluded category is minus infinity, and so is its running mean.
+    centered = torch.where(logits == -torch.inf, logits, logits - center)
+    sharp = centered / teacher_temperature
     return cross_entropy_similarity(
         widened(student) / student_temperature, sharp, valid, reduction=reduction
     )
@@ -272,6 +288,8 @@ def update_center(
 
     Returns:
         The new mean, in the dtype of `center`; the previous mean if no process has a valid entry.
+        A momentum of 0 gives the mean of this step, and 1 the previous mean, also where the other
+        one is infinite or NaN.
 
     Raises:
         TypeError: The shapes differ.
@@ -294,7 +312,12 @@ def update_center(
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
     mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
-    new = momentum * center + (1 - momentum) * mean
+    if momentum == 1:  # at an end the other one does not count: zero times infinity is NaN
+        new = center
+    elif 1 - momentum == 1:
+        new = mean
+    else:
+        new = momentum * center + (1 - momentum) * mean
     return torch.where(count > 0, new, center.to(new.dtype)).to(center.dtype)
 
 
@@ -383,6 +406,24 @@ class _LogSumExp(Function):
                 part = share.mT @ (query * gradient)
                 of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
         return mean * gradient, torch.cat(of_others, -2), None
+
+
+def _logsumexp(query: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+    """Compute the same of plain operations, which have derivatives of every order and mode.
+
+    A `Function` with a rule for forward mode is wrong without a warning where forward modes are
+    nested (https://github.com/pytorch/pytorch/issues/197867).
+    """
+    biased = _append(query, torch.ones_like(query[..., 0]))
+    parts = _some_at_a_time(query, others, bias)
+    totals = [(biased @ keys.mT).logsumexp(-1) for keys in parts]
+    totals.append(torch.full_like(biased[..., 0], -torch.inf))  # of no negatives at all
+    return torch.stack(totals, -1).logsumexp(-1)
+
+
+def _in_forward_mode() -> bool:
+    """Return whether a forward derivative is being computed, such as the outer one of a Hessian."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _append(x: Tensor, last: Tensor) -> Tensor:

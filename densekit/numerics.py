@@ -11,6 +11,8 @@ from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["l2_normalize", "masked_mean", "widen"]
 
+BLOCK = 2**20  # numbers: 4 MiB in float32, which stay in the cache
+
 
 @typed
 def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -123,7 +125,16 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
+    rows = rows.long()  # torch 2.6 takes no other indices
     return table.gather(-2, rows[..., None].expand(*rows.shape, table.shape[-1]))
+
+
+def block_rows(width: int) -> int:
+    """Return how many rows of `width` numbers fit in a block of `BLOCK` numbers; at least one.
+
+    A function that works in blocks needs memory for one of them, however many rows there are.
+    """
+    return max(1, BLOCK // max(1, width))
 
 
 def sample_uniform(

@@ -11,6 +11,8 @@ __all__ = ["cosine_schedule", "linear_schedule", "warmup_cosine"]
 def linear_schedule(step: float, steps: float, *, start: float, end: float) -> float:
     """Follow a straight line from `start` at step 0 to `end` at `steps`; it is constant outside.
 
+    Both ends are exact, also where the other one is infinite or the difference overflows.
+
     Args:
         step: The step; it may be a fraction.
         steps: Length of the schedule in steps; with 0 the value is always `end`.
@@ -30,14 +32,18 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
     References:
         Goyal et al. 2017, Sec 2.2 (warm-up).
     """
-    return start + (end - start) * _progress("linear_schedule", step, steps)
+    share = _progress("linear_schedule", step, steps)
+    if share in (0, 1) or not math.isfinite(end - start):
+        return _mean(end, start, share)
+    return start + (end - start) * share
 
 
 @typed
 def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
     """Follow half a cosine from `start` at step 0 to `end` at `steps`; it is constant outside.
 
-    The value is `end + (start - end) (1 + cos(pi step / steps)) / 2`.
+    The value is `end + (start - end) (1 + cos(pi step / steps)) / 2`. Both ends are exact, also
+    where the other one is infinite or the difference overflows.
 
     Args:
         step: The step; it may be a fraction.
@@ -58,10 +64,10 @@ def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0
     References:
         Loshchilov and Hutter 2017 (SGDR), Eq 5.
     """
-    return (
-        end
-        + (start - end) * (1 + math.cos(math.pi * _progress("cosine_schedule", step, steps))) / 2
-    )
+    share = (1 + math.cos(math.pi * _progress("cosine_schedule", step, steps))) / 2
+    if share in (0, 1) or not math.isfinite(start - end):
+        return _mean(start, end, share)
+    return end + (start - end) * share
 
 
 @typed
@@ -107,9 +113,18 @@ def warmup_cosine(
     return cosine_schedule(step - warmup, steps - warmup, start=peak, end=end)
 
 
+def _mean(one: float, other: float, share: float) -> float:
+    """Compute a mean whose ends are exact, and of which no difference overflows."""
+    if share == 1:
+        return float(one)
+    return share * one + (1 - share) * other if share else float(other)
+
+
 def _progress(name: str, step: float, steps: float) -> float:
     if not steps >= 0:
         raise ValueError(
             f"densekit.schedules.{name}: steps is {steps}; give a length of 0 or more."
         )
-    return min(max(step / steps, 0.0), 1.0) if steps else 1.0
+    if step <= 0 < steps:
+        return 0.0
+    return 1.0 if step >= steps or not steps else step / steps

@@ -304,6 +304,15 @@ def test_a_bank_comes_back_from_a_file():
     assert_same(Bank(**torch.load(file)), bank)
 
 
+def test_a_bank_itself_comes_back_from_a_file_of_weights_only():
+    bank, file = used_bank(torch.bfloat16), io.BytesIO()
+    torch.save({"banks": [bank]}, file)
+    file.seek(0)
+    (got,) = torch.load(file, weights_only=True)["banks"]
+    assert type(got) is Bank
+    assert_same(got, bank)
+
+
 def resumed(rank, group, folder, banks, empty):
     """What the empty banks, and a tensor of theirs, hold once a run has resumed."""
     net, cursor = nn.Linear(1, 1), empty["wide"].cursor
@@ -379,6 +388,14 @@ def test_keys_that_do_not_fit_are_refused():
     for bad in (torch.ones(3).bool(), torch.ones(2, 1).bool(), torch.ones(2)):
         with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'valid'"):
             push_to_bank(bank, torch.zeros(2, 3), bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_a_bank_counts_in_any_integer_dtype(dtype):
+    wide, keys = used_bank(), torch.rand(4, 3, generator=seeded())
+    narrow = wide._replace(cursor=wide.cursor.to(dtype), filled=wide.filled.to(dtype))
+    assert_same(push_to_bank(narrow, keys), push_to_bank(wide, keys))
+    assert_same(bank_negatives(narrow), bank_negatives(wide))
 
 
 def test_what_is_no_bank_is_refused():

@@ -5,7 +5,8 @@ The columns:
 * `vmap`: torch.vmap over one axis is the stack of the single results;
 * `batched`: leading axes of the arguments are the stack of the single results;
 * `compile`: `torch.compile(fullgraph=True)` is eager, gradients too;
-* `dynamic`: the same with dynamic shapes, on a second shape;
+* `dynamic`: one graph with dynamic shapes serves a second shape. Every function is traced so. One
+  of each module is lowered to operators as well (`LOWERED`), and a `slow` test lowers the rest;
 * `gradcheck`, `gradgradcheck`: against finite differences in float64;
 * `bfloat16`, `float16`: finite, and close to the float32 result of the same numbers;
 * `pure`: no argument is modified;
@@ -625,6 +626,7 @@ TABLE = [
         merge="mass",
         max_clusters=3,
         reg=0.02,
+        iterations=2,  # a longer loop has a larger graph, and the first row shows it
         without=DETACHED,
         close=8,
     ),
@@ -632,6 +634,7 @@ TABLE = [
         "sinkhorn_merge",
         clustering,
         cost_range="batch",
+        iterations=2,
         close=8,
         without=DETACHED
         | {"vmap batched single": "the range of the whole batch is what it asks for"},
@@ -874,13 +877,20 @@ def floats(tree):
     return [x for x in tree_leaves(tree) if x.is_floating_point()]
 
 
-def gradients(entry, arguments, call=None):
-    """Gradients of a weighted sum of the results."""
+def results_and_gradients(entry, arguments, call=None):
+    """The results, and the gradients of a weighted sum of them, from one call."""
     leaves, insert = differentiable(entry, arguments)
-    results = floats(run(entry, insert(leaves), call))
+    results = run(entry, insert(leaves), call)
+    if not leaves:
+        return results, ()
     generator = torch.Generator().manual_seed(1)
-    total = sum((x * uniform(generator, *x.shape).to(x.dtype)).sum() for x in results)
-    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    weighted = ((x * uniform(generator, *x.shape).to(x.dtype)).sum() for x in floats(results))
+    grads = torch.autograd.grad(sum(weighted), leaves, allow_unused=True, materialize_grads=True)
+    return tree_map(torch.detach, results), grads
+
+
+def gradients(entry, arguments, call=None):
+    return results_and_gradients(entry, arguments, call)[1]
 
 
 @pytest.mark.parametrize("entry", cells("vmap"))
@@ -900,20 +910,61 @@ def test_compiled_is_eager(entry):
     torch._dynamo.reset()
     compiled = torch.compile(entry.call, fullgraph=True, backend="aot_eager")
     arguments = build(entry, () if "batched" in entry.without else (2,))
-    assert_same(run(entry, arguments, compiled), run(entry, arguments))
-    if entry.smooth:
-        assert_same(gradients(entry, arguments, compiled), gradients(entry, arguments))
+    got = results_and_gradients(entry, arguments, compiled)
+    assert_same(got, results_and_gradients(entry, arguments))
 
 
-@pytest.mark.parametrize("entry", cells("dynamic"))
-def test_compiled_with_dynamic_shapes_is_eager(entry):
+def serves_two_shapes(entry, backend):
+    """One graph with dynamic shapes gives what the function itself gives, on two shapes."""
     torch._dynamo.reset()
-    compiled = torch.compile(entry.call, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(entry.call, fullgraph=True, backend=backend, dynamic=True)
     # Sizes that no other axis has: equal sizes would be taken for the same axis.
     for size, n, stance in ((11, 6, "default"), (13, 10, "fail_on_recompile")):
         arguments = build(entry, () if "batched" in entry.without else (size,), n)
         with torch.compiler.set_stance(stance):
             assert_same(run(entry, arguments, compiled), run(entry, arguments))
+
+
+# One function of each module, which calls most of the others; its first row, if it has several.
+LOWERED = {
+    "bank": "push_to_bank",
+    "boxes": "box_containment",
+    "clustering": "sinkhorn_merge",
+    "diagnostics": "mean_cosine_similarity",
+    "distributed": "shuffle_batch",
+    "k_means": "kmeans",
+    "losses": "self_distillation",
+    "metrics": "average_precision",
+    "neighbors": "knn_votes",
+    "numerics": "masked_mean",
+    "pooling": "roi_align",
+    "probes": "linear_maps",
+    "regions": "boxes_to_mask",
+    "sampling": "patch_pairs",
+    "video": "propagate_labels",
+    "views": "crop_views",
+}
+
+
+def test_one_function_of_each_module_is_lowered():
+    names = {parameters.id for parameters in cells("dynamic")}
+    homes = {getattr(dk, name.split("-")[0]).__module__ for name in names}
+    assert {f"densekit.{home}" for home in LOWERED} == homes
+    for home, name in LOWERED.items():
+        assert name in names
+        assert getattr(dk, name).__module__ == f"densekit.{home}"
+
+
+@pytest.mark.parametrize("entry", cells("dynamic"))
+def test_compiled_with_dynamic_shapes_is_eager(entry, request):
+    lowered = request.node.callspec.id in LOWERED.values()
+    serves_two_shapes(entry, "aot_eager" if lowered else "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", cells("dynamic"))
+def test_lowered_with_dynamic_shapes_is_eager(entry):
+    serves_two_shapes(entry, "aot_eager")
 
 
 @pytest.mark.parametrize(("entry", "column"), cells(*GRADIENTS))

@@ -366,6 +366,13 @@ def test_a_batch_of_one_process_is_permuted(x):
     assert torch.equal(unshuffle_batch(x[order], order), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_an_order_may_have_any_integer_dtype(dtype):
+    x, order = uniform(seeded(), 6, 2), torch.randperm(6, generator=seeded(5))
+    assert torch.equal(shuffle_batch(x, order.to(dtype)), x[order])
+    assert torch.equal(unshuffle_batch(x[order], order.to(dtype)), x)
+
+
 def refused(rank, group, order):
     messages = []
     for function in (shuffle_batch, unshuffle_batch):

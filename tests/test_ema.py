@@ -9,9 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import on_processes
 from strategies import generators, uniform
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from densekit import ema_update
+
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 def network(generator, dtype=torch.float64):
@@ -499,3 +507,273 @@ def test_a_generator_changes_nothing_in_single_precision():
     want = ema_update(teacher, student, momentum=0.3, inplace=False)
     got = ema_update(teacher, student, momentum=0.3, inplace=False, generator=torch.Generator())
     assert torch.equal(got[0], want[0])
+
+
+# --------------------------------------------------------------------------- one memory, many names
+
+
+def same_memory(x, y):
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+VIEWS = {
+    "transposed": lambda x: x.T,
+    "a part": lambda x: x[:2],
+    "another part": lambda x: x[1:],
+    "a column": lambda x: x[:, 1],
+    "flat": lambda x: x.view(-1),
+    "detached": lambda x: x.detach(),
+    "itself": lambda x: x,
+    "shared with NumPy": lambda x: torch.from_numpy(x.detach().numpy()),
+}
+
+
+@given(st.lists(st.sampled_from([*VIEWS]), min_size=1, max_size=4), st.floats(0, 1), generators())
+def test_each_number_in_memory_moves_once(views, momentum, generator):
+    old, new = uniform(generator, 2, 3, 3, low=-1)
+    want = ema_update([old], [new], momentum=momentum, inplace=False)[0]
+    tree = [{"whole": x, **{name: VIEWS[name](x) for name in views}} for x in (old, new)]
+    got = ema_update(*tree, momentum=momentum, inplace=False)
+    for name in views:
+        torch.testing.assert_close(got[name], VIEWS[name](want), rtol=0, atol=0)
+    ema_update(*tree, momentum=momentum)
+    assert torch.equal(old, want)
+
+
+def test_new_tensors_share_memory_where_the_old_ones_did():
+    weight = torch.zeros(2, 3)
+    teacher = {"encoder": weight, "decoder": weight.T, "other": torch.zeros(2)}
+    student = {"encoder": torch.ones(2, 3), "decoder": torch.ones(3, 2), "other": torch.ones(2)}
+    got = ema_update(teacher, student, momentum=0.5, inplace=False)
+    assert same_memory(got["encoder"], got["decoder"])
+    assert not same_memory(got["encoder"], weight)
+    assert got["decoder"].stride() == (1, 3)
+
+
+def test_a_student_that_uses_the_teachers_memory_is_read_before_it_is_written():
+    one, other = torch.zeros(2), torch.ones(2)
+    ema_update([one, other], [other, one], momentum=0.0)
+    assert one.tolist() == [1, 1]
+    assert other.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_new_tensors_are_made_within_vmap(axes):
+    generator = torch.Generator().manual_seed(0)
+    old, new = (uniform(generator, *(() if axis is None else (4,)), 3, 3) for axis in axes)
+
+    def update(x, y):
+        trees = [{"w": z, "again": z, "turned": [z.T]} for z in (x, y)]
+        return ema_update(*trees, momentum=0.75, inplace=False)
+
+    got = torch.func.vmap(update, axes)(old, new)
+    want = torch.lerp(old, new, 0.25)
+    for name, x in (("w", want), ("again", want), ("turned", want.mT)):
+        torch.testing.assert_close(got[name][0] if name == "turned" else got[name], x)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_compiled_update_is_eager(inplace):
+    torch._dynamo.reset()
+    update = torch.compile(ema_update, fullgraph=True, backend="aot_eager")
+    trees = [[torch.full((2,), x), torch.ones(1).long()] for x in (0.0, 1.0)]
+    got = update(*trees, momentum=0.75, inplace=inplace)
+    assert got[0].tolist() == [0.25, 0.25]
+    assert trees[0][0].tolist() == ([0.25, 0.25] if inplace else [0, 0])
+
+
+# ---------------------------------------------------------------------------------- sharded tensors
+
+
+class Shared(nn.Module):
+    """Layers of sizes that no number of processes divides, two of them with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
+        self.tied = nn.Linear(5, 5)
+        self.tied.weight = self.net[2].weight
+
+
+def full(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x.detach().clone()
+
+
+def sharded_updates(rank, group, momentum):
+    """What an update makes of sharded tensors and modules, next to that of plain ones."""
+    mesh = init_device_mesh("cpu", (group.size(),))
+    results = []
+
+    def compare(teacher, student, shard):
+        for inplace in (True, False):
+            plain, other = copy.deepcopy(teacher), shard(teacher)
+            want = ema_update(plain, student, momentum=momentum, inplace=inplace)
+            got = ema_update(other, shard(student), momentum=momentum, inplace=inplace)
+            for tree in (want, got):
+                tree = tree.state_dict() if isinstance(tree, nn.Module) else tree
+                results.append({name: full(x) for name, x in tree.items()})
+
+    generator = torch.Generator().manual_seed(0)
+    placements = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "again": Shard(0)}
+    teacher, student = ({name: uniform(generator, 3, 5) for name in placements} for _ in range(2))
+    compare(
+        teacher,
+        student,
+        lambda tree: {
+            name: distribute_tensor(x.clone(), mesh, [placements[name]]) for name, x in tree.items()
+        },
+    )
+    # Other placements of the student, and views of one tensor.
+    one, two = (distribute_tensor(x["rows"].clone(), mesh, [Shard(0)]) for x in (teacher, student))
+    moved = {"e": one, "d": one.T}
+    ema_update(moved, {"e": two.redistribute(mesh, [Replicate()]), "d": two.T}, momentum=momentum)
+    mean = ema_update([teacher["rows"]], [student["rows"]], momentum=momentum)[0]
+    results.extend([{"e": mean, "d": mean.T}, {name: full(x) for name, x in moved.items()}])
+    with pytest.raises(TypeError, match=r"\['d'\] is not sharded over the same devices"):
+        ema_update(moved, {"e": two, "d": mean.T}, momentum=momentum)
+    results.extend([{"e": mean}, {"e": full(one)}])
+    torch.manual_seed(0)
+    compare(Shared(), Shared(), lambda net: fully_shard(copy.deepcopy(net), mesh=mesh))
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_sharded_tensors_move_as_plain_ones_do(size, momentum):
+    for results in on_processes(size, sharded_updates, momentum):
+        assert len(results) == 12
+        for want, got in zip(results[::2], results[1::2], strict=True):
+            assert want.keys() == got.keys()
+            for name, x in want.items():
+                assert torch.equal(got[name], x), name
+
+
+# -------------------------------------------------------------------------------- ends and extremes
+
+NUMBERS = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 0.0, -0.0, 1.0, -1e-40])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_the_ends_copy_and_keep_whatever_the_values(dtype, inplace):
+    pairs = torch.cartesian_prod(NUMBERS, NUMBERS).to(dtype)
+    old, new = pairs.unbind(-1)
+    generator = torch.Generator().manual_seed(0)
+    for momentum, want in ((0.0, new), (1.0, old)):
+        options = {"momentum": momentum, "inplace": inplace, "generator": generator}
+        teacher = nn.ParameterList([old.clone()])
+        got = ema_update(teacher, nn.ParameterList([new]), **options)
+        got = got[0] if inplace else got["0"]
+        torch.testing.assert_close(got.detach(), want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_example_of_an_overflowed_teacher():
+    teacher = [torch.tensor([math.nan, math.inf, -3e38])]
+    ema_update(teacher, [torch.tensor([1, 2, 3e38])], momentum=0.0)
+    assert teacher[0].equal(torch.tensor([1, 2, 3e38]))
+
+
+@given(st.floats(1e-6, 1 - 1e-6), st.sampled_from([False, True]))
+def test_between_the_ends_the_mean_is_its_formula(momentum, fused):
+    old, new = torch.cartesian_prod(NUMBERS, NUMBERS).unbind(-1)
+    want = momentum * old.double() + (1 - momentum) * new.double()
+    with pytest.MonkeyPatch.context() as patch:
+        if fused:  # the way of tensors on a GPU
+            patch.setattr("densekit.ema._is_fused", lambda x: True)
+        results = [ema_update([old.clone()], [new], momentum=momentum)[0]]
+    within = torch.func.vmap(lambda x, y: ema_update([x], [y], momentum=momentum, inplace=False))
+    results += within(old, new)
+    finite = want.isfinite()
+    room = 2**-22 * torch.maximum(old.abs(), new.abs()).double() + 1e-44
+    for got in results:
+        assert ((got - want).abs() <= room)[finite].all()
+        torch.testing.assert_close(got[~finite].double(), want[~finite], equal_nan=True)
+
+
+@given(generators(), st.floats(0, 1), st.sampled_from([False, True]))
+def test_the_fused_way_gives_what_the_other_one_gives(generator, momentum, fused):
+    nets = [network(generator, torch.float32) for _ in range(2)]
+    want = torch._foreach_lerp(
+        [x.detach() for x in nets[0].parameters()], [*nets[1].parameters()], 1 - momentum
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densekit.ema._is_fused", lambda x: fused)
+        ema_update(*nets, momentum=momentum)
+    assert all(map(torch.equal, nets[0].parameters(), want))
+
+
+# ------------------------------------------------------------------------- all of it, or nothing
+
+
+class Buffered(nn.Module):
+    """A weight, and a buffer that an update may not be able to change."""
+
+    def __init__(self, value, buffer):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("x", buffer)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return torch.zeros(2)
+
+
+OVERLAPPING = torch.zeros(9).as_strided((2, 3), (1, 1))
+REFUSED = [
+    (torch.arange(1.0).expand(4), torch.ones(4), "of the teacher is expanded"),
+    (torch.arange(2).expand(3, 2), torch.ones(3, 2).long(), "of the teacher is expanded"),
+    (OVERLAPPING, torch.ones(2, 3), "of the teacher is expanded"),
+    (torch.zeros(2), torch.ones(2, device="meta"), "of the student is on the device 'meta'"),
+    (torch.zeros(2, device="meta"), torch.ones(2), "of the teacher is on the device 'meta'"),
+    (torch.zeros(2).to_sparse(), torch.ones(2), "has the layout torch.sparse_coo"),
+    (torch.zeros(2), torch.ones(2).to_sparse(), "has the layout torch.sparse_coo"),
+    (torch.zeros(2), torch.ones(2) + 1j, "is complex in the student"),
+    (torch.zeros(2), torch.ones(3), r"of shape \([23],\)"),
+    (nn.UninitializedBuffer(), torch.ones(2), "has no shape yet"),
+    (made_in_inference_mode(), torch.ones(2), "of the teacher was made in inference mode"),
+]
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize(("old", "new", "problem"), REFUSED)
+def test_an_update_that_cannot_end_does_not_begin(old, new, problem, buffers):
+    teacher, student = Buffered(0.0, old), Buffered(1.0, new)
+    with pytest.raises(TypeError, match=rf"^densekit\.ema\.ema_update: .*\bx {problem}"):
+        ema_update(teacher, student, momentum=0.5, buffers=buffers)
+    assert (teacher.weight == 0).all()
+
+
+def test_an_expanded_tensor_that_is_not_modified_is_no_problem():
+    teacher, student = (Buffered(x, torch.arange(1.0).expand(4)) for x in (0.0, 1.0))
+    for options in ({"inplace": False}, {"buffers": "keep"}):
+        got = ema_update(teacher, student, momentum=0.5, **options)
+        state = got if isinstance(got, dict) else got.state_dict()
+        assert (state["weight"] == 0.5).all()
+        assert torch.equal(state["x"], torch.zeros(4))
+
+
+def test_a_teacher_of_inference_mode_moves_in_inference_mode():
+    with torch.inference_mode():
+        teacher = [torch.zeros(2)]
+        ema_update(teacher, [torch.ones(2)], momentum=0.5)
+        assert teacher[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_teacher_of_eight_bits_is_refused(dtype):
+    teacher = [torch.zeros(2), torch.zeros(2).to(dtype)]
+    with pytest.raises(TypeError, match=rf"the teacher is in {dtype}"):
+        ema_update(teacher, [torch.ones(2)] * 2, momentum=0.5)
+    assert (teacher[0] == 0).all()
+
+
+@pytest.mark.parametrize("device", ["meta", "fake cpu", "fake cuda"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_without_values_shapes_come_out(device, inplace):
+    with FakeTensorMode() if "fake" in device else torch.no_grad():
+        weight = torch.zeros(2, 3, device=device.split()[-1])
+        tree = [weight, weight.T, nn.Parameter(weight.clone()), torch.zeros_like(weight[0]).int()]
+        got = ema_update(tree, [x.clone() for x in tree], momentum=0.5, inplace=inplace)
+    assert [x.shape for x in got] == [x.shape for x in tree]
+    assert [x.device for x in got] == [x.device for x in tree]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import on_processes
 from strategies import BATCHES, batches, flips, generators, tensors, uniform, valid_rows
+from torch.utils._pytree import tree_leaves
 from densekit import (
     Negatives,
     cross_entropy_similarity,
@@ -314,6 +315,60 @@ def test_large_logits_are_finite(loss):
     assert torch.autograd.grad(total, student)[0].isfinite().all()
 
 
+EXCLUDED = [cross_entropy_similarity, distillation]
+excluding = pytest.mark.parametrize("loss", EXCLUDED, ids=lambda f: f.__name__)
+
+
+def test_the_cross_entropy_of_an_excluded_category_with_itself():
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]], requires_grad=True)
+    total = cross_entropy_similarity(logits, logits)
+    assert total.item() == pytest.approx(0.5822, abs=5e-5)
+    assert torch.autograd.grad(total, logits)[0].isfinite().all()
+
+
+@excluding
+@given(pair=pairs(), generator=generators())
+def test_an_excluded_category_might_as_well_be_absent(loss, pair, generator):
+    """Minus infinity in the teacher, or in both, at some categories; at least one remains."""
+    student, teacher, valid = pair
+    d = student.shape[-1]
+    count = int(torch.randint(d, (), generator=generator))
+    kept = torch.randperm(d, generator=generator)[count:].sort().values
+    out = torch.ones(d, dtype=torch.bool).index_fill(0, kept, False)
+    teacher = torch.where(out, -torch.inf, teacher)
+    results = []
+    for inputs in (
+        (torch.where(out, -torch.inf, student), teacher),
+        (torch.where(out, -1e9, student), teacher),
+    ):
+        leaf = inputs[0].clone().requires_grad_()
+        total = loss(leaf, inputs[1], valid)
+        results.append((total, *torch.autograd.grad(total, leaf)))
+        assert total.isfinite()
+    for one, other in zip(*results, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, **CLOSE)
+    if loss is cross_entropy_similarity:
+        want = loss(student[..., kept], teacher[..., kept], valid)
+        torch.testing.assert_close(results[0][0], want, **CLOSE)
+
+
+def test_a_running_mean_of_minus_infinity_is_no_reason_for_a_nan():
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, 1.0, -torch.inf]])
+    center = update_center(torch.zeros(3), logits)
+    got = self_distillation(logits, logits, center)
+    torch.testing.assert_close(got, self_distillation(logits[:, :2], logits[:, :2], center[:2]))
+
+
+@excluding
+def test_a_student_that_excludes_what_its_teacher_does_not_loses_infinitely(loss):
+    excluded = torch.tensor([[1.0, -torch.inf]])
+    assert loss(excluded, torch.ones(1, 2)) == torch.inf
+    assert loss(torch.ones(1, 2), torch.full((1, 2), -torch.inf)).isnan()  # no category at all
+    assert loss(torch.full((1, 2), torch.nan), excluded).isnan()
+    assert loss(torch.ones(1, 2), torch.full((1, 2), torch.nan)).isnan()
+
+
 def test_info_nce_ignores_autocast():
     query, key = (uniform(seeded(i), 5, 4, dtype=torch.float32) for i in range(2))
     with torch.autocast("cpu", torch.bfloat16):
@@ -552,6 +607,49 @@ def test_gradients_of_negatives_ignore_an_autocast_around_backward():
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(loss, inputs)
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("kind", ["given", "masked", "of each set", "none valid", "own set"])
+def test_derivatives_of_both_modes_agree(kind):
+    query, key, others = (uniform(seeded(n), 2, n, 3, low=-1) for n in (2, 2, 3))
+    valid, use = torch.tensor([[True, True], [False, True]]), torch.tensor([True, False, True])
+
+    def loss(query, key, others):
+        negatives = {
+            "given": others[0],
+            "masked": Negatives(others[0], use),
+            "of each set": others,
+            "none valid": Negatives(others[0], torch.zeros_like(use)),
+            "own set": None,
+        }[kind]
+        return info_nce(query, key, negatives, valid, temperature=0.5)
+
+    inputs = query, key, others
+    jacrev, jacfwd, every = torch.func.jacrev, torch.func.jacfwd, (0, 1, 2)
+    want = jacrev(jacrev(loss, every), every)(*inputs)
+    for modes in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        got = modes[0](modes[1](loss, every), every)(*inputs)
+        for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_the_hessian_within_vmap_is_that_of_each():
+    query, key, others = (uniform(seeded(i), 2, 3, 4, low=-1) for i in range(3))
+    hessian = torch.func.hessian(partial(info_nce, temperature=0.5))
+    got = torch.func.vmap(hessian)(query, key, others)
+    want = [hessian(*inputs) for inputs in zip(query, key, others, strict=True)]
+    torch.testing.assert_close(got, torch.stack(want), **CLOSE)
+
+
+def test_a_tangent_agrees_with_the_gradient_in_either_order():
+    query, key, others = (uniform(seeded(i), 3, 4, low=-1) for i in range(3))
+
+    def loss(query, others):
+        return info_nce(query, key, others, temperature=0.5)
+
+    inputs = [x.requires_grad_() for x in (query, others)]
+    assert torch.autograd.gradcheck(loss, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, inputs, check_fwd_over_rev=True)
 
 
 def test_negatives_whose_fields_do_not_belong_together_are_refused():
@@ -853,6 +951,21 @@ def test_every_valid_row_counts_once_on_any_number_of_processes(bounds):
     for results in on_processes(len(bounds) - 1, center_of_a_part, center, problems, bounds):
         for got, problem in zip(results, problems, strict=True):
             torch.testing.assert_close(got, update_center(center, *problem), **CLOSE)
+
+
+EXTREMES = [math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_ends_of_the_center_are_exact_whatever_the_values(dtype):
+    center, teacher = torch.cartesian_prod(*[torch.tensor(EXTREMES)] * 2).to(dtype).unbind(-1)
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+    for rows in (teacher, teacher.expand(1, 1, -1)):
+        torch.testing.assert_close(update_center(center, rows, momentum=0.0), teacher, **exact)
+        torch.testing.assert_close(update_center(center, rows, momentum=1.0), center, **exact)
+    want = center.double() / 2 + teacher.double() / 2
+    got = update_center(center.double(), teacher, momentum=0.5)
+    torch.testing.assert_close(got, want, **exact)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan])

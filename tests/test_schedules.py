@@ -30,6 +30,27 @@ def test_ends_are_reached_and_kept(schedule, steps, start, end, beyond):
 
 
 @both
+@given(
+    steps=st.floats(0, 1e300),
+    start=st.floats(allow_nan=True),
+    end=st.floats(allow_nan=True),
+    beyond=st.floats(0, 1e300),
+    share=st.floats(0, 1),
+)
+def test_ends_are_exact_whatever_the_other_end_is(schedule, steps, start, end, beyond, share):
+    def same(one, other):
+        return one == other or (math.isnan(one) and math.isnan(other))
+
+    assert same(schedule(steps + beyond, steps, start=start, end=end), end)
+    if steps > 0:
+        assert same(schedule(-beyond, steps, start=start, end=end), start)
+    if math.isfinite(start) and math.isfinite(end):  # the difference may overflow, a mean may not
+        value = schedule(share * steps, steps, start=start, end=end)
+        room = 1e-9 * max(abs(start), abs(end))
+        assert min(start, end) - room <= value <= max(start, end) + room
+
+
+@both
 @given(steps=lengths, start=values, end=values, share=st.floats(0, 1))
 def test_half_way_is_the_middle_and_both_halves_mirror(schedule, steps, start, end, share):
     assert schedule(steps / 2, steps, start=start, end=end) == near((start + end) / 2)
