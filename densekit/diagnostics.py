@@ -91,9 +91,9 @@ def affinity_matrix(
         ValueError: The temperature is not positive.
 
     Examples:
-        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-        tensor([[0., 1.],
-                [1., 0.]])
+        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), temperature=1.0)
+        tensor([[0.2689, 0.7311],
+                [0.7311, 0.2689]])
 
     References:
         DUPR, Eq 9, Fig 9.
@@ -141,7 +141,8 @@ def similarity_iou_curve(
 
     Examples:
         >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
-        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1].round(decimals=3)
+        >>> curve = similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0))
+        >>> curve.similarity[1].round(decimals=3)
         tensor(1.)
 
     References:

@@ -90,8 +90,8 @@ def masked_mean(
         A scalar, in at least float32.
 
     Examples:
-        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
-        tensor(2.)
+        >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(1.5000)
     """
     values, valid = widened(values), fit_valid("numerics.masked_mean", valid, values.shape)
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
