@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -247,14 +248,16 @@ def test_another_cpu_prints_the_sum_of_ones_otherwise():
         assert str(torch.ones(2) + torch.ones(2)) == "tensor([2., 2.])"
 
 
+@pytest.mark.parametrize("cpu", [nullcontext(), OtherCPU(1)], ids=["here", "elsewhere"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(page, cpu, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(SEED)
     document = Sybil([PythonCodeBlockParser()]).parse(page)
     document.namespace["__name__"] = __name__
-    for example in document.examples():
-        example.evaluate()
+    with cpu:
+        for example in document.examples():
+            example.evaluate()
 
 
 # ---- pages -----------------------------------------------------------------------------------
