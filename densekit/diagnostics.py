@@ -141,7 +141,8 @@ def similarity_iou_curve(
 
     Examples:
         >>> boxes = torch.tensor([[0.2, 0.2, 0.6, 0.6]])
-        >>> similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0)).similarity[1].round(decimals=3)
+        >>> curve = similarity_iou_curve(torch.rand(8, 16, 16), boxes, ious=(0.5, 1.0))
+        >>> curve.similarity[1].round(decimals=3)
         tensor(1.)
 
     References:
