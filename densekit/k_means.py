@@ -1,15 +1,22 @@
 """k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest centroid.
 
-Half precision is converted to float32, also under autocast. No gradient flows.
+Half precision is converted to float32, also under autocast. No gradient flows. Points that are not
+finite are left out. The nearest centroid of a point depends on this point and the centroids alone:
+far points, and centroids that no point uses, change no other label, whatever numbers they hold.
+
+The points are processed in blocks of at most 2^22 numbers (or of one point), so their distances to
+the centroids are never in memory together.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from densekit.clustering import sample_tokens
 from densekit.distributed import Group, all_gather, all_sum
-from densekit.numerics import full_precision, safe_divide, take_rows, widened
+from densekit.numerics import block_rows, full_precision, readable, take_rows, widened
 from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
@@ -22,7 +29,7 @@ class KMeans(NamedTuple):
 
     Attributes:
         centroids: Means of the clusters.
-        labels: The nearest centroid of each point; -1 where the point is not valid.
+        labels: The nearest centroid of each point; -1 where the point is not valid or not finite.
         inertia: Sum of the squared distances of the valid points to their centroids.
     """
 
@@ -47,8 +54,8 @@ def kmeans_plus_plus(
     Args:
         points: n points.
         count: Number of centroids; points are repeated if there are fewer different ones.
-        valid: Points to choose from; by default all. Without any valid point the centroids are
-            zero.
+        valid: Points to choose from; by default all. A point that is not finite is not chosen.
+            Without any point to choose the centroids are zero.
         generator: Source of the random numbers, on the points' device.
 
     Returns:
@@ -71,12 +78,13 @@ def kmeans_plus_plus(
             f"{points.shape[-2]} points; give a count of 0 or more, and one or more points."
         )
     x = widened(points.detach())
-    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-    x = torch.where(usable[..., None], x, 0.0)
+    usable = x.isfinite().all(-1)
+    usable = usable if valid is None else usable & valid
     chosen, weight = [x[..., :0, :]], usable.to(x)
     for number in range(count):
         weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
-        chosen.append(take_rows(x, sample_tokens(weight, 1, generator=generator)))
+        drawn = sample_tokens(weight, 1, generator=generator)
+        chosen.append(torch.where(usable.gather(-1, drawn)[..., None], take_rows(x, drawn), 0.0))
         square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
         weight = torch.minimum(weight, square) if number else square
     return torch.cat(chosen, -2)
@@ -98,7 +106,7 @@ def kmeans(
     Args:
         points: n points.
         start: Start centroids ([`kmeans_plus_plus`][densekit.k_means.kmeans_plus_plus]).
-        valid: Points to use; by default all.
+        valid: Points to use; by default all. A point that is not finite is not used.
         iterations: Number of times that the centroids move; a few dozen are enough in practice.
 
     Returns:
@@ -121,26 +129,24 @@ def kmeans(
             f"{iterations}; give one or more centroids, and 0 or more iterations."
         )
     x, centers = widened(points.detach()), widened(start.detach())
-    usable = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-    x = torch.where(usable[..., None], x, 0.0)
-    # Distances are computed as differences of squares, which are precise near the origin only.
-    mean = (safe_divide(x.sum(-2), usable.sum(-1, keepdim=True).to(x)))[..., None, :]
-    x, centers = torch.where(usable[..., None], x - mean, 0.0), centers - mean
+    dtype = torch.promote_types(x.dtype, centers.dtype)
+    x, centers = x.to(dtype), centers.to(dtype)
+    origin = _middle(centers)
     spare = min(x.shape[-2], centers.shape[-2])
-    with full_precision(x):
-        for _ in range(iterations if spare else 0):
-            square, labels = _nearest(x, centers)
-            own = (labels[..., None] == torch.arange(centers.shape[-2], device=x.device)).to(x)
-            own = torch.where(usable[..., None], own, 0.0)
-            count = own.sum(-2)[..., None]
-            far = torch.where(usable, square, -1.0).topk(spare)
-            rank = ((count == 0).cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
+    for _ in range(iterations if spare else 0):
+        labels, count, total = _assign(x, centers, origin, valid)
+        empty = count[..., None] == 0
+        means = origin + total / count.clamp(min=1)[..., None]
+        if not readable(x, centers) or empty.any():
+            square = torch.where(labels >= 0, _squares(x, centers, labels), -1.0)
+            far = square.topk(spare)
+            rank = (empty.cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
             restart = take_rows(x, far.indices.gather(-1, rank))
             restart = torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
-            centers = torch.where(count > 0, safe_divide(own.mT @ x, count), restart)
-        square, labels = _nearest(x, centers)
-    inertia = torch.where(usable, square, 0.0).sum(-1)
-    return KMeans(centers + mean, torch.where(usable, labels, -1), inertia)
+            means = torch.where(empty, restart, means)
+        centers = means
+    labels, _, _ = _assign(x, centers, origin, valid)
+    return KMeans(centers, labels, _squares(x, centers, labels).sum(-1))
 
 
 @typed
@@ -161,7 +167,9 @@ def minibatch_kmeans(
     short runs on fewer of these points, each of which starts from `kmeans_plus_plus`. In each step,
     every centroid moves to the mean of all points that were assigned to it so far, including those
     of the sample, so the steps become smaller. With several processes, each takes the same number
-    of random points from its own points, and the sums are shared.
+    of random points from its own points, and the sums are shared. Besides the points, a few copies
+    of the sample (`sample * clusters * d` numbers) are in memory, and four of the parts of it that
+    the short runs take.
 
     Args:
         points: n points, such as the cells of all feature maps; points that are not finite are
@@ -202,37 +210,34 @@ def minibatch_kmeans(
             "state on all processes, so that all start from the same centroids."
         )
 
-    def take(rows: Tensor) -> tuple[Tensor, Tensor]:
-        x = widened(points[rows].detach())
-        usable = x.sum(-1).isfinite()
-        return x if usable.all() else torch.where(usable[:, None], x, 0.0), usable
-
     device = points.device
     seed = torch.randint(2**31, (), generator=generator, device=device)  # the same on all processes
     share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
-    own = take(torch.randperm(len(points), generator=generator, device=device)[:share])
-    known, usable = (all_gather(x, group, ragged=True) for x in own)
+    own = points[torch.randperm(len(points), generator=generator, device=device)[:share]]
+    known = all_gather(widened(own.detach()), group, ragged=True)
     if not len(known):  # the same on all processes: none waits for another
         raise ValueError("densekit.k_means.minibatch_kmeans: there is no point; give one or more.")
     # One start may miss a cluster. Several starts are cheap on a part of each process's points.
     few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
-    some, good = (x[few].expand(_STARTS, *x[few].shape) for x in (known, usable))
+    some = known[few].expand(_STARTS, -1, -1)
     draws = torch.Generator(device).manual_seed(int(seed))
-    start = kmeans_plus_plus(some, clusters, good, generator=draws)
-    tried = kmeans(some, start, good, iterations=iterations)
+    start = kmeans_plus_plus(some, clusters, generator=draws)
+    tried = kmeans(some, start, iterations=iterations)
     best = tried.centroids[tried.inertia.argmin()]
-    centers, labels, _ = kmeans(known, best, usable, iterations=iterations)
-    mass = torch.nn.functional.one_hot(labels + 1, clusters + 1)[:, 1:].sum(0).to(centers)
+    centers, labels, _ = kmeans(known, best, iterations=iterations)
+    used = labels >= 0
+    mass = torch.zeros(clusters, dtype=torch.long, device=device)
+    mass = mass.scatter_add(0, torch.where(used, labels, 0), used.long())
     for _ in range(steps):
         count = batch if len(points) else 0
         rows = torch.randint(max(1, len(points)), (count,), generator=generator, device=device)
-        x, usable = take(rows)
-        each = torch.nn.functional.one_hot(nearest_centroids(x, centers), clusters).to(x)
-        each = each * usable[:, None]
-        with full_precision(x):
-            added = all_sum(torch.cat([each.sum(0)[:, None], each.mT @ x], 1), group)
-        mass = mass + added[:, 0]
-        centers = centers + (added[:, 1:] - added[:, :1] * centers) / mass.clamp(min=1)[:, None]
+        x = widened(points[rows].detach())
+        origin = _middle(centers)
+        _, found, total = _assign(x, centers, origin)
+        added = all_sum(torch.cat([found.to(x)[:, None], total], 1), group)  # in one message
+        mass = mass + added[:, 0].round().long()
+        total = added[:, 1:] - added[:, :1] * (centers - origin)
+        centers = centers + total / mass.clamp(min=1)[:, None]
     return centers
 
 
@@ -247,7 +252,8 @@ def nearest_centroids(
         centroids: k centroids (`minibatch_kmeans`, `kmeans`).
 
     Returns:
-        Index of the nearest centroid; the first one if several are equally near.
+        Index of the nearest centroid; the first one if several are equally near. It is -1 where the
+        point is not finite. A centroid that is not finite is never the nearest.
 
     Raises:
         TypeError: The shapes do not match.
@@ -262,20 +268,129 @@ def nearest_centroids(
     """
     if not centroids.shape[-2]:
         raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
-    x, centers = widened(points.detach()), widened(centroids.detach())
-    # This is ||x - c||^2 up to ||x||^2, with the mean m of the centroids as the origin. Differences
-    # of squares are precise near the origin only, and in this form the points need no copy.
-    mean = centers.mean(-2, keepdim=True)
-    centers = centers - mean
-    bias = centers.square().sum(-1) / 2 + (centers * mean).sum(-1)
-    with full_precision(x):
-        return (x @ centers.mT.to(x)).sub_(bias[..., None, :].to(x)).argmax(-1)
+    x, centers = points.detach(), widened(centroids.detach())
+    find = _nearest(widened(x[..., :0, :]), centers, _middle(centers))
+    return torch.cat([find(widened(part)) for part in _blocks(x, centers)], -1)
 
 
-def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each point's squared distance to its nearest center, and the center's index."""
-    if not x.shape[-2]:
-        return x.sum(-1), x.sum(-1).long()
-    square = centers.square().sum(-1)[..., None, :] - 2 * (x @ centers.mT)
-    least, labels = square.min(-1)
-    return (least + x.square().sum(-1)).clamp(min=0), labels
+def _blocks(x: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+    """Split points, so that they and their products with the centers fit in a block."""
+    return x.split(block_rows(math.prod(x.shape[:-2]) * max(centers.shape[-2:])), -2)
+
+
+def _middle(centers: Tensor) -> Tensor:
+    """Return the median of the finite centers: far ones do not move it."""
+    finite = centers.isfinite().all(-1)
+    ranked = torch.where(finite[..., None], centers, torch.inf).sort(-2).values
+    half = (finite.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
+    return torch.where(finite.any(-1)[..., None, None], take_rows(ranked, half), 0.0)
+
+
+def _assign(
+    x: Tensor, centers: Tensor, origin: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign points to the nearest centers, -1 where one is not valid or not finite.
+
+    Returns:
+        The labels, and for each center the number of its points and their sum about the origin.
+    """
+    find = _nearest(x[..., :0, :], centers, origin)
+    index = torch.arange(centers.shape[-2], device=x.device)[:, None]
+    labels, first, total = [], 0, torch.zeros_like(centers)
+    count = torch.zeros_like(centers[..., 0], dtype=torch.long)
+    for part in _blocks(x, centers):
+        label = find(part)
+        if valid is not None:
+            label = torch.where(valid[..., first : first + part.shape[-2]], label, -1)
+        used, offset = label >= 0, part - origin
+        if not readable(part, used) or not used.all():
+            offset = torch.where(used[..., None], offset, 0.0)
+        own = label[..., None, :] == index
+        with full_precision(x):
+            total = total + own.to(x) @ offset
+        count = count + own.sum(-1)
+        labels.append(label)
+        first += part.shape[-2]
+    return torch.cat(labels, -1), count, total
+
+
+def _squares(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Return the squared distance of each point to its center; 0 without one."""
+    squares, first = [], 0
+    for part in _blocks(x, centers):
+        label = labels[..., first : first + part.shape[-2]]
+        square = (part - take_rows(centers, label.clamp(min=0))).square().sum(-1)
+        squares.append(torch.where(label >= 0, square, 0.0))
+        first += part.shape[-2]
+    return torch.cat(squares, -1)
+
+
+def _nearest(x: Tensor, centers: Tensor, origin: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that finds the nearest center of points like x; -1 if one is not finite.
+
+    It compares squared distances as `x c - c c / 2`, which is quick but cancels digits, and no
+    origin is near all points and all centers. Points in float32 are therefore compared in float64,
+    which holds their products, and points in float64 by their differences. Both take longer, so
+    where Python may read values, only those points take them whose nearest center is uncertain
+    after rounding.
+    """
+    dtype = torch.promote_types(x.dtype, centers.dtype)
+    finite = centers.isfinite().all(-1)
+    centers = torch.where(finite[..., None], centers, 0.0).to(dtype)
+    wide = centers.double()
+    half_square = torch.where(finite, wide.square().sum(-1) / 2, torch.inf)
+    some = finite.any(-1, keepdim=True)
+
+    def exact(x: Tensor) -> Tensor:
+        usable = x.isfinite().all(-1)
+        x = torch.where(usable[..., None], x, 0.0).double()
+        if dtype == torch.float64:
+            distance = torch.cdist(x, centers, compute_mode="donot_use_mm_for_euclid_dist")
+            labels = torch.where(finite[..., None, :], distance, torch.inf).argmin(-1)
+        else:
+            with full_precision(x):
+                labels = _first_best((wide @ x.mT).sub_(half_square[..., None]))[1]
+        return torch.where(usable & some, labels, -1)
+
+    if not readable(x, centers) or torch.get_float32_matmul_precision() != "highest":
+        return exact
+
+    # Products of offsets round less than those of points far from zero.
+    origin = origin.double()
+    table = torch.where(finite[..., None], wide - origin, 0.0).to(dtype)
+    rounded = table.double()
+    length, far = rounded.norm(dim=-1), origin.norm(dim=-1)
+    # A product of n numbers is off by n roundings at most; one rounding is half of eps.
+    accuracy = torch.finfo(dtype)
+    slope = (x.shape[-1] + 8) * accuracy.eps * length
+    fixed = slope * (length + far) + x.shape[-1] * accuracy.tiny
+    middle = rounded.square().sum(-1) / 2 + (rounded * origin).sum(-1)
+    shift = torch.where(finite, fixed - middle, -torch.inf).to(dtype)[..., None]
+    slope, fixed = slope.to(dtype), fixed.to(dtype)
+
+    def certain(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        with full_precision(x):
+            upper = (table @ x.mT).add_(shift)
+        upper.addcmul_(norm[..., None, :], slope[..., None])
+        best, labels = _first_best(upper)
+        error = norm * slope.gather(-1, labels) + fixed.gather(-1, labels)
+        second = upper.scatter_(-2, labels[..., None, :], -torch.inf).amax(-2)
+        unsure = ~(best - 2 * error > second)  # true for NaN
+        rows = unsure.reshape(math.prod(x.shape[:-2]), x.shape[-2]).any(0).nonzero()[:, 0]
+        return labels.index_copy(-1, rows, exact(x.index_select(-2, rows))) if len(rows) else labels
+
+    return certain
+
+
+def _first_best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest number along the first axis of a matrix, and where it is first.
+
+    On a CPU this is several times faster than `max`, and than any reduction of the last axis. Where
+    there is NaN, the index is any.
+    """
+    best = scores.amax(-2)
+    index = torch.arange(scores.shape[-2], dtype=torch.int32, device=scores.device)[:, None]
+    first = torch.where(scores >= best[..., None, :], index, len(index)).amin(-2)
+    return best, first.clamp(max=len(index) - 1).long()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+from densekit.numerics import block_rows, widened
 from densekit.typing import Bool, Float, Integer, Shaped, Tensor, typed
 
 __all__ = [
@@ -82,21 +83,21 @@ def confusion_matrix(
     *,
     classes: int,
     clusters: int | None = None,
-    ignore: int = 255,
+    ignore: int | None = None,
 ) -> Integer[Tensor, "classes clusters"]:
     """Count the predictions of each class; the matrices of several batches can be added.
 
     Args:
-        labels: True classes.
-        predictions: Predicted classes, or clusters.
+        labels: True classes, of any integer dtype. A number outside [0, classes) is not counted,
+            such as -1, or 255 if there are at most 255 classes.
+        predictions: Predicted classes, or clusters; a number outside their range is not counted.
         classes: Number of classes.
         clusters: Number of clusters, if predictions are clusters
             ([`match_clusters`][densekit.metrics.match_clusters]); by default the number of classes.
-        ignore: Label to ignore. Any other number outside [0, classes), of a label or of a
-            prediction, is ignored too.
+        ignore: A class that is not counted either; by default none.
 
     Returns:
-        Counts; rows are labels, columns are predictions.
+        Counts, in int64; rows are labels, columns are predictions.
 
     Raises:
         TypeError: The shapes differ, or a dtype is not an integer dtype.
@@ -117,7 +118,9 @@ def confusion_matrix(
             "give one or more."
         )
     labels, predictions = labels.long().flatten(), predictions.long().flatten()
-    keep = (labels != ignore) & (labels >= 0) & (labels < classes)
+    keep = (labels >= 0) & (labels < classes)
+    if ignore is not None:
+        keep = keep & (labels != ignore)
     keep = keep & (predictions >= 0) & (predictions < clusters)
     cell = torch.where(keep, labels * clusters + predictions, 0)
     counts = torch.zeros(classes * clusters, dtype=torch.long, device=labels.device)
@@ -151,6 +154,7 @@ def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -
             f"densekit.metrics.confusion_scores: there are {classes} rows and {predictions} "
             "columns; give a column for each class, in the order of the rows (see merge_clusters)."
         )
+    confusion = confusion.long()  # sums of few bits do not fit them
     hits = confusion.diagonal(dim1=-2, dim2=-1).double()
     labels, total = confusion.sum(-1), confusion.sum((-2, -1))
     union = labels + confusion.sum(-2)[..., :classes] - hits
@@ -226,7 +230,7 @@ def match_clusters(
     References:
         Kuhn 1955; DenseSiam, Sec 4.3; CrOC, Sec 4.2.
     """
-    counts = confusion.double()
+    counts = confusion.long().double()
     union = counts.sum(-1, keepdim=True) + counts.sum(-2) - counts
     score = counts / union.clamp(min=1) if by == "iou" else counts
     if many_to_one:
@@ -258,8 +262,8 @@ def merge_clusters(
         assignment: The class of each cluster, -1 for none (`match_clusters`).
 
     Returns:
-        Counts with a column for each class, in the order of the rows, and a last column for the
-        clusters without a class, which `confusion_scores` counts as wrong.
+        Counts in int64, with a column for each class, in the order of the rows, and a last column
+        for the clusters without a class, which `confusion_scores` counts as wrong.
 
     Examples:
         >>> merge_clusters(torch.tensor([[0, 5, 4], [3, 0, 0]]), torch.tensor([1, 0, -1]))
@@ -269,7 +273,7 @@ def merge_clusters(
     References:
         DenseSiam, Sec 4.3 (whose code moves the rows instead).
     """
-    classes = confusion.shape[-2]
+    classes, confusion, assignment = confusion.shape[-2], confusion.long(), assignment.long()
     usable = (assignment >= 0) & (assignment < classes)
     column = torch.where(usable, assignment, classes)
     merged = confusion.new_zeros(*confusion.shape[:-1], classes + 1)
@@ -309,7 +313,7 @@ def group_scores(
     beyond = group.new_zeros(max(0, confusion.shape[-1] - len(group)))
     columns = torch.cat([group, beyond])
     inside = group[:, None] & columns if confusion.shape[-1] >= len(group) else False
-    return confusion_scores(confusion * inside)
+    return confusion_scores(confusion.long() * inside)
 
 
 @typed
@@ -338,13 +342,13 @@ def accuracy(
     """
     if classes < 1:
         raise ValueError(f"densekit.metrics.accuracy: classes is {classes}; give one or more.")
-    labels = labels.long()
+    labels, predictions = labels.long(), predictions.long()
     counted = (labels >= 0) & (labels < classes)
     right = counted & (labels == predictions)
     nothing, labels = labels.new_zeros(classes), labels * counted
     hits, count = (nothing.scatter_add(0, labels, x.long()) for x in (right, counted))
-    share = hits / count.clamp(min=1)
-    overall = hits.sum() / count.sum().clamp(min=1)
+    share = hits.float() / count.clamp(min=1)
+    overall = hits.sum().float() / count.sum().clamp(min=1)
     return Accuracy(overall, share.sum() / (count > 0).sum().clamp(min=1))
 
 
@@ -357,10 +361,13 @@ def average_precision(
 ) -> Float[Tensor, " classes"]:
     """Compute the average precision of each class, for images that contain several classes.
 
-    `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest to the lowest.
+    `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest to the lowest. The
+    classes are processed in blocks: besides the result, the memory is that of some columns, and of
+    no more than some 2^22 numbers where a column is shorter.
 
     Args:
-        scores: One score for each image and class; only their order matters.
+        scores: One score for each image and class; only their order matters. Where a score is NaN,
+            the image is left out for this class, and other classes do not change.
         targets: True where the image contains the class.
         points: If given, use the interpolated form: at this number of equidistant recalls, take the
             best precision at this recall or above, and average. PASCAL VOC 2007 uses 11.
@@ -384,22 +391,33 @@ def average_precision(
         raise ValueError(
             f"densekit.metrics.average_precision: points is {points}; give 2 or more, or None."
         )
-    n, device = len(scores), scores.device
-    if not n:
-        return scores.new_zeros(scores.shape[1]).float()
-    values, order = scores.sort(0, descending=True)
-    hit = targets.gather(0, order).double()
-    number = torch.arange(n, device=device)[:, None]
+    if not len(scores):
+        return scores.new_zeros(scores.shape[1], dtype=torch.float32)
+    columns = block_rows(len(scores))
+    parts = zip(scores.split(columns, 1), targets.split(columns, 1), strict=True)
+    return torch.cat([_average_precision(*part, points) for part in parts])
+
+
+def _average_precision(scores: Tensor, targets: Tensor, points: int | None) -> Tensor:
+    known = ~scores.isnan()
+    values, order = torch.where(known, scores, -torch.inf).sort(0, descending=True)
+    hit = (targets & known).gather(0, order).double()
+    number = torch.arange(len(scores), device=scores.device)[:, None]
     last = torch.cat([values[:-1] != values[1:], torch.ones_like(targets[:1])])
     # The last row with the same score, since the order of equal scores must not matter.
-    end = torch.where(last, number, n).flip(0).cummin(0).values.flip(0)
-    found = hit.cumsum(0).gather(0, end)
-    precision, total = found / (end + 1), hit.sum(0).clamp(min=1)
+    end = torch.where(last, number, len(scores)).flip(0).cummin(0).values.flip(0)
+    found, seen = hit.cumsum(0).gather(0, end), known.gather(0, order).cumsum(0).gather(0, end)
+    precision, total = found / seen.clamp(min=1), hit.sum(0).clamp(min=1)
     if points is None:
         return ((hit * precision).sum(0) / total).float()
-    recalls = torch.linspace(0, 1, points, dtype=torch.double, device=device)[:, None, None]
-    reached = found / total >= recalls - 1e-12
-    best = torch.where(reached, precision, 0.0).amax(1).mean(0)
+    recalls = torch.linspace(0, 1, points, dtype=torch.double, device=scores.device)
+    # Recall never falls: the best precision at a recall or above is the best from a row on.
+    best = precision.flip(0).cummax(0).values.flip(0)
+    below = (found / total).mT.contiguous()
+    wanted = torch.zeros_like(below[:, :1]) + (recalls - 1e-12)
+    first = torch.searchsorted(below, wanted)
+    first = first.clamp(max=len(scores) - 1)
+    best = best.gather(0, first.mT).mean(0)
     return torch.where(hit.sum(0) > 0, best, 0.0).float()
 
 
@@ -418,10 +436,14 @@ def bootstrap(
     confusion matrices. The interval shows how much the figure depends on the choice of the scored
     images. It does not show how much another training run would differ.
 
+    The resamplings are processed in blocks: besides one copy of the states in float64, the memory
+    is that of some 2^22 numbers, or of some sums where one is larger.
+
     Args:
-        states: The summands, one row for each image.
+        states: The summands, one row for each image. Integers are summed in int64, half precision
+            in float32. A row that is not finite is left out, as if it was zero.
         statistic: A function that maps sums `(draws, *shape)` to figures `(draws, *)`, such as
-            `mean_iou`.
+            `mean_iou`. It is called several times, each time with some of the draws.
         draws: Number of resamplings.
         level: Share of the resamplings inside the interval.
         generator: Source of the random numbers, on the states' device.
@@ -446,12 +468,23 @@ def bootstrap(
             f"densekit.metrics.bootstrap: there are {n} images, draws is {draws} and level is "
             f"{level}; give one or more images and draws, and a level between 0 and 1."
         )
-    rows = torch.randint(n, (draws, n), generator=generator, device=states.device)
-    weights = torch.zeros(draws, n, dtype=torch.double, device=states.device)
-    weights = weights.scatter_add(1, rows, torch.ones_like(weights))
-    sums = torch.tensordot(weights, states.double(), 1)
-    sums, total = sums if states.is_floating_point() else sums.round(), states.sum(0, keepdim=True)
-    figures, value = statistic(sums.to(total.dtype)), statistic(total)[0]
+    if states.is_floating_point():
+        states = widened(states)
+        finite = states.reshape(n, -1).isfinite().all(1)
+        states = torch.where(finite.view(n, *[1] * (states.ndim - 1)), states, 0.0)
+    else:
+        states = states.long()
+    total, wide, figures, left = states.sum(0, keepdim=True), states.double(), [], draws
+    while left:
+        count = min(left, block_rows(max(n, states[0].numel())))
+        rows = torch.randint(n, (count, n), generator=generator, device=states.device)
+        weights = torch.zeros(count, n, dtype=torch.double, device=states.device)
+        weights = weights.scatter_add(1, rows, torch.ones_like(weights))
+        sums = torch.tensordot(weights, wide, 1)
+        sums = sums if states.is_floating_point() else sums.round()
+        figures.append(statistic(sums.to(total.dtype)))
+        left -= count
+    figures, value = torch.cat(figures), statistic(total)[0]
     edges = figures.new_tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = torch.quantile(figures, edges, dim=0)
     return Interval(value, low, high, figures.std(0, correction=0))
@@ -503,7 +536,7 @@ def as_table(rows: Mapping[str, Any], *, digits: int = 3) -> str:
     """
     flat = {name: _numbers(as_dict(result)) for name, result in rows.items()}
     columns = list(dict.fromkeys(key for numbers in flat.values() for key in numbers))
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines = [["", *(_cell(name, digits) for name in columns)], ["---"] * (1 + len(columns))]
     for name, numbers in flat.items():
         cells = (numbers.get(key) for key in columns)
         lines.append([_cell(name, digits), *(_cell(x, digits) for x in cells)])
@@ -520,4 +553,6 @@ def _numbers(tree: Any, name: str = "") -> dict[str, Any]:
 def _cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")  # a line break would end the row

@@ -1,5 +1,6 @@
 """Nearest neighbors by cosine: votes for classes, matches of patches, retrieval of maps."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,15 @@ from densekit.typing import Float, Integer, Tensor, typed
 
 __all__ = ["Matches", "knn_votes", "match_patches", "nearest_maps", "object_knn"]
 
+_NUMBERS = 2**27  # of a block of cosines, half a gigabyte in float32
+
 
 class Matches(NamedTuple):
     """The nearest neighbors of each row, such as the matching patches of another view.
 
     Attributes:
-        indices: Indices of the nearest rows, the most similar first.
-        similarity: Their cosines.
+        indices: Indices of the nearest rows, the most similar first; -1 where there is none.
+        similarity: Their cosines; NaN where there is none.
     """
 
     indices: Integer[Tensor, "*batch n k"]
@@ -65,7 +68,7 @@ def knn_votes(
     References:
         Wu et al. 2018, Sec 3.4 (weighted vote); D3SSL, Sec 5.3.
     """
-    chunk = max(1, 2**27 // max(1, len(gallery))) if chunk is None else chunk
+    chunk = max(1, _NUMBERS // max(1, len(gallery))) if chunk is None else chunk
     if min(classes, k, chunk) < 1 or not temperature > 0:
         raise ValueError(
             f"densekit.neighbors.knn_votes: classes is {classes}, k {k}, chunk {chunk} and "
@@ -75,12 +78,13 @@ def knn_votes(
     known_labels = gallery_labels.long()
     usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
     known, known_labels = torch.where(usable[:, None], known, 0.0), known_labels * usable
-    bias = torch.where(usable, 0.0, -torch.inf).to(known)
+    bias = torch.where(usable, known.new_zeros(()), -torch.inf)
     shares = []
     for rows in features.split(chunk):
         with full_precision(features):
             nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
-        weights = (nearest.values / temperature).softmax(-1).nan_to_num()  # NaN where nobody votes
+        weights = (nearest.values / temperature).softmax(-1)
+        weights = torch.where(weights.isnan(), 0.0, weights)  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
     return torch.cat(shares)
@@ -144,15 +148,16 @@ def match_patches(
 
     To score the result, compare the indices with the true positions: for the patches of
     `patch_pairs`, patch i belongs to patch i. For the cells of whole maps pass
-    `map.flatten(-2).mT`.
+    `map.flatten(-2).mT`. The cosines are computed in blocks of at most 2^27 numbers (half a
+    gigabyte), or of one patch.
 
     Args:
-        features1: Patches to find.
-        features2: Patches to search.
+        features1: Patches to find; one that is not finite is not found.
+        features2: Patches to search; one that is not finite is no match.
         k: Number of matches for each patch; all patches if there are fewer.
 
     Returns:
-        The k nearest patches by cosine.
+        The k nearest patches by cosine; the index -1 and the cosine NaN where there is none.
 
     Raises:
         TypeError: The shapes do not match.
@@ -167,10 +172,20 @@ def match_patches(
     """
     if k < 1:
         raise ValueError(f"densekit.neighbors.match_patches: k is {k}; give 1 or more.")
-    with full_precision(features1):
-        cosine = l2_normalize(features1) @ l2_normalize(features2).mT
-    best = cosine.topk(min(k, cosine.shape[-1]))
-    return Matches(best.indices, best.values)
+    lost, usable = ~features1.isfinite().all(-1), features2.isfinite().all(-1)
+    known = l2_normalize(torch.where(usable[..., None], features2, 0.0))
+    chunk = max(1, _NUMBERS // max(1, math.prod(features2.shape[:-1])))
+    parts = zip(features1.split(chunk, -2), lost.split(chunk, -1), strict=True)
+    indices, similarity = [], []
+    for rows, missing in parts:
+        with full_precision(rows):
+            cosine = l2_normalize(torch.where(missing[..., None], 0.0, rows)) @ known.mT
+        cosine = torch.where(usable[..., None, :], cosine, -torch.inf)
+        best = cosine.topk(min(k, known.shape[-2]))
+        none = missing[..., None] | (best.values == -torch.inf)
+        indices.append(torch.where(none, -1, best.indices))
+        similarity.append(torch.where(none, torch.nan, best.values))
+    return Matches(torch.cat(indices, -2), torch.cat(similarity, -2))
 
 
 @typed

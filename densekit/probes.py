@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import confusion_matrix, mean_iou
-from densekit.numerics import full_precision, widened
+from densekit.numerics import block_rows, full_precision, widened
 from densekit.sampling import grid_points, gridsample
 from densekit.scenes import SCENE_CLASSES, sample_scenes
 from densekit.schedules import cosine_schedule
@@ -27,6 +27,9 @@ __all__ = [
     "segmentation_counts",
     "train_linear_probe",
 ]
+
+
+_IGNORE = -100  # the label of pixels that are not counted, which is no class
 
 
 class SegmentationScore(NamedTuple):
@@ -61,20 +64,23 @@ def fit_linear_probe(
     labels: Integer[Tensor, " n"],
     *,
     classes: int,
-    ignore: int = 255,
+    ignore: int | None = None,
     penalty: float = 1e-3,
 ) -> LinearProbe:
     r"""Fit a linear classifier in closed form: ridge regression onto one-hot labels.
 
     It is a quick approximation of a linear layer that is trained by SGD. Features are standardized,
     so that the penalty has the same effect at every scale; the resulting classifier applies to the
-    raw features.
+    raw features. The sums are in float64, in blocks of at most some 2^22 numbers or one row, which
+    bounds the memory.
 
     Args:
-        features: Frozen features, one row for each cell.
-        labels: Class of each row.
+        features: Frozen features, one row for each cell. A row that is not finite is left out.
+        labels: Class of each row, of any integer dtype. A row with a number outside [0, classes) is
+            left out, such as -1, or 255 if there are at most 255 classes.
         classes: Number of classes.
-        ignore: Label of the rows to ignore.
+        ignore: A class whose rows are left out too; by default none. Rows that are left out may
+            hold any features.
         penalty: Ridge penalty, per row.
 
     Returns:
@@ -100,20 +106,39 @@ def fit_linear_probe(
             "give at least one class and a penalty above 0."
         )
     labels = labels.long()
-    keep = (labels != ignore) & (labels >= 0) & (labels < classes)
+    size = block_rows(max(features.shape[1], classes))
+    finite = torch.cat([x.isfinite().all(-1) for x in features.split(size)])
+    keep = _counted(labels, classes, ignore) & finite
     rows = keep.sum().clamp(min=1)
-    x = torch.where(keep[:, None], features.double(), 0.0)
-    mean = x.sum(0) / rows
-    rounding = 1e-12 * x.abs().amax(0) if len(x) else mean
-    x = torch.where(keep[:, None], x - mean, 0.0)
-    deviation = (x.square().sum(0) / rows).sqrt()
-    deviation = torch.where(deviation > rounding, deviation, torch.inf)  # ignores constants
-    x = x / deviation
-    target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
-    target = torch.where(keep[:, None], target, 0.0)
-    prior = target.sum(0) / rows
-    gram = x.mT @ x / rows + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.mT @ (target - prior) / rows) / deviation[:, None]
+    parts = list(zip(features.split(size), labels.split(size), keep.split(size), strict=True))
+
+    def block(features: Tensor, keep: Tensor, mean: Tensor | float = 0.0) -> Tensor:
+        return torch.where(keep[:, None], features.double() - mean, 0.0)
+
+    def one_hot(labels: Tensor, keep: Tensor) -> Tensor:
+        target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
+        return torch.where(keep[:, None], target, 0.0)
+
+    mean = largest = square = features.new_zeros(features.shape[1], dtype=torch.double)
+    for x, _, used in parts:
+        x = block(x, used)
+        mean = mean + x.sum(0) / rows
+        largest = torch.maximum(largest, x.abs().amax(0)) if len(x) else largest
+    for x, _, used in parts:
+        square = square + block(x, used, mean).square().sum(0)
+    deviation = (square / rows).sqrt()
+    deviation = torch.where(deviation > 1e-12 * largest, deviation, torch.inf)  # ignores constants
+    counts = features.new_zeros(classes, dtype=torch.double)
+    for _, y, used in parts:
+        counts = counts + one_hot(y, used).sum(0)
+    prior = counts / rows
+    gram = penalty * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    product = torch.zeros(len(mean), classes, dtype=mean.dtype, device=mean.device)
+    for x, y, used in parts:
+        x = block(x, used, mean) / deviation
+        gram = gram + x.mT @ x / rows
+        product = product + x.mT @ (one_hot(y, used) - prior)
+    weight = torch.linalg.solve(gram, product / rows) / deviation[:, None]
     return LinearProbe(weight.float(), (prior - mean @ weight).float(), prior.float())
 
 
@@ -125,7 +150,7 @@ def linear_segmentation(
     test_labels: Integer[Tensor, "m big_h big_w"],
     *,
     classes: int,
-    ignore: int = 255,
+    ignore: int | None = None,
     stride: int = 4,
     penalty: float = 1e-3,
 ) -> SegmentationScore:
@@ -134,15 +159,18 @@ def linear_segmentation(
     The features are resized bilinearly to every `stride`-th pixel of the label maps.
     `fit_linear_probe` is fitted at these pixels, and the held-out images are scored at the same
     pixels. This takes seconds and needs no learning rate. It does not replace the protocol of the
-    papers, which train a linear layer by SGD.
+    papers, which train a linear layer by SGD. The resized features of all these pixels are in
+    memory at once, `d` numbers for each.
 
     Args:
-        features: Feature maps to fit on.
+        features: Feature maps to fit on. Pixels that a cell takes part in which is not finite are
+            left out, here and in the score.
         test_features: Feature maps to score.
-        labels: Class maps of the images to fit on, of any size.
+        labels: Class maps of the images to fit on, of any size. Pixels with a number outside
+            [0, classes) are left out.
         test_labels: Class maps of the images to score.
         classes: Number of classes.
-        ignore: Label of the pixels to ignore.
+        ignore: A class whose pixels are left out too; by default none.
         stride: Use every `stride`-th pixel of the labels in each direction.
         penalty: As in `fit_linear_probe`.
 
@@ -169,12 +197,17 @@ def linear_segmentation(
         )
     h, w = labels.shape[-2:]
     offset = min(stride, h, w) // 2
-    points = grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0], device=features.device), (h, w))
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32, device=features.device)
+    points = grid_points(whole, (h, w))
     points = points.unflatten(0, (h, w))[offset::stride, offset::stride].flatten(0, 1)
 
     def rows(maps: Tensor, targets: Tensor):
-        sampled = gridsample(maps, points.expand(len(maps), *points.shape))
-        return sampled.flatten(0, 1), targets[:, offset::stride, offset::stride].flatten()
+        finite = maps.isfinite().all(1, keepdim=True)
+        places = points.expand(len(maps), *points.shape)
+        sampled = gridsample(torch.where(finite, maps, 0.0), places).flatten(0, 1)
+        spoiled = gridsample((~finite).float(), places).flatten() > 0
+        targets = targets[:, offset::stride, offset::stride].flatten().long()
+        return sampled, torch.where(spoiled, -1, targets)
 
     sampled, targets = rows(features, labels)
     probe = fit_linear_probe(sampled, targets, classes=classes, ignore=ignore, penalty=penalty)
@@ -195,7 +228,7 @@ def train_linear_probe(
     labels: Integer[Tensor, "n big_h big_w"],
     *,
     classes: int,
-    ignore: int = 255,
+    ignore: int | None = None,
     epochs: int = 25,
     batch: int = 16,
     lr: float = 0.1,
@@ -205,15 +238,20 @@ def train_linear_probe(
 ) -> LinearProbe:
     """Train a linear layer on frozen feature maps by SGD with cross-entropy (linear segmentation).
 
-    The scores are resized bilinearly to the labels. Features are standardized over the whole set,
-    like a fixed batch norm without weights, and the learning rate follows a cosine. For
-    classification use maps of one cell: `features[..., None, None]` and `labels[:, None, None]`.
+    The scores are resized bilinearly to the labels. Features are standardized over the cells that a
+    counted pixel depends on, like a fixed batch norm without weights, and the learning rate follows
+    a cosine. For classification use maps of one cell: `features[..., None, None]` and
+    `labels[:, None, None]`.
 
     Args:
-        features: Frozen feature maps.
-        labels: Class maps of the same images, of any size.
+        features: Frozen feature maps. Pixels that depend on a cell which is not finite are not
+            counted.
+        labels: Class maps of the same images, of any size and of any integer dtype. Pixels with a
+            number outside [0, classes) are not counted, such as -1, or 255 if there are at most 255
+            classes.
         classes: Number of classes.
-        ignore: Label of the pixels to ignore. Any other number outside [0, classes) is ignored too.
+        ignore: A class whose pixels are not counted either; by default none. Cells that no counted
+            pixel depends on may hold any features.
         epochs: Number of passes over the images.
         batch: Number of images in a step.
         lr: Learning rate at the start.
@@ -245,25 +283,22 @@ def train_linear_probe(
             f"{batch} and there are {n} maps of {h} x {w} cells; give one or more of each."
         )
     x, y = features.detach(), labels.long()
-    y = torch.where((y >= 0) & (y < classes), y, ignore)
-    flat = x.double().movedim(1, -1).flatten(0, 2)
-    mean = flat.mean(0)
-    deviation = (flat - mean).square().mean(0).sqrt()
-    scale = 1 / torch.where(deviation > 1e-12 * flat.abs().amax(0), deviation, torch.inf)
-    mean, scale = (v.float()[:, None, None] for v in (mean, scale))
+    y = torch.where(_counted(y, classes, ignore), y, _IGNORE)
+    y, used, mean, scale = _standardize(x, y)
     steps, step = epochs * -(-len(x) // batch), 0
     with _gradients(x):
         weight = x.new_zeros(x.shape[1], classes, dtype=torch.float32, requires_grad=True)
         bias = x.new_zeros(classes, dtype=torch.float32, requires_grad=True)
         optimizer = torch.optim.SGD([weight, bias], lr, momentum, weight_decay=weight_decay)
         for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+            order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
+            for rows in order.split(batch):
                 optimizer.param_groups[0]["lr"] = cosine_schedule(step, steps, start=lr)
-                maps = (x[rows].float() - mean) * scale
+                maps = torch.where(used[rows], (x[rows].float() - mean) * scale, 0.0)
                 scores = _resize(_scores(maps, weight, bias), y.shape[-2:])
-                counted = (y[rows] != ignore).sum().clamp(min=1)
+                counted = (y[rows] != _IGNORE).sum().clamp(min=1)
                 loss = torch.nn.functional.cross_entropy(
-                    scores, y[rows], ignore_index=ignore, reduction="sum"
+                    scores, y[rows], ignore_index=_IGNORE, reduction="sum"
                 )
                 optimizer.zero_grad()
                 (loss / counted).backward()
@@ -271,8 +306,10 @@ def train_linear_probe(
                 step += 1
         weight = weight.detach() * scale[:, :, 0]
         bias = bias.detach() - mean[:, 0, 0] @ weight
-    counts = y[y != ignore].bincount(minlength=classes)
-    return LinearProbe(weight, bias, counts / counts.sum().clamp(min=1))
+    counted = (y != _IGNORE).flatten()
+    counts = torch.zeros(classes, dtype=torch.long, device=y.device)
+    counts = counts.scatter_add(0, torch.where(counted, y.flatten(), 0), counted.long())
+    return LinearProbe(weight, bias, counts.float() / counts.sum().clamp(min=1))
 
 
 @typed
@@ -287,11 +324,12 @@ def fit_svm(
 
     `min ||w||^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2`, where y is 1 if the image contains
     the class and -1 otherwise. The norm includes the offset b, as in LIBLINEAR. An image may
-    contain several classes. `average_precision` computes the score.
+    contain several classes. `average_precision` computes the score. The features are held in
+    float64.
 
     Args:
         features: Frozen features, one row for each image. Bring them to one scale, for example by
-            `l2_normalize`, because the cost depends on it.
+            `l2_normalize`, because the cost depends on it. A row that is not finite is left out.
         targets: True where the image contains the class.
         cost: C, the weight of violated margins.
         iterations: Largest number of L-BFGS steps; the optimization stops earlier when it has
@@ -317,7 +355,9 @@ def fit_svm(
             "above 0 and one iteration or more."
         )
     with _gradients(features):
-        x = torch.nn.functional.pad(features.detach().double(), (0, 1), value=1.0)
+        used = features.isfinite().all(-1, keepdim=True)
+        x = torch.where(used, features.detach(), 0.0).double()
+        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         sign = targets.double() * 2 - 1
         weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS(
@@ -331,14 +371,15 @@ def fit_svm(
 
         def objective() -> Tensor:
             optimizer.zero_grad()
-            slack = (1 - sign * (x @ weight)).clamp(min=0)
+            slack = torch.where(used, (1 - sign * (x @ weight)).clamp(min=0), 0.0)
             value = weight.square().sum() / 2 + cost * slack.square().sum()
             value.backward()
             return value
 
         if weight.numel():
             optimizer.step(objective)
-    fitted, prior = weight.detach().float(), targets.float().sum(0) / max(1, len(targets))
+    fitted = weight.detach().float()
+    prior = (targets & used).float().sum(0) / used.sum().clamp(min=1)
     return LinearProbe(fitted[:-1], fitted[-1], prior)
 
 
@@ -377,7 +418,7 @@ def segmentation_counts(
     labels: Integer[Tensor, "n big_h big_w"],
     *,
     classes: int | None = None,
-    ignore: int = 255,
+    ignore: int | None = None,
 ) -> Integer[Tensor, "n classes clusters"]:
     """Compare class scores of any size with label maps: one confusion matrix for each image.
 
@@ -387,12 +428,13 @@ def segmentation_counts(
 
     Args:
         scores: Scores of classes or of clusters: one-hot maps, votes, logits.
-        labels: Class maps.
+        labels: Class maps. Pixels with a number outside [0, classes) are not counted, nor are those
+            where a score is NaN.
         classes: Number of classes; by default the number of scores.
-        ignore: Label to ignore, as in `confusion_matrix`.
+        ignore: A class that is not counted either, as in `confusion_matrix`.
 
     Returns:
-        Counts; rows are labels, columns are predictions.
+        Counts, in int64; rows are labels, columns are predictions.
 
     Raises:
         ValueError: There is no class or no score.
@@ -413,10 +455,12 @@ def segmentation_counts(
         raise ValueError(
             f"densekit.probes.segmentation_counts: {sizes} are the sizes; give one or more of each."
         )
-    counts = [  # one image at a time: the resized scores of all may not fit the memory
-        confusion_matrix(y, _resize(x[None], y.shape)[0].argmax(0), ignore=ignore, **sizes)
-        for x, y in zip(scores.detach(), labels, strict=True)
-    ]
+    counts = []
+    # One image at a time: the resized scores of all may not fit the memory.
+    for x, y in zip(scores.detach(), labels, strict=True):
+        best = _resize(x[None], y.shape)[0].max(0)
+        guess = torch.where(best.values.isnan(), -1, best.indices)
+        counts.append(confusion_matrix(y, guess, ignore=ignore, **sizes))
     empty = labels.new_zeros(0, *sizes.values(), dtype=torch.long)
     return torch.stack(counts) if counts else empty
 
@@ -472,6 +516,51 @@ def _gradients(x: Tensor) -> Iterator[None]:
     full = full_precision(x)
     with torch.inference_mode(False), torch.enable_grad(), full:
         yield
+
+
+def _counted(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
+    counted = (labels >= 0) & (labels < classes)
+    return counted if ignore is None else counted & (labels != ignore)
+
+
+def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the cells to train on, and their mean and inverse deviation; in blocks of images.
+
+    Returns:
+        The labels, `_IGNORE` where the pixel depends on a cell that is not finite; the cells that
+        are finite `(n, 1, h, w)`; and the mean and inverse deviation `(d, 1, 1)` of those that a
+        pixel with a label depends on.
+    """
+    d, size = x.shape[1], y.shape[-2:]
+    images = block_rows(max(x[0].numel(), y[0].numel()))
+    labels, finite, known = [], [], []
+    for maps, target in zip(x.split(images), y.split(images), strict=True):
+        usable = maps.isfinite().all(1, keepdim=True)
+        with _gradients(x):
+            share = usable.new_ones(usable.shape, dtype=torch.float32, requires_grad=True)
+            spread = _resize(share, size)
+            spoiled = _resize((~usable).float(), size)[:, 0] > 0
+            target = torch.where(spoiled, _IGNORE, target)
+            wanted = (target != _IGNORE).float()[:, None]
+            (needed,) = torch.autograd.grad(spread, share, wanted)
+        labels.append(target)
+        finite.append(usable)
+        known.append(usable & (needed > 0))
+
+    count = torch.cat(known).sum().clamp(min=1)
+    total = square = largest = torch.zeros(d, dtype=torch.double, device=x.device)
+    for maps, cells in zip(x.split(images), known, strict=True):
+        flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
+        total, largest = total + flat.sum(0), torch.maximum(largest, flat.abs().amax(0))
+    mean = total / count
+    for maps, cells in zip(x.split(images), known, strict=True):
+        flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
+        cells = cells.movedim(1, -1).flatten(0, 2)
+        square = square + torch.where(cells, flat - mean, 0.0).square().sum(0)
+    deviation = (square / count).sqrt()
+    scale = 1 / torch.where(deviation > 1e-12 * largest, deviation, torch.inf)
+    mean, scale = (v.float()[:, None, None] for v in (mean, scale))
+    return torch.cat(labels), torch.cat(finite), mean, scale
 
 
 def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

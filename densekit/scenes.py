@@ -92,8 +92,8 @@ def sample_scenes(
     # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
     plan = _draw_plan(count, size, generator, objects)
     device = plan.classes.device
-    images = torch.empty(count, 3, height, width, device=device)
-    noise = torch.empty(count, height, width, device=device)
+    images = torch.empty(count, 3, height, width, dtype=torch.float32, device=device)
+    noise = torch.empty(count, height, width, dtype=torch.float32, device=device)
     noise.uniform_(-0.04, 0.04, generator=generator)
     regions = torch.empty(count, height, width, dtype=torch.long, device=device)
     step = max(1, _CHUNK // (height * width))
@@ -128,12 +128,13 @@ def _draw_plan(
     short, total = min(size), _GROUNDS + _SLOTS
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.empty(count, *shape, device=device).uniform_(low, high, generator=generator)
+        numbers = torch.empty(count, *shape, dtype=torch.float32, device=device)
+        return numbers.uniform_(low, high, generator=generator)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, (count, *shape), device=device, generator=generator)
 
-    extent = torch.tensor([size[1] / short, size[0] / short], device=device)
+    extent = torch.tensor([size[1] / short, size[0] / short], dtype=torch.float32, device=device)
     stuff = len(_STUFF)
     first = integers(0, stuff, 1)
     second = (first + integers(1, stuff, 1)) % stuff  # never the same stuff on both sides
@@ -177,9 +178,8 @@ def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
 
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
-    height, width = size
-    x, y = torch.arange(width, device=device), torch.arange(height, device=device).unsqueeze(1)
-    return (x + 0.5) / min(size), (y + 0.5) / min(size)
+    y, x = (torch.arange(n, dtype=torch.float32, device=device) + 0.5 for n in size)
+    return x / min(size), y.unsqueeze(1) / min(size)
 
 
 def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor, "b h w"]]:
@@ -188,7 +188,7 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
     count, total = plan.classes.shape
     # One number contains both: its integer part is the region, and its fraction is half the weight.
     # So the maximum over the layers belongs to the last region that covers the pixel.
-    layers = torch.zeros(count, total, *size, device=x.device)
+    layers = torch.zeros(count, total, *size, dtype=torch.float32, device=x.device)
     for index, (shape, texture) in enumerate(_CLASSES.values()):
         row = torch.nonzero((plan.classes == index).flatten()).squeeze(1)
         weight = texture(*_apply(plan.texture.flatten(0, 1)[row], x, y))

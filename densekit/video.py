@@ -3,7 +3,7 @@
 import math
 
 import torch
-from densekit.numerics import full_precision, l2_normalize, widened
+from densekit.numerics import block_rows, full_precision, l2_normalize, widened
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["boundary_f_measure", "propagate_labels", "propagate_video", "region_similarity"]
@@ -24,7 +24,8 @@ def propagate_labels(
 
     For each cell, the candidates are the cells of the earlier frames that are at most `radius` rows
     and columns away. The labels of the k most similar candidates are averaged with weights
-    `exp(cosine / t)`.
+    `exp(cosine / t)`. A cell of an earlier frame whose features or labels are not finite is no
+    candidate.
 
     Args:
         features: Feature map of the new frame.
@@ -37,7 +38,8 @@ def propagate_labels(
             w` numbers.
 
     Returns:
-        Shares of the new frame, in at least float32.
+        Shares of the new frame, in at least float32. They are zero where a cell of the new frame is
+        not finite or has no candidate.
 
     Raises:
         TypeError: The shapes do not match.
@@ -61,18 +63,25 @@ def propagate_labels(
             "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
         )
     with full_precision(features):
-        own = l2_normalize(features.flatten(1).mT)
-        known = l2_normalize(context.movedim(1, -1).flatten(0, 2)).to(own)
-        labels = context_labels.movedim(1, -1).flatten(0, 2).to(own)
+        own, known = features.flatten(1).mT, context.movedim(1, -1).flatten(0, 2)
+        labels = context_labels.movedim(1, -1).flatten(0, 2)
+        asks = own.isfinite().all(-1)
+        usable = known.isfinite().all(-1) & labels.isfinite().all(-1)
+        own = l2_normalize(torch.where(asks[:, None], own, 0.0))
+        known = l2_normalize(torch.where(usable[:, None], known, 0.0)).to(own)
+        labels = torch.where(usable[:, None], labels, 0.0).to(own)
         cell = torch.arange(h * w, device=features.device)
         position = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
         found = []
         for rows, at in zip(own.split(chunk), position.split(chunk), strict=True):
             far = ((at[:, None] - position).abs() > radius).any(-1).repeat(1, t)
-            best = (rows @ known.mT).masked_fill(far, -torch.inf).topk(min(k, t * h * w))
-            weights = (best.values / temperature).softmax(-1)
+            best = (rows @ known.mT).masked_fill(far | ~usable, -torch.inf).topk(min(k, t * h * w))
+            some = best.values[:, :1] > -torch.inf
+            weights = (torch.where(some, best.values, 0.0) / temperature).softmax(-1)
+            weights = torch.where(some, weights, 0.0)
             found.append((weights[..., None] * labels[best.indices]).sum(1))
-    return torch.cat(found).mT.unflatten(-1, (h, w))
+    shares = torch.where(asks[:, None], torch.cat(found), 0.0)
+    return shares.mT.unflatten(-1, (h, w))
 
 
 @typed
@@ -150,7 +159,7 @@ def region_similarity(
     """
     both = (masks & predictions).sum((-2, -1))
     either = (masks | predictions).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, both.float() / either.clamp(min=1), 1.0)
 
 
 @typed
@@ -164,7 +173,8 @@ def boundary_f_measure(
 
     `F = 2 P R / (P + R)`, where P is the share of the predicted outline that lies within the
     tolerance of the true outline, and R is the reverse. A pixel belongs to the outline if it
-    differs from the pixel to its right, below it, or to its lower right.
+    differs from the pixel to its right, below it, or to its lower right. The images are processed
+    in blocks, of at most some 2^22 pixels or one image, which bounds the memory.
 
     Args:
         masks: True masks.
@@ -190,26 +200,49 @@ def boundary_f_measure(
             f"densekit.video.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
         )
     if not masks.numel():
-        return masks.new_ones(masks.shape[:-2], dtype=torch.float)
-    h, w = masks.shape[-2:]
-    reach = math.ceil(tolerance * math.hypot(h, w))
-    step = torch.arange(-reach, reach + 1, device=masks.device)
-    disk = (step.square()[:, None] + step.square() <= reach**2).float()
-    true, guess = (_outline(x) for x in (masks, predictions))
-    grown = [
-        torch.nn.functional.conv2d(
-            x.reshape(-1, 1, h, w).float(), disk[None, None], padding=reach
-        ).reshape(x.shape) > 0.5
-        for x in (true, guess)
-    ]  # fmt: skip
+        return masks.new_ones(masks.shape[:-2], dtype=torch.float32)
+    reach = math.ceil(tolerance * math.hypot(*masks.shape[-2:]))
+    count = block_rows(math.prod(masks.shape[-2:]))
+    parts = zip(
+        masks.reshape(-1, *masks.shape[-2:]).split(count),
+        predictions.reshape(-1, *masks.shape[-2:]).split(count),
+        strict=True,
+    )
+    scores = [_boundary_f(true, guess, reach) for true, guess in parts]
+    return torch.cat(scores).view(masks.shape[:-2])
 
-    def share(outline: Tensor, near: Tensor, other: Tensor) -> Tensor:
-        length, close = outline.sum((-2, -1)), (outline & near).sum((-2, -1))
-        return torch.where(length > 0, close / length.clamp(min=1), (~other.any(-1).any(-1)) * 1.0)
 
-    precision = share(guess, grown[0], true)
-    recall = share(true, grown[1], guess)
+def _boundary_f(masks: Tensor, predictions: Tensor, reach: int) -> Tensor:
+    """Return F of each mask; the tolerance is `reach` pixels."""
+    true, guess = _outline(masks), _outline(predictions)
+
+    def share(outline: Tensor, other: Tensor) -> Tensor:
+        length, close = outline.sum((-2, -1)), (outline & _within(other, reach)).sum((-2, -1))
+        none = (~other.any(-1).any(-1)).float()
+        return torch.where(length > 0, close.float() / length.clamp(min=1), none)
+
+    precision, recall = share(guess, true), share(true, guess)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+
+def _within(outline: Tensor, reach: int) -> Tensor:
+    """Mark the pixels that are at most `reach` away from a pixel of the outline.
+
+    The distance along the row is computed once. Every row that is near enough then allows a
+    distance along it: this takes `2 reach + 1` passes, where a disk takes its area.
+    """
+    h, w = outline.shape[-2:]
+    column = torch.arange(w, dtype=torch.int32, device=outline.device).expand(outline.shape)
+    left = column - torch.where(outline, column, -w - reach - 1).cummax(-1).values
+    right = torch.where(outline, column, 2 * w + reach).flip(-1).cummin(-1).values.flip(-1) - column
+    beside = torch.minimum(left, right)
+    near = beside <= reach
+    for rows in range(1, min(reach, h - 1) + 1):
+        allowed = beside <= math.isqrt(reach**2 - rows**2)
+        above = torch.nn.functional.pad(allowed[..., rows:, :], (0, 0, 0, rows))
+        below = torch.nn.functional.pad(allowed[..., :-rows, :], (0, 0, rows, 0))
+        near = near | above | below
+    return near
 
 
 def _outline(mask: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """D3SSL pre-training: regions apart from what is around them and where they are (2023).
 
-    python recipes/d3ssl.py                     # the demo: CPU, minutes
+    python recipes/d3ssl.py                     # the demo: minutes on a CPU
+    python recipes/d3ssl.py --data FOLDER       # the demo's model on your images
     torchrun --nproc-per-node 8 -- recipes/d3ssl.py --preset paper --data coco
 
-The same command run again resumes. With --data run proposals.py first. `--preset region` is the
-baseline. Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
+Run the same command again to resume. Before a run with --data, run proposals.py. `--preset region`
+is the baseline. Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
 """
 
 import argparse
@@ -30,8 +31,9 @@ class Views:
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "decoupling", "region"] = "demo"  # The preset of the defaults.
-    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    # Set of defaults; each option below overrides one of them.
+    preset: Literal["demo", "paper", "decoupling", "region"] = "demo"
+    data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
@@ -43,7 +45,7 @@ class Config:
     bins: int = 14  # Bins of RoIAlign along each axis; half as many in the small view.
     head: tuple[int, int] = (2048, 128)  # Widths of the head: hidden, outputs.
     bank: int = 65536  # Keys of earlier batches in the bank.
-    temperature: float = 0.2  # Divides the cosines.
+    temperature: float = 0.2  # Divisor of the cosines in InfoNCE.
     momentum: float = 0.999  # Momentum of the key encoder and its head.
     batch: int = 256  # Images per step, over all processes.
     epochs: int = 800
@@ -63,16 +65,17 @@ PRESETS = {
     "demo": Config(
         arch="tiny", cut=(0.05, 0.2), mask=(0.1, 0.3), bins=6, head=(128, 64), bank=512,
         momentum=0.99, batch=40, epochs=8, lr=0.8, workers=1, precision="fp32", save_every=204,
-        views=Views(64, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
+        views=Views(size=64, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
     ),
-    "paper": Config("paper"),
+    "paper": Config("paper"),  # the defaults of Config
     "decoupling": Config("decoupling", depositioning=0.0),
     "region": Config("region", depositioning=0.0, cut=(0, 0), mask=(0, 0), jitter=(1, 1)),
 }  # fmt: skip
 
 
 def read_options() -> Config:
-    """The command line; the preset is read first, since the other defaults are its own."""
+    """Read the command line. The preset is read first, because it sets the other defaults."""
+    # This parser reads --preset alone. tyro answers --help, and reads all the rest.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     preset = parser.parse_known_args()[0].preset
@@ -80,13 +83,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once. `import d3ssl`
+    # runs this file a second time, as a module, and that time also the part below. The script
+    # itself ends at sys.exit.
+    config = read_options()
     import d3ssl
     import harness
 
-    sys.exit(harness.main(d3ssl.train, options))
+    sys.exit(harness.main(d3ssl.train, config))
 
 import harness
 import timm
@@ -103,17 +107,18 @@ from torchvision.utils import draw_bounding_boxes, save_image
 import densekit as dk
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
     decay = config.weight_decay
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
+    # Such as resnet50, resnext50_32x4d, resnest50d.
+    named_resnet = "resn" in config.arch and "v2" not in config.arch
     harness.check(
-        config.arch == "tiny"
-        or ("resn" in config.arch and "v2" not in config.arch and timm.is_model(config.arch)),
+        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
@@ -161,10 +166,10 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
-def photometric(views: Views) -> transforms.Compose:
-    """MoCo v2's random changes of the colors of one crop, which is then normalized."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
-    sigma = torch.distributions.Uniform(*views.blur)
+def photometric(view_config: Views) -> transforms.Compose:
+    """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
+    sigma = torch.distributions.Uniform(*view_config.blur)
 
     def blur(image):
         return image.filter(GaussianBlur(float(sigma.sample())))
@@ -185,13 +190,15 @@ def photometric(views: Views) -> transforms.Compose:
 class TwoViews:
     """Batches of images: each image as a whole and a crop, the `View` of both, and K proposals.
 
-    The proposals (b, K, 4) are in pixels of the image, with which of them to use.
+    The proposals (b, K, 4) are in pixels of the image, with which of them to use. `source` is from
+    `proposals.image_source`. `dataset[indices]` is the batch of these images: the crops, their
+    views, the proposals, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
-        self.config = config.views
+        self.view_config = config.views
         self.regions = config.regions
         self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
@@ -210,11 +217,12 @@ class TwoViews:
             images.append(image)
             proposals.append(self.source.boxes[index_read])
             unreadable.extend(failures)
-        key = (self.seed, self.epoch, indices[0])
+        # The first index tells this batch from the others of the epoch.
+        batch_key = (self.seed, self.epoch, indices[0])
 
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*key)
-        view2 = dk.sample_views(sizes, scale=self.config.scale, generator=generator)
+        generator = harness.generator(*batch_key)
+        view2 = dk.sample_views(sizes, scale=self.view_config.scale, generator=generator)
         width_height = sizes.flip(-1).float()
         whole_image = torch.cat([torch.zeros_like(width_height), width_height], -1)
         flip = torch.rand(len(sizes), generator=generator) < 0.5
@@ -232,10 +240,14 @@ class TwoViews:
         pixels = [image / 255 for image in images]
         crops = []
         for view in views:
-            crop = dk.crop_views(pixels, view, self.config.size)
-            crops.append((crop * 255).round().byte())
-        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+            view_crops = dk.crop_views(pixels, view, self.view_config.size)
+            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
+        augmented = []
+        # The colors need other random numbers than the views.
+        with harness.seeded(*batch_key, harness.COLORS):
+            for view_crops in crops:
+                changed = [self.photometric(crop) for crop in view_crops]
+                augmented.append(torch.stack(changed))
         return augmented, views, boxes, valid, unreadable
 
 
@@ -298,19 +310,19 @@ def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
 
 # ==== model =======================================================================================
 def build_encoder(arch: str) -> Any:
-    """A ResNet without its head, whose weights have torchvision's names."""
-    if arch != "tiny":
-        return timm.create_model(arch, num_classes=0, global_pool="")
-    return timm.create_model(
-        "resnet18",
-        layers=(1, 1, 1, 1),
-        channels=(16, 32, 64, 64),
-        stem_type="deep",
-        stem_width=8,
-        output_stride=8,
-        num_classes=0,
-        global_pool="",
-    )
+    """A ResNet without its head. Its weights have torchvision's names."""
+    if arch == "tiny":
+        return timm.create_model(
+            "resnet18",
+            layers=(1, 1, 1, 1),
+            channels=(16, 32, 64, 64),
+            stem_type="deep",
+            stem_width=8,
+            output_stride=8,
+            num_classes=0,
+            global_pool="",
+        )
+    return timm.create_model(arch, num_classes=0, global_pool="")
 
 
 def embed(network: Any, view: Input, bins: int) -> Tensor:
@@ -321,7 +333,8 @@ def embed(network: Any, view: Input, bins: int) -> Tensor:
     )
     regions = dk.roi_align(c4, view.boxes, bins).features
     c5 = encoder.layer4(regions.flatten(0, 1))
-    rows = c5.flatten(2).mT.mean(1)
+    cells = c5.flatten(2).mT  # (regions, cells, d)
+    rows = cells.mean(1)
     return network["head"](rows).unflatten(0, view.boxes.shape[:2])
 
 
@@ -344,9 +357,10 @@ class D3SSL(nn.Module):
     def embed_keys(self, view: Input, order: Tensor) -> Tensor:
         """The key of each region, (b, K, d).
 
-        The images are shuffled over the processes before, with their boxes, and the keys are
-        brought back after. So the batch statistics of a key come from other images than those of
-        its query, and the query cannot recognize its key by them.
+        The images and their boxes are shuffled over the processes before the encoder, and the keys
+        are brought back after it. So the batch statistics of a key come from other images than
+        those of its query, and the query cannot recognize its key by them. `order` says how the
+        images are shuffled.
         """
         group = torch.distributed.group.WORLD
         images = dk.shuffle_batch(view.images, order, group)
@@ -363,8 +377,11 @@ class D3SSL(nn.Module):
         valid: Tensor,
         bank: dk.Bank,
         order: Tensor,
-    ):
-        """The total loss, the terms that are logged, and the bank with the keys of this batch."""
+    ) -> tuple[Tensor, dict[str, Tensor], dk.Bank]:
+        """The total loss, the terms that are logged, and the bank with the keys of this batch.
+
+        `order` says how the images of the keys are shuffled.
+        """
         config = self.config
         group = torch.distributed.group.WORLD
         view1, view2, small, view3 = augment(images, views, boxes, valid, config)
@@ -383,7 +400,7 @@ class D3SSL(nn.Module):
             reduction="none",
         )
         decoupling = mean(info_nce(query1, key2) + info_nce(query2, key1))  # Eq 4
-        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")
+        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")  # logged only
         terms = {
             "decoupling": decoupling,
             "filled": bank.filled,
@@ -405,6 +422,7 @@ class D3SSL(nn.Module):
 
 
 # ==== evaluation ==================================================================================
+PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]  # The layers of a ResNet that end in C2 to C5.
 MEASURES = ["coupling_rate", "mean_cosine"]  # Of a layer, as `dk.layer_bias` names them.
 
@@ -413,7 +431,7 @@ MEASURES = ["coupling_rate", "mean_cosine"]  # Of a layer, as `dk.layer_bias` na
 def evaluate(
     model: D3SSL, source, preview: tuple, config: Config, run: harness.Run, step: int
 ) -> None:
-    """Save pictures of the inputs and of the bias of each layer; on scenes, also probe."""
+    """Save pictures of the inputs and of the bias of each layer. Without --data, also probe."""
     model.eval()
     device = run.world.device
     encoder = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
@@ -439,9 +457,10 @@ def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
 
 
 def draw_boxes(view: Input, valid: Tensor) -> Tensor:
-    """The images of a view, 224 pixels wide, with their valid boxes."""
-    images = harness.unnormalize(nn.functional.interpolate(view.images, 224), MEAN, STD)
-    boxes = view.boxes.cpu() * 224
+    """The images of a view, as panels of the picture, with their valid boxes."""
+    panels = nn.functional.interpolate(view.images, PANEL_SIDE)
+    images = harness.unnormalize(panels, MEAN, STD)
+    boxes = view.boxes.cpu() * PANEL_SIDE
     drawn = []
     for image, own_boxes, own_valid in zip(images, boxes, valid.cpu(), strict=True):
         if own_valid.any():  # torchvision warns of an image without any box
@@ -489,19 +508,20 @@ def method_of(config: Config) -> str:
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    check(config)
+    check_options(config)
     folder = harness.run_folder("d3ssl", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
-        scenes = 4096 if config.preset == "demo" else 0
+        scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
         source = image_source(config.data, config.proposals, scenes=scenes)
         dataset = TwoViews(source, config)
         # With more keys than images, an image would often meet its own earlier key as a negative.
         harness.check(
             config.bank <= len(source),
-            f"--bank is {config.bank}: there are {len(source)} images, give at most as many.",
+            f"--bank is {config.bank}: give at most {len(source)}, the number of images.",
         )
-        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
+        steps = config.epochs * steps_per_epoch
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
@@ -510,7 +530,7 @@ def train(config: Config) -> None:
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
 
-        parameters = model.student.parameters()
+        parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
             parameters, peak_lr, momentum=0.9, weight_decay=config.weight_decay
         )
@@ -520,28 +540,31 @@ def train(config: Config) -> None:
         batches = partial(
             harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
         )
-        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
+        # The pictures show six images of the main process.
+        preview_batch = min(6 * world.size, config.batch)
+        preview = next(batches(preview_batch, start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, source, preview, config, run, step)
 
-        bar = harness.progress(
-            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
-        )
+        training_batches = batches(config.batch, start=step, stop=steps)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, views, boxes, valid, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
+            # The key encoder keeps batch statistics of its own.
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
 
             # All processes shuffle the images of the keys in the same order.
-            order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
+            shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
+            order = torch.randperm(config.batch, generator=shuffler)
             harness.seed_step(config.seed, step, world.rank)  # for the augmentation of the regions
-            with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device))
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
             # The run ends here when a value is not finite, before the weights are touched.
             values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
@@ -572,7 +595,11 @@ def train(config: Config) -> None:
                 method=method,
                 step=step,
             )
-            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
+            line = (
+                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
+            )
             line += "; C5: coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
+            if config.data is None:
+                print("At step 0 the network is random.")
             for row in run.rows("probe_miou"):
                 print(line.format(**row))

@@ -1,9 +1,11 @@
 """DenseSiam pre-training: pixels and regions of two views agree, by location (ECCV 2022).
 
-    python recipes/densesiam.py                 # the demo: CPU, minutes; --data FOLDER: your images
+    python recipes/densesiam.py                 # the demo: minutes on a CPU
+    python recipes/densesiam.py --data FOLDER   # the demo's model on your images
     torchrun --nproc-per-node 8 -- recipes/densesiam.py --preset paper --data coco/train2017
 
-The same command run again resumes. `--preset simsiam` is the baseline: both dense weights are 0.
+Run the same command again to resume. `--preset simsiam` is the baseline, without the dense
+losses.
 Logged values, deviations from the paper, time and results: docs/recipes/densesiam.md.
 """
 
@@ -39,8 +41,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "simsiam"] = "demo"  # The preset of the defaults.
-    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    # Set of defaults; each option below overrides one of them.
+    preset: Literal["demo", "paper", "simsiam"] = "demo"
+    data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
@@ -65,13 +68,14 @@ PRESETS = {
         arch="tiny", hidden=256, categories=64, batch=40, epochs=12, lr=0.8, workers=1,
         precision="fp32", save_every=204, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
     ),
-    "paper": Config("paper"),
+    "paper": Config("paper"),  # the defaults of Config
     "simsiam": Config("simsiam", loss=Loss(dense=0.0, region=0.0)),
 }  # fmt: skip
 
 
 def read_options() -> Config:
-    """The command line; the preset is read first, since the other defaults are its own."""
+    """Read the command line. The preset is read first, because it sets the other defaults."""
+    # This parser reads --preset alone. tyro answers --help, and reads all the rest.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     preset = parser.parse_known_args()[0].preset
@@ -79,13 +83,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once.
+    # `import densesiam` runs this file a second time, as a module, and that time also the part
+    # below. The script itself ends at sys.exit.
+    config = read_options()
     import densesiam
     import harness
 
-    sys.exit(harness.main(densesiam.train, options))
+    sys.exit(harness.main(densesiam.train, config))
 
 import harness
 import timm
@@ -100,15 +105,16 @@ from torchvision.utils import save_image
 import densekit as dk
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
     decay = config.weight_decay
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
+    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
@@ -139,10 +145,10 @@ def check(config: Config) -> None:
 
 
 # ==== views =======================================================================================
-def photometric(views: Views) -> transforms.Compose:
-    """SimSiam's random changes of the colors of one crop, which is then normalized."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
-    sigma = torch.distributions.Uniform(*views.blur)
+def photometric(view_config: Views) -> transforms.Compose:
+    """SimSiam's random changes of a crop's colors and sharpness, and the normalization."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
+    sigma = torch.distributions.Uniform(*view_config.blur)
 
     def blur(image):
         return image.filter(GaussianBlur(float(sigma.sample())))
@@ -161,12 +167,16 @@ def photometric(views: Views) -> transforms.Compose:
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
+    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+
+    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
+    crops, their views, and the files that could not be read.
+    """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
-        self.config = config.views
+        self.view_config = config.views
         self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
@@ -175,35 +185,40 @@ class TwoViews:
 
     def __getitem__(self, indices: list[int]):
         images, unreadable = harness.read_batch(self.source, indices)
-        key = (self.seed, self.epoch, indices[0])
+        # The first index tells this batch from the others of the epoch.
+        batch_key = (self.seed, self.epoch, indices[0])
 
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.config.scale, generator=generator)
+        generator = harness.generator(*batch_key)
+        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.config.size) for view in views]
-        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+        crops = [dk.crop_views(pixels, view, self.view_config.size) for view in views]
+        augmented = []
+        # The colors need other random numbers than the views.
+        with harness.seeded(*batch_key, harness.COLORS):
+            for view_crops in crops:
+                changed = [self.photometric(crop) for crop in view_crops]
+                augmented.append(torch.stack(changed))
         return augmented, views, unreadable
 
 
 # ==== model =======================================================================================
 def build_encoder(arch: str) -> nn.Module:
     """A network that returns its last feature map; a ResNet's weights have torchvision's names."""
-    if arch != "tiny":
-        return timm.create_model(arch, num_classes=0, global_pool="")
-    return timm.create_model(
-        "resnet18",
-        layers=(1, 1, 1, 1),
-        channels=(16, 32, 64, 64),
-        stem_type="deep",
-        stem_width=8,
-        output_stride=8,
-        num_classes=0,
-        global_pool="",
-    )
+    if arch == "tiny":
+        return timm.create_model(
+            "resnet18",
+            layers=(1, 1, 1, 1),
+            channels=(16, 32, 64, 64),
+            stem_type="deep",
+            stem_width=8,
+            output_stride=8,
+            num_classes=0,
+            global_pool="",
+        )
+    return timm.create_model(arch, num_classes=0, global_pool="")
 
 
 conv1x1 = partial(nn.Conv2d, kernel_size=1)
@@ -270,7 +285,7 @@ class DenseSiam(nn.Module):
 
         pairs = dk.grid_pairs(*views, self.loss.grid)
         terms["dense"], projections = self.dense_loss(maps, pairs)
-        terms["overlap"] = pairs.valid.float().mean()
+        terms["overlap"] = pairs.valid.float().mean()  # share of the pairs of views that overlap
         loss = loss + self.loss.dense * terms["dense"]
 
         if with_region:
@@ -327,9 +342,12 @@ class DenseSiam(nn.Module):
 
 
 # ==== evaluation ==================================================================================
+PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
+
+
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
-    """Save a picture of the preview's images; on scenes, also probe the encoder."""
+    """Save a picture of the preview's images. Without --data, also probe the encoder."""
     images, views, _ = preview
     model.eval()
     draw(model, images, views, run.picture_path(step))
@@ -337,13 +355,17 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
         device = images[0].device
-        score = dk.probe_scenes(lambda x: model.encoder(normalize(x).to(device)))
+
+        def features(scenes: Tensor) -> Tensor:
+            return model.encoder(normalize(scenes).to(device))
+
+        score = dk.probe_scenes(features)
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
 
 def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Path) -> None:
-    """A row per image; for each view its matched points, pseudo-categories and PCA colors."""
+    """A row per image: for each of its views the matched points, pseudo-categories, PCA colors."""
     pixels = torch.cat(images)
     maps = model.encoder(pixels)
     palette = torch.rand(2**14, 3, generator=harness.generator(0))
@@ -353,7 +375,7 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
         categories = model.dense_projector(maps).argmax(1).cpu()
         panels.append(palette[categories].movedim(-1, 1))
     panels.append(dk.pca_colors(maps).cpu())
-    tiles = [nn.functional.interpolate(x, 224) for x in panels]
+    tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
 
     pairs = dk.grid_pairs(*views, model.loss.grid)
     points = torch.cat([pairs.points1, pairs.points2])
@@ -375,14 +397,15 @@ def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    check(config)
+    check_options(config)
     folder = harness.run_folder("densesiam", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
-        scenes = 4096 if config.preset == "demo" else 0
+        scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
         source = harness.image_source(config.data, scenes=scenes)
         dataset = TwoViews(source, config)
-        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
+        steps = config.epochs * steps_per_epoch
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
@@ -409,19 +432,20 @@ def train(config: Config) -> None:
         batches = partial(
             harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
         )
-        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
+        # The pictures show six images of the main process.
+        preview_batch = min(6 * world.size, config.batch)
+        preview = next(batches(preview_batch, start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
 
-        bar = harness.progress(
-            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
-        )
+        training_batches = batches(config.batch, start=step, stop=steps)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, views, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
 
             with_region = has_region and step >= config.loss.region_start * steps
-            with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, views, with_region)
 
             optimizer.zero_grad()
@@ -458,6 +482,10 @@ def train(config: Config) -> None:
                 method=method,
                 step=step,
             )
-            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
+            line = (
+                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
+            )
+            if config.data is None:
+                print("At step 0 the network is random.")
             for row in run.rows("probe_miou"):
                 print(line.format(**row))

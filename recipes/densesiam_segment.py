@@ -1,9 +1,10 @@
 """DenseSiam's unsupervised semantic segmentation: pseudo-classes on which two views agree.
 
-    python recipes/densesiam_segment.py      # the demo: CPU, minutes; --data SET: labeled images
+    python recipes/densesiam_segment.py               # the demo: minutes on a CPU
+    python recipes/densesiam_segment.py --data SET    # the demo's model on your labeled images
     torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
 
-Labels are used for the score alone. The same command run again resumes. Logged values, lists of
+Labels are used for the score alone. Run the same command again to resume. Logged values, lists of
 images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
 """
 
@@ -22,8 +23,9 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper"] = "demo"  # The preset that sets the defaults.
-    data: Path | None = None  # Folder of a labeled image set; the demo also runs without one.
+    # Set of defaults; each option below overrides one of them.
+    preset: Literal["demo", "paper"] = "demo"
+    data: Path | None = None  # Folder of a labeled image set; the demo can run without.
     layout: str = "auto"  # Layout of the data, such as coco-stuff or folder.
     mapping: Path | None = None  # JSON file of other classes, such as recipes/coco_stuff_27.json.
     train_split: str = "train"  # Split to train on.
@@ -59,12 +61,13 @@ PRESETS = {
         arch="tiny", aux=64, image=64, size=96, hue=0.5, blur=(0.1, 1.0), batch=32, lr=0.2,
         workers=1, precision="fp32", save_every=20,
     ),
-    "paper": Config("paper"),
+    "paper": Config("paper"),  # the defaults of Config
 }  # fmt: skip
 
 
 def read_options() -> Config:
-    """The command line; the preset is read first, since the other defaults are its own."""
+    """Read the command line. The preset is read first, because it sets the other defaults."""
+    # This parser reads --preset alone. tyro answers --help, and reads all the rest.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     preset = parser.parse_known_args()[0].preset
@@ -72,13 +75,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once.
+    # `import densesiam_segment` runs this file a second time, as a module, and that time also the
+    # part below. The script itself ends at sys.exit.
+    config = read_options()
     import densesiam_segment
     import harness
 
-    sys.exit(harness.main(densesiam_segment.train, options))
+    sys.exit(harness.main(densesiam_segment.train, config))
 
 import harness
 import timm
@@ -96,8 +100,8 @@ from torchvision.utils import save_image
 import densekit as dk
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
     harness.check(
         config.data is not None or config.preset == "demo",
@@ -119,8 +123,9 @@ def check(config: Config) -> None:
         config.val_list is None or config.val_list.is_file(),
         f"--val-list is {config.val_list}: give a text file with one image name a line.",
     )
+    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
     )
     weights = config.weights
@@ -234,10 +239,13 @@ class TwoViews:
         whole = resize(squares, [self.config.size])
         crops = [near, whole]
 
+        augmented = []
         # The colors need other random numbers than the views.
-        with harness.seeded(self.config.seed, self.epoch, indices[0], 1):
-            crops = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
-        return crops, view
+        with harness.seeded(self.config.seed, self.epoch, indices[0], harness.COLORS):
+            for view_crops in crops:
+                changed = [self.photometric(crop) for crop in view_crops]
+                augmented.append(torch.stack(changed))
+        return augmented, view
 
 
 # ==== model =======================================================================================
@@ -472,7 +480,7 @@ def draw(matching: Matching, path: Path) -> None:
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    check(config)
+    check_options(config)
     folder = harness.run_folder("densesiam-segment", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
@@ -501,7 +509,7 @@ def train(config: Config) -> None:
         if step == 0:
             evaluate(model, val, things, run, step)
 
-        batches = harness.batches(
+        training_batches = harness.batches(
             dataset,
             config.batch,
             world,
@@ -510,10 +518,10 @@ def train(config: Config) -> None:
             stop=steps,
             workers=config.workers,
         )
-        bar = harness.progress(batches, start=step, stop=steps, world=world)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view in bar:
             with_region = step >= config.region_start * steps
-            with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
 
             optimizer.zero_grad()

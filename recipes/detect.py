@@ -1,10 +1,10 @@
 """Transfer to detection: torchvision's Faster R-CNN or Mask R-CNN from an encoder, and its AP.
 
-    python recipes/detect.py --encoder runs/d3ssl-demo      # procedural scenes: CPU, minutes
+    python recipes/detect.py --encoder runs/d3ssl-demo      # the demo: minutes on a CPU
     torchrun --nproc-per-node 8 -- recipes/detect.py --preset voc --encoder ... --data VOCdevkit
 
-The same command run again resumes. `--encoder` is a ResNet: of a recipe, of timm or of torchvision.
-Other data, logged values, deviations from the papers, results: docs/recipes/detect.md.
+Run the same command again to resume. `--encoder` is a ResNet: of a recipe, of timm or of
+torchvision. Other data, logged values, deviations from the papers, results: docs/recipes/detect.md.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "voc", "coco"] = "demo"  # The preset that sets the defaults.
+    # Set of defaults; each option below overrides one of them.
+    preset: Literal["demo", "voc", "coco"] = "demo"
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
     # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
     detector: Literal["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"] = (
@@ -69,7 +70,8 @@ PRESETS = {
 
 
 def read_options() -> Config:
-    """The command line; the preset is read first, since the other defaults are its own."""
+    """Read the command line. The preset is read first, because it sets the other defaults."""
+    # This parser reads --preset alone. tyro answers --help, and reads all the rest.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     preset = parser.parse_known_args()[0].preset
@@ -77,13 +79,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once. `import detect`
+    # runs this file a second time, as a module, and that time also the part below. The script
+    # itself ends at sys.exit.
+    config = read_options()
     import detect
     import harness
 
-    sys.exit(harness.main(detect.train, options))
+    sys.exit(harness.main(detect.train, config))
 
 import harness
 import timm
@@ -105,10 +108,11 @@ from tqdm import tqdm
 
 WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn")
 WITH_MASKS = ("mask-rcnn-fpn", "mask-rcnn-c4")
+DRAWS = 1  # ends the key of what torchvision draws in a step
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
     harness.check(
         config.data is not None or config.preset == "demo",
@@ -371,7 +375,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def train(config: Config) -> None:
-    check(config)
+    check_options(config)
     folder = harness.run_folder("detect", config, config.detector)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
@@ -388,7 +392,7 @@ def train(config: Config) -> None:
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
         step = run.resume(model, optimizer)
 
-        batches = harness.batches(
+        training_batches = harness.batches(
             dataset,
             config.batch,
             world,
@@ -397,10 +401,10 @@ def train(config: Config) -> None:
             stop=steps,
             workers=config.workers,
         )
-        bar = harness.progress(batches, start=step, stop=steps, world=world)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, targets, unreadable in bar:
             # torchvision draws the image sizes and the samples of the losses.
-            harness.seed_step(config.seed, step, world.rank, stream=1)
+            harness.seed_step(config.seed, step, world.rank, stream=DRAWS)
             lr = learning_rate(step, config)
             optimizer.param_groups[0]["lr"] = lr
 

@@ -1,10 +1,11 @@
-"""DUPR pre-training: patches of two views are found again, at several levels (2021).
+"""DUPR pre-training: each patch of a view is found again in the other, at several levels (2021).
 
-    python recipes/dupr.py                      # the demo: CPU, minutes; --data FOLDER: your images
+    python recipes/dupr.py                      # the demo: minutes on a CPU
+    python recipes/dupr.py --data FOLDER        # the demo's model on your images
     torchrun --nproc-per-node 8 -- recipes/dupr.py --preset paper --data imagenet/train
 
-The same command run again resumes. `--preset mocov2` is the baseline: one loss, of whole images.
-Logged values, deviations from the paper, time and results: docs/recipes/dupr.md.
+Run the same command again to resume. `--preset mocov2` is the baseline, with the image loss
+of C5 alone. Logged values, deviations from the paper, time and results: docs/recipes/dupr.md.
 """
 
 import argparse
@@ -30,23 +31,27 @@ class Views:
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"  # The preset of the defaults.
-    data: Path | None = None  # Folder of images, at any depth; the demo also runs without one.
+    # Set of defaults; each option below overrides one of them.
+    preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"
+    data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/dupr-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
-    alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)  # Image losses, C2 to C5.
-    beta: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # Patch losses, C2 to C5.
-    patches: tuple[int, int, int, int] = (14, 14, 14, 7)  # S of each level: S x S patches.
     outputs: int = 128  # Outputs of every head.
-    bank: int = 65536  # Keys in the bank of each loss.
-    keys: int = 4  # Patches of an image that enter the bank of a patch loss.
-    temperature: float = 0.2  # Divides the cosines.
-    momentum: float = 0.999  # Momentum of the key encoder and its heads.
-    norm: Literal["shuffled", "sync"] = "shuffled"  # Batch statistics of the keys; sync on GPUs.
+    # Weights of the image losses, at C2 to C5.
+    alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)
+    # Weights of the patch losses, at C2 to C5.
+    beta: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    patches: tuple[int, int, int, int] = (14, 14, 14, 7)  # S x S patches, at C2 to C5.
+    bank: int = 65536  # Number of keys in the bank of each loss.
+    keys: int = 4  # Number of patches of an image that enter the bank of a patch loss.
+    temperature: float = 0.2  # Divisor of the cosines in InfoNCE.
+    # Batch statistics of the keys: of shuffled images, or synchronized between GPUs (sync).
+    norm: Literal["shuffled", "sync"] = "shuffled"
     batch: int = 256  # Images per step, over all processes.
     epochs: int = 200
     lr: float = 0.06  # Learning rate for a batch of 256; it is scaled with the batch.
     weight_decay: float = 1e-4
+    momentum: float = 0.999  # Momentum of the key encoder and its heads.
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -59,18 +64,20 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", patches=(7, 7, 7, 7), outputs=64, bank=512, momentum=0.99, batch=40,
-        epochs=10, lr=0.8, workers=1, precision="fp32", save_every=170,
-        views=Views(48, hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", outputs=64, patches=(7, 7, 7, 7), bank=512,
+        batch=40, epochs=10, lr=0.8, momentum=0.99,
+        workers=1, precision="fp32", save_every=170,  # six times in 1,020 steps
+        views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
     ),
-    "paper": Config("paper"),
+    "paper": Config("paper"),  # the defaults of Config
     "coco": Config("coco", epochs=2000),
     "mocov2": Config("mocov2", alpha=(0.0, 0.0, 0.0, 1.0), beta=(0.0, 0.0, 0.0, 0.0)),
 }  # fmt: skip
 
 
 def read_options() -> Config:
-    """The command line; the preset is read first, since the other defaults are its own."""
+    """Read the command line. The preset is read first, because it sets the other defaults."""
+    # This parser reads --preset alone. tyro answers --help, and reads all the rest.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(PRESETS), default="demo")
     preset = parser.parse_known_args()[0].preset
@@ -78,13 +85,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once. `import dupr`
+    # runs this file a second time, as a module, and that time also the part below. The script
+    # itself ends at sys.exit.
+    config = read_options()
     import dupr
     import harness
 
-    sys.exit(harness.main(dupr.train, options))
+    sys.exit(harness.main(dupr.train, config))
 
 import harness
 import timm
@@ -100,65 +108,67 @@ from torchvision.utils import save_image
 import densekit as dk
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    decay = config.weight_decay
+    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
-    harness.check(
-        config.arch == "tiny" or ("resn" in config.arch and timm.is_model(config.arch)),
+        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
+    harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
 
-    alpha = harness.as_typed(config.alpha)
-    beta = harness.as_typed(config.beta)
+    typed_alpha = harness.as_typed(config.alpha)
+    typed_beta = harness.as_typed(config.beta)
     harness.check(
         all(0 <= weight < math.inf for weight in config.alpha),
-        f"--alpha is {alpha}: give four finite weights, 0 or more.",
+        f"--alpha is {typed_alpha}: give four finite numbers, 0 or more.",
     )
     harness.check(
         all(0 <= weight < math.inf for weight in config.beta),
-        f"--beta is {beta}: give four finite weights, 0 or more.",
+        f"--beta is {typed_beta}: give four finite numbers, 0 or more.",
     )
+    # Without a loss at C5, the last block of the encoder would have no gradient.
     harness.check(
         config.alpha[3] > 0 or config.beta[3] > 0,
-        f"--alpha is {alpha} and --beta is {beta}: give the last weight, of C5, a number above 0 "
-        "in one of the two.",
+        f"--alpha is {typed_alpha} and --beta is {typed_beta}: give C5, the last of the four, a "
+        "weight above 0 in --alpha or --beta.",
     )
     harness.check(
         min(config.patches) >= 1,
         f"--patches is {harness.as_typed(config.patches)}: give four numbers, 1 or more.",
     )
-    harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
     harness.check(config.keys >= 1, f"--keys is {config.keys}: give 1 or more.")
-    for head in list_heads(config):
+    for loss in list_losses(config):
         harness.check(
-            head.patches == 0 or config.keys <= head.patches**2,
-            f"--keys is {config.keys}: give at most {head.patches**2}, the patches of an image in "
-            f"{head.name}.",
+            loss.side == 0 or config.keys <= loss.side**2,
+            f"--keys is {config.keys}: give at most {loss.side**2}, the patches of an image at "
+            f"C{FIRST_LEVEL + loss.level_index}.",
         )
     harness.check(
         0 < config.temperature < math.inf,
         f"--temperature is {config.temperature}: give a finite number above 0.",
     )
-    momentum = config.momentum
-    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
-    use_cuda = config.device != "cpu" and torch.cuda.is_available()
     harness.check(
-        config.norm == "shuffled" or use_cuda,
+        config.norm == "shuffled" or harness.uses_cuda(config.device),
         "--norm is sync: give shuffled, since sync needs GPUs.",
     )
 
+    decay = config.weight_decay
+    harness.check(
+        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
+    )
+    momentum = config.momentum
+    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
+
 
 # ==== views =======================================================================================
-def photometric(views: Views) -> transforms.Compose:
-    """MoCo v2's random changes of the colors of one crop, which is then normalized."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, views.hue)
-    sigma = torch.distributions.Uniform(*views.blur)
+def photometric(view_config: Views) -> transforms.Compose:
+    """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
+    sigma = torch.distributions.Uniform(*view_config.blur)
 
     def blur(image):
         return image.filter(GaussianBlur(float(sigma.sample())))
@@ -177,12 +187,16 @@ def photometric(views: Views) -> transforms.Compose:
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
+    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+
+    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
+    crops, their views, and the files that could not be read.
+    """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
-        self.config = config.views
+        self.view_config = config.views
         self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
@@ -191,67 +205,78 @@ class TwoViews:
 
     def __getitem__(self, indices: list[int]):
         images, unreadable = harness.read_batch(self.source, indices)
-        key = (self.seed, self.epoch, indices[0])
+        # The first index tells this batch from the others of the epoch.
+        batch_key = (self.seed, self.epoch, indices[0])
 
         sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.config.scale, generator=generator)
+        generator = harness.generator(*batch_key)
+        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
         crops = []
         for view in views:
-            crop = dk.crop_views(pixels, view, self.config.size)
-            crops.append((crop * 255).round().byte())
-        with harness.seeded(*key, 1):  # the colors need other random numbers than the views
-            augmented = [torch.stack([self.photometric(x) for x in crop]) for crop in crops]
+            view_crops = dk.crop_views(pixels, view, self.view_config.size)
+            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
+        augmented = []
+        # The colors need other random numbers than the views.
+        with harness.seeded(*batch_key, harness.COLORS):
+            for view_crops in crops:
+                changed = [self.photometric(crop) for crop in view_crops]
+                augmented.append(torch.stack(changed))
         return augmented, views, unreadable
 
 
 # ==== model =======================================================================================
-class Head(NamedTuple):
-    """One loss at one level, of whole images or of their patches."""
+FIRST_LEVEL = 2  # The levels are C2 to C5. Lists of all levels begin with C2.
+
+
+class LevelLoss(NamedTuple):
+    """The loss at one level, of whole images or of their patches. It has a head of its own."""
 
     name: str  # "image2" to "patch5"
-    level: int  # 0 is C2, and 3 is C5
-    patches: int  # S, for S x S patches; 0 is the whole image
+    level_index: int  # in a list of all levels: 0 is C2, and 3 is C5
+    side: int  # S, for S x S patches; 0 is the whole image
     weight: float  # in the total loss
 
 
-def list_heads(config: Config) -> list[Head]:
+def list_losses(config: Config) -> list[LevelLoss]:
     """The losses whose weight is not 0. Those of images come before those of patches."""
-    heads = []
-    for level, weight in enumerate(config.alpha):
-        heads.append(Head(f"image{level + 2}", level, 0, weight))
-    for level, weight in enumerate(config.beta):
-        heads.append(Head(f"patch{level + 2}", level, config.patches[level], weight))
-    return [head for head in heads if head.weight]
+    losses = []
+    for index, weight in enumerate(config.alpha):
+        losses.append(LevelLoss(f"image{FIRST_LEVEL + index}", index, side=0, weight=weight))
+    for index, weight in enumerate(config.beta):
+        side = config.patches[index]
+        losses.append(LevelLoss(f"patch{FIRST_LEVEL + index}", index, side=side, weight=weight))
+    return [loss for loss in losses if loss.weight]
 
 
 def build_encoder(arch: str) -> Any:
-    """A ResNet without its head, whose weights have torchvision's names."""
-    if arch != "tiny":
-        return timm.create_model(arch, num_classes=0, global_pool="")
-    return timm.create_model(
-        "resnet18",
-        layers=(1, 1, 1, 1),
-        channels=(16, 32, 64, 64),
-        stem_type="deep",
-        stem_width=8,
-        output_stride=8,
-        num_classes=0,
-        global_pool="",
-    )
+    """A ResNet without its head. Its weights have torchvision's names."""
+    if arch == "tiny":
+        return timm.create_model(
+            "resnet18",
+            layers=(1, 1, 1, 1),
+            channels=(16, 32, 64, 64),
+            stem_type="deep",
+            stem_width=8,
+            output_stride=8,
+            num_classes=0,
+            global_pool="",
+        )
+    return timm.create_model(arch, num_classes=0, global_pool="")
 
 
-def levels(encoder: Any, images: Tensor) -> list[Tensor]:
+def level_maps(encoder: Any, images: Tensor) -> list[Tensor]:
     """The feature maps C2 to C5 of a ResNet."""
+    # timm's map 0 is that of the stem.
     return encoder.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True)
 
 
-def pool(maps: Tensor) -> Tensor:
+def pool_cells(maps: Tensor) -> Tensor:
     """Mean over all cells: one row of features for each image, (b, 1, d)."""
-    return maps.flatten(2).mT.mean(1, keepdim=True)
+    cells = maps.flatten(2).mT  # (b, cells, d)
+    return cells.mean(1, keepdim=True)
 
 
 class DUPR(nn.Module):
@@ -260,13 +285,13 @@ class DUPR(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.losses = list_heads(config)
+        self.losses = list_losses(config)
         encoder = build_encoder(config.arch)
         heads = nn.ModuleDict()
-        for head in self.losses:
-            channels = encoder.feature_info[head.level + 1]["num_chs"]
-            # The paper's 1 x 1 convolutions of a map are linear layers of its rows.
-            heads[head.name] = nn.Sequential(
+        for loss in self.losses:
+            channels = encoder.feature_info[loss.level_index + 1]["num_chs"]  # 0 is the stem
+            # The paper's 1 x 1 convolutions are linear layers on the features of each patch.
+            heads[loss.name] = nn.Sequential(
                 nn.Linear(channels, channels),
                 nn.ReLU(inplace=True),
                 nn.Linear(channels, config.outputs),
@@ -276,68 +301,79 @@ class DUPR(nn.Module):
         self.teacher.requires_grad_(False)
 
     def init_banks(self, device: torch.device) -> dict[str, dk.Bank]:
-        """An empty bank of keys for each head."""
+        """An empty bank of keys for each loss."""
         banks = {}
-        for head in self.losses:
-            banks[head.name] = dk.init_bank(self.config.bank, self.config.outputs, device=device)
+        for loss in self.losses:
+            banks[loss.name] = dk.init_bank(self.config.bank, self.config.outputs, device=device)
         return banks
 
     @torch.no_grad()
-    def key_levels(self, images: Tensor, order: Tensor) -> list[Tensor]:
+    def encode_keys(self, images: Tensor, order: Tensor) -> list[Tensor]:
         """The maps C2 to C5 of the key encoder.
 
-        The images are shuffled over the processes before, and the maps are brought back after. So
-        the batch statistics of a key come from other images than those of its query, and the
-        query cannot recognize its key by them.
+        The images are shuffled over the processes before the encoder, and its maps are brought
+        back after it. So the batch statistics of a key come from other images than those of its
+        query, and the query cannot recognize its key by them. `order` says how the images are
+        shuffled.
         """
         group = torch.distributed.group.WORLD
         shuffled = self.config.norm == "shuffled"
         if shuffled:
             images = dk.shuffle_batch(images, order, group)
-        maps = levels(self.teacher["encoder"], images)
-        for level, beta in enumerate(self.config.beta):
+        maps = level_maps(self.teacher["encoder"], images)
+        for index, beta in enumerate(self.config.beta):
             if not beta:
-                # No patch loss reads this level. Its pooled map is less to send.
-                maps[level] = maps[level].mean((-2, -1), keepdim=True)
+                # No patch loss reads this level, so its mean is enough, and quicker to send. It is
+                # a map of one cell, which does not change when it is pooled again.
+                maps[index] = maps[index].mean((-2, -1), keepdim=True)
         if shuffled:
             maps = [dk.unshuffle_batch(x, order, group) for x in maps]
         return maps
 
     # ==== loss ====================================================================================
-    def forward(self, images: list[Tensor], views: list[dk.View], banks: dict, order: Tensor):
-        """The total loss, the terms that are logged, and the banks with the keys of this batch."""
+    def forward(
+        self,
+        images: list[Tensor],
+        views: list[dk.View],
+        banks: dict[str, dk.Bank],
+        order: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, dk.Bank]]:
+        """The total loss, the terms that are logged, and the banks with the keys of this batch.
+
+        `order` says how the images of the keys are shuffled.
+        """
         config = self.config
         group = torch.distributed.group.WORLD
-        query_maps = levels(self.student["encoder"], images[0])
-        key_maps = self.key_levels(images[1], order)
-        always = torch.ones(len(images[0]), dtype=torch.bool, device=images[0].device)
+        query_maps = level_maps(self.student["encoder"], images[0])
+        key_maps = self.encode_keys(images[1], order)
 
-        loss = 0.0
+        total_loss = torch.zeros((), device=images[0].device)
         terms = {}
         new_banks = {}
-        for head in self.losses:
-            query_map = query_maps[head.level]
-            key_map = key_maps[head.level]
-            if head.patches:
-                pairs = dk.patch_pairs(query_map, key_map, *views, head.patches)
+        for loss in self.losses:
+            query_map = query_maps[loss.level_index]
+            key_map = key_maps[loss.level_index]
+            # A row is the features of one patch, or of one image.
+            if loss.side:
+                pairs = dk.patch_pairs(query_map, key_map, *views, loss.side)
                 query_rows = pairs.features1
                 key_rows = pairs.features2
                 valid = pairs.valid
-                filled = "patch_filled"
+                filled_name = "patch_filled"
                 keys_per_image = config.keys
             else:
-                query_rows = pool(query_map)
-                key_rows = pool(key_map)
-                valid = always
-                filled = "image_filled"
+                query_rows = pool_cells(query_map)
+                key_rows = pool_cells(key_map)
+                valid = torch.ones(len(query_map), dtype=torch.bool, device=query_map.device)
+                filled_name = "image_filled"
                 keys_per_image = 1
-            query = self.student["heads"][head.name](query_rows)
-            key = self.teacher["heads"][head.name](key_rows)
+            query = self.student["heads"][loss.name](query_rows)
+            key = self.teacher["heads"][loss.name](key_rows)
 
-            # A row is one patch or one image. The means are over the valid rows of all processes.
-            bank = banks[head.name]
+            # The means are over the valid rows of all processes.
+            bank = banks[loss.name]
             mean = partial(dk.masked_mean, valid=valid[:, None], group=group)
-            row_losses = dk.info_nce(
+            row_losses = dk.info_nce(  # 0 while the bank is empty
                 query,
                 key,
                 dk.bank_negatives(bank),
@@ -345,83 +381,92 @@ class DUPR(nn.Module):
                 temperature=config.temperature,
                 reduction="none",
             )
-            row_cosines = -dk.negative_cosine(query.detach(), key, reduction="none")
-            terms[head.name] = mean(row_losses)
-            terms[f"{head.name}_cosine"] = mean(row_cosines)
-            terms[filled] = bank.filled
-            loss = loss + head.weight * terms[head.name]
+            row_cosines = -dk.negative_cosine(query.detach(), key, reduction="none")  # logged only
+            terms[loss.name] = mean(row_losses)
+            terms[f"{loss.name}_cosine"] = mean(row_cosines)
+            terms[filled_name] = bank.filled  # the same for all banks of a kind
+            total_loss = total_loss + loss.weight * terms[loss.name]
 
             # Every process pushes the keys of all processes, so that the banks stay the same.
             own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
             all_keys = dk.all_gather(own_keys, group)
             all_valid = dk.all_gather(valid, group)
-            new_banks[head.name] = dk.push_to_bank(bank, all_keys, all_valid[:, None])
+            new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid[:, None])
 
+        # The share of the pairs of views that overlap.
         terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
-        return loss, terms, new_banks
+        return total_loss, terms, new_banks
 
 
 # ==== evaluation ==================================================================================
-LEVEL = 2  # C4, as in the paper's figures
-PICTURE = (224, 224)  # Height and width of each panel.
+PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
+LEVEL_INDEX = 2  # The pictures are of C4, as in the paper.
 IOUS = [i / 10 for i in range(11)]
 
 
 class Matches(NamedTuple):
     """Similarity of the S x S patches of two views."""
 
-    affinity: Tensor  # (b, S S, S S): patches of view 1 by patches of view 2
-    nearest: Tensor  # (b, S S): for each patch of view 2 the most similar patch of view 1
+    affinity: Tensor  # (b, S * S, S * S): patches of view 1 by patches of view 2
+    nearest: Tensor  # (b, S * S): for each patch of view 2 the most similar patch of view 1
     valid: Tensor  # (b,): whether the views overlap
 
 
 @torch.no_grad()
 def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
-    """Save pictures of matched patches and of similarity against IoU; on scenes, also probe."""
+    """Save pictures of matches and of similarity against IoU. Without --data, also probe."""
     model.eval()
     encoder = model.student["encoder"]
     images, views, _ = preview
-    maps = [levels(encoder, x)[LEVEL].cpu() for x in images]
+    # All pictures are drawn on the CPU.
+    maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
     views = [dk.View(view.box.cpu(), view.flip.cpu()) for view in views]
 
     path = run.picture_path(step)
-    matches = match(maps, views, config.patches[LEVEL])
+    matches = match(maps, views, config.patches[LEVEL_INDEX])
     draw_matches(images, views, matches, path)
-    same_patch = torch.arange(matches.nearest.shape[1])
-    matched = dk.masked_mean((matches.nearest == same_patch).float(), matches.valid[:, None])
+    own_index = torch.arange(matches.nearest.shape[1])
+    is_own = matches.nearest == own_index
+    matched = dk.masked_mean(is_own.float(), matches.valid[:, None])
     similarity = measure_similarity(torch.cat(maps), config.seed)
     run.log(step, matched=matched, **similarity)
+    # The rows of all checkpoints so far give a curve each.
     draw_similarity(run.rows("matched"), path.with_name("similarity-iou.png"))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
         device = images[0].device
-        score = dk.probe_scenes(lambda x: encoder(normalize(x).to(device)))
+
+        def features(scenes: Tensor) -> Tensor:
+            return encoder(normalize(scenes).to(device))
+
+        score = dk.probe_scenes(features)
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
     model.train()
 
 
-def match(maps: list[Tensor], views: list[dk.View], patches: int) -> Matches:
+def match(maps: list[Tensor], views: list[dk.View], side: int) -> Matches:
     """Match each patch of view 2 with the patch of view 1 that has the most similar features."""
-    pairs = dk.patch_pairs(*maps, *views, patches)
+    pairs = dk.patch_pairs(*maps, *views, side)
     affinity = dk.affinity_matrix(pairs.features1, pairs.features2)
     return Matches(affinity, affinity.argmax(-2), pairs.valid)
 
 
 def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:
-    """A row per image: view 1, view 2, view 2 in the colors of its matches, and affinity (Fig 9).
+    """A row per image: view 1 and view 2, view 2 in the colors of its matches, affinity (Fig 9).
 
-    The color of a patch tells its place. In the third panel a patch has the color of the patch of
-    view 1 that it is matched with.
+    In the first two panels the color of a patch tells its place. In the third panel a patch has
+    the color of the patch of view 1 that it is matched with.
     """
     count, patches = matches.nearest.shape
-    x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), math.isqrt(patches)).unbind(-1)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    x, y = dk.grid_points(whole, math.isqrt(patches)).unbind(-1)
     colors = torch.stack([x, y, 1 - x], -1)
     own_colors = colors.expand(count, -1, -1)
     matched_colors = colors[matches.nearest]
 
     overlap = dk.intersect_views(*views)
-    affinity = nn.functional.interpolate(matches.affinity[:, None], PICTURE)
+    affinity = nn.functional.interpolate(matches.affinity[:, None], PANEL_SIDE)
     panels = [
         tint_patches(images[0], views[0], overlap, own_colors),
         tint_patches(images[1], views[1], overlap, own_colors),
@@ -432,24 +477,29 @@ def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, p
 
 
 def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Tensor) -> Tensor:
-    """The images of a view; `colors` (b, S S, 3) tint the S x S patches of the shared region."""
+    """The images of a view; `colors` (b, S * S, 3) tint the S x S patches of the shared region."""
     side = math.isqrt(colors.shape[1])
-    points = dk.coordinate_map(view, PICTURE).flatten(1, 2)  # of all pixels, in the whole image
+    # Where each pixel of the panel lies in the image, and then in the shared region, which is
+    # taken as a view that is not mirrored.
+    points = dk.coordinate_map(view, (PANEL_SIDE, PANEL_SIDE)).flatten(1, 2)
     region = dk.View(overlap.box, torch.zeros_like(overlap.valid))
-    column, row = (dk.image_to_view(region, points) * side).floor().long().unbind(-1)
+    places = dk.image_to_view(region, points) * side
+    column, row = places.floor().long().unbind(-1)
     inside = (column >= 0) & (column < side) & (row >= 0) & (row < side) & overlap.valid[:, None]
 
-    patch = torch.where(inside, row * side + column, 0)
-    tints = torch.stack([x[index] for x, index in zip(colors, patch, strict=True)])
-    plain = harness.unnormalize(nn.functional.interpolate(images, PICTURE), MEAN, STD)
+    patch_index = torch.where(inside, row * side + column, 0)
+    tints = torch.stack([x[index] for x, index in zip(colors, patch_index, strict=True)])
+    plain = harness.unnormalize(nn.functional.interpolate(images, PANEL_SIDE), MEAN, STD)
     gray = plain.mean(1, keepdim=True)
-    tinted = 0.4 * gray + 0.6 * rearrange(tints, "b (h w) c -> b c h w", h=PICTURE[0])
-    return torch.where(inside.view(-1, 1, *PICTURE), tinted, plain)
+    tinted = 0.4 * gray + 0.6 * rearrange(tints, "b (h w) c -> b c h w", h=PANEL_SIDE)
+    inside_map = rearrange(inside, "b (h w) -> b 1 h w", h=PANEL_SIDE)
+    return torch.where(inside_map, tinted, plain)
 
 
 def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
     """Cosine of the features of a box and of moved copies of it, for each IoU (Eq 8)."""
-    boxes = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3]).expand(len(maps), 1, 4)
+    central_ninth = torch.tensor([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    boxes = central_ninth.expand(len(maps), 1, 4)
     curve = dk.similarity_iou_curve(maps, boxes, ious=IOUS, generator=harness.generator(seed))
     names = [f"similarity_iou_{iou}" for iou in IOUS]
     return dict(zip(names, curve.similarity, strict=True))
@@ -458,7 +508,9 @@ def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
 def draw_similarity(rows: list[dict], path: Path) -> None:
     """Cosine against IoU, a curve for each checkpoint (Fig 5)."""
     figure = Figure()
-    axes = figure.subplots(subplot_kw={"xlabel": "IoU", "ylabel": "cosine (C4)"})
+    axes = figure.subplots(
+        subplot_kw={"xlabel": "IoU", "ylabel": f"cosine (C{FIRST_LEVEL + LEVEL_INDEX})"}
+    )
     for row in rows:
         curve = [row[f"similarity_iou_{iou}"] for iou in IOUS]
         axes.plot(IOUS, curve, label=f"step {row['step']}")
@@ -468,30 +520,31 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
 
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
-    check(config)
+    check_options(config)
     folder = harness.run_folder("dupr", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
-        scenes = 4096 if config.preset == "demo" else 0
+        scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
         source = harness.image_source(config.data, scenes=scenes)
         dataset = TwoViews(source, config)
         # With more keys than images, an image would often meet its own earlier key as a negative.
         harness.check(
             config.bank <= len(source),
-            f"--bank is {config.bank}: there are {len(source)} images, give at most as many.",
+            f"--bank is {config.bank}: give at most {len(source)}, the number of images.",
         )
-        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
+        steps = config.epochs * steps_per_epoch
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
-        model: Any = DUPR(config)
+        model = DUPR(config)
         if config.norm == "sync":
-            model = timm.layers.convert_sync_batchnorm(model)
+            timm.layers.convert_sync_batchnorm(model)  # in place
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
 
-        parameters = model.student.parameters()
+        parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
             parameters, peak_lr, momentum=0.9, weight_decay=config.weight_decay
         )
@@ -501,28 +554,31 @@ def train(config: Config) -> None:
         batches = partial(
             harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
         )
-        preview = next(batches(min(6 * world.size, config.batch), start=0, stop=1))
+        # The pictures show six images of the main process.
+        preview_batch = min(6 * world.size, config.batch)
+        preview = next(batches(preview_batch, start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
 
-        bar = harness.progress(
-            batches(config.batch, start=step, stop=steps), start=step, stop=steps, world=world
-        )
+        training_batches = batches(config.batch, start=step, stop=steps)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, views, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
+            # The key encoder keeps batch statistics of its own.
             dk.ema_update(model.teacher, model.student, momentum=config.momentum, buffers="keep")
 
             # All processes shuffle the images of the keys in the same order.
-            order = torch.randperm(config.batch, generator=harness.generator(config.seed, step, 3))
+            shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
+            order = torch.randperm(config.batch, generator=shuffler)
             harness.seed_step(config.seed, step, world.rank)  # for the keys that enter the banks
-            with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms, banks = ddp(images, views, banks, order.to(device))
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
             # The run ends here when a value is not finite, before the weights are touched.
             values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
@@ -543,8 +599,8 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            only_image5 = not any(config.alpha[:3]) and not any(config.beta)
-            method = "mocov2" if only_image5 else "dupr"
+            loss_names = [loss.name for loss in list_losses(config)]
+            method = "mocov2" if loss_names == ["image5"] else "dupr"
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.student["encoder"],
@@ -554,6 +610,10 @@ def train(config: Config) -> None:
                 method=method,
                 step=step,
             )
-            line = "step {step:4} (0: random): probe mIoU {probe_miou:.3f}, prior {prior_miou:.3f}"
+            line = (
+                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
+            )
+            if config.data is None:
+                print("At step 0 the network is random.")
             for row in run.rows("probe_miou"):
                 print(line.format(**row))

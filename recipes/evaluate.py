@@ -47,18 +47,19 @@ class Config:
 
 
 def read_options() -> Config:
-    """The command line."""
+    """Read the command line."""
     return tyro.cli(Config, description=__doc__)
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once.
+    # `import evaluate` runs this file a second time, as a module, and that time also the part
+    # below. The script itself ends at sys.exit.
+    config = read_options()
     import evaluate as recipe
     import harness
 
-    sys.exit(harness.main(recipe.evaluate, options))
+    sys.exit(harness.main(recipe.evaluate, config))
 
 import harness
 import torch
@@ -82,8 +83,8 @@ def wanted_protocols(config: Config) -> list[str]:
     return config.protocol.split(",")
 
 
-def check(config: Config) -> None:
-    """Refuse each wrong option with a sentence of its own."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option."""
     harness.check(
         len(config.encoders) > 0,
         "No encoder is named: give run folders, timm:NAME, torchvision:NAME or random:NAME.",
@@ -396,7 +397,7 @@ def check_size(encoder: Encoder, config: Config) -> None:
 
 # ==== loop ========================================================================================
 def evaluate(config: Config) -> None:
-    check(config)
+    check_options(config)
     make_folder(config.out)
     protocols = wanted_protocols(config)
     use_cuda = config.device != "cpu" and torch.cuda.is_available()

@@ -27,18 +27,19 @@ class Config:
 
 
 def read_options() -> Config:
-    """The command line."""
+    """Read the command line."""
     return tyro.cli(Config, description=__doc__)
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once. `import export`
+    # runs this file a second time, as a module, and that time also the part below. The script
+    # itself ends at sys.exit.
+    config = read_options()
     import export as recipe
     import harness
 
-    sys.exit(harness.main(recipe.export, options))
+    sys.exit(harness.main(recipe.export, config))
 
 import io
 import json
@@ -68,8 +69,8 @@ SUFFIXES = {
 READ_BYTES = ("detectron2", "mmdetection", "mmsegmentation")
 
 
-def check(config: Config) -> None:
-    """Refuse each wrong option with a sentence of its own, before anything is loaded."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before anything is loaded."""
     out = config.out
     to = config.to
     suffixes = " or ".join(SUFFIXES[to])
@@ -480,7 +481,7 @@ def white_of(to: str) -> int:
 
 
 def export(config: Config) -> None:
-    check(config)
+    check_options(config)
     encoder = load(config)
     job = make_job(encoder, config)
     if not config.normalize:  # the side-car has the mean and std, and the file leaves them out

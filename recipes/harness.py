@@ -123,6 +123,12 @@ def check_views(views: Any) -> None:
 
 
 # ---- processes and randomness ----------------------------------------------------------------
+# Where several things are drawn from keys of the same numbers, one of these ends the key of each.
+COLORS = 1
+STEP = 2
+SHUFFLE = 3
+
+
 class World(NamedTuple):
     """This process among all of them, and the device that it works on."""
 
@@ -135,10 +141,15 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+def uses_cuda(device: str) -> bool:
+    """Whether a run with this `--device` works on a GPU."""
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun describes in the environment, or make a group of one."""
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = uses_cuda(device)
     if use_cuda:
         if not torch.cuda.is_available():
             raise UserError("--device is cuda: no GPU is visible, give cpu.")
@@ -178,7 +189,7 @@ def seeded(*key: int) -> Iterator[None]:
         yield
 
 
-def seed_step(seed: int, step: int, rank: int, stream: int = 2) -> None:
+def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
     """Seed what a step draws on its device, so that a resumed run draws the same numbers."""
     torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
 
@@ -295,7 +306,7 @@ def batches_per_epoch(images: int, batch: int, world: World) -> int:
             "for each."
         )
     if batch > images:
-        raise UserError(f"--batch is {batch}: there are {images} images, give at most as many.")
+        raise UserError(f"--batch is {batch}: give at most {images}, the number of images.")
     return images // batch
 
 

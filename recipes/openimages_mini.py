@@ -68,26 +68,27 @@ COUNTERPARTS = {
 
 
 def read_options() -> Config:
-    """The command line."""
+    """Read the command line."""
     return tyro.cli(Config, description=__doc__)
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once.
+    # `import openimages_mini` runs this file a second time, as a module, and that time also the
+    # part below. The script itself ends at sys.exit.
+    config = read_options()
     import harness
     import openimages_mini
 
-    sys.exit(harness.main(openimages_mini.select, options))
+    sys.exit(harness.main(openimages_mini.select, config))
 
 import harness
 import numpy as np
 from tqdm import tqdm
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
     harness.check(
         config.out.parent.is_dir(), f"--out is {config.out}: give a file in a folder that exists."
@@ -265,7 +266,7 @@ def choose(order: list[int], image: Any, which: Any, count: Any, limits: list[in
 # ==== the list ====================================================================================
 def select(config: Config) -> None:
     """Write the list and its figures."""
-    check(config)
+    check_options(config)
     classes = read_classes(config.classes)
     coco = read_coco(config.coco, config.groups)
     mapping = read_mapping(config.mapping) if config.mapping else {}

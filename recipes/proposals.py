@@ -3,7 +3,8 @@
     python recipes/proposals.py --data FOLDER              # writes FOLDER.proposals.npz
     python recipes/d3ssl.py --preset paper --data FOLDER --proposals FOLDER.proposals.npz
 
-The same command run again resumes, or adds new images. More: docs/recipes/proposals.md. The file:
+Run the same command again to resume, or to add new images. More: docs/recipes/proposals.md.
+The file:
 
     names     bytes (n,)        path of each image, relative to the data folder
     sizes     int32 (n, 2)      height and width of each image, upright
@@ -44,18 +45,19 @@ class Config:
 
 
 def read_options() -> Config:
-    """The command line."""
+    """Read the command line."""
     return tyro.cli(Config, description=__doc__)
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. The rest of
-    # this file then runs as a module.
-    options = read_options()
+    # The options are read before torch is imported, so that --help answers at once.
+    # `import proposals` runs this file a second time, as a module, and that time also the part
+    # below. The script itself ends at sys.exit.
+    config = read_options()
     import harness
     import proposals
 
-    sys.exit(harness.main(proposals.propose, options))
+    sys.exit(harness.main(proposals.propose, config))
 
 import harness
 import numpy as np
@@ -65,8 +67,8 @@ from tqdm import tqdm
 import densekit as dk
 
 
-def check(config: Config) -> None:
-    """Answer an option that makes no sense with one sentence, before any data is read."""
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check(config.longest >= 0, f"--longest is {config.longest}: give 0 pixels or more.")
     harness.check(config.side >= 0, f"--side is {config.side}: give 0 pixels or more.")
     harness.check(config.aspect >= 1, f"--aspect is {config.aspect}: give 1 or more.")
@@ -404,7 +406,7 @@ def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
 # ==== loop ========================================================================================
 def propose(config: Config) -> None:
     """Search all images that no earlier run has searched, and write the file."""
-    check(config)
+    check_options(config)
     images = harness.FolderImages(config.data)
     names = [os.fsdecode(name) for name in images.names.tolist()]
     names = list(dict.fromkeys(names))  # a list may name an image twice

@@ -6,6 +6,8 @@ overlap) holds by construction. Sizes stay at 8 a side, so that an example takes
 
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from densekit import View
 
 BATCHES = ((), (1,), (2,), (2, 3), (0,), (2, 0))
@@ -186,3 +188,28 @@ def rois(draw, batch, n=None, low=-0.6, high=1.6, largest=2.0):
     extent = 0.05 + draws[0] * (min(largest, high - low) - 0.05)
     start = low + draws[1] * (high - low - extent)
     return torch.cat([start, start + extent], -1)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation makes; views hold none."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if is_tensor(x) and x.untyped_storage()._cdata not in given:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+def is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def largest(function):
+    """Bytes of the largest tensor that a call makes."""
+    with Largest() as mode:
+        function()
+    return mode.bytes

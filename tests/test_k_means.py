@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import make_blobs
-from strategies import batches, flips, generators, tensors, uniform
-from densekit import kmeans, kmeans_plus_plus, minibatch_kmeans, nearest_centroids
+from strategies import batches, flips, generators, largest, tensors, uniform
+from densekit import kmeans, kmeans_plus_plus, minibatch_kmeans, nearest_centroids, numerics
 
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -297,6 +297,102 @@ def test_centroids_that_do_not_fit_are_refused():
         nearest_centroids(torch.zeros(3, 2), torch.zeros(0, 2))
     with pytest.raises(TypeError, match=r"nearest_centroids: argument 'centroids'.*d=2"):
         nearest_centroids(torch.zeros(3, 2), torch.zeros(1, 3))
+
+
+BLOBS = torch.tensor([[0.0, 0.0], [5.0, 5.0]]).repeat_interleave(500, 0)
+
+
+def test_an_unused_far_centroid_changes_no_label():
+    points = BLOBS + 0.1 * torch.randn(1000, 2, generator=seeded())
+    centers = torch.tensor([[0.0, 0.0], [5.0, 5.0], [1e5, 1e5]])
+    assert nearest_centroids(points, centers).bincount(minlength=3).tolist() == [500, 500, 0]
+    assert kmeans(points, centers, iterations=0).labels.bincount().tolist() == [500, 500]
+    far = torch.cat([points, centers[2:]])
+    got = kmeans(far, centers).labels
+    assert got.tolist() == [0] * 500 + [1] * 500 + [2]
+
+
+@st.composite
+def clouds_apart(draw, dtype):
+    """Points and centroids near several origins, which are as far apart as a dtype can hold."""
+    generator, d = draw(generators()), draw(st.sampled_from([1, 2, 7, 64]))
+    largest_offset = draw(st.sampled_from([0.0, 1e3, 1e5]))
+    origins = uniform(generator, 3, d, low=-1) * largest_offset
+    spread = draw(st.sampled_from([0.5, 1e3]))
+    points, centers = (
+        origins[torch.arange(count) % 3] + spread * uniform(generator, count, d, low=-1)
+        for count in (24, 6)
+    )
+    return points.to(dtype), centers.to(dtype)
+
+
+JUNK = (3e38, 1e30, -1e20, 1e7, torch.nan, torch.inf, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(data=st.data())
+def test_far_points_and_unused_centroids_change_no_other_label(dtype, data):
+    points, centers = data.draw(clouds_apart(dtype))
+    # In float64 the differences are exact to rounding, wherever the numbers are.
+    distance = cdist(points.double().numpy(), centers.double().numpy())
+    want = torch.from_numpy(distance.argmin(1))
+    junk = torch.tensor(data.draw(st.lists(st.sampled_from(JUNK), max_size=9)), dtype=dtype)
+    junk = junk[:, None].expand(-1, points.shape[1])
+    more, slots = torch.cat([points, junk]), torch.cat([centers, junk])
+    for x, c in ((points, centers), (more, centers), (points, slots)):
+        assert torch.equal(nearest_centroids(x, c)[: len(points)], want)
+        assert torch.equal(kmeans(x, c, iterations=0).labels[: len(points)], want)
+        vmapped = torch.vmap(nearest_centroids)(x[None], c[None])[0]
+        assert torch.equal(vmapped[: len(points)], want)
+    assert (nearest_centroids(junk, centers)[~junk[:, 0].isfinite()] == -1).all()
+    assert (nearest_centroids(points, centers * torch.nan) == -1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_give_a_far_point_its_own_cluster_and_leave_the_others_alone(seed):
+    points = torch.cat(
+        [BLOBS + 0.1 * torch.randn(1000, 2, generator=seeded(seed)), BLOBS[:1] + 1e6]
+    )
+    centers = minibatch_kmeans(points, 3, generator=seeded(seed))
+    labels = nearest_centroids(points, centers)
+    assert sorted(labels.bincount(minlength=3).tolist()) == [1, 500, 500]
+    near = centers[labels[[0, 500]]]
+    torch.testing.assert_close(near, BLOBS[[0, 500]], rtol=0, atol=0.05)
+
+
+@given(clouds(), st.integers(0, 4))
+def test_points_that_are_not_finite_are_left_out(problem, iterations):
+    points, start, valid = problem
+    spoiled = torch.where(
+        valid[:, None], points, torch.tensor([torch.nan, torch.inf, 1])[: points.shape[1]]
+    )
+    got = kmeans(spoiled, start, iterations=iterations)
+    want = kmeans(points, start, valid, iterations=iterations)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    drawn = (
+        kmeans_plus_plus(spoiled, 2, generator=seeded()),
+        kmeans_plus_plus(points, 2, valid, generator=seeded()),
+    )
+    assert torch.equal(*drawn)
+
+
+def test_a_point_without_numbers_has_no_label_and_moves_nothing():
+    points = torch.tensor([[0.0], [1.0], [9.0], [10.0], [torch.nan]])
+    got = kmeans(points, torch.tensor([[0.0], [10.0]]))
+    assert got.labels.tolist() == [0, 0, 1, 1, -1]
+    assert got.centroids.flatten().tolist() == [0.5, 9.5]
+    assert got.inertia == 1
+
+
+def test_memory_does_not_grow_with_points_times_centroids(monkeypatch):
+    monkeypatch.setattr(numerics, "BLOCK", 2**12)
+    points, clusters = torch.randn(4000, 4, generator=seeded()), 100
+    bound = 8 * points.numel()  # int64 labels, and float64 of float32
+    centers = points[:clusters].clone()
+    assert largest(lambda: nearest_centroids(points, centers)) <= bound
+    assert largest(lambda: kmeans(points, centers, iterations=2)) <= bound
+    options = {"sample": 40, "batch": 500, "steps": 2, "iterations": 1}
+    assert largest(lambda: minibatch_kmeans(points, clusters, **options)) <= 4 * bound
 
 
 # -------------------------------------------------------------------------- k-means in batches

@@ -17,7 +17,7 @@ from sklearn.metrics import (
     recall_score,
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion
-from strategies import flips, generators
+from strategies import flips, generators, largest
 from densekit import (
     Accuracy,
     ConfusionScores,
@@ -33,6 +33,7 @@ from densekit import (
     match_clusters,
     mean_iou,
     merge_clusters,
+    numerics,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -88,6 +89,27 @@ def test_labels_of_few_bits_do_not_wrap_around(dtype):
     labels = torch.tensor([0, 100, 100], dtype=dtype)
     got = confusion_matrix(labels, labels.flip(0), classes=101)
     assert got.nonzero().tolist() == [[0, 100], [100, 0], [100, 100]]
+
+
+def test_class_255_of_300_is_a_class():
+    labels = torch.arange(300)
+    predictions = torch.where(labels == 255, 0, labels)
+    assert mean_iou(confusion_matrix(labels, labels, classes=300)) == 1
+    got = mean_iou(confusion_matrix(labels, predictions, classes=300))
+    assert got.item() == pytest.approx(298.5 / 300)
+    few = torch.tensor([0, 255, 1, 255])  # of 255 classes or fewer it is none
+    assert confusion_matrix(few, few, classes=255).sum() == 2
+    assert confusion_matrix(few, few, classes=256).sum() == 4
+
+
+@given(st.sampled_from([2, 21, 255, 256, 301, 1000]), generators())
+def test_renaming_the_classes_renames_the_scores_for_any_number_of_classes(classes, generator):
+    labels, predictions = torch.randint(classes, (2, 40), generator=generator)
+    names = torch.randperm(classes, generator=generator)
+    got = confusion_scores(confusion_matrix(names[labels], names[predictions], classes=classes))
+    want = confusion_scores(confusion_matrix(labels, predictions, classes=classes))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one[names] if one.ndim else one, other)
 
 
 def test_the_confusion_matrix_refuses_what_does_not_fit():
@@ -329,6 +351,29 @@ def test_merging_clusters_is_a_loop_and_keeps_the_sum_of_each_row(confusion, dat
     assert torch.equal(merge_clusters(images, assignment), torch.stack([want, 2 * want]))
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_sums_of_counts_of_few_bits_do_not_overflow(dtype):
+    large = torch.iinfo(dtype).max
+    counts = torch.tensor([[large, large], [0, large]], dtype=dtype)
+    together = merge_clusters(counts, torch.tensor([0, 0], dtype=dtype))
+    assert together.tolist() == [[2 * large, 0, 0], [large, 0, 0]]
+    wide, group = counts.long(), torch.tensor([True, True])
+    for function in (confusion_scores, mean_iou, lambda x: group_scores(x, group)):
+        torch.testing.assert_close([*function(counts[None])], [*function(wide[None])])
+    assert match_clusters(counts).tolist() == match_clusters(wide).tolist()
+    states = counts.expand(3, 2, 2)
+    assert bootstrap(states, mean_iou, draws=3).value == mean_iou(3 * wide)
+
+
+def test_the_sum_of_two_clusters_of_a_billion_pixels():
+    counts = torch.tensor([[1_500_000_000, 1_500_000_000], [0, 0]], dtype=torch.int32)
+    got = merge_clusters(counts, torch.tensor([0, 0], dtype=torch.int32))
+    assert got.tolist() == [[3_000_000_000, 0, 0], [0, 0, 0]]
+
+
 @given(segmentations(), generators())
 def test_the_order_of_matching_and_renaming_the_predictions_is_the_same(maps, generator):
     labels, guesses = maps
@@ -491,6 +536,21 @@ def test_only_the_order_of_the_scores_counts(case, generator, points):
         torch.testing.assert_close(average_precision(x, y, points=points), want)
 
 
+@given(rankings(), st.sampled_from([None, 2, 11]), st.data())
+def test_a_score_that_is_nan_leaves_its_image_out_of_its_class_only(case, points, data):
+    scores, targets = case
+    lost = flips(data.draw(generators()), len(scores))
+    spoiled = scores.clone()
+    spoiled[lost, 0] = torch.nan
+    got = average_precision(spoiled, targets, points=points)
+    want = average_precision(scores[~lost], targets[~lost], points=points)
+    assert got[0] == want[0]
+    assert torch.equal(got[1:], average_precision(scores, targets, points=points)[1:])
+    sure = scores.clone()  # the order of infinite scores counts
+    sure[:, 1] = torch.where(scores[:, 1] == scores[:, 1].max(), torch.inf, sure[:, 1])
+    assert torch.equal(average_precision(sure, targets, points=points)[1:], got[1:])
+
+
 @given(rankings(), st.sampled_from([None, 2, 11]))
 def test_a_perfect_ranking_has_precision_one(case, points):
     scores, targets = case
@@ -632,6 +692,41 @@ def test_a_bootstrap_that_makes_no_sense_is_refused(n, options):
         bootstrap(torch.zeros(n, 2, 2).long(), mean_iou, **options)
 
 
+@given(generators())
+def test_an_image_without_numbers_adds_nothing_to_any_draw(generator):
+    states = torch.rand(6, 2, generator=generator)
+    states[2] = torch.tensor([torch.nan, torch.inf])
+    source = torch.Generator().manual_seed(1)
+    got = bootstrap(states, lambda sums: sums, draws=9, generator=source)
+    zeros = torch.where(states.isfinite(), states, 0.0)
+    want = bootstrap(zeros, lambda sums: sums, draws=9, generator=source.manual_seed(1))
+    torch.testing.assert_close([*got], [*want])
+
+
+def test_states_in_half_precision_are_summed_in_float32():
+    got = bootstrap(torch.full((100, 1), 6e4).half(), lambda sums: sums, draws=3)
+    assert got.value.item() == pytest.approx(6e6, rel=1e-3)
+
+
+def test_memory_does_not_grow_with_the_draws_or_the_points(monkeypatch):
+    monkeypatch.setattr(numerics, "BLOCK", 2**12)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randint(0, 9, (20, 40, 40), generator=generator)
+
+    def interval():
+        return bootstrap(states, mean_iou, draws=200, generator=torch.Generator().manual_seed(1))
+
+    assert largest(interval) <= 8 * states.numel()
+    blocks = interval()
+    monkeypatch.setattr(numerics, "BLOCK", 2**20)
+    assert all(torch.equal(x, y) for x, y in zip(blocks, interval(), strict=True))
+    monkeypatch.setattr(numerics, "BLOCK", 2**12)
+    scores, targets = torch.rand(1000, 20, generator=generator), flips(generator, 1000, 20)
+    for points in (None, 101):
+        used = largest(lambda points=points: average_precision(scores, targets, points=points))
+        assert used <= 8 * 2**12
+
+
 # ----------------------------------------------------------------------------- dicts and tables
 
 
@@ -667,6 +762,11 @@ def test_a_table_has_a_column_for_each_number_and_gaps_where_there_is_none():
     assert body[0] == ["a/b", "0.50", "0.25", "12", "", "", "", "", "", ""]
     assert body[1] == ["two", "", "", "", "0.33", "0.00", "x/y", "", "", ""]
     assert body[2] == ["three", *[""] * 6, "1.00", "1.00", "1.00"]
+
+
+def test_bars_and_breaks_in_names_of_columns_and_rows_stay_in_their_cells():
+    lines = as_table({"a|b\nc": {"x|y": 1, "z\n": "u\nv"}}).splitlines()
+    assert lines == ["| | x\\|y | z  |", "|---|---|---|", "| a\\|b c | 1 | u v |"]
 
 
 def test_a_table_of_nothing_is_a_head():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
-from strategies import feature_pairs, generators, sizes, tensors, uniform
+from strategies import feature_pairs, flips, generators, sizes, tensors, uniform
 from densekit import (
     knn_votes,
     match_patches,
@@ -220,6 +220,32 @@ def test_permuted_patches_are_found_where_they_went(pair, generator):
     got = match_patches(rows, (rows * lengths)[..., order, :])
     assert (got.indices[..., 0] == order.argsort()).all()
     torch.testing.assert_close(got.similarity, torch.ones_like(got.similarity))
+
+
+@given(feature_pairs(), st.integers(1, 8), generators())
+def test_a_patch_that_is_not_finite_is_no_match_and_finds_none(pair, k, generator):
+    one, other = pair
+    lost, gone = (flips(generator, x.shape[-2]) for x in pair)
+    got = match_patches(
+        torch.where(lost[:, None], torch.nan, one),
+        torch.where(gone[:, None], torch.inf, other),
+        k=k,
+    )
+    want = match_patches(one, other[..., ~gone, :], k=k)
+    found = want.indices.shape[-1]
+    kept = (~gone).nonzero()[:, 0]
+    assert torch.equal(got.indices[..., ~lost, :found], kept[want.indices[..., ~lost, :]])
+    torch.testing.assert_close(
+        got.similarity[..., ~lost, :found], want.similarity[..., ~lost, :], rtol=0, atol=1e-12
+    )
+    none = got.indices == -1
+    assert none[..., lost, :].all()
+    assert none[..., found:].all()
+    assert torch.equal(none, got.similarity.isnan())
+    rows = one.clone().requires_grad_()
+    found = match_patches(torch.where(lost[:, None], torch.nan, rows), other, k=k)
+    found.similarity.nansum().backward()
+    assert rows.grad.isfinite().all()
 
 
 def test_matches_ignore_autocast():

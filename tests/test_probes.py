@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from strategies import flips, generators, sizes, tensors, uniform
+from strategies import flips, generators, largest, sizes, tensors, uniform
 from torch import nn
 from densekit import (
     LinearProbe,
@@ -19,6 +19,7 @@ from densekit import (
     linear_maps,
     linear_segmentation,
     mean_iou,
+    numerics,
     probe_scenes,
     sample_scenes,
     segmentation_counts,
@@ -87,6 +88,42 @@ def test_rows_to_ignore_may_hold_anything(case):
     got = fit_linear_probe(poisoned, labels, classes=CLASSES, penalty=penalty)
     assert torch.equal(got.weight, want.weight)
     assert torch.equal(got.bias, want.bias)
+
+
+@given(probes(), generators())
+def test_a_row_that_is_not_finite_is_left_out_of_the_fit(case, generator):
+    features, labels, penalty = case
+    lost = flips(generator, len(labels))
+    options = {"classes": CLASSES, "penalty": penalty}
+    want = fit_linear_probe(features, torch.where(lost, -1, labels), **options)
+    value = torch.tensor([torch.nan, torch.inf, -torch.inf])[int(lost.sum()) % 3]
+    spoiled = torch.where(lost[:, None] & (torch.arange(features.shape[1]) == 0), value, features)
+    got = fit_linear_probe(spoiled, labels, **options)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_the_255th_class_of_300_is_learned():
+    labels = torch.arange(300)
+    features = torch.eye(300)
+    for probe in (
+        fit_linear_probe(features, labels, classes=300),
+        train_linear_probe(features[..., None, None], labels[:, None, None], classes=300, epochs=1),
+    ):
+        assert (features @ probe.weight + probe.bias).argmax(-1)[255] == 255
+        torch.testing.assert_close(probe.prior, torch.full((300,), 1 / 300))
+    counts = segmentation_counts(features.T[None, :, None], labels[None, None])
+    assert mean_iou(counts.sum(0)) == 1
+    maps, small = features.T[None, :, None], labels[None, None]
+    assert linear_segmentation(maps, maps, small, small, classes=300, stride=1).miou > 0.99
+
+
+def test_the_memory_of_the_fits_is_that_of_blocks(monkeypatch):
+    monkeypatch.setattr(numerics, "BLOCK", 2**10)
+    features, labels = torch.rand(2000, 8), torch.arange(2000) % CLASSES
+    assert largest(lambda: fit_linear_probe(features, labels, classes=CLASSES)) <= 8 * 2000
+    maps, small = features.view(500, 8, 2, 2), labels.view(500, 2, 2)
+    options = {"classes": CLASSES, "epochs": 1, "batch": 100}
+    assert largest(lambda: train_linear_probe(maps, small, **options)) <= 8 * 2000
 
 
 @given(probes())
@@ -212,6 +249,39 @@ def labeled_maps(draw, dtype=torch.float64):
     return features.to(dtype), labels
 
 
+@given(labeled_maps(), st.sampled_from([math.nan, math.inf, 7.0, -1e6]))
+def test_cells_that_only_ignored_pixels_depend_on_may_hold_anything(case, value):
+    features, labels = case
+    cells = cells_of_labels(labels, features.shape[-2:])
+    spoiled = torch.where(cells[:, None], features, value)
+    got, want = trained(spoiled, labels), trained(features, labels)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@given(labeled_maps(), generators())
+def test_a_cell_that_is_not_finite_is_left_out_with_the_pixels_that_depend_on_it(case, generator):
+    features, labels = case
+    size = features.shape[-2:]
+    lost = flips(generator, len(labels), *size)
+    spread = nn.functional.interpolate(lost[:, None].float(), labels.shape[1:], mode="bilinear")
+    want = trained(features, torch.where(spread[:, 0] > 0, 255, labels))
+    got = trained(torch.where(lost[:, None], torch.nan, features), labels)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_an_ignored_row_without_numbers_trains_nothing():
+    features = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(9) % 2
+    labels[4] = 255
+    weights = []
+    for value in (0.0, torch.nan):
+        features[4] = value
+        maps = features[..., None, None], labels[:, None, None]
+        weights.append(trained(*maps).weight)
+    assert torch.equal(*weights)
+    assert weights[0].isfinite().all()
+
+
 OPTIONS = {"classes": CLASSES, "epochs": 3, "batch": 2, "lr": 0.3}
 
 
@@ -220,10 +290,22 @@ def trained(features, labels, seed=0, **options):
     return train_linear_probe(features, labels, generator=generator, **OPTIONS | options)
 
 
+def cells_of_labels(labels, size):
+    """The cells that some pixel with a class depends on, one cell at a time."""
+    count = size[0] * size[1]
+    alone = torch.eye(count).view(count, 1, *size)
+    reach = nn.functional.interpolate(alone, labels.shape[-2:], mode="bilinear")[:, 0] > 0
+    seen = (reach & (labels != 255)[:, None]).any(-1).any(-1)
+    return seen.unflatten(1, size)
+
+
 def slow_training(features, labels, *, epochs, batch, lr, momentum=0.9, weight_decay=0.0):
     """torch's convolution, resizing, loss, SGD and cosine schedule: scores of all maps."""
-    n, d = features.shape[:2]
-    variance, mean = torch.var_mean(features.double(), (0, 2, 3), correction=0, keepdim=True)
+    n, d, h, w = features.shape
+    cells = features.double().movedim(1, -1)[cells_of_labels(labels, (h, w))]
+    variance, mean = (
+        x[:, None, None] for x in torch.var_mean(cells, 0, correction=0)
+    )  # of what is ignored, nothing counts
     # As a batch norm on the whole set; one cell alone has no variance.
     maps = ((features - mean) / variance.sqrt().clamp(min=1e-9)).float()
     net = nn.Conv2d(d, CLASSES, 1)
@@ -420,6 +502,16 @@ def test_the_svm_is_at_the_minimum_whatever_the_order_and_the_other_classes(case
     torch.testing.assert_close(got.prior, targets.float().mean(0))
 
 
+@given(images_with_classes(), generators())
+def test_a_row_that_is_not_finite_is_left_out_of_the_svm(case, generator):
+    features, targets, cost = case
+    lost = flips(generator, len(features))
+    spoiled = torch.where(lost[:, None], torch.nan, features)
+    got = fit_svm(spoiled, targets, cost=cost)
+    want = fit_svm(features[~lost], targets[~lost], cost=cost)
+    torch.testing.assert_close([*got], [*want], rtol=1e-4, atol=1e-4)
+
+
 def test_the_svm_of_nothing_is_finite_and_of_one_kind_sure():
     rows = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     for targets, side in ((torch.ones(5, 2), 1), (torch.zeros(5, 2), -1)):
@@ -494,6 +586,23 @@ def test_the_scores_of_the_labels_themselves_count_on_the_diagonal(generator, si
     assert (got.sum((1, 2)) == size[0] * size[1]).all()
     halves = torch.cat([segmentation_counts(scores[k], labels[k]) for k in (slice(1), slice(1, 3))])
     assert torch.equal(halves, got)
+
+
+def test_a_pixel_whose_scores_are_nan_is_not_counted():
+    scores = torch.eye(2).expand(1, 2, 2, 2).clone()
+    labels = torch.tensor([[[0, 1], [1, 0]]])
+    want = segmentation_counts(scores, torch.tensor([[[-1, 1], [1, 0]]]))
+    scores[0, 1, 0, 0] = torch.nan
+    assert torch.equal(segmentation_counts(scores, labels), want)
+
+
+def test_linear_segmentation_leaves_out_what_is_not_finite():
+    generator = torch.Generator().manual_seed(0)
+    (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))
+    options = {"classes": CLASSES, "stride": 3}
+    for maps in (train, test):
+        maps[0, 1, 2, 3] = torch.nan
+    assert linear_segmentation(train, test, labels, test_labels, **options).miou == 1
 
 
 def test_counts_of_no_image_are_empty_and_of_no_class_refused():

@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from scipy.ndimage import binary_dilation
 from skimage.morphology import disk
 from sklearn.metrics import jaccard_score
-from strategies import batches, flips, generators, sizes, uniform
-from densekit import boundary_f_measure, propagate_labels, propagate_video, region_similarity
+from strategies import batches, flips, generators, largest, sizes, uniform
+from densekit import (
+    boundary_f_measure,
+    numerics,
+    propagate_labels,
+    propagate_video,
+    region_similarity,
+)
 
 # -------------------------------------------------------------------------------- video labels
 
@@ -71,6 +77,37 @@ def test_shares_stay_shares_whatever_the_length_of_the_features(video, radius, k
         torch.testing.assert_close(longer, got)
     one = propagate_labels(now, context, torch.ones_like(labels), radius=radius, k=k)
     torch.testing.assert_close(one, torch.ones_like(one))
+
+
+@given(videos(), st.integers(0, 5), st.integers(1, 7), generators())
+def test_a_cell_that_is_not_finite_asks_for_nothing_and_gives_nothing(video, radius, k, generator):
+    (*context, now), (*labels, _) = video
+    context, labels = torch.stack(context), torch.stack(labels)
+    now, context = (torch.cat([x, torch.ones_like(x[..., :1, :, :])], -3) for x in (now, context))
+    lost, gone, bare = (
+        flips(generator, *x) for x in (now.shape[1:], *[(len(context), *now.shape[1:])] * 2)
+    )
+    options = {"radius": radius, "k": k}
+    got = propagate_labels(
+        torch.where(lost, torch.nan, now),
+        torch.where(gone[:, None], torch.inf, context),
+        torch.where(bare[:, None], torch.nan, labels),
+        **options,
+    )
+    assert got.isfinite().all()
+    assert (got[:, lost] == 0).all()
+    if not (gone | bare).any():
+        want = propagate_labels(now, context, labels, **options)
+        torch.testing.assert_close(got[:, ~lost], want[:, ~lost])
+    total = got.sum(0)  # one, or zero where no candidate is left
+    torch.testing.assert_close(total, (total > 0.5).to(total))
+    if (
+        not gone.all()
+        and not bare.all()
+        and not (gone | bare).all()
+        and radius >= max(now.shape[1:])
+    ):
+        assert (total[~lost] > 0.5).all()
 
 
 @given(videos(5), st.integers(0, 5), st.integers(1, 3))
@@ -225,6 +262,14 @@ def test_far_masks_have_no_j_and_no_f_and_a_shift_within_the_tolerance_costs_no_
     empty = torch.zeros_like(left)
     assert (region_similarity(left, empty), boundary_f_measure(left, empty)) == (0, 0)
     assert (region_similarity(empty, empty), boundary_f_measure(empty, empty)) == (1, 1)
+
+
+def test_f_of_many_images_works_in_blocks(monkeypatch):
+    pair = flips(torch.Generator().manual_seed(0), 2, 40, 16, 16)
+    want = boundary_f_measure(*pair)
+    monkeypatch.setattr(numerics, "BLOCK", 2**10)
+    assert torch.equal(boundary_f_measure(*pair), want)
+    assert largest(lambda: boundary_f_measure(*pair)) <= 8 * 2**10
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan])

@@ -198,13 +198,24 @@ def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
     starts = torch.rand(3, 3, 32).argsort(-1)[..., :4]
     encoded = croc.encode(model.teacher["encoder"], torch.cat(images))
     monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: starts)
-    found, pruned = model.locate(*encoded, views)
+    found, pruned = model.find_clusters(*encoded, views)
     for i in range(3):
         rows, own = [i, 3 + i], [dk.View(y.box[i : i + 1], y.flip[i : i + 1]) for y in views]
         monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, i=i: starts[i : i + 1])
-        alone, clusters = model.locate(*(x[rows] for x in encoded), own)
+        alone, clusters = model.find_clusters(*(x[rows] for x in encoded), own)
         assert torch.equal(alone[0], found[i])
         torch.testing.assert_close(clusters.assignments[0], pruned.assignments[i])
+
+
+def test_the_picture_has_a_color_for_every_cluster(tmp_path):
+    """Without the positional cost, nearly all of these start tokens remain clusters."""
+    torch.manual_seed(0)
+    config = replace(SMALL, start=128, position=0.0, views=Views(size=64))
+    model, (_, views) = CrOC(config), batch()
+    images = [torch.randn(3, 3, 64, 64) for _ in views]
+    with torch.no_grad():
+        croc.draw(model, images, views, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("tokens", ["values", "keys", "queries", "last"])
@@ -223,7 +234,7 @@ def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
     merge = dk.sinkhorn_merge
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dk, "sinkhorn_merge", record)
-        clusters, pruned = model.locate(*encoded, views)
+        clusters, pruned = model.find_clusters(*encoded, views)
     heads = 1 if tokens == "last" else 3
     assert clusters.shape == (3, heads)
     assert pruned.labels.shape == (3, heads, 2, 16)

@@ -269,10 +269,10 @@ def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
 def encoded(rank, group, order, norm):
     """What the two encoders are given on this process."""
     model, (images, views), seen = DUPR(replace(SMALL, norm=norm)), batch(), []
-    own, levels = slice(2 * rank, 2 * rank + 2), dupr.levels
+    own, levels = slice(2 * rank, 2 * rank + 2), dupr.level_maps
     views = [dk.View(view.box[own], view.flip[own]) for view in views]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dupr, "levels", lambda encoder, x: seen.append(x) or levels(encoder, x))
+        patch.setattr(dupr, "level_maps", lambda encoder, x: seen.append(x) or levels(encoder, x))
         model([x[own] for x in images], views, filled_banks(model, 20), order)
     return seen
 
@@ -291,7 +291,7 @@ def test_the_encoder_is_timms():
     plain = timm.create_model("resnet50", num_classes=0, global_pool="").eval()
     plain.load_state_dict(encoder.state_dict())
     x = torch.rand(1, 3, 64, 64)
-    maps = dupr.levels(encoder, x)
+    maps = dupr.level_maps(encoder, x)
     assert [f.shape[1] for f in maps] == [256, 512, 1024, 2048]
     torch.testing.assert_close(maps[-1], plain(x))
     torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
@@ -310,16 +310,18 @@ def test_the_presets_are_the_papers():
     assert PRESETS["mocov2"] == mocov2
 
 
-def test_the_heads_are_the_losses_with_a_weight():
-    heads = dupr.list_heads(replace(SMALL, alpha=(0.0, 0.5, 0.0, 0.0), beta=(0.25, 0.0, 0.0, 1.0)))
-    assert heads == [("image3", 1, 0, 0.5), ("patch2", 0, 2, 0.25), ("patch5", 3, 2, 1.0)]
+def test_the_losses_are_those_with_a_weight():
+    losses = dupr.list_losses(
+        replace(SMALL, alpha=(0.0, 0.5, 0.0, 0.0), beta=(0.25, 0.0, 0.0, 1.0))
+    )
+    assert losses == [("image3", 1, 0, 0.5), ("patch2", 0, 2, 0.25), ("patch5", 3, 2, 1.0)]
 
 
 def test_an_image_has_as_many_patches_as_its_keys_at_every_level_with_a_patch_loss():
     few = replace(SMALL, keys=5)  # patch4 has 3 x 3, patch5 has 2 x 2
-    with pytest.raises(dupr.harness.UserError, match=r"--keys is 5: give at most 4.* patch5"):
-        dupr.check(few)
-    dupr.check(replace(few, beta=(0.0, 0.0, 1.0, 0.0)))
+    with pytest.raises(dupr.harness.UserError, match=r"--keys is 5: give at most 4.* at C5"):
+        dupr.check_options(few)
+    dupr.check_options(replace(few, beta=(0.0, 0.0, 1.0, 0.0)))
 
 
 def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):

@@ -937,7 +937,7 @@ def test_tensors_of_a_batch_come_in_their_records():
 
 
 def test_batch_larger_than_the_data():
-    match = "--batch is 6: there are 5 images, give at most as many"
+    match = "--batch is 6: give at most 5, the number of images"
     with pytest.raises(harness.UserError, match=match):
         harness.batches_per_epoch(5, 6, ALONE)
     with pytest.raises(harness.UserError, match=match):

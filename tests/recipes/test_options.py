@@ -86,7 +86,7 @@ def put(config, option, value):
 def answer(name, config):
     """The sentence that answers a configuration; nothing if it is allowed."""
     try:
-        MODULES[name].check(config)
+        MODULES[name].check_options(config)
     except harness.UserError as error:
         return str(error)
     return ""
