@@ -50,7 +50,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
             in float16, in which the gradient would overflow), or if it is longer than 1e19.
 
     Returns:
-        Vectors of length one, in at least float32.
+        Vectors of length one, in at least float32. A vector with an infinite or NaN entry contains
+        a NaN afterwards.
 
     Examples:
         >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
