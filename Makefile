@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest lint format docs constraints clean
+.PHONY: help demo test test-oldest coverage lint format docs constraints clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,11 +24,16 @@ RECIPE ?= densesiam
 demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc, dupr, d3ssl, densesiam_segment or detect for another
 	$(BIN)/python recipes/$(RECIPE).py $(ARGS)
 
-test: $(VENV)/.dev ## run the tests and report coverage
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term $(ARGS)
+TESTS := -m pytest -n auto --dist worksteal # a half each: what a module prepares is prepared once
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python $(TESTS) $(ARGS)
 
 test-oldest: $(OLDEST)/.test ## run the tests on the oldest supported versions
-	$(OLDEST)/bin/python -m pytest -n auto $(ARGS)
+	$(OLDEST)/bin/python $(TESTS) $(ARGS)
+
+coverage: $(VENV)/.dev ## run all tests, the slow ones too, and report which lines they reach
+	$(BIN)/python $(TESTS) -m "" --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .

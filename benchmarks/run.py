@@ -10,6 +10,7 @@ memory that it counts.
 
 import argparse
 import copy
+import functools
 import io
 import os
 import statistics
@@ -154,7 +155,8 @@ def primitives() -> None:
 
         what = f"`gridsample`, 16 x {d} x {side} x {side} at 49 points, forward and backward"
         against(what, *times(ours, rival), "F.grid_sample")
-    for (h, w), size, count in (((64, 64), 48, 64), ((480, 640), 224, 8)):
+    photos = ((64, 64), 48, 64), ((480, 640), 224, 8), ((3000, 4000), 224, 1)
+    for (h, w), size, count in photos:
         images, view = torch.rand(count, 3, h, w, device=DEVICE), dk.sample_views((h, w), (count,))
         boxes = view.box.int().tolist()
         view = dk.View(view.box.to(DEVICE), view.flip.to(DEVICE))
@@ -166,8 +168,27 @@ def primitives() -> None:
             for image, (x1, y1, x2, y2) in zip(images, boxes, strict=True):
                 TF.resized_crop(image, y1, x1, y2 - y1, x2 - x1, [size, size], antialias=True)
 
-        what = f"`crop_views`, {count} images {h} x {w} to {size}"
+        what = f"`crop_views`, {count} x {h} x {w} to {size}"
         against(what, *times(ours, rival), "loop of torchvision's resized_crop")
+        inside = dk.View(view.box * 0.999 + 0.3, view.flip)
+
+        def fractional() -> None:
+            dk.crop_views(images, inside, size)
+
+        def dense() -> None:
+            torch.vmap(functools.partial(dk.crop_views, size=size))(images, inside)
+
+        what = f"{what}, fractional boxes"
+        against(what, *times(fractional, dense, rounds=5), "products over the whole image")
+    image, shares = torch.rand(3, 3000, 4000, device=DEVICE), (1.0, 0.25)
+    flip = torch.tensor(False, device=DEVICE)
+    corners = [torch.tensor([0.3, 0.3, 3999 * s, 2999 * s], device=DEVICE) for s in shares]
+    large, small = times(
+        *(lambda box=box: dk.crop_views(image, dk.View(box, flip), 224) for box in corners),
+        rounds=5,
+    )
+    what = "`crop_views`, 1 x 3000 x 4000 to 224, a sixteenth of the area"
+    against(what, small, large, "all of it, fractional boxes")
     query = torch.rand(16, 512, 128, device=DEVICE, requires_grad=True)
 
     def ours() -> None:
@@ -345,6 +366,49 @@ def clustering() -> None:
     )
 
 
+def scale_plainly(cost: Tensor, reg: float, iterations: int) -> Tensor:
+    """Sinkhorn as SwAV and lightly have it: quick, and NaN or inf for large or shifted logits."""
+    plan = (-cost / reg).exp().T
+    plan /= plan.sum()
+    k, n = plan.shape
+    for _ in range(iterations):
+        plan /= plan.sum(1, keepdim=True)
+        plan /= k
+        plan /= plan.sum(0, keepdim=True)
+        plan /= n
+    return plan.T
+
+
+def transport(reg: float = 0.5) -> None:
+    """`sinkhorn` against plain scaling and against POT's log form, 3 iterations."""
+    import ot
+
+    for n, k in ((4096, 300), (1024, 3000)):
+        cost = torch.randn(n, k, device=DEVICE)
+        row, col = (torch.full((size,), 1 / size, device=DEVICE) for size in (n, k))
+
+        def ours() -> Tensor:
+            return dk.sinkhorn(cost, reg=reg, iterations=3)
+
+        def given() -> Tensor:
+            return dk.sinkhorn(cost, row, col, reg=reg, iterations=3)
+
+        def plain() -> Tensor:
+            return scale_plainly(cost, reg, 3)
+
+        def logarithmic() -> Tensor:
+            return ot.bregman.sinkhorn_log(row, col, cost, reg, numItermax=3, stopThr=0, warn=False)
+
+        # Plain scaling scales the columns first.
+        same = dk.sinkhorn(cost.T, reg=reg, iterations=3).T
+        torch.testing.assert_close(plain(), same, rtol=1e-4, atol=0)
+        own, with_masses, quick, slow = times(ours, given, plain, logarithmic, rounds=30)
+        what = f"`sinkhorn`, {n} x {k}, 3 iterations"
+        against(what, own, quick, "plain scaling, as SwAV and lightly do")
+        against(what, own, slow, "POT's sinkhorn_log")
+        against(f"{what}, masses given", with_masses, slow, "POT's sinkhorn_log")
+
+
 def growth() -> None:
     """Time `sinkhorn_merge` for several numbers of tokens and of images."""
     sizes = [{"tokens": n} for n in (98, 196, 392, 784)] + [{"images": b} for b in (4, 8, 32)]
@@ -491,6 +555,22 @@ def regions() -> None:
     pastes = times(lambda: dk.composite(images, others, pasted, shift), paste_one_by_one)
     against("PRC, PRM and the fill, 64 images of 224 x 224, 4 proposals", *cuts, "loop over slices")
     against("`composite`, 64 images of 224 x 224", *pastes, "loop of masked assignments")
+    padded = [torch.cat([x, x.new_zeros(64, 396, x.shape[-1])], 1) for x in (boxes, draws)]
+    used = (torch.arange(400, device=DEVICE) < 4).expand(64, 400)
+    longer, alone = times(
+        lambda: dk.proposal_cutout(*padded, size, used),
+        lambda: dk.proposal_cutout(boxes, draws, size),
+    )
+    against("PRC of 64 x 4 proposals and 396 unused rows each", longer, alone, "the 4 alone")
+    corner = torch.rand(400, 2, device=DEVICE) * 300
+    many = torch.cat([corner, corner + 8 + torch.rand(400, 2, device=DEVICE) * 170], -1)
+    rows = dk.sample_cutout(many)
+    grown = times(
+        *(lambda n=n: dk.proposal_cutout(many[:n], rows[:n], (480, 640)) for n in (100, 200, 400)),
+        rounds=7,
+    )
+    for n, few, more in zip((200, 400), grown, grown[1:], strict=False):
+        against(f"PRC of {n} proposals of an image of 480 x 640", more, few, "half of them")
     both = [sum(seconds) for seconds in zip(cuts, pastes, strict=True)]
     against("both: all region augmentations of this batch", *both, "the two loops")
     batch = 64 if DEVICE.type == "cuda" else 8
@@ -576,6 +656,7 @@ FUNCTIONS = (
     checks,
     primitives,
     clustering,
+    transport,
     growth,
     moco,
     regions,

@@ -4,6 +4,7 @@ All functions accept leading batch axes and return fixed shapes: unused entries 
 by `valid`. Half precision is converted to float32, also under autocast.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from densekit.distributed import Group, all_max, all_sum
 from densekit.numerics import (
     full_precision,
     l2_normalize,
+    readable,
     safe_divide,
     sample_uniform,
     take_rows,
@@ -29,6 +31,7 @@ __all__ = [
     "split_assignments",
 ]
 
+_MOST = 8  # iterations of one kernel: marginals of unequal sums let the factors drift apart
 _SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
@@ -80,9 +83,10 @@ def sinkhorn(
 ) -> Float[Tensor, "*batch n k"]:
     """Compute entropic optimal transport: the plan of lowest regularized cost with given marginals.
 
-    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`. In the
-    log domain it scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times.
-    The columns are scaled last, so their sums are exact; the sums of the rows converge.
+    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: it
+    scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times. The columns are
+    scaled last, so their sums are exact; the sums of the rows converge. The plan is the same as in
+    the log domain, for costs and masses of any range, and takes about the time of plain scaling.
 
     Args:
         cost: Cost of moving a unit from row n to column k; finite, or inf where forbidden. Adding a
@@ -122,23 +126,25 @@ def sinkhorn(
         return cost
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
-    possible = cost < torch.inf
-    # Scaling the rows cancels a shift of a row, and without the shift it is more precise.
+    # Subtracting its lowest cost cancels a shift of a row; without the shift it is more precise.
     low = cost.detach().amin(-1, keepdim=True)
-    logits = (torch.where(low < torch.inf, low, 0.0) - cost) / reg
-    rows = possible.any(-1).to(logits.dtype)
-    cols = all_max(possible.any(-2).to(logits.dtype), group)
+    rows = low < torch.inf
+    logits = (torch.where(rows, low, 0.0) - cost).div_(reg)
+    cols = _highest(logits, -2, group) > -torch.inf
+    row, col = (x if x is None else x.to(logits) for x in (row, col))
+    scalings = _plain_scalings(logits, rows, cols, row, col, group)
     if row is None:
-        row = safe_divide(rows, all_sum(rows.sum(-1, keepdim=True), group))
+        rows = rows.to(logits.dtype)
+        row = safe_divide(rows, all_sum(rows.sum(-2, keepdim=True), group))
+    else:
+        row = torch.where(rows, row[..., None], 0.0)
     if col is None:
+        cols = cols.to(logits.dtype)
         col = safe_divide(cols, cols.sum(-1, keepdim=True))
-    log_row, col = _log(row.to(rows) * rows)[..., None], (col.to(cols) * cols)[..., None, :]
-    g, share = torch.zeros_like(col), logits
-    for _ in range(iterations):
-        f = log_row - _log_sum(logits + g, -1)[0]
-        total, share = _log_sum(logits + f, -2, group)
-        g = _log(col) - total
-    return col * share
+    else:
+        col = torch.where(cols, col[..., None, :], 0.0)
+    with full_precision(logits):
+        return _scale(logits, row, col, iterations, scalings, group)
 
 
 @typed
@@ -289,6 +295,7 @@ def sinkhorn_merge(
             f"{max_clusters}; give 2 or more of each."
         )
     tokens, positions, weights = (widened(x.detach()) for x in (tokens, positions, weights))
+    start = start.long()  # torch 2.6 gathers by int64 alone
     options = (reg, iterations, position_weight, most)
     variants = (similarity == "cosine", merge == "mass", cost_range == "batch")
     with full_precision(tokens):
@@ -435,6 +442,76 @@ def _check_transport(function: str, reg: float, iterations: int) -> None:
         )
 
 
+def _scale(
+    logits: Tensor, row: Tensor, col: Tensor, iterations: int, scalings: int, group: Group
+) -> Tensor:
+    """Scale `exp(logits)`, in which the highest logit of a row is 0, to `row` (n, 1), `col` (1, k).
+
+    One kernel serves `scalings` iterations. It is computed from the logits and the potentials of
+    the columns, so that first each row has its mass as the largest entry, and then each column 1.
+    The first iteration with it is exact for all logits and masses: an entry that underflows is
+    negligible beside the largest entries. A shift of the logits cancels, also in the gradient.
+    """
+    log_row, potential = _log(row.detach()), torch.zeros_like(col)
+    for done in range(0, iterations, scalings):
+        if done == 0:
+            shifted = logits + log_row
+        else:
+            shifted = logits + potential
+            shifted.add_(log_row - _finite(_highest(shifted, -1)))
+        highest = _finite(_highest(shifted, -2, group))
+        kernel, v = shifted.sub_(highest).exp_(), highest.exp()
+        for _ in range(min(scalings, iterations - done)):
+            u = safe_divide(row, _product(kernel, v.mT))
+            v = safe_divide(col, all_sum(_product(u.mT, kernel), group))
+        potential = potential + _log(v) - highest
+    return (kernel * v).mul_(u)
+
+
+def _plain_scalings(
+    logits: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    group: Group,
+) -> int:
+    """Return how many iterations one kernel of `_scale` serves without a loss of precision.
+
+    From one iteration to the next, the factors u of the rows change by ratios between the smallest
+    share of a row's mass and `k` over that of a column's. These are bounds of the first ratios, and
+    all later ratios lie between the smallest and the largest of those. So there are bounds of v,
+    and of the product of u and v that an entry lacks which has underflowed in the kernel. The
+    result is 1 where the shares are not known without waiting for a device.
+    """
+    known = all(x is None or readable(logits, x) for x in (row, col))
+    if group is not None or torch.compiler.is_compiling() or not known:
+        return 1
+    n, k = logits.shape[-2:]
+    # A row without mass takes no part. A column without mass does, in the first iteration.
+    row_share = 1 / n if row is None else _least_share(row, rows.squeeze(-1) & (row > 0))
+    col_share = 1 / k if col is None else _least_share(col, cols.squeeze(-2))
+    if not (row_share > 0 and col_share > 0):
+        return 1
+    eps, tiny = torch.finfo(logits.dtype).eps, torch.finfo(logits.dtype).tiny
+    fall, rise = -math.log(row_share), math.log(k) - math.log(col_share)
+    of_product = math.log(eps / tiny / k) / max(fall + rise, 1e-9)
+    of_v = (math.log(col_share / tiny) - math.log(n)) / max(rise, 1e-9)
+    return 1 + int(max(min(of_product, of_v, _MOST - 1), 0))
+
+
+def _least_share(mass: Tensor, used: Tensor) -> float:
+    """Return the smallest share that a used entry of any problem has of the total mass."""
+    total = torch.where(used, mass, 0.0).sum(-1)
+    share = torch.where(used, mass, torch.inf).amin(-1) / total
+    return share.clamp(max=1).amin().item() if share.numel() else 1.0
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply matrices of which one is a vector: without TF32, to which a GPU might round."""
+    return x @ y if x.device.type == "cpu" else (x[..., None] * y[..., None, :, :]).sum(-2)
+
+
 def _transport(cost: Tensor, row: Tensor, col: Tensor, reg: float, iterations: int) -> Tensor:
     """Compute `sinkhorn` of a (k, n) cost in [0, 1] with row (n) and col (k), as a (k, n) plan."""
     if reg * _SAFE < 1:
@@ -470,14 +547,13 @@ def _log(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -torch.inf)
 
 
-def _log_sum(x: Tensor, axis: int, group: Group = None) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp and the share of each term; 0 and zeros where all terms are -inf."""
-    peak = x.detach()
+def _highest(x: Tensor, axis: int, group: Group = None) -> Tensor:
+    """Return the maximum over an axis and the processes, without a gradient; -inf of nothing."""
+    x = x.detach()
     if group is not None:  # a process may have no rows
-        peak = torch.cat([peak, torch.full_like(peak.sum(axis, keepdim=True), -torch.inf)], axis)
-    top = all_max(peak.amax(axis, keepdim=True), group)
-    top = torch.where(top > -torch.inf, top, 0.0)
-    each = (x - top).exp()
-    total = all_sum(each.sum(axis, keepdim=True), group)
-    log = top + torch.where(total > 0, total, 1.0).log()
-    return torch.where(total > 0, log, 0.0), safe_divide(each, total)
+        x = torch.cat([x, torch.full_like(x.sum(axis, keepdim=True), -torch.inf)], axis)
+    return all_max(x.amax(axis, keepdim=True), group)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x > -torch.inf, x, 0.0)

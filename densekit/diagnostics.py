@@ -425,10 +425,12 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         Oquab et al. 2023 (DINOv2), Fig 1.
     """
     n, _, h, w = features.shape
-    tokens = features.float().nan_to_num().movedim(1, -1).flatten(0, 2)
+    tokens = features.float().movedim(1, -1).flatten(0, 2)
+    tokens = torch.where(tokens.isfinite(), tokens, 0.0)
     tokens = tokens - tokens.mean(0)
-    axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
-    colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
+    with full_precision(tokens):
+        axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
+        colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
     if len(tokens):
         colors = colors - colors.amin(0)
         spread = colors.amax(0)

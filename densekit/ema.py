@@ -1,8 +1,7 @@
 """Momentum update of a teacher: an exponential moving average of a student's weights."""
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -325,11 +324,19 @@ def _by_memory(pairs: Sequence[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
     Of several names of the same elements, the last one remains.
     """
     places = {_place(pair.old): pair for pair in pairs}
-    uses = Counter(memory for memory, _ in places)
-    uses.update({_place(pair.new)[0] for pair in pairs})
+    students = {_place(pair.new)[0] for pair in pairs}
+    uses = _counts([*(memory for memory, _ in places), *students])
     alone = [pair for (memory, _), pair in places.items() if uses[memory] == 1]
     together = [pair for (memory, _), pair in places.items() if uses[memory] > 1]
     return alone, together
+
+
+def _counts(keys: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Count as `collections.Counter` does, which older compilers do not trace."""
+    counts = {}
+    for key in keys:
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 # ---- the update ----------------------------------------------------------------------------------
@@ -372,7 +379,7 @@ def _new_values(
     places = [_place(pair.old) for pair in pairs]
     distinct = dict(zip(places, pairs, strict=True))  # of several names, the last one
     values = {place: _new_value(pair, momentum, generator) for place, pair in distinct.items()}
-    uses = Counter(memory for memory, _ in distinct)
+    uses = _counts(memory for memory, _ in distinct)
     without = {memory for (memory, _), x in values.items() if not _has_storage(x)}
 
     copies = {}

@@ -4,7 +4,7 @@ Half precision is converted to float32, also under autocast. No gradient flows. 
 finite are left out. The nearest centroid of a point depends on this point and the centroids alone:
 far points, and centroids that no point uses, change no other label, whatever numbers they hold.
 
-The points are processed in blocks of at most 2^20 numbers (or of one point), so their distances to
+The points are processed in blocks of at most 2^22 numbers (or of one point), so their distances to
 the centroids are never in memory together.
 """
 

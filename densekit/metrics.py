@@ -360,8 +360,8 @@ def accuracy(
     nothing = labels.new_zeros(classes)
     hits = nothing.scatter_add(0, row, right.long())
     count = nothing.scatter_add(0, row, counted.long())
-    share = hits / count.clamp(min=1)
-    overall = hits.sum() / count.sum().clamp(min=1)
+    share = hits.float() / count.clamp(min=1)
+    overall = hits.sum().float() / count.sum().clamp(min=1)
     return Accuracy(overall, share.sum() / (count > 0).sum().clamp(min=1))
 
 
@@ -376,7 +376,7 @@ def average_precision(
 
     `AP = sum_k (R_k - R_{k-1}) P_k` over the different scores, from the highest to the lowest. The
     classes are processed in blocks: besides the result, the memory is that of some columns, and of
-    no more than some 2^20 numbers where a column is shorter.
+    no more than some 2^22 numbers where a column is shorter.
 
     Args:
         scores: One score for each image and class; only their order matters. Where a score is NaN,
@@ -464,7 +464,7 @@ def bootstrap(
     images. It does not show how much another training run would differ.
 
     The resamplings are processed in blocks: besides one copy of the states in float64, the memory
-    is that of some 2^20 numbers, or of some sums where one is larger.
+    is that of some 2^22 numbers, or of some sums where one is larger.
 
     Args:
         states: The summands, one row for each image. Integers are summed in int64, half precision

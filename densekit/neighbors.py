@@ -80,12 +80,13 @@ def knn_votes(
     usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
     known = torch.where(usable[:, None], known, 0.0)
     known_labels = known_labels * usable
-    bias = torch.where(usable, 0.0, -torch.inf).to(known)
+    bias = torch.where(usable, known.new_zeros(()), -torch.inf)
 
     shares = []
     for rows in features.split(chunk):
         similarity, indices = _nearest(rows, known, bias, k)
-        weights = (similarity / temperature).softmax(-1).nan_to_num()  # NaN where nobody votes
+        weights = (similarity / temperature).softmax(-1)
+        weights = torch.where(weights.isnan(), 0.0, weights)  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[indices], weights))
     return torch.cat(shares)

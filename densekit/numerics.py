@@ -3,15 +3,22 @@
 The functions that `__all__` does not list are helpers for the modules of densekit.
 """
 
+import contextlib
+import operator
 from collections.abc import Sequence
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["l2_normalize", "masked_mean", "widen"]
 
-BLOCK = 2**20  # numbers: 4 MiB in float32, which stay in the cache
+BLOCK = 2**22  # numbers: 16 MiB in float32. Smaller ones wait for the threads too often.
+
+_dispatch = operator.attrgetter("__torch_dispatch__")
 
 
 @typed
@@ -107,26 +114,36 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Return whether Python may read values: of plain tensors on the CPU, in eager mode.
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return a block in which autocast does not round to half precision, on the tensor's device.
 
-    It may not under `torch.compile` and the transforms of `torch.func`, nor of fake tensors; on a
-    GPU it would wait for the values.
+    Devices that autocast does not know, such as "meta", have nothing to switch off.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    plain = (Tensor, torch.nn.Parameter)
-    return all(x.device.type == "cpu" and type(x) in plain for x in tensors)
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Return a block in which autocast does not round to half precision, on the tensor's device."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Return whether Python may read the values of these tensors: they are plain, and on the CPU.
+
+    It may not while a graph is traced, which a dispatch mode may do too, inside a transform such as
+    vmap, or if they are fake. On other devices it would have to wait.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack():
+        return False
+    return all(
+        x.device.type == "cpu"
+        and _dispatch(type(x)) is _dispatch(Tensor)
+        and not is_functorch_wrapped_tensor(x)
+        and forward_ad.unpack_dual(x).tangent is None
+        for x in tensors
+    )
 
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
-    rows = rows.long()  # torch 2.6 takes no other indices
+    rows = rows.long()  # `gather` does not take every integer dtype
     return table.gather(-2, rows[..., None].expand(*rows.shape, table.shape[-1]))
 
 

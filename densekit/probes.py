@@ -71,7 +71,7 @@ def fit_linear_probe(
 
     It is a quick approximation of a linear layer that is trained by SGD. Features are standardized,
     so that the penalty has the same effect at every scale; the resulting classifier applies to the
-    raw features. The sums are in float64, in blocks of at most some 2^20 numbers or one row, which
+    raw features. The sums are in float64, in blocks of at most some 2^22 numbers or one row, which
     bounds the memory.
 
     Args:
@@ -197,7 +197,8 @@ def linear_segmentation(
         )
     h, w = labels.shape[-2:]
     offset = min(stride, h, w) // 2
-    points = grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0], device=features.device), (h, w))
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32, device=features.device)
+    points = grid_points(whole, (h, w))
     points = points.unflatten(0, (h, w))[offset::stride, offset::stride].flatten(0, 1)
 
     def rows(maps: Tensor, targets: Tensor):

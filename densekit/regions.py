@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 import torch
 from densekit.boxes import box_area, boxes_valid
-from densekit.numerics import full_precision, safe_divide, sample_uniform, take_rows, widened
+from densekit.numerics import (
+    full_precision,
+    readable,
+    safe_divide,
+    sample_uniform,
+    take_rows,
+    widened,
+)
 from densekit.typing import Bool, Float, Size, Tensor, typed
 
 __all__ = [
@@ -188,7 +195,8 @@ def proposal_cutout(
         draws: rho and the position of each cut, from `sample_cutout`.
         size: Size `(h, w)` of the image in pixels.
         valid: Proposals to use; by default all. A proposal that is reversed, empty or not finite is
-            never used.
+            never used. On the CPU the time depends on the largest number of used proposals of an
+            image; elsewhere, and under `vmap` and `torch.compile`, on the number of rows.
 
     Returns:
         The pixels that are cut, and the rectangle of each proposal, which is zeros where nothing
@@ -212,35 +220,42 @@ def proposal_cutout(
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     boxes = widened(torch.where(usable[..., None], boxes, 0.0))
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
-    order = _large_to_small(boxes, draws)
+    cuts = torch.zeros_like(boxes)
+    order = _large_to_small(boxes, draws, usable)
+    if usable.numel() and readable(usable):
+        order = order[..., : int(usable.sum(-1).max())]  # the other proposals come last
     boxes, draws = take_rows(boxes, order), take_rows(draws, order)
-    # All pixels between the same edges are cut or kept together, so the mask is one of cells.
-    shape = boxes.shape[:-2]
-    edges = [boxes.new_tensor([0, length]).expand(*shape, 2) for length in (size[1], size[0])]
-    cells = torch.zeros(*shape, 1, 1, dtype=torch.bool, device=boxes.device)
-    cuts = []
+    # Pixels between the same edges have the same state, so the mask consists of such cells, as long
+    # as there are few: a proposal has up to four edges along each axis.
+    by_pixel = 4 * boxes.shape[-2] > max(size)
+    lines = [range(0, length + 1, 1 if by_pixel else length) for length in (size[1], size[0])]
+    edges = [boxes.new_tensor(line).expand(*boxes.shape[:-2], -1) for line in lines]
+    counts = (len(lines[1]) - 1, len(lines[0]) - 1)
+    cells = torch.zeros(*boxes.shape[:-2], *counts, dtype=torch.bool, device=boxes.device)
+    own = []
     for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
         extent, area, rho = box[..., 2:] - box[..., :2], box_area(box), draw[..., 0]
         across, down = (_overlap(edges[axis], box, axis) for axis in (0, 1))
-        share = safe_divide((_outer(down, across) * cells).sum((-2, -1)), area)
+        lost = (cells.to(boxes.dtype) * down[..., :, None]).mul_(across[..., None, :])
+        share = safe_divide(lost.sum((-2, -1)), area)
         restored = share > rho
         side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
         corner = box[..., :2] + draw[..., 1:] * (extent - side)
         some = (side > 0).all(-1)[..., None]
         cut = torch.where(some, torch.cat([corner, corner + side], -1), 0.0)
-        cuts.append(cut)
+        own.append(cut)
         touched = torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], -1)
         whole = torch.cat([cut[..., :2].ceil(), cut[..., 2:].floor()], -1)
-        for axis in (0, 1):
+        for axis in () if by_pixel else (0, 1):
             new = torch.cat([touched[..., axis::2], whole[..., axis::2]], -1)
             edges[axis], cells = _split(edges[axis], new, cells, axis)
         restored = restored[..., None, None] & _inside(edges, touched)
         cells = (cells & ~restored) | _inside(edges, whole)
-    for axis in (0, 1):
+    for axis in () if by_pixel else (0, 1):
         pixels = torch.arange(size[1 - axis], device=boxes.device)
         cells = _take(cells, (edges[axis][..., None, :] <= pixels[:, None]).sum(-1) - 1, axis)
-    cuts = torch.stack(cuts, -2) if cuts else boxes
-    return Cutout(cells, torch.zeros_like(cuts).scatter(-2, order[..., None].expand_as(cuts), cuts))
+    own = torch.stack(own, -2) if own else boxes
+    return Cutout(cells, cuts.scatter(-2, order[..., None].expand_as(own), own))
 
 
 @typed
@@ -330,7 +345,7 @@ def boxes_to_mask(
     _check_size("boxes_to_mask", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
-    (y, x), inside = (torch.arange(s, device=boxes.device) + 0.5 for s in size), []
+    (y, x), inside = (torch.arange(s, device=boxes.device).to(x1) + 0.5 for s in size), []
     for centers, first, last in ((y, y1, y2), (x, x1, x2)):
         inside.append((centers >= first[..., None]) & (centers < last[..., None]))
     rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
@@ -530,9 +545,9 @@ def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
     return cells.gather(-1 - axis, index.unsqueeze(axis - 2).expand(shape))
 
 
-def _large_to_small(boxes: Tensor, draws: Tensor) -> Tensor:
+def _large_to_small(boxes: Tensor, draws: Tensor, usable: Tensor) -> Tensor:
     corners = (boxes[..., i] for i in (3, 2, 1, 0))
-    keys = [*draws.unbind(-1), *corners, -box_area(boxes)]
+    keys = [*draws.unbind(-1), *corners, -box_area(boxes), ~usable]
     order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
     for key in keys:  # stable sorts, by the least important key first
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))

@@ -166,7 +166,7 @@ def hard_points(
             f"densekit.sampling.hard_points: beta asks for {count} hard points, but there are "
             f"{candidates.shape[-2]} candidates; sample more candidates or lower beta."
         )
-    hardness = dissimilarity.nan_to_num(nan=-torch.inf)
+    hardness = torch.where(dissimilarity.isnan(), -torch.inf, dissimilarity)
     hardest = take_rows(candidates, hardness.topk(count).indices)
     return torch.cat([hardest, uniform[..., count:, :]], -2)
 
@@ -187,7 +187,8 @@ def gridsample(
 
     Args:
         features: One feature map for each batch entry.
-        points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0.
+        points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0, and an
+            infinite coordinate as far outside the map.
 
     Returns:
         One row of features for each point, in the features' dtype.
@@ -209,7 +210,8 @@ def gridsample(
         raise ValueError(
             f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
         )
-    points = widened(points).nan_to_num()
+    points = widened(points)
+    points = torch.where(points.isnan(), 0.0, points)
     x, y = (interpolation_weights(points[..., axis], length) for axis, length in ((0, w), (1, h)))
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
     with full_precision(features):

@@ -94,7 +94,7 @@ def sample_scenes(
 
     # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
     plan = _draw_plan(count, size, generator, objects)
-    noise = torch.empty(count, height, width, device=plan.classes.device)
+    noise = torch.empty(count, height, width, dtype=torch.float32, device=plan.classes.device)
     noise.uniform_(-0.04, 0.04, generator=generator)
     images, regions = _render(plan, noise)
 
@@ -124,12 +124,13 @@ def _draw_plan(
     total = _GROUNDS + _SLOTS
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.empty(count, *shape, device=device).uniform_(low, high, generator=generator)
+        numbers = torch.empty(count, *shape, dtype=torch.float32, device=device)
+        return numbers.uniform_(low, high, generator=generator)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, (count, *shape), device=device, generator=generator)
 
-    extent = torch.tensor([size[1] / short, size[0] / short], device=device)
+    extent = torch.tensor([size[1] / short, size[0] / short], dtype=torch.float32, device=device)
     stuff = len(_STUFF)
     first = integers(0, stuff, 1)
     second = (first + integers(1, stuff, 1)) % stuff  # never the same stuff on both sides
@@ -176,9 +177,9 @@ def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
     height, width = size
-    x = torch.arange(width, device=device)
-    y = torch.arange(height, device=device).unsqueeze(1)
-    return (x + 0.5) / min(size), (y + 0.5) / min(size)
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+    return x / min(size), y.unsqueeze(1) / min(size)
 
 
 def _render(plan: _Plan, noise: Tensor) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b h w"]]:
@@ -202,7 +203,7 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
     count, total = plan.classes.shape
     # One number contains both: its integer part is the region, and its fraction is half the weight.
     # So the maximum over the layers belongs to the last region that covers the pixel.
-    layers = torch.zeros(count, total, *size, device=x.device)
+    layers = torch.zeros(count, total, *size, dtype=torch.float32, device=x.device)
     for index, (shape, texture) in enumerate(_CLASSES.values()):
         row = torch.nonzero((plan.classes == index).flatten()).squeeze(1)
         weight = texture(*_apply(plan.texture.flatten(0, 1)[row], x, y))

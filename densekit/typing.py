@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -115,9 +115,15 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
 
 @functools.cache
 def _with_fields(hint: Any) -> Any:
-    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field."""
+    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field.
+
+    beartype looks at one item of a sequence, at random; this hint looks at all.
+    """
     if isinstance(hint, types.UnionType):
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
+    if typing.get_origin(hint) is Sequence:
+        item = _with_fields(typing.get_args(hint)[0])
+        return Annotated[Sequence, Is[lambda items: all(_fits(x, item) for x in items)]]
     if not _is_record(hint):
         return hint
     fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
@@ -220,7 +226,7 @@ def _describe_hint(hint: Any) -> str:
     if _is_array(hint):
         return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
     name = hint.__name__ if type(hint) is type else str(hint)
-    return re.sub(r"typing\.|\bjax(?=[A-Z])", "", name)
+    return re.sub(r"typing\.|collections\.abc\.|torch\.(?=Tensor)|\bjax(?=[A-Z])", "", name)
 
 
 def _describe(value: Any) -> str:

@@ -172,7 +172,7 @@ def region_similarity(
     """
     both = (masks & predictions).sum((-2, -1))
     either = (masks | predictions).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, both.float() / either.clamp(min=1), 1.0)
 
 
 @typed
@@ -187,7 +187,7 @@ def boundary_f_measure(
     `F = 2 P R / (P + R)`, where P is the share of the predicted outline that lies within the
     tolerance of the true outline, and R is the reverse. A pixel belongs to the outline if it
     differs from the pixel to its right, below it, or to its lower right. The images are processed
-    in blocks, of at most some 2^20 pixels or one image, which bounds the memory.
+    in blocks, of at most some 2^22 pixels or one image, which bounds the memory.
 
     Args:
         masks: True masks.

@@ -6,13 +6,14 @@ down; the pixel in row i and column j covers `[j, j+1) x [i, i+1)` and its cente
 + 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
-from densekit.numerics import full_precision, safe_divide, sample_uniform, widened
+from densekit.numerics import full_precision, readable, safe_divide, sample_uniform, widened
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "sample_views",
     "view_to_image",
 ]
+
+_MATRIX_CELLS = 2**20  # of the resize matrices that exist at one time
 
 
 class View(NamedTuple):
@@ -513,11 +516,16 @@ def crop_views(
 ) -> Float[Tensor, "*batch c out_h out_w"]:
     """Crop, resize and mirror a batch of images with antialiasing, each image by its own view.
 
-    An image needs two small matrix products, and the result is differentiable with respect to the
-    images. The resize filter is widened by the factor of shrinking, and uses no pixel outside the
-    crop. For boxes in whole pixels the result is that of torchvision's
-    `resized_crop(antialias=True)` on tensors; a box may also end inside a pixel. The area outside
-    the image is black (zeros).
+    The resize filter is widened by the factor of shrinking, and uses no pixel outside the crop. For
+    boxes in whole pixels the result is that of torchvision's `resized_crop(antialias=True)` on
+    tensors; a box may also end inside a pixel. The area outside the image is black (zeros). A NaN
+    inside a crop may reach the whole crop.
+
+    On the CPU the time grows with the area of the crop, not of the image. Boxes in whole pixels
+    are resized by torch's own kernel, which is faster; other boxes, and images or boxes that
+    require gradients, by matrix products, which are twice differentiable with respect to both.
+    On other devices, in a compiled graph and in transforms such as vmap the products are over the
+    whole image. All ways agree up to rounding.
 
     Args:
         images: Images with any number of channels; or a list of images `(c, h, w)` of any sizes, in
@@ -535,7 +543,8 @@ def crop_views(
     Raises:
         ValueError: The size is not positive.
         TypeError: The images are integers (divide by 255 first), or their number is not the number
-            of views.
+            of views; or a list contains something else than images `(c, h, w)` of one dtype, device
+            and number of channels.
 
     Examples:
         >>> images = torch.rand(2, 3, 40, 60)
@@ -547,39 +556,33 @@ def crop_views(
         raise ValueError(
             f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
         )
-    if not isinstance(images, Tensor):
-        if not images or view.flip.shape != (len(images),):
-            raise TypeError(
-                f"densekit.views.crop_views: there are {len(images)} images and views of shape "
-                f"{tuple(view.flip.shape)}; give one view for each image of the list."
-            )
-        crops: list[Tensor] = [view.box.new_empty(0)] * len(images)
-        for shape in {image.shape for image in images}:
-            rows = [row for row, image in enumerate(images) if image.shape == shape]
-            same = torch.stack([images[row] for row in rows])
-            found = crop_views(
-                same, View(view.box[rows], view.flip[rows]), size, interpolation=interpolation
-            )
-            for row, crop in zip(rows, found, strict=True):
-                crops[row] = crop
-        return torch.stack(crops)
-    valid = boxes_valid(view.box)
-    x1, y1, x2, y2 = torch.where(valid[..., None], view.box, 0.0).unbind(-1)
     cubic = interpolation == "bicubic"
-    columns = _resize_matrix(x1, x2, images.shape[-1], out_w, cubic)
-    columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
-    rows = _resize_matrix(y1, y2, images.shape[-2], out_h, cubic)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    with full_precision(images):
-        wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
-        return (rows.to(dtype)[..., None, :, :] @ wide).to(images.dtype)
+    if isinstance(images, Tensor):
+        if view.flip.numel() and readable(images, *view):
+            single = [images[index] for index in itertools.product(*map(range, view.flip.shape))]
+            return _crop_each(single, view, (out_h, out_w), cubic)
+        return _crop_together(images, view, (out_h, out_w), cubic)
+    _check_list(images, view)
+    if readable(*images, *view):
+        return _crop_each(images, view, (out_h, out_w), cubic)
+    crops: list[Tensor] = [view.box.new_empty(0)] * len(images)
+    for shape in {image.shape for image in images}:
+        rows = [row for row, image in enumerate(images) if image.shape == shape]
+        same = torch.stack([images[row] for row in rows])
+        views = View(view.box[rows], view.flip[rows])
+        found = _crop_together(same, views, (out_h, out_w), cubic)
+        for row, crop in zip(rows, found, strict=True):
+            crops[row] = crop
+    return torch.stack(crops)
 
 
 def _height_and_width(
     size: Size | Tensor, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
     """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
-    sizes = torch.as_tensor(size, device=device).to(torch.float32)
+    if not isinstance(size, Tensor):
+        size = torch.tensor(size, device=device)
+    sizes = size.to(device=device, dtype=torch.float32)
     height, width = sizes.unbind(-1)
     return height, width
 
@@ -611,32 +614,174 @@ def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
     return torch.stack([x, y], -1).flatten(-2)
 
 
+def _check_list(images: Sequence[Tensor], view: View) -> None:
+    """Check each image of a list; the annotation only says that it is a list of tensors."""
+    function = "densekit.views.crop_views"
+    if not images or view.flip.shape != (len(images),):
+        raise TypeError(
+            f"{function}: there are {len(images)} images and views of shape "
+            f"{tuple(view.flip.shape)}; give one view for each image of the list."
+        )
+    for row, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f"{function}: images[{row}] is a {type(image).__name__}; give tensors (c, h, w)."
+            )
+        if image.ndim != 3 or not image.is_floating_point():
+            raise TypeError(
+                f"{function}: images[{row}] has shape {tuple(image.shape)} and dtype "
+                f"{image.dtype}; give floating-point images (c, h, w). Convert integers first: "
+                "`x.float() / 255`."
+            )
+        for name, found, first in (
+            ("number of channels", len(image), len(images[0])),
+            ("dtype", image.dtype, images[0].dtype),
+            ("device", image.device, images[0].device),
+        ):
+            if found != first:
+                raise TypeError(
+                    f"{function}: the {name} is {first} in images[0] and {found} in "
+                    f"images[{row}]; give images of one {name}."
+                )
+
+
+def _crop_together(images: Tensor, view: View, size: Size, cubic: bool) -> Tensor:
+    """Crop images of one size by products with dense matrices, as long as the images' sides.
+
+    This suits accelerators, transforms and graphs: no value of a box is read.
+    """
+    x1, y1, x2, y2 = _boxes_to_crop(view).unbind(-1)
+    columns = _resize_matrix(x1, x2, images.shape[-1], size[1], cubic)
+    columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
+    rows = _resize_matrix(y1, y2, images.shape[-2], size[0], cubic)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    with full_precision(images):
+        wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
+        return (rows.to(dtype)[..., None, :, :] @ wide).to(images.dtype)
+
+
+def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) -> Tensor:
+    """Crop images one by one, from the pixels that each crop touches.
+
+    A box in whole pixels inside its image is resized by torch's kernel, which is sparse. It has no
+    second derivative and none by the box, so wherever a gradient could be asked, and for all other
+    boxes, the crop is a product with dense matrices, as long as the crop's sides.
+    """
+    boxes, flips = _boxes_to_crop(view).reshape(-1, 4), view.flip.reshape(-1).tolist()
+    moved = torch.is_grad_enabled() and any(x.requires_grad for x in (*images, boxes))
+    dtype = torch.promote_types(images[0].dtype, torch.float32)
+    crops: list[Tensor] = [boxes] * len(images)
+    others: list[int] = []
+    spans: list[tuple[slice, slice]] = []
+    with full_precision(boxes):
+        for row, (image, box) in enumerate(zip(images, boxes.tolist(), strict=True)):
+            x, y = (_touched(box[axis::2], image.shape[-1 - axis]) for axis in (0, 1))
+            whole = box == [x.start, y.start, x.stop, y.stop] and box[0] < box[2]
+            # torch repeats the first row in crops that are one pixel wide, seen in torch 2.15.
+            if moved or not whole or size[1] == 1 or not len(image):
+                others.append(row)
+                spans.append((y, x))
+                continue
+            crop = torch.nn.functional.interpolate(
+                image[None, :, y, x].to(dtype),
+                size,
+                mode="bicubic" if cubic else "bilinear",
+                antialias=True,
+            )[0]
+            crops[row] = crop.flip(-1) if flips[row] else crop
+        # The matrices of some images are made in one go: few operations, and bounded memory.
+        longest = max((span.stop - span.start for pair in spans for span in pair), default=0)
+        some = max(1, _MATRIX_CELLS // (max(size) * longest + 1))
+        for first in range(0, len(others), some):
+            group, pairs = others[first : first + some], spans[first : first + some]
+            x1, y1, x2, y2 = boxes[group].unbind(-1)
+            rows = _short_matrices(y1, y2, [pair[0] for pair in pairs], size[0], cubic)
+            columns = _short_matrices(x1, x2, [pair[1] for pair in pairs], size[1], cubic)
+            for row, (y, x), down, across in zip(group, pairs, rows, columns, strict=True):
+                across = across.flip(-2) if flips[row] else across
+                wide = images[row][:, y, x].to(dtype) @ across.to(dtype).mT
+                crops[row] = down.to(dtype) @ wide
+    found = torch.stack(crops).to(images[0].dtype).contiguous()
+    return found.reshape(*view.flip.shape, *found.shape[1:])
+
+
+def _boxes_to_crop(view: View) -> Tensor:
+    """Return the boxes in at least float32, with zeros where a box is not valid."""
+    return widened(torch.where(boxes_valid(view.box)[..., None], view.box, 0.0))
+
+
+def _touched(ends: list[float], length: int) -> slice:
+    """Return the pixels of a line of this length that an interval touches."""
+    start = min(max(math.floor(ends[0]), 0), length)
+    return slice(start, max(start, min(math.ceil(ends[1]), length)))
+
+
+def _short_matrices(
+    start: Tensor, stop: Tensor, spans: list[slice], out: int, cubic: bool
+) -> list[Tensor]:
+    """Compute the columns of `_resize_matrix` in the span of each image."""
+    origin = start.new_tensor([span.start for span in spans])
+    lengths = [span.stop - span.start for span in spans]
+    offset = torch.arange(max(lengths), dtype=start.dtype, device=start.device)
+    own = offset < start.new_tensor(lengths)[:, None]
+    pixel = torch.where(own, origin[:, None] + offset, start.detach().floor()[:, None] - 1)
+    weight, total = _resize_weights(start, stop, pixel, out, cubic)
+    # A sum one after the other: what follows for longer crops beside this one changes nothing.
+    total = weight.cumsum(-1)[..., -1:] if cubic else total
+    weight = _divided(weight, total) if cubic else safe_divide(weight, total)
+    # Copies: the strides of a product's factors decide about its last bit.
+    return [
+        x[:, :length].clone(memory_format=torch.contiguous_format)
+        for x, length in zip(weight, lengths, strict=True)
+    ]
+
+
 def _resize_matrix(start: Tensor, stop: Tensor, length: int, out: int, cubic: bool) -> Tensor:
-    """Compute weights `(*batch, out, length)` that resize the pixels `[start, stop)` to `out`.
+    """Compute weights `(*batch, out, length)` that resize the pixels `[start, stop)` to `out`."""
+    pixel = torch.arange(length, dtype=start.dtype, device=start.device)
+    weight, total = _resize_weights(start, stop, pixel, out, cubic)
+    return _divided(weight, weight.sum(-1, keepdim=True)) if cubic else safe_divide(weight, total)
+
+
+def _divided(weight: Tensor, total: Tensor) -> Tensor:
+    """Divide the cubic's weights by their sum, unless that is negative or zero but for rounding.
+
+    It is so where no pixel is near.
+    """
+    return weight / torch.where(total > 1e-6, total, 1.0)
+
+
+def _resize_weights(
+    start: Tensor, stop: Tensor, pixel: Tensor, out: int, cubic: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute weights `(*batch, out, pixels)` of some pixels `(*batch, pixels)`, and their sums.
 
     The filter is a triangle (or Keys' cubic, a = -1/2) around each output center, and is cut at the
     pixels that the crop touches. The sum of a triangle includes the pixels outside the image, which
-    are black.
+    are black; the cubic has no such sum: its weights are divided by their own.
     """
-    start, stop = widened(start)[..., None], widened(stop)[..., None]
-    step = (stop - start) / out
+    # Positions are counted from the first pixel that the crop touches, so that they are as exact
+    # far from the image's corner as near it. The center of pixel k is k.
+    first = start.floor()
+    last = (stop.ceil() - 1 - first)[..., None]
+    pixel = pixel - first[..., None]
+    step = ((stop - start) / out)[..., None]
     reach = step.clamp(min=1.0)
-    first, last = start.floor(), stop.ceil() - 1
-    # Positions in pixel indices: the center of pixel k is k.
-    center = start + (torch.arange(out, device=start.device) + 0.5) * step - 0.5
-    pixel = torch.arange(length, device=start.device).to(start.dtype)
-    x = (pixel - center[..., None]).abs() / reach[..., None]
+    output = torch.arange(out, dtype=start.dtype, device=start.device)
+    center = (start - first)[..., None] + (output + 0.5) * step - 0.5
+    x = (pixel[..., None, :] - center[..., None]).abs() / reach[..., None]
     weight = (1 - x).clamp(min=0)
     if cubic:
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
         weight = torch.where(x < 2, weight, 0.0)
-    weight = torch.where((pixel >= first[..., None]) & (pixel <= last[..., None]), weight, 0.0)
+    touched = ((pixel >= 0) & (pixel <= last))[..., None, :]
+    weight = torch.where(touched, weight, 0.0)
     if cubic:
-        total = weight.sum(-1, keepdim=True)
-        return weight / torch.where(total > 0, total, 1.0)
-    total = _ramp_sum(first, last.minimum(center.floor()), center, reach)
-    total = total + _ramp_sum(-last, (-first).minimum(-center.floor() - 1), -center, reach)
-    return safe_divide(weight, total[..., None])
+        return weight, weight.new_zeros(())
+    zero = torch.zeros_like(last)
+    total = _ramp_sum(zero, last.minimum(center.floor()), center, reach)
+    total = total + _ramp_sum(-last, zero.minimum(-center.floor() - 1), -center, reach)
+    return weight, total[..., None]
 
 
 def _ramp_sum(first: Tensor, last: Tensor, center: Tensor, reach: Tensor) -> Tensor:

@@ -305,6 +305,84 @@ def test_transport_without_strength_or_iterations_is_refused(options):
         sinkhorn_merge(*problem, **options)
 
 
+def in_logarithms(cost, row, col, reg, iterations, valid=None):
+    """Sinkhorn with every sum in the log domain: slow, and as exact as the dtype."""
+    logits = -cost / reg if valid is None else torch.where(valid, -cost / reg, -torch.inf)
+
+    def log_sum(x, axis):
+        """Zero where there is nothing, so that nothing minus it stays nothing."""
+        some = (x > -torch.inf).any(axis, keepdim=True)
+        safe = torch.where(some, x, 0.0).logsumexp(axis, keepdim=True)
+        return torch.where(some, safe, 0.0)
+
+    f, g = 0.0, torch.zeros_like(col[..., None, :])
+    for _ in range(iterations):
+        f = row[..., None].log() - log_sum(logits + g, -1)
+        g = col[..., None, :].log() - log_sum(logits + f, -2)
+    return (logits + f + g).exp()
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@given(data=st.data(), std=st.sampled_from([0.1, 1.0, 4.0]), iterations=st.integers(1, 20))
+def test_plans_are_those_of_the_log_domain(dtype, atol, data, std, iterations):
+    generator = data.draw(generators(), label="generator")
+    n, k = data.draw(st.integers(1, 40), label="n"), data.draw(st.integers(1, 20), label="k")
+    cost = (torch.randn(2, n, k, generator=generator, dtype=torch.float64) * std).to(dtype)
+    zeros = data.draw(st.booleans(), label="zeros")
+    row, col = (shares(generator, 2, x, dtype=dtype, zeros=zeros) for x in (n, k))
+    options = {"reg": 1.0, "iterations": iterations}
+    want = in_logarithms(cost.double(), row.double(), col.double(), **options)
+    got = sinkhorn(cost, row, col, **options)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+    alike = [torch.full((2, x), 1 / x, dtype=torch.float64) for x in (n, k)]
+    want = in_logarithms(cost.double(), *alike, **options)
+    got = sinkhorn(cost, **options)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+@given(
+    data=st.data(),
+    std=st.sampled_from([50.0, 1000.0]),
+    power=st.sampled_from([1, 10, 30]),
+    iterations=st.sampled_from([1, 2, 3, 5, 9, 40]),
+)
+def test_wild_plans_are_those_of_the_log_domain(data, std, power, iterations):
+    """Logits and masses of any range: no factor or entry that counts underflows."""
+    generator = data.draw(generators(), label="generator")
+    n, k = data.draw(st.integers(2, 60), label="n"), data.draw(st.integers(2, 20), label="k")
+    cost = torch.randn(n, k, generator=generator) * std
+    masses = [torch.rand(x, generator=generator).clamp(min=0.01) ** power for x in (n, k)]
+    row, col = (x / x.sum() for x in masses)
+    valid = flips(generator, n, k) | flips(generator, n, k)
+    valid[:, 0] = valid[0] = True
+    problem = cost, row, col, valid
+    want = in_logarithms(*(x.double() for x in problem[:3]), 1.0, iterations, valid)
+    for dtype, atol in ((torch.float32, 1e-6 * std), (torch.float64, 1e-10)):
+        parts = (x.to(dtype) for x in problem[:3])
+        got = sinkhorn(*parts, reg=1.0, iterations=iterations, valid=valid)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
+
+
+@given(transports(zeros=False), st.sampled_from([0.1, 1.0]), st.integers(1, 12))
+def test_gradients_are_those_of_the_log_domain(problem, reg, iterations):
+    inputs = [x.requires_grad_() for x in problem]
+    weights = uniform(seeded(), *problem[0].shape)
+    plans = (f(*inputs, reg=reg, iterations=iterations) for f in (sinkhorn, in_logarithms))
+    got, want = (torch.autograd.grad((plan * weights).sum(), inputs) for plan in plans)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@given(transports((3,)), st.data())
+def test_masses_that_are_not_used_change_nothing(problem, data):
+    cost, row, col = problem
+    _, _, valid = ragged(data.draw(generators()), (3,), row.shape[-1], col.shape[-1])
+    want = sinkhorn(cost, row, col, reg=0.3, iterations=3, valid=valid)
+    some_row, some_col = valid.any(-1), valid.any(-2)
+    for odd in (torch.nan, torch.inf, 7.0):
+        other = torch.where(some_row, row, odd), torch.where(some_col, col, odd)
+        assert torch.equal(sinkhorn(cost, *other, reg=0.3, iterations=3, valid=valid), want)
+
+
 def test_transport_of_nothing_is_nothing():
     for shape in ((0, 3), (3, 0), (2, 0, 0)):
         assert sinkhorn(torch.zeros(shape), reg=0.1, iterations=1).shape == shape
@@ -828,6 +906,14 @@ def test_blobs_are_found_exactly_from_a_token_of_each(options):
     assert found.clusters == 4
     hard = found.assignments.argmax(-1)
     assert len({*zip(hard.tolist(), labels.tolist(), strict=True)}) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_start_tokens_have_any_integer_dtype(dtype):
+    problem = uniform(seeded(0), 6, 3), uniform(seeded(1), 6, 2), torch.ones(6).double()
+    for start in (torch.tensor([1, 5, 4]), torch.tensor([2, 0])):
+        got, want = (sinkhorn_merge(*problem, x) for x in (start.to(dtype), start))
+        assert_same(got, want, rtol=0, atol=0)
 
 
 def test_positions_tell_tokens_apart_that_look_alike():

@@ -560,6 +560,15 @@ def test_constant_features_have_one_color(value):
     assert (pca_colors(torch.full((2, 4, 3, 3), value)) == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_count_as_zero(value):
+    maps = torch.rand(2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    spoiled, zeroed = maps.clone(), maps.clone()
+    spoiled[1, 2, 0, 1], zeroed[1, 2, 0, 1] = value, 0
+    assert torch.equal(pca_colors(spoiled), pca_colors(zeroed))
+    assert torch.equal(pca_colors(spoiled.double()), pca_colors(zeroed))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 2, 2), (2, 0, 2, 2), (2, 4, 0, 2), (1, 1, 1, 1)])
 def test_nothing_to_paint_is_black(shape):
     got = pca_colors(torch.zeros(shape))

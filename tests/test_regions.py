@@ -22,6 +22,7 @@ from strategies import (
     uniform,
     valid_rows,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from densekit import (
     Cutout,
     box_area,
@@ -231,6 +232,55 @@ def test_proposals_that_are_not_used_change_nothing(case, data):
         assert torch.equal(got.mask, want.mask)
         assert torch.equal(got.boxes, want.boxes)
     assert (want.boxes[~valid] == 0).all()
+
+
+@given(cutouts((2,), 4), st.integers(1, 9), generators())
+def test_rows_that_are_not_used_may_be_added_anywhere(case, more, generator):
+    regions, draws, size, valid = case
+    images, order = torch.arange(2)[:, None], torch.rand(2, 4 + more, generator=generator).argsort()
+    unused = uniform(generator, 2, more, 4, high=9.0)
+    longer = (torch.cat([regions, unused], 1), torch.cat([draws, unused[..., :3]], 1))
+    used = torch.cat([valid, torch.zeros(2, more, dtype=torch.bool)], 1)
+    got = proposal_cutout(*(x[images, order] for x in longer), size, used[images, order])
+    want = proposal_cutout(*case)
+    assert torch.equal(got.mask, want.mask)
+    assert torch.equal(got.boxes[images, order.argsort()][:, :4], want.boxes)
+    assert (got.boxes[~used[images, order]] == 0).all()
+
+
+def test_rows_that_are_not_used_take_no_turn():
+    """Counted in operations, since a time is no test."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.count += 1
+            return function(*arguments, **(options or {}))
+
+    counts = []
+    for n in (4, 400):
+        regions = boxes_within(seeded(), image_box((224, 224), (2, n)))
+        draws, valid = sample_cutout(regions), (torch.arange(n) % (n // 4) == 0).expand(2, n)
+        with Counter() as counter:
+            proposal_cutout(regions, draws, (224, 224), valid)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
+
+
+@given(st.data(), sizes(5), st.integers(1, 5), generators())
+def test_a_margin_of_the_image_changes_nothing(data, size, n, generator):
+    """Of many proposals the state is kept by pixel, of few by the cells between their edges."""
+    frame = image_box(size, (2, n))
+    regions = boxes_within(generator, frame, whole_pixels=data.draw(st.booleans(), label="whole"))
+    draws, valid = uniform(generator, 2, n, 3), data.draw(valid_rows((2, n)), label="valid")
+    want = proposal_cutout(regions, draws, size, valid)
+    h, w = size
+    for margin in (0, 1, 10, 40):  # the mask has cells from 4 n pixels on
+        got = proposal_cutout(regions, draws, (h + margin, w + margin), valid)
+        torch.testing.assert_close(got.boxes, want.boxes, **CLOSE)
+        assert torch.equal(got.mask[:, :h, :w], want.mask)
+        assert got.mask.sum() == want.mask.sum()
 
 
 @given(cutouts((2, 3)))

@@ -250,6 +250,14 @@ def test_points_outside_repeat_the_outermost_cells(maps):
     assert torch.equal(got, torch.stack(cells))
 
 
+def test_infinite_points_are_far_outside_the_map():
+    features = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
+    points = torch.tensor([[math.inf, -math.inf], [-math.inf, math.inf]], requires_grad=True)
+    got = gridsample(features, points)
+    assert got.tolist() == [[1.0], [2.0]]
+    assert (torch.autograd.grad(got.sum(), points)[0] == 0).all()
+
+
 @given(feature_maps((2,)))
 def test_points_that_are_nan_count_as_zero_without_gradient(maps):
     maps.requires_grad_()

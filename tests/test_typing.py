@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -199,6 +200,18 @@ def test_records_inside_records_are_checked():
     assert "argument 'pairs.view2'" in message
     message = error(nested, ViewPairs(view(2), view(2), torch.ones(3).bool()))
     assert "argument 'pairs.valid'" in message
+
+
+def test_every_item_of_a_sequence_is_checked():
+    @typed
+    def stack(rows: Sequence[Tensor]) -> Float[Tensor, "n d"]:
+        return torch.stack(list(rows))
+
+    assert stack([X[0]] * 9).shape == (9, 3)
+    assert stack((X[0],)).shape == (1, 3)
+    for row in range(9):
+        rows = [X[0]] * row + ["x"] + [X[0]] * (8 - row)
+        assert "argument 'rows' should be Sequence[Tensor]" in error(stack, rows)
 
 
 def test_argument_that_may_be_missing():

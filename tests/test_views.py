@@ -1,6 +1,7 @@
 """Frames, overlap, sampling and cropping of views, against torchvision where it has the same."""
 
 import math
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -25,6 +26,7 @@ from strategies import (
     valid_rows,
     views,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision import ops
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
@@ -642,6 +644,100 @@ def test_a_list_of_images_of_any_sizes_is_cropped_one_by_one(data):
     view = View(torch.stack([x.box for x in drawn]), torch.stack([x.flip for x in drawn]))
     alone = [crop_views(*pair, (3, 2)) for pair in zip(images, drawn, strict=True)]
     torch.testing.assert_close(crop_views(images, view, (3, 2)), torch.stack(alone), **CLOSE)
+
+
+@st.composite
+def boxes_anywhere(draw, size):
+    """Boxes with whole or fractional corners, inside the image or not, or one pixel wide."""
+    h, w = size
+    kind = draw(st.sampled_from(["whole", "inside", "across", "pixel", "sliver", "not valid"]))
+    if kind == "not valid":
+        return draw(degenerate_boxes(()))
+    if kind in ("pixel", "sliver"):
+        x, y = draw(st.integers(0, w - 1)), draw(st.integers(0, h - 1))
+        side = 1 if kind == "pixel" else 1 / 64
+        return torch.tensor([x, y, x + side, y + side], dtype=torch.float64)
+    frame = image_box(size)
+    if kind == "across":
+        frame = frame + torch.tensor([-w, -h, w, h])
+    whole = kind == "whole" or draw(st.booleans())
+    return boxes_within(draw(generators()), frame, whole)
+
+
+@given(st.data())
+def test_all_ways_to_crop_agree(data):
+    size, channels = data.draw(sizes(1, 12), label="size"), data.draw(st.integers(0, 3))
+    count = data.draw(st.integers(1, 3), label="count")
+    out = data.draw(sizes(1, 16), label="out")
+    cubic = data.draw(st.booleans(), label="cubic")
+    shape = (count, channels, *size)
+    images = data.draw(tensors(shape, 0.0, 1.0, dtype=torch.float32), label="images")
+    if data.draw(st.booleans(), label="channels last"):
+        images = images.contiguous(memory_format=torch.channels_last)
+    boxes = [data.draw(boxes_anywhere(size), label="box") for _ in range(count)]
+    view = View(torch.stack(boxes).float(), flips(data.draw(generators()), count))
+    crop = partial(crop_views, size=out, interpolation="bicubic" if cubic else "bilinear")
+
+    got = crop(images, view)
+    assert got.shape == (count, channels, *out)
+    assert got.is_contiguous()
+    assert torch.equal(crop(list(images), view), got)
+    for image, box, flip, alone in zip(images, *view, got, strict=True):
+        assert torch.equal(crop(image, View(box, flip)), alone)
+    dense = torch.vmap(crop)(images, view)  # products over the whole image
+    close = {"rtol": 0, "atol": 3e-5}
+    torch.testing.assert_close(got, dense, **close)
+    leaves = images.clone().requires_grad_(), view.box.clone().requires_grad_()
+    torch.testing.assert_close(crop(leaves[0], View(leaves[1], view.flip)), dense, **close)
+
+
+def test_all_ways_to_crop_agree_far_from_the_corner():
+    images, low = torch.rand(2, 1, 40, 3000, generator=seeded()), torch.tensor([2900.0, 3])
+    boxes = torch.stack([torch.cat([low, low + 30]), torch.cat([low + 0.3, low + 30.6])])
+    view = View(boxes, torch.tensor([False, True]))
+    want = crop_views(images.double(), View(boxes.double(), view.flip), 128).float()
+    crop = partial(crop_views, size=128)
+    for way in (crop, torch.vmap(crop)):
+        torch.testing.assert_close(way(images, view), want, rtol=0, atol=3e-5)
+
+
+@given(st.data())
+def test_crops_of_whole_pixels_are_twice_differentiable(data):
+    size = data.draw(sizes(1, 4), label="size")
+    box = data.draw(boxes((), size, whole_pixels=True), label="box")
+    image = data.draw(tensors((1, *size)), label="image").requires_grad_()
+    other = data.draw(tensors((1, 2, 3)), label="weights")
+
+    def score(image):
+        return (crop_views(image, View(box, torch.tensor(True)), (2, 3)).square() * other).sum()
+
+    (grad,) = torch.autograd.grad(score(image), image, create_graph=True)
+    torch.testing.assert_close(grad.detach(), torch.func.grad(score)(image.detach()))
+    assert torch.autograd.grad(grad.sum(), image)[0].isfinite().all()
+
+
+def test_a_traced_crop_reads_no_box():
+    images, view = torch.rand(2, 3, 8, 9, generator=seeded()), sample_views((8, 9), (2,))
+    graph = make_fx(lambda images, box, flip: crop_views(images, View(box, flip), 4))(images, *view)
+    other = sample_views((8, 9), (2,))
+    torch.testing.assert_close(graph(images, *other), crop_views(images, other, 4))
+
+
+WRONG_IMAGES = [
+    (torch.full((3, 8, 8), 200, dtype=torch.uint8), "dtype torch.uint8.*Convert integers first"),
+    (torch.zeros(1, 8, 8), "the number of channels is 3 in images.0. and 1 in images.1."),
+    (torch.zeros(3, 8, 8, dtype=torch.float64), "the dtype is torch.float32 in"),
+    (torch.zeros(3, 8, 8, device="meta"), "the device is cpu in images.0. and meta in"),
+    (torch.zeros(8, 8), "has shape .8, 8."),
+    ("image.png", "argument 'images' should be .* 'image.png' of type str.* was given"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_IMAGES)
+def test_every_image_of_a_list_is_checked(wrong, message):
+    view = View(torch.tensor([[0.0, 0, 2, 2]] * 2), torch.tensor([False, True]))
+    with pytest.raises(TypeError, match=f"densekit.views.crop_views: .*{message}"):
+        crop_views([torch.rand(3, 8, 8), wrong], view, 2)
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -179,20 +179,44 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
     assert rows(tmp_path / "halted") == whole
 
 
+@pytest.fixture(scope="module")
+def plain_rows(folder, tmp_path_factory):
+    """The log of a short run of each recipe, made when it is first asked for."""
+    made = {}
+
+    def short(name):
+        if name not in made:
+            run = tmp_path_factory.mktemp("plain")
+            RECIPES[name].module.train(short_config(name, folder, run))
+            made[name] = rows(run)
+        return made[name]
+
+    return short
+
+
+def short_config(name, folder, run, **changes):
+    return replace(RECIPES[name].small, data=folder, epochs=1, run=run, **changes)
+
+
+def assert_stays_close(name, folder, run, plain_rows, **changes):
+    RECIPES[name].module.train(short_config(name, folder, run, **changes))
+    for plain, other in zip(plain_rows(name), rows(run), strict=True):
+        assert other == pytest.approx(plain, rel=0.1, abs=0.1)
+
+
+def test_a_run_in_bfloat16_stays_close(name, tmp_path, folder, plain_rows):
+    assert_stays_close(name, folder, tmp_path, plain_rows, precision="bf16")
+
+
 # Neither says anything of the result; the second is of a break in CrOC's graph, at `[valid]`.
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"compile": True}])
-def test_bf16_and_compiled_runs_stay_close(recipe, tmp_path, folder, monkeypatch, changes):
+def test_a_compiled_run_stays_close(name, tmp_path, folder, plain_rows, monkeypatch):
     def compile_in_eager(self, disable):  # the graph without the minutes of code generation
         torch.nn.Module.compile(self, backend="aot_eager", disable=disable)
 
-    monkeypatch.setattr(recipe.model, "compile", compile_in_eager)
-    config = replace(recipe.small, data=folder, epochs=1)
-    recipe.module.train(replace(config, run=tmp_path / "plain"))
-    recipe.module.train(replace(config, run=tmp_path / "other", **changes))
-    for plain, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "other"), strict=True):
-        assert other == pytest.approx(plain, rel=0.1, abs=0.1)
+    monkeypatch.setattr(RECIPES[name].model, "compile", compile_in_eager)
+    assert_stays_close(name, folder, tmp_path, plain_rows, compile=True)
 
 
 def test_the_baseline_says_so_beside_its_weights(recipe, tmp_path, folder):
