@@ -120,10 +120,13 @@ def sinkhorn(
     _check_transport("sinkhorn", reg, iterations)
     if group is not None:  # without gradient no backward pass waits for other processes
         cost = cost.detach()
-        row, col = (x if x is None else x.detach() for x in (row, col))
+        row = None if row is None else row.detach()
+        col = None if col is None else col.detach()
+
     cost = widened(cost)
     if not cost.shape[-1] or (group is None and not cost.shape[-2]):
         return cost
+
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
     # Subtracting its lowest cost cancels a shift of a row; without the shift it is more precise.
@@ -131,20 +134,23 @@ def sinkhorn(
     rows = low < torch.inf
     logits = (torch.where(rows, low, 0.0) - cost).div_(reg)
     cols = _highest(logits, -2, group) > -torch.inf
-    row, col = (x if x is None else x.to(logits) for x in (row, col))
+
+    row = None if row is None else row.to(logits)
+    col = None if col is None else col.to(logits)
     scalings = _plain_scalings(logits, rows, cols, row, col, group)
     if row is None:
-        rows = rows.to(logits.dtype)
-        row = safe_divide(rows, all_sum(rows.sum(-2, keepdim=True), group))
+        equal = rows.to(logits.dtype)
+        row_mass = safe_divide(equal, all_sum(equal.sum(-2, keepdim=True), group))
     else:
-        row = torch.where(rows, row[..., None], 0.0)
+        row_mass = torch.where(rows, row[..., None], 0.0)
     if col is None:
-        cols = cols.to(logits.dtype)
-        col = safe_divide(cols, cols.sum(-1, keepdim=True))
+        equal = cols.to(logits.dtype)
+        col_mass = safe_divide(equal, equal.sum(-1, keepdim=True))
     else:
-        col = torch.where(cols, col[..., None, :], 0.0)
+        col_mass = torch.where(cols, col[..., None, :], 0.0)
+
     with full_precision(logits):
-        return _scale(logits, row, col, iterations, scalings, group)
+        return _scale(logits, row_mass, col_mass, iterations, scalings, group)
 
 
 @typed
@@ -169,10 +175,12 @@ def positional_cost(
     References:
         CrOC, Eq 17.
     """
-    x, y = widened(positions)[..., :, None, :], widened(centers)[..., None, :, :]
-    square = (x[..., 0] - y[..., 0]).square() + (x[..., 1] - y[..., 1]).square()
+    point = widened(positions)[..., :, None, :]
+    center = widened(centers)[..., None, :, :]
+    square = (point[..., 0] - center[..., 0]).square() + (point[..., 1] - center[..., 1]).square()
     if 0 in square.shape[-2:]:
         return square
+
     # The gradient of a root is infinite at 0, where a start token is its own centroid.
     tiny = torch.finfo(square.dtype).tiny
     distance = square.clamp(min=tiny).sqrt() - tiny**0.5
@@ -210,6 +218,7 @@ def sample_tokens(
             f"densekit.clustering.sample_tokens: count is {count}, but there are "
             f"{weights.shape[-1]} tokens; give a count from 0 to this number."
         )
+
     weights = widened(weights)
     draws = sample_uniform(weights.shape, weights, generator=generator)
     # The token with the largest log w + Gumbel noise is the first sample, the token with the next
@@ -294,71 +303,101 @@ def sinkhorn_merge(
             f"densekit.clustering.sinkhorn_merge: there are {k} start tokens and max_clusters is "
             f"{max_clusters}; give 2 or more of each."
         )
-    tokens, positions, weights = (widened(x.detach()) for x in (tokens, positions, weights))
+
+    tokens = widened(tokens.detach())
+    positions = widened(positions.detach())
+    weights = widened(weights.detach())
     start = start.long()  # torch 2.6 gathers by int64 alone
     options = (reg, iterations, position_weight, most)
     variants = (similarity == "cosine", merge == "mass", cost_range == "batch")
+
     with full_precision(tokens):
         return _merge(tokens, positions, weights, start, *options, *variants)
 
 
 def _merge(
-    tokens, positions, weights, start, reg, iterations, position_weight, most, cosine, by_mass,
+    tokens,
+    positions,
+    weights,
+    start,
+    reg,
+    iterations,
+    position_weight,
+    most,
+    cosine,
+    by_mass,
     batch_range,
-):  # fmt: skip
+):
     """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster."""
-    d, k = tokens.shape[-1], start.shape[-1]
+    d = tokens.shape[-1]
+    k = start.shape[-1]
     row = _distribution(weights)
     # A token without weight becomes a copy of a start token, so the range of the cost ignores it.
-    features, positions = (
-        torch.where(row[..., None] > 0, x, take_rows(x, start[..., :1]))
-        for x in (l2_normalize(tokens), positions.to(tokens.dtype))
-    )
+    has_weight = row[..., None] > 0
+    features = l2_normalize(tokens)
+    features = torch.where(has_weight, features, take_rows(features, start[..., :1]))
+    positions = positions.to(tokens.dtype)
+    positions = torch.where(has_weight, positions, take_rows(positions, start[..., :1]))
     # One table contains everything of a cluster: feature, position, token weight.
-    tables = features, torch.cat([positions.mT, row[..., None, :]], -2).mT
+    places = torch.cat([positions.mT, row[..., None, :]], -2).mT
+    tables = (features, places)
     clusters = torch.cat([take_rows(x, start) for x in tables], -1)
-    plans, costs, centers, merges = [], [], [], []
+
+    plans = []
+    costs = []
+    centers = []
+    merges = []
     for left in range(k, 1, -1):
         cost = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
         if position_weight:  # Eq 18
             far = positional_cost(clusters[..., d:-1], positions)
             cost = torch.add(cost, far, alpha=position_weight)
         every = batch_range and cost.numel() > 0
-        cost = _unit_range(cost, tuple(range(cost.ndim)) if every else (-2, -1))
+        axes = tuple(range(cost.ndim)) if every else (-2, -1)
+        cost = _unit_range(cost, axes)
+
         share = clusters[..., -1]
         col = _distribution(share) if by_mass else share.softmax(-1)  # Eq 10
         plan = _transport(cost, row, col, reg, iterations)
         mass = plan.sum(-1, keepdim=True)
         means = safe_divide(torch.cat([plan @ x for x in tables], -1), mass)
+
         plans.append(plan)
         centers.append(means[..., :d])
         costs.append((plan * cost).sum((-2, -1)))  # Eq 13
+
         if not by_mass:
             means = torch.cat([means[..., :-1], share[..., None]], -1)
         if left > 2:
-            pair = _most_alike(l2_normalize(means[..., :d]) if cosine else means[..., :d])
-            two, part = (
-                take_rows(means, pair),
-                take_rows(mass if by_mass else torch.ones_like(mass), pair),
-            )
+            directions = means[..., :d]
+            if cosine:
+                directions = l2_normalize(directions)
+            pair = _most_alike(directions)
+
+            two = take_rows(means, pair)
+            part = take_rows(mass, pair)
+            if not by_mass:
+                part = torch.ones_like(part)
+
             joined = safe_divide((two * part).sum(-2, keepdim=True), part.sum(-2, keepdim=True))
             others = torch.arange(left - 2, device=pair.device).expand(*pair.shape[:-1], -1)
             for gone in (pair[..., :1], pair[..., 1:]):  # the smaller first
                 others = others + (others >= gone)
             clusters = torch.cat([take_rows(means, others), joined], -2)
             merges.append(pair)
-    costs = torch.stack(costs, -1)
-    steps = costs[..., k - most :].argmin(-1) + k - most
+
+    step_costs = torch.stack(costs, -1)
+    steps = step_costs[..., k - most :].argmin(-1) + k - most
+
     # The rows of step s in the list of all clusters of all steps begin at k + (k - 1) + ...
     columns = torch.arange(most, device=steps.device)
     rows = (steps * (2 * k + 1 - steps) // 2)[..., None] + columns
     used = (columns < k - steps[..., None])[..., None]
-    plan, centers = (
-        torch.where(used, take_rows(torch.cat(x, -2), torch.where(used[..., 0], rows, 0)), 0.0)
-        for x in (plans, centers)
-    )
-    merges = torch.stack(merges, -2) if merges else start[..., None][..., :0, [0, 0]]
-    return MergedClusters(plan.mT, centers, k - steps, costs, merges)
+    rows = torch.where(used[..., 0], rows, 0)
+    plan = torch.where(used, take_rows(torch.cat(plans, -2), rows), 0.0)
+    centroids = torch.where(used, take_rows(torch.cat(centers, -2), rows), 0.0)
+    merged = torch.stack(merges, -2) if merges else start[..., None][..., :0, [0, 0]]
+    return MergedClusters(plan.mT, centroids, k - steps, step_costs, merged)
 
 
 @typed
@@ -396,8 +435,10 @@ def split_assignments(
             f"densekit.clustering.split_assignments: {assignments.shape[-2]} tokens cannot be "
             f"divided into {views} views; concatenate the same number of tokens of each view."
         )
+
     split = widened(assignments).unflatten(-2, (views, assignments.shape[-2] // views))
-    return safe_divide(split, split.sum(-1 if normalize == "rows" else -2, keepdim=True))
+    axis = -1 if normalize == "rows" else -2
+    return safe_divide(split, split.sum(axis, keepdim=True))
 
 
 @typed
@@ -426,10 +467,12 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
     if not assignments.shape[-1]:
         labels = assignments.sum(-1).long() - 1
         return PrunedClusters(assignments, labels, assignments.sum((-3, -2)) > 0)
-    labels = assignments.max(-1).indices  # argmax takes ten times as long on a CPU
-    own = labels[..., None] == torch.arange(assignments.shape[-1], device=labels.device)
+
+    best = assignments.max(-1).indices  # argmax takes ten times as long on a CPU
+    own = best[..., None] == torch.arange(assignments.shape[-1], device=best.device)
     own = own & (assignments > 0)
-    valid, labels = own.any(-2).all(-2), torch.where(own.any(-1), labels, -1)
+    valid = own.any(-2).all(-2)
+    labels = torch.where(own.any(-1), best, -1)
     kept = torch.where(own & valid[..., None, None, :], assignments, 0.0)
     return PrunedClusters(kept, labels, valid)
 
@@ -452,15 +495,19 @@ def _scale(
     The first iteration with it is exact for all logits and masses: an entry that underflows is
     negligible beside the largest entries. A shift of the logits cancels, also in the gradient.
     """
-    log_row, potential = _log(row.detach()), torch.zeros_like(col)
+    log_row = _log(row.detach())
+    potential = torch.zeros_like(col)
     for done in range(0, iterations, scalings):
         if done == 0:
             shifted = logits + log_row
         else:
             shifted = logits + potential
             shifted.add_(log_row - _finite(_highest(shifted, -1)))
+
         highest = _finite(_highest(shifted, -2, group))
-        kernel, v = shifted.sub_(highest).exp_(), highest.exp()
+        kernel = shifted.sub_(highest).exp_()
+        v = highest.exp()
+
         for _ in range(min(scalings, iterations - done)):
             u = safe_divide(row, _product(kernel, v.mT))
             v = safe_divide(col, all_sum(_product(u.mT, kernel), group))
@@ -487,14 +534,18 @@ def _plain_scalings(
     known = all(x is None or readable(logits, x) for x in (row, col))
     if group is not None or torch.compiler.is_compiling() or not known:
         return 1
+
     n, k = logits.shape[-2:]
     # A row without mass takes no part. A column without mass does, in the first iteration.
     row_share = 1 / n if row is None else _least_share(row, rows.squeeze(-1) & (row > 0))
     col_share = 1 / k if col is None else _least_share(col, cols.squeeze(-2))
     if not (row_share > 0 and col_share > 0):
         return 1
-    eps, tiny = torch.finfo(logits.dtype).eps, torch.finfo(logits.dtype).tiny
-    fall, rise = -math.log(row_share), math.log(k) - math.log(col_share)
+
+    eps = torch.finfo(logits.dtype).eps
+    tiny = torch.finfo(logits.dtype).tiny
+    fall = -math.log(row_share)
+    rise = math.log(k) - math.log(col_share)
     of_product = math.log(eps / tiny / k) / max(fall + rise, 1e-9)
     of_v = (math.log(col_share / tiny) - math.log(n)) / max(rise, 1e-9)
     return 1 + int(max(min(of_product, of_v, _MOST - 1), 0))
@@ -516,7 +567,9 @@ def _transport(cost: Tensor, row: Tensor, col: Tensor, reg: float, iterations: i
     """Compute `sinkhorn` of a (k, n) cost in [0, 1] with row (n) and col (k), as a (k, n) plan."""
     if reg * _SAFE < 1:
         return sinkhorn(cost.mT, row, col, reg=reg, iterations=iterations).mT
-    kernel, u, v = (cost / -reg).exp(), row, torch.ones_like(col)
+    kernel = (cost / -reg).exp()
+    u = row
+    v = torch.ones_like(col)
     for _ in range(iterations):
         u = row / (kernel * v[..., None]).sum(-2)
         v = col / (kernel * u[..., None, :]).sum(-1)

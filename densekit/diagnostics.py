@@ -148,15 +148,20 @@ def similarity_iou_curve(
     References:
         DUPR, Eq 8, Fig 5.
     """
-    query, similarities, found = roi_align(features, boxes, size, valid), [], []
+    query = roi_align(features, boxes, size, valid)
+    similarities = []
+    found = []
+
     for iou in ious:
         moved = sample_boxes_at_iou(boxes, iou, generator=generator)
         inside = ((moved >= -1e-4) & (moved <= 1 + 1e-4)).all(-1)
         key = roi_align(features, moved, size, query.valid & inside)
-        pair = (l2_normalize(x.features.movedim(-3, -1)) for x in (query, key))
-        cosine = torch.mul(*pair).sum(-1).mean((-2, -1))
+        query_rows = l2_normalize(query.features.movedim(-3, -1))
+        key_rows = l2_normalize(key.features.movedim(-3, -1))
+        cosine = (query_rows * key_rows).sum(-1).mean((-2, -1))
         similarities.append(masked_mean(cosine, key.valid))
         found.append(key.valid.any())
+
     if not found:
         return SimilarityCurve(widened(features).new_zeros(0), query.valid.new_zeros(0))
     return SimilarityCurve(torch.stack(similarities), torch.stack(found))
@@ -200,7 +205,8 @@ def layer_features(
     References:
         D3SSL, Fig 3b and 4b (its measures of each layer).
     """
-    known, caught = dict(model.named_modules()), {}
+    known = dict(model.named_modules())
+    caught = {}
     if unknown := [name for name in layers if name not in known]:
         near = difflib.get_close_matches(unknown[0], filter(None, known), cutoff=0.0)
         raise ValueError(
@@ -219,6 +225,7 @@ def layer_features(
     finally:
         for hook in hooks:
             hook.remove()
+
     if missing := [name for name in layers if name not in caught]:
         raise ValueError(
             f"densekit.diagnostics.layer_features: the layer {missing[0]!r} did not run; give one "
@@ -255,18 +262,21 @@ def coupling_images(
         D3SSL, Sec 3.1, Fig 3a.
     """
     h, w = objects_a.shape[-2:]
-    top, left = h // 4, w // 4
+    top = h // 4
+    left = w // 4
     border = (left, w // 2 - left, top, h // 2 - top)
-    together, alone = (
-        torch.nn.functional.pad(torch.cat([objects_a, x], -1), border)
-        for x in (objects_b, torch.zeros_like(objects_b))
-    )
+    both = torch.cat([objects_a, objects_b], -1)
+    only_a = torch.cat([objects_a, torch.zeros_like(objects_b)], -1)
+    together = torch.nn.functional.pad(both, border)
+    alone = torch.nn.functional.pad(only_a, border)
+
     height, width = together.shape[-2:]
     boxes = together.new_tensor(
         [[left, top, left + w, top + h], [left + w, top, left + 2 * w, top + h]]
     )
     boxes = boxes / boxes.new_tensor([width, height, width, height])
-    return CouplingImages(together, alone, *boxes.expand(*together.shape[:-3], 2, 4).unbind(-2))
+    box_a, box_b = boxes.expand(*together.shape[:-3], 2, 4).unbind(-2)
+    return CouplingImages(together, alone, box_a, box_b)
 
 
 @typed
@@ -307,8 +317,10 @@ def coupling_rate(
     for features, box in ((together, box_a), (alone, box_a), (together, box_b)):
         roi = roi_align(features, box[..., None, :], 1, sampling_ratio=0).features
         pooled.append(l2_normalize(roi.flatten(-4)))
+
     first, second, other = pooled
-    coupled, free = (first * other).sum(-1), (second * other).sum(-1)
+    coupled = (first * other).sum(-1)
+    free = (second * other).sum(-1)
     return safe_divide(coupled, free)
 
 
@@ -391,17 +403,22 @@ def layer_bias(
             f"densekit.diagnostics.layer_bias: there are {len(objects)} objects and chunk is "
             f"{chunk}; give two or more objects, and a chunk of 1 or more."
         )
-    rates, cosines = [], []
+
+    rates = []
+    cosines = []
     for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
         made = coupling_images(own, other)
-        together, alone, nine = (
-            layer_features(model, x, layers, patch=patch).values()
-            for x in (made.together, made.alone, own.repeat(1, 1, 3, 3))
-        )
-        pairs = zip(together, alone, strict=True)
-        rates.append(torch.stack([coupling_rate(*x, made.box_a, made.box_b) for x in pairs]))
-        cosines.append(torch.stack([mean_cosine_similarity(x) for x in nine]))
-    return LayerBias(*(torch.cat(values, -1).mean(-1) for values in (rates, cosines)))
+        together = layer_features(model, made.together, layers, patch=patch).values()
+        alone = layer_features(model, made.alone, layers, patch=patch).values()
+        nine = layer_features(model, own.repeat(1, 1, 3, 3), layers, patch=patch).values()
+
+        rates_of_layers = [
+            coupling_rate(both, single, made.box_a, made.box_b)
+            for both, single in zip(together, alone, strict=True)
+        ]
+        rates.append(torch.stack(rates_of_layers))
+        cosines.append(torch.stack([mean_cosine_similarity(maps) for maps in nine]))
+    return LayerBias(torch.cat(rates, -1).mean(-1), torch.cat(cosines, -1).mean(-1))
 
 
 @typed
@@ -432,6 +449,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     with full_precision(tokens):
         axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)
         colors = torch.nn.functional.pad(tokens @ axes, (0, 3 - axes.shape[1]))
+
     if len(tokens):
         colors = colors - colors.amin(0)
         spread = colors.amax(0)
@@ -448,6 +466,7 @@ def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
         front = output.shape[1] - grid[0] * grid[1]
         if front >= 0:
             return output[:, front:].mT.unflatten(-1, grid).contiguous()
+
     what = f"a {type(output).__name__}"
     if isinstance(output, Tensor):
         what = f"a tensor of shape {tuple(output.shape)}"

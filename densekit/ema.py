@@ -85,22 +85,25 @@ def ema_update(
             f"densekit.ema.ema_update: momentum is {momentum}; give a weight of the old value "
             "from 0 to 1."
         )
-    (olds, fixed), (news, _) = _tensors(teacher), _tensors(student)
+
+    olds, buffer_names = _tensors(teacher)
+    news, _ = _tensors(student)
     _check_alike(olds, news)
+
     pairs = []
     for name, old in olds.items():
         new = news[name]
         floating = old.is_floating_point() or old.is_complex()
-        if floating and (buffers == "average" or name not in fixed):
+        averaged = floating and (buffers == "average" or name not in buffer_names)
+        rule = "keep" if buffers == "keep" else "copy"
+        if averaged or buffers != "keep":
             _check_pair(name, old, new, inplace=inplace)
+        if averaged:
             _check_precision(name, old, momentum, generator)
             rule = _rule_of_mean(old, momentum)
-        elif buffers != "keep":
-            _check_pair(name, old, new, inplace=inplace)
-            rule = "copy"
-        else:
-            rule = "keep"
-        pairs.append(_Pair(name, *_local_parts(old, new, rule), rule))
+        own_old, own_new = _local_parts(old, new, rule)
+        pairs.append(_Pair(name, own_old, own_new, rule))
+
     if inplace:
         _write(pairs, momentum, generator)
         return teacher
@@ -133,22 +136,31 @@ def _rule_of_mean(old: Tensor, momentum: float) -> Literal["average", "round", "
 def _tensors(tree: Any) -> tuple[dict[str, Tensor], set[str]]:
     """Return a tree's tensors by name, and the names of a module's buffers, in one quick pass."""
     if not isinstance(tree, nn.Module):
-        leaves, _ = tree_flatten_with_path(tree)
-        if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
-            raise TypeError(
-                "densekit.ema.ema_update: a tree contains a module; update each module "
-                "by itself, or give a tree of state dicts."
-            )
-        return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}, set()
-    tensors, buffers, modules = {}, {}, [("", tree)]
+        return _tree_tensors(tree), set()
+
+    tensors = {}
+    buffers = {}
+    modules = [("", tree)]
     for prefix, module in modules:  # the list grows; named_modules() takes as long as the update
         for name, x in module._parameters.items():
             tensors[prefix + name] = x
         for name, x in module._buffers.items():
             buffers[prefix + name] = x
         modules += [(f"{prefix}{name}.", x) for name, x in module._modules.items() if x is not None]
+
     tensors |= buffers
-    return {name: x for name, x in tensors.items() if x is not None}, {*buffers}
+    return {name: x for name, x in tensors.items() if x is not None}, set(buffers)
+
+
+def _tree_tensors(tree: Any) -> dict[str, Tensor]:
+    leaves, _ = tree_flatten_with_path(tree)
+    if any(isinstance(leaf, nn.Module) for _, leaf in leaves):
+        raise TypeError(
+            "densekit.ema.ema_update: a tree contains a module; update each module "
+            "by itself, or give a tree of state dicts."
+        )
+
+    return {keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _rebuild(tree: Any, tensors: dict[str, Tensor]) -> Any:
@@ -165,8 +177,9 @@ def _check_alike(olds: dict[str, Tensor], news: dict[str, Tensor]) -> None:
             _refuse(name, "has no shape yet; call the module once before")
     if olds.keys() == news.keys() and all(x.shape == news[name].shape for name, x in olds.items()):
         return
-    shapes = [{(name, tuple(x.shape)) for name, x in tensors.items()} for tensors in (olds, news)]
-    name, shape = min(shapes[0] ^ shapes[1])
+    old_shapes = {(name, tuple(x.shape)) for name, x in olds.items()}
+    new_shapes = {(name, tuple(x.shape)) for name, x in news.items()}
+    name, shape = min(old_shapes ^ new_shapes)
     raise TypeError(
         f"densekit.ema.ema_update: teacher and student differ in {name} of shape {shape}; give "
         "a teacher that is a copy of the student."
@@ -182,9 +195,11 @@ def _check_pair(name: str, old: Tensor, new: Tensor, *, inplace: bool) -> None:
         _refuse(name, f"of the {which} is on the device 'meta', where it has no values")
     if new.is_complex() and not old.is_complex():
         _refuse(name, "is complex in the student and real in the teacher")
-    meshes = [x.device_mesh if _is_sharded(x) else None for x in (old, new)]
-    if meshes[0] != meshes[1]:
+    old_mesh = old.device_mesh if _is_sharded(old) else None
+    new_mesh = new.device_mesh if _is_sharded(new) else None
+    if old_mesh != new_mesh:
         _refuse(name, "is not sharded over the same devices in teacher and student")
+
     if not inplace or torch.compiler.is_compiling():
         return
     if old.is_inference() and not torch.is_inference_mode_enabled():
@@ -204,6 +219,7 @@ def _check_precision(
             f"{1 - momentum:g} rounds to nothing; keep it in float32 and cast a copy, or give "
             "a bfloat16 teacher a generator."
         )
+
     if generator.device.type != old.device.type and not old.is_meta:
         _refuse(name, f"is on the device {old.device} and the generator on {generator.device}")
 
@@ -217,17 +233,23 @@ def _repeats_memory(x: Tensor) -> bool:
     if x.is_contiguous():
         return False
     axes = sorted((step, size) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1)
-    reach = 0
-    for step, size in axes:
-        if step <= reach:
-            break
-        reach += step * (size - 1)
-    else:
+    if _are_disjoint(axes):
         return False
+
     offsets = torch.zeros(1, dtype=torch.long, device="cpu")
     for step, size in axes:
         offsets = (offsets[:, None] + step * torch.arange(size, device="cpu")).flatten()
     return len(offsets.unique()) < x.numel()
+
+
+def _are_disjoint(axes: Sequence[tuple[int, int]]) -> bool:
+    """Return whether each axis steps over all elements of the axes with smaller steps."""
+    reach = 0
+    for step, size in axes:
+        if step <= reach:
+            return False
+        reach += step * (size - 1)
+    return True
 
 
 # ---- sharded tensors: each process moves its own part --------------------------------------------
@@ -250,12 +272,14 @@ def _local_parts(old: Tensor, new: Tensor, rule: str) -> tuple[Tensor, Tensor]:
 
 def _sharded_as(olds: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Make sharded tensors of the parts of those that were sharded; tied ones are one tensor."""
-    results, known = {}, {}
+    results = {}
+    known = {}
     for name, old in olds.items():
         value = values[name]
         if not _is_sharded(old) or _is_sharded(value):
             results[name] = value
             continue
+
         key = id(value), old.placements
         if key not in known:
             known[key] = type(old).from_local(
@@ -280,10 +304,12 @@ def _place(x: Tensor) -> tuple[Hashable, Hashable]:
     """
     if torch.compiler.is_compiling():
         return id(x), None
+
     plain = type(x) in _PLAIN
     if not plain and is_traceable_wrapper_subclass(x):
         inner = [_place(getattr(x, field)) for field in x.__tensor_flatten__()[0]]
         return tuple(memory for memory, _ in inner), (tuple(inner), x.shape)
+
     try:
         storage = x.untyped_storage()
     except NotImplementedError:  # x belongs to vmap or to another transform
@@ -320,20 +346,30 @@ def _write(pairs: Sequence[_Pair], momentum: float, generator: torch.Generator |
     alone, together = _by_memory([pair for pair in pairs if pair.rule != "keep"])
     # Where tensors share memory, all new values are computed before the first is written.
     values = [_new_value(pair, momentum, generator) for pair in together]
-    fused = [pair for pair in alone if pair.rule != "round" and _is_fused(pair.old)]
-    _write_fused(fused, momentum)
+
+    fused = []
+    single = []
     for pair in alone:
-        _, old, new, rule = pair
-        if rule != "round" and _is_fused(old):
-            continue
-        if rule == "copy":
-            old.copy_(new)
-        elif rule == "average" and _is_ordinary(old, new):
-            old.lerp_(new.to(old.device, old.dtype), 1 - momentum)
+        if pair.rule != "round" and _is_fused(pair.old):
+            fused.append(pair)
         else:
-            old.copy_(_new_value(pair, momentum, generator))
+            single.append(pair)
+    _write_fused(fused, momentum)
+    for pair in single:
+        _write_single(pair, momentum, generator)
+
     for pair, value in zip(together, values, strict=True):
         pair.old.copy_(value)
+
+
+def _write_single(pair: _Pair, momentum: float, generator: torch.Generator | None) -> None:
+    _, old, new, rule = pair
+    if rule == "copy":
+        old.copy_(new)
+    elif rule == "average" and _is_ordinary(old, new):
+        old.lerp_(new.to(old.device, old.dtype), 1 - momentum)
+    else:
+        old.copy_(_new_value(pair, momentum, generator))
 
 
 def _new_values(
@@ -345,19 +381,28 @@ def _new_values(
     values = {place: _new_value(pair, momentum, generator) for place, pair in distinct.items()}
     uses = _counts(memory for memory, _ in distinct)
     without = {memory for (memory, _), x in values.items() if not _has_storage(x)}
+
     copies = {}
     for place, pair in distinct.items():
-        old, memory = pair.old, place[0]
+        memory, _ = place
+        old = pair.old
         if uses[memory] == 1 or memory in without or _repeats_memory(old):
             continue
-        if (memory, old.dtype) not in copies:
-            size = old.untyped_storage().nbytes() // old.element_size()
-            copies[memory, old.dtype] = old.as_strided((size,), (1,), 0).clone()
-        view = copies[memory, old.dtype].as_strided(old.shape, old.stride(), old.storage_offset())
+        shared = memory, old.dtype
+        if shared not in copies:
+            copies[shared] = _copy_of_memory(old)
+        view = copies[shared].as_strided(old.shape, old.stride(), old.storage_offset())
         if pair.rule != "keep":
             view.copy_(values[place])
         values[place] = view
+
     return {pair.name: values[place] for place, pair in zip(places, pairs, strict=True)}
+
+
+def _copy_of_memory(x: Tensor) -> Tensor:
+    """Return a flat copy of the whole memory that a tensor is a view of."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    return x.as_strided((size,), (1,), 0).clone()
 
 
 def _new_value(pair: _Pair, momentum: float, generator: torch.Generator | None) -> Tensor:
@@ -368,9 +413,8 @@ def _new_value(pair: _Pair, momentum: float, generator: torch.Generator | None) 
         return new.to(old.device, old.dtype, copy=True)
     if rule == "average":
         return _mean(old, new.to(old.device, old.dtype), momentum)
-    return _round_stochastically(
-        _mean(old.float(), new.to(old.device).float(), momentum), generator
-    )
+    mean = _mean(old.float(), new.to(old.device).float(), momentum)
+    return _round_stochastically(mean, generator)
 
 
 def _mean(old: Tensor, new: Tensor, momentum: float) -> Tensor:
@@ -413,6 +457,7 @@ def _write_fused(pairs: Sequence[_Pair], momentum: float) -> None:
     copied = [pair for pair in pairs if pair.rule == "copy"]
     if copied:
         torch._foreach_copy_([pair.old for pair in copied], [pair.new for pair in copied])
+
     for group in _in_groups([pair for pair in pairs if pair.rule == "average"]):
         olds = [pair.old for pair in group]
         news = [pair.new.to(pair.old.device, pair.old.dtype) for pair in group]
@@ -425,19 +470,21 @@ def _write_fused(pairs: Sequence[_Pair], momentum: float) -> None:
 
 def _in_groups(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
     """Split pairs into groups of 2^26 numbers, or one tensor: new values take little memory."""
-    groups, size = [], math.inf
+    groups = []
+    size = 0  # of the last group
     for pair in pairs:
-        size += pair.old.numel()
-        if size > 2**26:
+        number = pair.old.numel()
+        if not groups or size + number > 2**26:
             groups.append([])
-            size = pair.old.numel()
+            size = 0
         groups[-1].append(pair)
+        size += number
     return groups
 
 
 def _round_stochastically(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Round float32 to bfloat16, up or down with probabilities that make the expectation exact."""
-    size, device = x.shape, x.device
-    noise = torch.randint(2**16, size, generator=generator, dtype=torch.int32, device=device)
+    integers = {"dtype": torch.int32, "device": x.device}
+    noise = torch.randint(2**16, x.shape, generator=generator, **integers)
     rounded = ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

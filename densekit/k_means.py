@@ -21,7 +21,8 @@ from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
 
-_STARTS, _FEW = 4, 32  # number of short runs at the start, and their points for each cluster
+_STARTS = 4  # number of short runs at the start
+_FEW = 32  # their points for each cluster
 
 
 class KMeans(NamedTuple):
@@ -78,16 +79,19 @@ def kmeans_plus_plus(
             f"densekit.k_means.kmeans_plus_plus: count is {count} and there are "
             f"{points.shape[-2]} points; give a count of 0 or more, and one or more points."
         )
+
     x = widened(points.detach())
     usable = x.isfinite().all(-1)
     usable = usable if valid is None else usable & valid
-    chosen, weight = [x[..., :0, :]], usable.to(x)
+    chosen = [x[..., :0, :]]
+    weight = usable.to(x)
     for number in range(count):
         weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, usable.to(x))
         drawn = sample_tokens(weight, 1, generator=generator)
         chosen.append(torch.where(usable.gather(-1, drawn)[..., None], take_rows(x, drawn), 0.0))
         square = torch.where(usable, (x - chosen[-1]).square().sum(-1), 0.0)
         weight = torch.minimum(weight, square) if number else square
+
     return torch.cat(chosen, -2)
 
 
@@ -129,25 +133,35 @@ def kmeans(
             f"densekit.k_means.kmeans: there are {start.shape[-2]} centroids and iterations is "
             f"{iterations}; give one or more centroids, and 0 or more iterations."
         )
-    x, centers = widened(points.detach()), widened(start.detach())
-    dtype = torch.promote_types(x.dtype, centers.dtype)
-    x, centers = x.to(dtype), centers.to(dtype)
+
+    dtype = torch.promote_types(torch.promote_types(points.dtype, start.dtype), torch.float32)
+    x = points.detach().to(dtype)
+    centers = start.detach().to(dtype)
     origin = _middle(centers)
-    spare = min(x.shape[-2], centers.shape[-2])
-    for _ in range(iterations if spare else 0):
+    moves = iterations if x.shape[-2] else 0
+    for _ in range(moves):
         labels, count, total = _assign(x, centers, origin, valid)
-        empty = count[..., None] == 0
         means = origin + total / count.clamp(min=1)[..., None]
+        empty = count[..., None] == 0
         if not readable(x, centers) or empty.any():
-            square = torch.where(labels >= 0, _squares(x, centers, labels), -1.0)
-            far = square.topk(spare)
-            rank = (empty.cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
-            restart = take_rows(x, far.indices.gather(-1, rank))
-            restart = torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
-            means = torch.where(empty, restart, means)
+            means = torch.where(empty, _restarts(x, centers, labels, empty), means)
         centers = means
+
     labels, _, _ = _assign(x, centers, origin, valid)
     return KMeans(centers, labels, _squares(x, centers, labels).sum(-1))
+
+
+def _restarts(x: Tensor, centers: Tensor, labels: Tensor, empty: Tensor) -> Tensor:
+    """Return new places for the empty clusters: the points that are farthest from their centers.
+
+    The old place stays where no point is left that is away from its center.
+    """
+    spare = min(x.shape[-2], centers.shape[-2])
+    square = torch.where(labels >= 0, _squares(x, centers, labels), -1.0)
+    far = square.topk(spare)
+    rank = (empty.cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
+    restart = take_rows(x, far.indices.gather(-1, rank))
+    return torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
 
 
 @typed
@@ -205,6 +219,7 @@ def minibatch_kmeans(
             f"{sample}, steps {steps} and iterations {iterations}; give 1 or more for the first "
             "three, and 0 or more for steps and iterations."
         )
+
     if group is not None and generator is None:
         raise ValueError(
             "densekit.k_means.minibatch_kmeans: a group needs a generator; give one, in the same "
@@ -218,28 +233,40 @@ def minibatch_kmeans(
     known = all_gather(widened(own.detach()), group, ragged=True)
     if not len(known):  # the same on all processes: none waits for another
         raise ValueError("densekit.k_means.minibatch_kmeans: there is no point; give one or more.")
-    # One start may miss a cluster. Several starts are cheap on a part of each process's points.
-    few = slice(None, None, max(1, len(known) // (_FEW * clusters)))
-    some = known[few].expand(_STARTS, -1, -1)
-    draws = torch.Generator(device).manual_seed(int(seed))
-    start = kmeans_plus_plus(some, clusters, generator=draws)
-    tried = kmeans(some, start, iterations=iterations)
-    best = tried.centroids[tried.inertia.argmin()]
-    centers, labels, _ = kmeans(known, best, iterations=iterations)
+
+    start = _best_start(known, clusters, iterations, int(seed))
+    centers, labels, _ = kmeans(known, start, iterations=iterations)
     used = labels >= 0
     mass = torch.zeros(clusters, dtype=torch.long, device=device)
     mass = mass.scatter_add(0, torch.where(used, labels, 0), used.long())
+    count = batch if len(points) else 0
     for _ in range(steps):
-        count = batch if len(points) else 0
         rows = torch.randint(max(1, len(points)), (count,), generator=generator, device=device)
-        x = widened(points[rows].detach())
-        origin = _middle(centers)
-        _, found, total = _assign(x, centers, origin)
-        added = all_sum(torch.cat([found.to(x)[:, None], total], 1), group)  # in one message
-        mass = mass + added[:, 0].round().long()
-        total = added[:, 1:] - added[:, :1] * (centers - origin)
-        centers = centers + total / mass.clamp(min=1)[:, None]
+        centers, mass = _moved(widened(points[rows].detach()), centers, mass, group)
     return centers
+
+
+def _moved(x: Tensor, centers: Tensor, mass: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Move centers to the mean of the `mass` points that they had and those of a batch."""
+    origin = _middle(centers)
+    _, count, total = _assign(x, centers, origin)
+    added = all_sum(torch.cat([count.to(x)[:, None], total], 1), group)  # in one message
+    mass = mass + added[:, 0].round().long()
+    shift = added[:, 1:] - added[:, :1] * (centers - origin)
+    return centers + shift / mass.clamp(min=1)[:, None], mass
+
+
+def _best_start(points: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
+    """Return the best result of several short runs, since one start may miss a cluster.
+
+    The runs are cheap: they take every n-th point, which is a part of each process's points.
+    """
+    every = max(1, len(points) // (_FEW * clusters))
+    some = points[::every].expand(_STARTS, -1, -1)
+    draws = torch.Generator(points.device).manual_seed(seed)
+    start = kmeans_plus_plus(some, clusters, generator=draws)
+    tried = kmeans(some, start, iterations=iterations)
+    return tried.centroids[tried.inertia.argmin()]
 
 
 @typed
@@ -269,7 +296,9 @@ def nearest_centroids(
     """
     if not centroids.shape[-2]:
         raise ValueError("densekit.k_means.nearest_centroids: give one or more centroids.")
-    x, centers = points.detach(), widened(centroids.detach())
+
+    x = points.detach()
+    centers = widened(centroids.detach())
     find = _nearest(widened(x[..., :0, :]), centers, _middle(centers))
     return torch.cat([find(widened(part)) for part in _blocks(x, centers)], -1)
 
@@ -297,13 +326,16 @@ def _assign(
     """
     find = _nearest(x[..., :0, :], centers, origin)
     index = torch.arange(centers.shape[-2], device=x.device)[:, None]
-    labels, first, total = [], 0, torch.zeros_like(centers)
+    labels = []
     count = torch.zeros_like(centers[..., 0], dtype=torch.long)
+    total = torch.zeros_like(centers)
+    first = 0
     for part in _blocks(x, centers):
         label = find(part)
         if valid is not None:
             label = torch.where(valid[..., first : first + part.shape[-2]], label, -1)
-        used, offset = label >= 0, part - origin
+        used = label >= 0
+        offset = part - origin
         if not readable(part, used) or not used.all():
             offset = torch.where(used[..., None], offset, 0.0)
         own = label[..., None, :] == index
@@ -312,12 +344,14 @@ def _assign(
         count = count + own.sum(-1)
         labels.append(label)
         first += part.shape[-2]
+
     return torch.cat(labels, -1), count, total
 
 
 def _squares(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
     """Return the squared distance of each point to its center; 0 without one."""
-    squares, first = [], 0
+    squares = []
+    first = 0
     for part in _blocks(x, centers):
         label = labels[..., first : first + part.shape[-2]]
         square = (part - take_rows(centers, label.clamp(min=0))).square().sum(-1)
@@ -338,6 +372,14 @@ def _nearest(x: Tensor, centers: Tensor, origin: Tensor) -> Callable[[Tensor], T
     dtype = torch.promote_types(x.dtype, centers.dtype)
     finite = centers.isfinite().all(-1)
     centers = torch.where(finite[..., None], centers, 0.0).to(dtype)
+    exact = _exact_search(centers, finite)
+    if not readable(x, centers) or torch.get_float32_matmul_precision() != "highest":
+        return exact
+    return _quick_search(centers, finite, origin.double(), exact)
+
+
+def _exact_search(centers: Tensor, finite: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the search that takes longer, in float64."""
     wide = centers.double()
     half_square = torch.where(finite, wide.square().sum(-1) / 2, torch.inf)
     some = finite.any(-1, keepdim=True)
@@ -345,7 +387,7 @@ def _nearest(x: Tensor, centers: Tensor, origin: Tensor) -> Callable[[Tensor], T
     def exact(x: Tensor) -> Tensor:
         usable = x.isfinite().all(-1)
         x = torch.where(usable[..., None], x, 0.0).double()
-        if dtype == torch.float64:
+        if centers.dtype == torch.float64:
             distance = torch.cdist(x, centers, compute_mode="donot_use_mm_for_euclid_dist")
             labels = torch.where(finite[..., None, :], distance, torch.inf).argmin(-1)
         else:
@@ -353,21 +395,32 @@ def _nearest(x: Tensor, centers: Tensor, origin: Tensor) -> Callable[[Tensor], T
                 labels = _first_best((wide @ x.mT).sub_(half_square[..., None]))[1]
         return torch.where(usable & some, labels, -1)
 
-    if not readable(x, centers) or torch.get_float32_matmul_precision() != "highest":
-        return exact
+    return exact
 
+
+def _quick_search(
+    centers: Tensor, finite: Tensor, origin: Tensor, exact: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Return the search that asks `exact` only about points whose nearest center is uncertain.
+
+    The number that is compared is off by at most `slope |x| + fixed` for a point x.
+    """
+    dtype = centers.dtype
     # Products of offsets round less than those of points far from zero.
-    origin = origin.double()
-    table = torch.where(finite[..., None], wide - origin, 0.0).to(dtype)
+    table = torch.where(finite[..., None], centers.double() - origin, 0.0).to(dtype)
     rounded = table.double()
-    length, far = rounded.norm(dim=-1), origin.norm(dim=-1)
+    length = rounded.norm(dim=-1)
+    far = origin.norm(dim=-1)
+
     # A product of n numbers is off by n roundings at most; one rounding is half of eps.
     accuracy = torch.finfo(dtype)
-    slope = (x.shape[-1] + 8) * accuracy.eps * length
-    fixed = slope * (length + far) + x.shape[-1] * accuracy.tiny
+    width = centers.shape[-1]
+    wide_slope = (width + 8) * accuracy.eps * length
+    wide_fixed = wide_slope * (length + far) + width * accuracy.tiny
     middle = rounded.square().sum(-1) / 2 + (rounded * origin).sum(-1)
-    shift = torch.where(finite, fixed - middle, -torch.inf).to(dtype)[..., None]
-    slope, fixed = slope.to(dtype), fixed.to(dtype)
+    shift = torch.where(finite, wide_fixed - middle, -torch.inf).to(dtype)[..., None]
+    slope = wide_slope.to(dtype)
+    fixed = wide_fixed.to(dtype)
 
     def certain(x: Tensor) -> Tensor:
         x = x.to(dtype)
@@ -380,7 +433,9 @@ def _nearest(x: Tensor, centers: Tensor, origin: Tensor) -> Callable[[Tensor], T
         second = upper.scatter_(-2, labels[..., None, :], -torch.inf).amax(-2)
         unsure = ~(best - 2 * error > second)  # true for NaN
         rows = unsure.reshape(math.prod(x.shape[:-2]), x.shape[-2]).any(0).nonzero()[:, 0]
-        return labels.index_copy(-1, rows, exact(x.index_select(-2, rows))) if len(rows) else labels
+        if not len(rows):
+            return labels
+        return labels.index_copy(-1, rows, exact(x.index_select(-2, rows)))
 
     return certain
 

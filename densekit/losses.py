@@ -66,7 +66,8 @@ def negative_cosine(
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
     valid = fit_valid("losses.negative_cosine", valid, student.shape[:-1])
-    student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
+    student = _valid_rows(student, valid)
+    teacher = _valid_rows(teacher, valid)
     cosine = (l2_normalize(student) * l2_normalize(teacher.detach())).sum(-1)
     return _reduce(-cosine, valid, reduction)
 
@@ -110,10 +111,12 @@ def cross_entropy_similarity(
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
     valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
-    student, teacher = _valid_rows(student, valid), _valid_rows(teacher, valid)
-    share, log = widened(teacher.detach()).softmax(-1), widened(student).log_softmax(-1)
-    log = torch.where(share == 0, 0.0, log)  # zero times minus infinity would be NaN
-    return _reduce(-(share * log).sum(-1), valid, reduction)
+    student = _valid_rows(student, valid)
+    teacher = _valid_rows(teacher, valid)
+    share = widened(teacher.detach()).softmax(-1)
+    log_share = widened(student).log_softmax(-1)
+    log_share = torch.where(share == 0, 0.0, log_share)  # zero times minus infinity would be NaN
+    return _reduce(-(share * log_share).sum(-1), valid, reduction)
 
 
 @typed
@@ -173,38 +176,61 @@ def info_nce(
         raise ValueError(
             f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
         )
+
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
-    if others is not None and not (
-        broadcasts(others.shape[:-2], query.shape[:-2]) and others.shape[-1] == query.shape[-1]
-    ):
+    if others is not None:
+        _check_negatives(others, query)
+
+    valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
+    query = l2_normalize(_valid_rows(query, valid))
+    key = l2_normalize(_valid_rows(key, valid))
+    with full_precision(query):
+        if others is None:
+            loss = _info_nce_in_set(query, key, valid, temperature)
+        else:
+            others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
+            loss = _info_nce_of_negatives(query, key, others, use, temperature)
+    return _reduce(loss, valid, reduction)
+
+
+def _check_negatives(others: Tensor, query: Tensor) -> None:
+    same_width = others.shape[-1] == query.shape[-1]
+    if not (same_width and broadcasts(others.shape[:-2], query.shape[:-2])):
         raise TypeError(
             f"densekit.losses.info_nce: argument 'negatives' should be (m, {query.shape[-1]}), or "
             f"broadcast to batch={tuple(query.shape[:-2])}, but a tensor of shape "
             f"{tuple(others.shape)} was given."
         )
-    valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
-    query, key = (l2_normalize(_valid_rows(x, valid)) for x in (query, key))
-    with full_precision(query):
-        if others is None:
-            logits = query @ key.mT / temperature
-            positive = logits.diagonal(dim1=-2, dim2=-1)
-            if valid is not None:
-                own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
-                logits = torch.where(valid[..., None, :] | own, logits, -torch.inf)
-            return _reduce(logits.logsumexp(-1) - positive, valid, reduction)
-        others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
-        positive = (query * key).sum(-1) / temperature
-        bias = others.new_zeros(others.shape[:-1])
-        if use is not None:  # finite, since -inf would be NaN without any valid negative
-            bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
-        rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
-        if _in_forward_mode():
-            total = _logsumexp(rows / temperature, others, bias)
-        else:
-            total, _ = _LogSumExp.apply(rows / temperature, others, bias)
-        # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
-        loss = torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
-    return _reduce(loss, valid, reduction)
+
+
+def _info_nce_in_set(
+    query: Tensor, key: Tensor, valid: Tensor | None, temperature: float
+) -> Tensor:
+    """Compute the loss of each query, where the other valid keys of its set are the negatives."""
+    logits = query @ key.mT / temperature
+    positive = logits.diagonal(dim1=-2, dim2=-1)
+    if valid is not None:
+        own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
+        logits = torch.where(valid[..., None, :] | own, logits, -torch.inf)
+    return logits.logsumexp(-1) - positive
+
+
+def _info_nce_of_negatives(
+    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: float
+) -> Tensor:
+    """Compute the loss of each query with the negatives `others`, those that `use` allows."""
+    positive = (query * key).sum(-1) / temperature
+    bias = others.new_zeros(others.shape[:-1])
+    if use is not None:  # finite, since -inf would be NaN without any valid negative
+        bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
+
+    rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
+    if _in_forward_mode():
+        total = _logsumexp(rows / temperature, others, bias)
+    else:
+        total, _ = _LogSumExp.apply(rows / temperature, others, bias)
+    # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
+    return torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
 
 
 @typed
@@ -257,6 +283,7 @@ def self_distillation(
             f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
             f"{teacher_temperature}; give two above 0."
         )
+
     valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
     logits = widened(teacher.detach())
     # The logit of an excluded category is minus infinity, and so is its running mean.
@@ -307,11 +334,14 @@ def update_center(
             f"densekit.losses.update_center: momentum is {momentum}; give a weight of the "
             "previous mean from 0 to 1."
         )
+
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
-    mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
+    count = total[-1]
+    mean = total[:-1] / count.clamp(min=1)
+
     if momentum == 1:  # at an end the other one does not count: zero times infinity is NaN
         new = center
     elif 1 - momentum == 1:
@@ -357,6 +387,7 @@ def symmetric_loss(
             f"densekit.losses.symmetric_loss: there are {len(students)} students and "
             f"{len(teachers)} teachers; give two of each, for view 1 and view 2."
         )
+
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
 
@@ -373,17 +404,21 @@ class _LogSumExp(Function):
 
     @staticmethod
     def forward(query: Tensor, others: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
+        biased = _append(query, torch.ones_like(query[..., 0]))
         most = torch.full_like(query[..., :1], -torch.inf)
-        count = torch.zeros_like(most)
+        mass = torch.zeros_like(most)
+        weighted = torch.zeros_like(query)
         for keys in _some_at_a_time(query, others, bias):
             logits = biased @ keys.mT
-            new = torch.maximum(most, logits.amax(-1, keepdim=True))
-            share, fade = logits.sub_(new).exp_(), (most - new).exp()
-            count = count * fade + share.sum(-1, keepdim=True)
-            mean, most = mean * fade + share @ keys[..., :-1], new
-        count = count.clamp(min=1)  # it is at least 1 if there is any column
-        return (most + count.log())[..., 0], mean / count
+            new_most = torch.maximum(most, logits.amax(-1, keepdim=True))
+            weight = logits.sub_(new_most).exp_()
+            fade = (most - new_most).exp()
+            mass = mass * fade + weight.sum(-1, keepdim=True)
+            weighted = weighted * fade + weight @ keys[..., :-1]
+            most = new_most
+
+        mass = mass.clamp(min=1)  # it is at least 1 if there is any column
+        return (most + mass.log())[..., 0], weighted / mass
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -396,8 +431,10 @@ class _LogSumExp(Function):
         gradient = gradients[0][..., None]
         if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
             return mean * gradient, None, None
+
         # Compute it again, for second derivatives or for the gradient with respect to the others.
-        biased, mean = _append(query, torch.ones_like(query[..., 0])), torch.zeros_like(query)
+        biased = _append(query, torch.ones_like(query[..., 0]))
+        mean = torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
             for keys in _some_at_a_time(query, others, bias):

@@ -117,7 +117,9 @@ def confusion_matrix(
             f"densekit.metrics.confusion_matrix: classes is {classes} and clusters is {clusters}; "
             "give one or more."
         )
-    labels, predictions = labels.long().flatten(), predictions.long().flatten()
+
+    labels = labels.long().flatten()
+    predictions = predictions.long().flatten()
     keep = (labels >= 0) & (labels < classes)
     if ignore is not None:
         keep = keep & (labels != ignore)
@@ -154,15 +156,18 @@ def confusion_scores(confusion: Integer[Tensor, "*batch classes predictions"]) -
             f"densekit.metrics.confusion_scores: there are {classes} rows and {predictions} "
             "columns; give a column for each class, in the order of the rows (see merge_clusters)."
         )
+
     confusion = confusion.long()  # sums of few bits do not fit them
     hits = confusion.diagonal(dim1=-2, dim2=-1).double()
-    labels, total = confusion.sum(-1), confusion.sum((-2, -1))
+    labels = confusion.sum(-1)
     union = labels + confusion.sum(-2)[..., :classes] - hits
-    occurs, seen = union > 0, labels > 0
-    iou, recall = hits / union.clamp(min=1), hits / labels.clamp(min=1)
+
+    occurs = union > 0
+    iou = hits / union.clamp(min=1)
     miou = iou.sum(-1) / occurs.sum(-1).clamp(min=1)
-    mean_accuracy = recall.sum(-1) / seen.sum(-1).clamp(min=1)
-    pixel_accuracy = hits.sum(-1) / total.clamp(min=1)
+    pixel_accuracy = hits.sum(-1) / confusion.sum((-2, -1)).clamp(min=1)
+    recall = hits / labels.clamp(min=1)
+    mean_accuracy = recall.sum(-1) / (labels > 0).sum(-1).clamp(min=1)
     return ConfusionScores(
         miou.float(), pixel_accuracy.float(), mean_accuracy.float(), iou.float(), occurs
     )
@@ -235,7 +240,9 @@ def match_clusters(
     score = counts / union.clamp(min=1) if by == "iou" else counts
     if many_to_one:
         empty = counts.sum(0) == 0
-        return torch.where(empty, -1, score.argmax(0) if len(score) else -1)
+        best = score.argmax(0) if len(score) else -1
+        return torch.where(empty, -1, best)
+
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -243,6 +250,7 @@ def match_clusters(
             "densekit.metrics.match_clusters: the Hungarian assignment needs scipy; install it, "
             "or give many_to_one=True."
         ) from error
+
     rows, columns = linear_sum_assignment(score.cpu().numpy(), maximize=True)
     assignment = torch.full((confusion.shape[1],), -1, device=confusion.device)
     assignment[torch.from_numpy(columns).to(assignment)] = torch.from_numpy(rows).to(assignment)
@@ -273,7 +281,9 @@ def merge_clusters(
     References:
         DenseSiam, Sec 4.3 (whose code moves the rows instead).
     """
-    classes, confusion, assignment = confusion.shape[-2], confusion.long(), assignment.long()
+    classes = confusion.shape[-2]
+    confusion = confusion.long()
+    assignment = assignment.long()
     usable = (assignment >= 0) & (assignment < classes)
     column = torch.where(usable, assignment, classes)
     merged = confusion.new_zeros(*confusion.shape[:-1], classes + 1)
@@ -342,11 +352,14 @@ def accuracy(
     """
     if classes < 1:
         raise ValueError(f"densekit.metrics.accuracy: classes is {classes}; give one or more.")
-    labels, predictions = labels.long(), predictions.long()
+
+    labels = labels.long()
     counted = (labels >= 0) & (labels < classes)
-    right = counted & (labels == predictions)
-    nothing, labels = labels.new_zeros(classes), labels * counted
-    hits, count = (nothing.scatter_add(0, labels, x.long()) for x in (right, counted))
+    right = counted & (labels == predictions.long())
+    row = labels * counted
+    nothing = labels.new_zeros(classes)
+    hits = nothing.scatter_add(0, row, right.long())
+    count = nothing.scatter_add(0, row, counted.long())
     share = hits.float() / count.clamp(min=1)
     overall = hits.sum().float() / count.sum().clamp(min=1)
     return Accuracy(overall, share.sum() / (count > 0).sum().clamp(min=1))
@@ -391,34 +404,48 @@ def average_precision(
         raise ValueError(
             f"densekit.metrics.average_precision: points is {points}; give 2 or more, or None."
         )
+
     if not len(scores):
         return scores.new_zeros(scores.shape[1], dtype=torch.float32)
     columns = block_rows(len(scores))
     parts = zip(scores.split(columns, 1), targets.split(columns, 1), strict=True)
-    return torch.cat([_average_precision(*part, points) for part in parts])
+    return torch.cat([_average_precision(score, target, points) for score, target in parts])
 
 
 def _average_precision(scores: Tensor, targets: Tensor, points: int | None) -> Tensor:
     known = ~scores.isnan()
     values, order = torch.where(known, scores, -torch.inf).sort(0, descending=True)
     hit = (targets & known).gather(0, order).double()
-    number = torch.arange(len(scores), device=scores.device)[:, None]
-    last = torch.cat([values[:-1] != values[1:], torch.ones_like(targets[:1])])
-    # The last row with the same score, since the order of equal scores must not matter.
-    end = torch.where(last, number, len(scores)).flip(0).cummin(0).values.flip(0)
-    found, seen = hit.cumsum(0).gather(0, end), known.gather(0, order).cumsum(0).gather(0, end)
-    precision, total = found / seen.clamp(min=1), hit.sum(0).clamp(min=1)
+    end = _last_of_equals(values)
+    found = hit.cumsum(0).gather(0, end)
+    seen = known.gather(0, order).cumsum(0).gather(0, end)
+
+    precision = found / seen.clamp(min=1)
+    count = hit.sum(0)
+    total = count.clamp(min=1)
     if points is None:
         return ((hit * precision).sum(0) / total).float()
-    recalls = torch.linspace(0, 1, points, dtype=torch.double, device=scores.device)
+    interpolated = _interpolated_precision(precision, found / total, points)
+    return torch.where(count > 0, interpolated, 0.0).float()
+
+
+def _last_of_equals(values: Tensor) -> Tensor:
+    """Return the last row of the same value in sorted columns: the order of equals is chance."""
+    number = torch.arange(len(values), device=values.device)[:, None]
+    final = torch.ones_like(values[:1], dtype=torch.bool)
+    last = torch.cat([values[:-1] != values[1:], final])
+    return torch.where(last, number, len(values)).flip(0).cummin(0).values.flip(0)
+
+
+def _interpolated_precision(precision: Tensor, recall: Tensor, points: int) -> Tensor:
+    """Average, over equidistant recalls, the best precision at this recall or above."""
     # Recall never falls: the best precision at a recall or above is the best from a row on.
     best = precision.flip(0).cummax(0).values.flip(0)
-    below = (found / total).mT.contiguous()
-    wanted = torch.zeros_like(below[:, :1]) + (recalls - 1e-12)
-    first = torch.searchsorted(below, wanted)
-    first = first.clamp(max=len(scores) - 1)
-    best = best.gather(0, first.mT).mean(0)
-    return torch.where(hit.sum(0) > 0, best, 0.0).float()
+    recalls = torch.linspace(0, 1, points, dtype=torch.double, device=recall.device)
+    reached = recall.mT.contiguous()
+    wanted = torch.zeros_like(reached[:, :1]) + (recalls - 1e-12)
+    first = torch.searchsorted(reached, wanted).clamp(max=len(recall) - 1)
+    return best.gather(0, first.mT).mean(0)
 
 
 @typed
@@ -468,26 +495,40 @@ def bootstrap(
             f"densekit.metrics.bootstrap: there are {n} images, draws is {draws} and level is "
             f"{level}; give one or more images and draws, and a level between 0 and 1."
         )
-    if states.is_floating_point():
-        states = widened(states)
-        finite = states.reshape(n, -1).isfinite().all(1)
-        states = torch.where(finite.view(n, *[1] * (states.ndim - 1)), states, 0.0)
-    else:
-        states = states.long()
-    total, wide, figures, left = states.sum(0, keepdim=True), states.double(), [], draws
-    while left:
-        count = min(left, block_rows(max(n, states[0].numel())))
-        rows = torch.randint(n, (count, n), generator=generator, device=states.device)
-        weights = torch.zeros(count, n, dtype=torch.double, device=states.device)
-        weights = weights.scatter_add(1, rows, torch.ones_like(weights))
-        sums = torch.tensordot(weights, wide, 1)
+
+    states = _summands(states)
+    total = states.sum(0, keepdim=True)
+    wide = states.double()
+    block = block_rows(max(n, states[0].numel()))
+    some_figures = []
+    for first in range(0, draws, block):
+        sums = _resampled_sums(wide, min(block, draws - first), generator)
         sums = sums if states.is_floating_point() else sums.round()
-        figures.append(statistic(sums.to(total.dtype)))
-        left -= count
-    figures, value = torch.cat(figures), statistic(total)[0]
+        some_figures.append(statistic(sums.to(total.dtype)))
+
+    figures = torch.cat(some_figures)
     edges = figures.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    value = statistic(total)[0]
     low, high = torch.quantile(figures, edges, dim=0)
     return Interval(value, low, high, figures.std(0, correction=0))
+
+
+def _summands(states: Tensor) -> Tensor:
+    """Convert states to a dtype in which they can be summed; zero where a row is not finite."""
+    if not states.is_floating_point():
+        return states.long()
+    states = widened(states)
+    finite = states.reshape(len(states), -1).isfinite().all(1)
+    return torch.where(finite.view(-1, *[1] * (states.ndim - 1)), states, 0.0)
+
+
+def _resampled_sums(states: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """Return the sums of `draws` random selections of rows, with replacement."""
+    n = len(states)
+    rows = torch.randint(n, (draws, n), generator=generator, device=states.device)
+    weights = torch.zeros(draws, n, dtype=torch.double, device=states.device)
+    weights = weights.scatter_add(1, rows, torch.ones_like(weights))
+    return torch.tensordot(weights, states, 1)
 
 
 @typed
@@ -511,7 +552,9 @@ def as_dict(result: Any) -> Any:
         result = result._asdict()
     if isinstance(result, Mapping):
         return {key: as_dict(value) for key, value in result.items()}
-    return [as_dict(x) for x in result] if isinstance(result, (list, tuple)) else result
+    if isinstance(result, (list, tuple)):
+        return [as_dict(x) for x in result]
+    return result
 
 
 @typed
@@ -536,18 +579,26 @@ def as_table(rows: Mapping[str, Any], *, digits: int = 3) -> str:
     """
     flat = {name: _numbers(as_dict(result)) for name, result in rows.items()}
     columns = list(dict.fromkeys(key for numbers in flat.values() for key in numbers))
-    lines = [["", *(_cell(name, digits) for name in columns)], ["---"] * (1 + len(columns))]
+    head = " | ".join(["", *(_cell(column, digits) for column in columns)])
+    rule = "|".join(["---"] * (1 + len(columns)))
+    lines = [f"|{head} |", f"|{rule}|"]
     for name, numbers in flat.items():
-        cells = (numbers.get(key) for key in columns)
-        lines.append([_cell(name, digits), *(_cell(x, digits) for x in cells)])
-    head, rule, *rest = ("|".join(line) if line[0] == "---" else " | ".join(line) for line in lines)
-    return "\n".join([f"|{head} |", f"|{rule}|", *(f"| {line} |" for line in rest)])
+        cells = [_cell(name, digits)]
+        cells += [_cell(numbers.get(column), digits) for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _numbers(tree: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for a, b in tree.items() for k, v in _numbers(b, f"{name}.{a}").items()}
-    return {} if isinstance(tree, list) else {name[1:]: tree}
+    """{"a": {"b": 1}, "c": [2]} as {"a.b": 1}."""
+    if isinstance(tree, list):
+        return {}
+    if not isinstance(tree, dict):
+        return {name.removeprefix("."): tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _numbers(value, f"{name}.{key}")
+    return flat
 
 
 def _cell(value: Any, digits: int) -> str:

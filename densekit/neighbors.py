@@ -74,20 +74,30 @@ def knn_votes(
             f"densekit.neighbors.knn_votes: classes is {classes}, k {k}, chunk {chunk} and "
             f"temperature {temperature}; give at least 1, and a temperature above 0."
         )
-    known, k = l2_normalize(gallery), min(k, len(gallery))
+
+    known = l2_normalize(gallery)
     known_labels = gallery_labels.long()
     usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
-    known, known_labels = torch.where(usable[:, None], known, 0.0), known_labels * usable
+    known = torch.where(usable[:, None], known, 0.0)
+    known_labels = known_labels * usable
     bias = torch.where(usable, known.new_zeros(()), -torch.inf)
+
     shares = []
     for rows in features.split(chunk):
-        with full_precision(features):
-            nearest = torch.addmm(bias, l2_normalize(rows).to(known), known.mT).topk(k)
-        weights = (nearest.values / temperature).softmax(-1)
+        similarity, indices = _nearest(rows, known, bias, k)
+        weights = (similarity / temperature).softmax(-1)
         weights = torch.where(weights.isnan(), 0.0, weights)  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
-        shares.append(votes.scatter_add(1, known_labels[nearest.indices], weights))
+        shares.append(votes.scatter_add(1, known_labels[indices], weights))
     return torch.cat(shares)
+
+
+def _nearest(rows: Tensor, known: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the largest cosines of each row with the known rows, plus a bias, and where."""
+    with full_precision(rows):
+        cosine = torch.addmm(bias, l2_normalize(rows).to(known), known.mT)
+        values, indices = cosine.topk(min(k, len(known)))
+    return values, indices
 
 
 @typed
@@ -172,11 +182,15 @@ def match_patches(
     """
     if k < 1:
         raise ValueError(f"densekit.neighbors.match_patches: k is {k}; give 1 or more.")
-    lost, usable = ~features1.isfinite().all(-1), features2.isfinite().all(-1)
+
+    lost = ~features1.isfinite().all(-1)
+    usable = features2.isfinite().all(-1)
     known = l2_normalize(torch.where(usable[..., None], features2, 0.0))
     chunk = max(1, _NUMBERS // max(1, math.prod(features2.shape[:-1])))
     parts = zip(features1.split(chunk, -2), lost.split(chunk, -1), strict=True)
-    indices, similarity = [], []
+    indices = []
+    similarity = []
+
     for rows, missing in parts:
         with full_precision(rows):
             cosine = l2_normalize(torch.where(missing[..., None], 0.0, rows)) @ known.mT
@@ -185,6 +199,7 @@ def match_patches(
         none = missing[..., None] | (best.values == -torch.inf)
         indices.append(torch.where(none, -1, best.indices))
         similarity.append(torch.where(none, torch.nan, best.values))
+
     return Matches(torch.cat(indices, -2), torch.cat(similarity, -2))
 
 

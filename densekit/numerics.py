@@ -50,7 +50,8 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
             in float16, in which the gradient would overflow), or if it is longer than 1e19.
 
     Returns:
-        Vectors of length one, in at least float32.
+        Vectors of length one, in at least float32. A vector with an infinite or NaN entry contains
+        a NaN afterwards.
 
     Examples:
         >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -93,7 +94,8 @@ def masked_mean(
         >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
         tensor(1.5000)
     """
-    values, valid = widened(values), fit_valid("numerics.masked_mean", valid, values.shape)
+    values = widened(values)
+    valid = fit_valid("numerics.masked_mean", valid, values.shape)
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
     total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
     total = all_sum(total, group)  # both in one message
@@ -193,4 +195,5 @@ def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tens
             f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
             f"a tensor of shape {tuple(valid.shape)} was given."
         )
+
     return valid.expand(shape)

@@ -58,7 +58,8 @@ def pool_masks(
         (centroids).
     """
     dtype = torch.promote_types(torch.promote_types(features.dtype, masks.dtype), torch.float32)
-    values, weights = features.to(dtype), masks.to(dtype)
+    values = features.to(dtype)
+    weights = masks.to(dtype)
     if valid is not None:
         values = torch.where(valid[..., None], values, 0.0)
         weights = torch.where(valid[..., None], weights, 0.0)
@@ -127,6 +128,7 @@ def roi_align(
             f"densekit.pooling.roi_align: size is {size}, sampling_ratio {sampling_ratio} and the "
             f"map {h} x {w}; give at least one bin, 0 or more points, and a map with cells."
         )
+
     valid = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     boxes = torch.where(valid[..., None], boxes, 0.0)
     pooled = pool_bins(features, boxes, bins, sampling_ratio)
@@ -173,33 +175,36 @@ def assign_levels(
             f"densekit.pooling.assign_levels: levels are {levels} and canonical_size "
             f"{canonical_size}; give lowest <= highest and a size above 0."
         )
+
     ratio = box_area(boxes).detach().sqrt() / canonical_size
     return (canonical_level + ratio.log2() + 1e-6).floor().clamp(low, high).long()
 
 
 def pool_bins(features: Tensor, boxes: Tensor, bins: Size, sampling_ratio: int) -> Tensor:
     """Compute RoIAlign as `(*batch, n, bins_y, bins_x, d)`; a reversed box gives mirrored bins."""
-    (h, w), n = features.shape[-2:], boxes.shape[-2]
+    h, w = features.shape[-2:]
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
     across = _bin_weights(x1, x2, bins[1], w, sampling_ratio).to(features.dtype)
     down = _bin_weights(y1, y2, bins[0], h, sampling_ratio).to(features.dtype)
     with full_precision(features):
         # One product pools all boxes of a map, so that the map is not repeated for each box.
         rows = across.flatten(-3, -2)[..., None, :, :] @ features.movedim(-3, -1)
-        rows = rows.unflatten(-2, (n, bins[1])).movedim(-4, -3)  # (*batch, n, h, bins_x, d)
+        rows = rows.unflatten(-2, (boxes.shape[-2], bins[1]))
+        rows = rows.movedim(-4, -3)  # (*batch, n, h, bins_x, d)
         return (down @ rows.flatten(-2)).unflatten(-1, rows.shape[-2:])
 
 
 def _bin_weights(start: Tensor, stop: Tensor, bins: int, cells: int, ratio: int) -> Tensor:
     """Compute weights `(*batch, bins, cells)` that average cells on a line over equal bins."""
-    start, extent = start[..., None, None], (stop - start)[..., None, None]
     most = ratio or math.ceil(cells / bins)
+    extent = (stop - start)[..., None, None]
     spanned = extent.detach().abs() * (cells / bins)
     count = (spanned - 1e-4).ceil().clamp(1, most)  # rounding adds no point
     count = torch.full_like(count, most) if ratio else count
+
     sample = torch.arange(most, dtype=start.dtype, device=start.device)
     bin_ = torch.arange(bins, dtype=start.dtype, device=start.device)[:, None]
-    position = start + extent * ((bin_ + (sample + 0.5) / count) / bins)
+    position = start[..., None, None] + extent * ((bin_ + (sample + 0.5) / count) / bins)
     near = (position * cells >= -0.5) & (position * cells <= cells + 0.5) & (sample < count)
     weights = torch.where(near[..., None], interpolation_weights(position, cells), 0.0)
     return weights.sum(-2) / count

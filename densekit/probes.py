@@ -105,6 +105,7 @@ def fit_linear_probe(
             f"densekit.probes.fit_linear_probe: classes is {classes} and penalty {penalty}; "
             "give at least one class and a penalty above 0."
         )
+
     labels = labels.long()
     size = block_rows(max(features.shape[1], classes))
     finite = torch.cat([x.isfinite().all(-1) for x in features.split(size)])
@@ -119,25 +120,31 @@ def fit_linear_probe(
         target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
         return torch.where(keep[:, None], target, 0.0)
 
-    mean = largest = square = features.new_zeros(features.shape[1], dtype=torch.double)
+    mean = features.new_zeros(features.shape[1], dtype=torch.double)
+    largest = torch.zeros_like(mean)
     for x, _, used in parts:
-        x = block(x, used)
-        mean = mean + x.sum(0) / rows
-        largest = torch.maximum(largest, x.abs().amax(0)) if len(x) else largest
+        kept = block(x, used)
+        mean = mean + kept.sum(0) / rows
+        largest = torch.maximum(largest, kept.abs().amax(0)) if len(x) else largest
+
+    square = torch.zeros_like(mean)
     for x, _, used in parts:
         square = square + block(x, used, mean).square().sum(0)
     deviation = (square / rows).sqrt()
     deviation = torch.where(deviation > 1e-12 * largest, deviation, torch.inf)  # ignores constants
+
     counts = features.new_zeros(classes, dtype=torch.double)
     for _, y, used in parts:
         counts = counts + one_hot(y, used).sum(0)
     prior = counts / rows
+
     gram = penalty * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     product = torch.zeros(len(mean), classes, dtype=mean.dtype, device=mean.device)
     for x, y, used in parts:
-        x = block(x, used, mean) / deviation
-        gram = gram + x.mT @ x / rows
-        product = product + x.mT @ (one_hot(y, used) - prior)
+        scaled = block(x, used, mean) / deviation
+        gram = gram + scaled.mT @ scaled / rows
+        product = product + scaled.mT @ (one_hot(y, used) - prior)
+
     weight = torch.linalg.solve(gram, product / rows) / deviation[:, None]
     return LinearProbe(weight.float(), (prior - mean @ weight).float(), prior.float())
 
@@ -212,14 +219,14 @@ def linear_segmentation(
     sampled, targets = rows(features, labels)
     probe = fit_linear_probe(sampled, targets, classes=classes, ignore=ignore, penalty=penalty)
     frequent = probe.prior.argmax()
+
     sampled, targets = rows(test_features, test_labels)
     with full_precision(sampled):
         predictions = (sampled.float() @ probe.weight + probe.bias).argmax(-1)
-    scores = (
-        mean_iou(confusion_matrix(targets, guess, classes=classes, ignore=ignore))
-        for guess in (predictions, frequent.expand_as(predictions))
-    )
-    return SegmentationScore(*scores)
+    common = frequent.expand_as(predictions)
+    counts = confusion_matrix(targets, predictions, classes=classes, ignore=ignore)
+    prior_counts = confusion_matrix(targets, common, classes=classes, ignore=ignore)
+    return SegmentationScore(mean_iou(counts), mean_iou(prior_counts))
 
 
 @typed
@@ -282,10 +289,13 @@ def train_linear_probe(
             f"densekit.probes.train_linear_probe: classes is {classes}, epochs {epochs}, batch "
             f"{batch} and there are {n} maps of {h} x {w} cells; give one or more of each."
         )
-    x, y = features.detach(), labels.long()
+    x = features.detach()
+    y = labels.long()
     y = torch.where(_counted(y, classes, ignore), y, _IGNORE)
     y, used, mean, scale = _standardize(x, y)
-    steps, step = epochs * -(-len(x) // batch), 0
+    steps = epochs * -(-len(x) // batch)
+    step = 0
+
     with _gradients(x):
         weight = x.new_zeros(x.shape[1], classes, dtype=torch.float32, requires_grad=True)
         bias = x.new_zeros(classes, dtype=torch.float32, requires_grad=True)
@@ -300,12 +310,14 @@ def train_linear_probe(
                 loss = torch.nn.functional.cross_entropy(
                     scores, y[rows], ignore_index=_IGNORE, reduction="sum"
                 )
+
                 optimizer.zero_grad()
                 (loss / counted).backward()
                 optimizer.step()
                 step += 1
         weight = weight.detach() * scale[:, :, 0]
         bias = bias.detach() - mean[:, 0, 0] @ weight
+
     counted = (y != _IGNORE).flatten()
     counts = torch.zeros(classes, dtype=torch.long, device=y.device)
     counts = counts.scatter_add(0, torch.where(counted, y.flatten(), 0), counted.long())
@@ -455,12 +467,14 @@ def segmentation_counts(
         raise ValueError(
             f"densekit.probes.segmentation_counts: {sizes} are the sizes; give one or more of each."
         )
+
     counts = []
     # One image at a time: the resized scores of all may not fit the memory.
     for x, y in zip(scores.detach(), labels, strict=True):
         best = _resize(x[None], y.shape)[0].max(0)
         guess = torch.where(best.values.isnan(), -1, best.indices)
         counts.append(confusion_matrix(y, guess, ignore=ignore, **sizes))
+
     empty = labels.new_zeros(0, *sizes.values(), dtype=torch.long)
     return torch.stack(counts) if counts else empty
 
@@ -531,9 +545,13 @@ def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         are finite `(n, 1, h, w)`; and the mean and inverse deviation `(d, 1, 1)` of those that a
         pixel with a label depends on.
     """
-    d, size = x.shape[1], y.shape[-2:]
+    d = x.shape[1]
+    size = y.shape[-2:]
     images = block_rows(max(x[0].numel(), y[0].numel()))
-    labels, finite, known = [], [], []
+    labels = []
+    finite = []
+    known = []
+
     for maps, target in zip(x.split(images), y.split(images), strict=True):
         usable = maps.isfinite().all(1, keepdim=True)
         with _gradients(x):
@@ -548,18 +566,24 @@ def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         known.append(usable & (needed > 0))
 
     count = torch.cat(known).sum().clamp(min=1)
-    total = square = largest = torch.zeros(d, dtype=torch.double, device=x.device)
+    total = torch.zeros(d, dtype=torch.double, device=x.device)
+    largest = torch.zeros_like(total)
     for maps, cells in zip(x.split(images), known, strict=True):
         flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
-        total, largest = total + flat.sum(0), torch.maximum(largest, flat.abs().amax(0))
+        total = total + flat.sum(0)
+        largest = torch.maximum(largest, flat.abs().amax(0))
+
     mean = total / count
+    square = torch.zeros_like(total)
     for maps, cells in zip(x.split(images), known, strict=True):
         flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
-        cells = cells.movedim(1, -1).flatten(0, 2)
-        square = square + torch.where(cells, flat - mean, 0.0).square().sum(0)
+        used = cells.movedim(1, -1).flatten(0, 2)
+        square = square + torch.where(used, flat - mean, 0.0).square().sum(0)
+
     deviation = (square / count).sqrt()
     scale = 1 / torch.where(deviation > 1e-12 * largest, deviation, torch.inf)
-    mean, scale = (v.float()[:, None, None] for v in (mean, scale))
+    mean = mean.float()[:, None, None]
+    scale = scale.float()[:, None, None]
     return torch.cat(labels), torch.cat(finite), mean, scale
 
 

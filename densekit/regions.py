@@ -129,13 +129,16 @@ def sample_inner_boxes(
             f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < smallest <= largest "
             "<= 1."
         )
+
     draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
-    first, last = widened(boxes[..., :2]), widened(boxes[..., 2:])
+    first = widened(boxes[..., :2])
+    last = widened(boxes[..., 2:])
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
-    low, high = (first + before).to(boxes.dtype), (last - (free - before)).to(boxes.dtype)
+    corner1 = (first + before).to(boxes.dtype)
+    corner2 = (last - (free - before)).to(boxes.dtype)
     # Rounding must not move a side outside.
-    return torch.cat([low.maximum(boxes[..., :2]), high.minimum(boxes[..., 2:])], -1)
+    return torch.cat([corner1.maximum(boxes[..., :2]), corner2.minimum(boxes[..., 2:])], -1)
 
 
 @typed
@@ -221,40 +224,54 @@ def proposal_cutout(
     boxes = widened(torch.where(usable[..., None], boxes, 0.0))
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
     cuts = torch.zeros_like(boxes)
+
     order = _large_to_small(boxes, draws, usable)
     if usable.numel() and readable(usable):
         order = order[..., : int(usable.sum(-1).max())]  # the other proposals come last
-    boxes, draws = take_rows(boxes, order), take_rows(draws, order)
+    boxes = take_rows(boxes, order)
+    draws = take_rows(draws, order)
+
     # Pixels between the same edges have the same state, so the mask consists of such cells, as long
     # as there are few: a proposal has up to four edges along each axis.
     by_pixel = 4 * boxes.shape[-2] > max(size)
+    split_axes = () if by_pixel else (0, 1)
     lines = [range(0, length + 1, 1 if by_pixel else length) for length in (size[1], size[0])]
     edges = [boxes.new_tensor(line).expand(*boxes.shape[:-2], -1) for line in lines]
     counts = (len(lines[1]) - 1, len(lines[0]) - 1)
     cells = torch.zeros(*boxes.shape[:-2], *counts, dtype=torch.bool, device=boxes.device)
-    own = []
+
+    rectangles = []
     for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
-        extent, area, rho = box[..., 2:] - box[..., :2], box_area(box), draw[..., 0]
-        across, down = (_overlap(edges[axis], box, axis) for axis in (0, 1))
+        extent = box[..., 2:] - box[..., :2]
+        area = box_area(box)
+        rho = draw[..., 0]
+        across = _overlap(edges[0], box, 0)
+        down = _overlap(edges[1], box, 1)
+
         lost = (cells.to(boxes.dtype) * down[..., :, None]).mul_(across[..., None, :])
         share = safe_divide(lost.sum((-2, -1)), area)
         restored = share > rho
+
         side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
         corner = box[..., :2] + draw[..., 1:] * (extent - side)
         some = (side > 0).all(-1)[..., None]
         cut = torch.where(some, torch.cat([corner, corner + side], -1), 0.0)
-        own.append(cut)
+        rectangles.append(cut)
+
         touched = torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], -1)
         whole = torch.cat([cut[..., :2].ceil(), cut[..., 2:].floor()], -1)
-        for axis in () if by_pixel else (0, 1):
+        for axis in split_axes:
             new = torch.cat([touched[..., axis::2], whole[..., axis::2]], -1)
             edges[axis], cells = _split(edges[axis], new, cells, axis)
-        restored = restored[..., None, None] & _inside(edges, touched)
-        cells = (cells & ~restored) | _inside(edges, whole)
-    for axis in () if by_pixel else (0, 1):
+        refilled = restored[..., None, None] & _inside(edges, touched)
+        cells = (cells & ~refilled) | _inside(edges, whole)
+
+    for axis in split_axes:
         pixels = torch.arange(size[1 - axis], device=boxes.device)
-        cells = _take(cells, (edges[axis][..., None, :] <= pixels[:, None]).sum(-1) - 1, axis)
-    own = torch.stack(own, -2) if own else boxes
+        cell = (edges[axis][..., None, :] <= pixels[:, None]).sum(-1) - 1
+        cells = _take(cells, cell, axis)
+
+    own = torch.stack(rectangles, -2) if rectangles else boxes
     return Cutout(cells, cuts.scatter(-2, order[..., None].expand_as(own), own))
 
 
@@ -297,15 +314,18 @@ def sample_surrounding_boxes(
             f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; "
             "give 0 <= smallest <= largest, and an aspect above 0."
         )
+
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     wide = widened(boxes)
     share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
     extent = wide[..., 2:] - wide[..., :2]
+
     area = extent.clamp(min=0).prod(-1) * share
     some = area > 0  # the gradient of the root is infinite at 0
     root = torch.where(some, torch.where(some, area, 1.0).sqrt(), 0.0)
     half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
+
     angle = 2 * math.pi * draws[..., 2]
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     # The distance of the centers at which the two boxes no longer overlap along one axis.
@@ -345,10 +365,14 @@ def boxes_to_mask(
     _check_size("boxes_to_mask", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
-    (y, x), inside = (torch.arange(s, device=boxes.device).to(x1) + 0.5 for s in size), []
-    for centers, first, last in ((y, y1, y2), (x, x1, x2)):
-        inside.append((centers >= first[..., None]) & (centers < last[..., None]))
-    rows, columns = (x.float() for x in (inside[0] & usable[..., None], inside[1]))
+
+    h, w = size
+    y = torch.arange(h, device=boxes.device).to(x1) + 0.5
+    x = torch.arange(w, device=boxes.device).to(x1) + 0.5
+    in_rows = (y >= y1[..., None]) & (y < y2[..., None])
+    in_columns = (x >= x1[..., None]) & (x < x2[..., None])
+    rows = (in_rows & usable[..., None]).float()
+    columns = in_columns.float()
     with full_precision(boxes):
         return rows.mT @ columns > 0  # the number of boxes that contain a pixel
 
@@ -418,15 +442,21 @@ def sample_shift(
     """
     _check_size("sample_shift", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
-    wide, away = widened(boxes), usable[..., None]
+    wide = widened(boxes)
+    used = usable[..., None]
+
     sides = wide.new_tensor([size[1], size[0]])
     # The padding gives an envelope to an image without boxes.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
-    first = torch.cat([torch.where(away, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
-    last = torch.cat([torch.where(away, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
-    low, high = (-first).ceil(), (sides - last).floor()
+    first = torch.cat([torch.where(used, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
+    last = torch.cat([torch.where(used, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
+
+    low = (-first).ceil()
+    high = (sides - last).floor()
     fits = (low <= 0) & (high >= 0) & low.isfinite() & high.isfinite()
-    low, high = torch.where(fits, low, 0.0), torch.where(fits, high, 0.0)
+    low = torch.where(fits, low, 0.0)
+    high = torch.where(fits, high, 0.0)
+
     draws = sample_uniform((*low.shape[:-1], 2), low, generator=generator)
     return (low + (draws * (high - low + 1)).floor()).minimum(high)
 
@@ -497,10 +527,11 @@ def composite(
         x = torch.arange(w, device=shift.device) - dx
         y = torch.arange(h, device=shift.device) - dy
         mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # where the foreground reaches
-        source = (
-            y.clamp(0, max(h - 1, 0))[..., :, None] * w + x.clamp(0, max(w - 1, 0))[..., None, :]
-        )
-        pixels, source = foreground.flatten(-2), source.flatten(-2)[..., None, :]
+
+        row = y.clamp(0, max(h - 1, 0))
+        column = x.clamp(0, max(w - 1, 0))
+        source = (row[..., :, None] * w + column[..., None, :]).flatten(-2)[..., None, :]
+        pixels = foreground.flatten(-2)
         foreground = pixels.gather(-1, source.expand_as(pixels)).view_as(background)
     return torch.where(mask[..., None, :, :], foreground, background)
 
@@ -516,18 +547,22 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _overlap(edges: Tensor, box: Tensor, axis: int) -> Tensor:
     """Compute the length of the overlap of a box with each interval between two edges."""
-    first, last = (box[..., i, None] for i in (axis, 2 + axis))
+    first = box[..., axis, None]
+    last = box[..., 2 + axis, None]
     return (edges[..., 1:].minimum(last) - edges[..., :-1].maximum(first)).clamp(min=0)
 
 
 def _inside(edges: list[Tensor], box: Tensor) -> Tensor:
     """Mark the cells that lie in a box whose sides are among the edges."""
-    across, down = (
-        (edges[axis][..., :-1] >= box[..., axis, None])
-        & (edges[axis][..., 1:] <= box[..., 2 + axis, None])
-        for axis in (0, 1)
-    )
+    across = _between(edges[0], box, 0)
+    down = _between(edges[1], box, 1)
     return _outer(down, across)
+
+
+def _between(edges: Tensor, box: Tensor, axis: int) -> Tensor:
+    first = box[..., axis, None]
+    last = box[..., 2 + axis, None]
+    return (edges[..., :-1] >= first) & (edges[..., 1:] <= last)
 
 
 def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -535,7 +570,8 @@ def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor
     old = edges.shape[-1]
     new = new.maximum(edges[..., :1]).minimum(edges[..., -1:])
     edges, order = torch.cat([edges, new], -1).sort(stable=True)
-    return edges, _take(cells, ((order < old).cumsum(-1) - 1).clamp(max=old - 2)[..., :-1], axis)
+    cell = ((order < old).cumsum(-1) - 1).clamp(max=old - 2)[..., :-1]
+    return edges, _take(cells, cell, axis)
 
 
 def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -546,8 +582,8 @@ def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def _large_to_small(boxes: Tensor, draws: Tensor, usable: Tensor) -> Tensor:
-    corners = (boxes[..., i] for i in (3, 2, 1, 0))
-    keys = [*draws.unbind(-1), *corners, -box_area(boxes), ~usable]
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    keys = [*draws.unbind(-1), y2, x2, y1, x1, -box_area(boxes), ~usable]
     order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
     for key in keys:  # stable sorts, by the least important key first
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))

@@ -210,9 +210,11 @@ def gridsample(
         raise ValueError(
             f"densekit.sampling.gridsample: the map is {h} x {w}; it needs at least one cell."
         )
+
     points = widened(points)
     points = torch.where(points.isnan(), 0.0, points)
-    x, y = (interpolation_weights(points[..., axis], length) for axis, length in ((0, w), (1, h)))
+    x = interpolation_weights(points[..., 0], w)
+    y = interpolation_weights(points[..., 1], h)
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
     with full_precision(features):
         return weights @ features.flatten(-2).mT

@@ -79,30 +79,25 @@ def sample_scenes(
         raise ValueError(
             f"densekit.scenes.sample_scenes: count should be 0 or more, but it is {count}."
         )
+
     if height < 1 or width < 1:
         raise ValueError(
             f"densekit.scenes.sample_scenes: size should be (height, width), each >= 1, but it "
             f"is {size}."
         )
+
     if not 0 <= objects[0] <= objects[1] <= _SLOTS:
         raise ValueError(
             "densekit.scenes.sample_scenes: objects should be (fewest, most) with "
             f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
+
     # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
     plan = _draw_plan(count, size, generator, objects)
-    device = plan.classes.device
-    images = torch.empty(count, 3, height, width, dtype=torch.float32, device=device)
-    noise = torch.empty(count, height, width, dtype=torch.float32, device=device)
+    noise = torch.empty(count, height, width, dtype=torch.float32, device=plan.classes.device)
     noise.uniform_(-0.04, 0.04, generator=generator)
-    regions = torch.empty(count, height, width, dtype=torch.long, device=device)
-    step = max(1, _CHUNK // (height * width))
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
-        part = _Plan(*(field[rows] for field in plan))
-        regions[rows], mix = _paint(part, size)
-        for channel, color in enumerate(_colors(part, regions[rows], mix)):
-            torch.add(color, noise[rows], out=images[rows, channel]).clamp_(0, 1)
+    images, regions = _render(plan, noise)
+
     labels = plan.classes.gather(1, regions.flatten(1)).view_as(regions)
     boxes, valid = _tight_boxes(regions)
     instances = regions.sub_(_GROUNDS - 1).clamp_(min=0)
@@ -125,7 +120,8 @@ def _draw_plan(
     count: int, size: Size, generator: torch.Generator | None, objects: tuple[int, int]
 ) -> _Plan:
     device = generator.device if generator is not None else torch.device("cpu")
-    short, total = min(size), _GROUNDS + _SLOTS
+    short = min(size)
+    total = _GROUNDS + _SLOTS
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         numbers = torch.empty(count, *shape, dtype=torch.float32, device=device)
@@ -140,6 +136,7 @@ def _draw_plan(
     second = (first + integers(1, stuff, 1)) % stuff  # never the same stuff on both sides
     things = integers(stuff, len(SCENE_CLASSES), _SLOTS)
     used = torch.arange(_SLOTS, device=device) < integers(objects[0], objects[1] + 1, 1)
+
     center = uniform(total, 2, low=0.08, high=0.92) * extent
     radius = uniform(total, low=0.1, high=0.275)
     # A texture has about four periods across its object, but a period has at least three pixels.
@@ -147,6 +144,7 @@ def _draw_plan(
     period[:, :_GROUNDS] = uniform(_GROUNDS, low=0.09, high=0.18)
     texture = _similarity(uniform(total), period.clamp(min=3 / short), center)
     texture[..., 2:] += uniform(total, 2, low=-0.5, high=0.5)
+
     # Each channel is on a circle, and the second color is roughly opposite the first. So both are
     # uniform in [0, 1], independent of the class, and differ in each channel by at least 0.35.
     color = uniform(total, 3)
@@ -178,8 +176,25 @@ def _similarity(turns: Tensor, unit: Tensor, center: Tensor) -> Tensor:
 
 def _axes(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the coordinates of the pixel centers, x as `(w,)` and y as `(h, 1)`."""
-    y, x = (torch.arange(n, dtype=torch.float32, device=device) + 0.5 for n in size)
+    height, width = size
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     return x / min(size), y.unsqueeze(1) / min(size)
+
+
+def _render(plan: _Plan, noise: Tensor) -> tuple[Float[Tensor, "b 3 h w"], Int[Tensor, "b h w"]]:
+    """Return the images and each pixel's visible region, a chunk of scenes at a time."""
+    count, height, width = noise.shape
+    images = noise.new_empty(count, 3, height, width)
+    regions = torch.empty(count, height, width, dtype=torch.long, device=noise.device)
+    step = max(1, _CHUNK // (height * width))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        part = _Plan(*[field[rows] for field in plan])
+        regions[rows], mix = _paint(part, (height, width))
+        for channel, color in enumerate(_colors(part, regions[rows], mix)):
+            torch.add(color, noise[rows], out=images[rows, channel]).clamp_(0, 1)
+    return images, regions
 
 
 def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor, "b h w"]]:
@@ -197,10 +212,12 @@ def _paint(plan: _Plan, size: Size) -> tuple[Int[Tensor, "b h w"], Float[Tensor,
             inside = shape(*_apply(plan.shape.flatten(0, 1)[row], x, y))
             layer *= inside.clamp_(0, 1).ceil_()
         layers.flatten(0, 1).index_copy_(0, row, layer)
+
     normal_x, normal_y, offset, swing, phase = plan.horizon[..., None, None].unbind(1)
     along = 12 * (normal_x * y - normal_y * x)
     side = normal_x * x + normal_y * y - offset + swing * torch.sin(along + phase)
     layers[:, 1] *= side > 0
+
     top = layers.amax(1)
     regions = top.floor()
     return regions.long(), 2 * (top - regions)
@@ -222,10 +239,14 @@ def _tight_boxes(
     for seen in (columns[:, _GROUNDS:], rows[:, _GROUNDS:]):
         length = seen.shape[-1]
         index = torch.arange(length, device=seen.device)
-        ends.append((length - ((length - index) * seen).amax(-1), ((index + 1) * seen).amax(-1)))
+        first = length - ((length - index) * seen).amax(-1)
+        stop = ((index + 1) * seen).amax(-1)
+        ends.append((first, stop))
+
     (left, right), (top, bottom) = ends
     valid = right > 0
-    return (torch.stack([left, top, right, bottom], -1) * valid.unsqueeze(-1)).float(), valid
+    boxes = torch.stack([left, top, right, bottom], -1) * valid.unsqueeze(-1)
+    return boxes.float(), valid
 
 
 def _colors(
@@ -237,8 +258,9 @@ def _colors(
     light = (slope_x * x + level) + slope_y * y
     owner = regions.flatten(1)
     for base, other in plan.colors.permute(3, 2, 0, 1).contiguous():
-        start, change = base.gather(1, owner), (other - base).gather(1, owner)
-        yield torch.addcmul(start.view_as(mix), change.view_as(mix), mix).mul_(light)
+        start = base.gather(1, owner).view_as(mix)
+        change = (other - base).gather(1, owner).view_as(mix)
+        yield torch.addcmul(start, change, mix).mul_(light)
 
 
 def _triangle(u: Tensor, v: Tensor) -> Tensor:
@@ -247,12 +269,14 @@ def _triangle(u: Tensor, v: Tensor) -> Tensor:
 
 def _star(u: Tensor, v: Tensor) -> Tensor:
     v = v.abs()  # the union of a triangle and its reflection
-    lean, tilt = math.sqrt(0.75) * u.abs(), 0.5 * v
+    lean = math.sqrt(0.75) * u.abs()
+    tilt = 0.5 * v
     return 0.5 - torch.minimum(torch.maximum(v, lean - tilt), lean + tilt)
 
 
 def _cross(u: Tensor, v: Tensor) -> Tensor:
-    u, v = u.abs(), v.abs()
+    u = u.abs()
+    v = v.abs()
     return torch.minimum(0.3 - torch.minimum(u, v), 0.95 - torch.maximum(u, v))
 
 
@@ -273,8 +297,9 @@ def _edge(level: Tensor) -> Tensor:
 
 def _clouds(u: Tensor, v: Tensor) -> Tensor:
     # Sines that distort each other give irregular blobs, much faster than a noise table.
-    s = torch.sin(3.1 * u + 2 * torch.sin(1.7 * v)) + torch.sin(2.7 * v + 2 * torch.sin(2.1 * u))
-    return 0.5 + 0.25 * s
+    waves = torch.sin(3.1 * u + 2 * torch.sin(1.7 * v))
+    waves = waves + torch.sin(2.7 * v + 2 * torch.sin(2.1 * u))
+    return 0.5 + 0.25 * waves
 
 
 def _bricks(u: Tensor, v: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ def typed(function: _Function) -> _Function:
     if not _ENABLED:
         return function
     signature = inspect.signature(function)
-    checked = jaxtyped(_with_checked_fields(function, signature), typechecker=beartype(conf=_CONF))
+    copy = _with_checked_fields(function, signature)
+    checked = jaxtyped(copy, typechecker=beartype(conf=_CONF))
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -102,6 +103,7 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
     )
     functools.update_wrapper(copy, function)
     copy.__kwdefaults__ = function.__kwdefaults__
+
     parameters = [
         parameter.replace(annotation=_with_fields(parameter.annotation))
         for parameter in signature.parameters.values()
@@ -120,7 +122,7 @@ def _with_fields(hint: Any) -> Any:
     if isinstance(hint, types.UnionType):
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if typing.get_origin(hint) is Sequence:
-        (item,) = map(_with_fields, typing.get_args(hint))
+        item = _with_fields(typing.get_args(hint)[0])
         return Annotated[Sequence, Is[lambda items: all(_fits(x, item) for x in items)]]
     if not _is_record(hint):
         return hint
@@ -155,6 +157,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
         return f"{where}: {reason}."
     if not isinstance(error, TypeCheckError):
         return None
+
     bound.apply_defaults()
     sizes: dict[str, Any] = {}
     with jaxtyped("context"):
@@ -183,8 +186,10 @@ def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
 def _sizes(value: Any, hint: Any) -> dict[str, Any]:
     """Return the named axes of a value that fits its hint, and their sizes."""
     if isinstance(hint, types.UnionType):
-        fitting = (member for member in typing.get_args(hint) if _fits(value, _with_fields(member)))
-        return _sizes(value, next(fitting))
+        for member in typing.get_args(hint):
+            if _fits(value, _with_fields(member)):
+                return _sizes(value, member)
+        return {}
     if _is_record(hint):
         sizes = {}
         for field, field_hint in typing.get_type_hints(hint).items():
@@ -192,13 +197,14 @@ def _sizes(value: Any, hint: Any) -> dict[str, Any]:
         return sizes
     if not _is_array(hint):
         return {}
+
     axes = hint.dim_str.split()
     shape = list(value.shape)
     for position, axis in enumerate(axes):
         if axis.startswith(("*", "...")):  # this axis stands for all that remain
             several = slice(position, position + len(shape) - (len(axes) - 1))
             shape[several] = [tuple(shape[several])]
-    named = zip((axis.lstrip("*") for axis in axes), shape, strict=True)
+    named = zip([axis.lstrip("*") for axis in axes], shape, strict=True)
     return {axis: size for axis, size in named if re.fullmatch(r"[a-zA-Z]\w*", axis)}
 
 
@@ -207,8 +213,8 @@ def _describe_sizes(sizes: dict[str, Any]) -> str:
         return ""
     texts = []
     for axis, size in sizes.items():
-        several = isinstance(size, tuple)
-        texts.append(f"{axis}=({', '.join(map(str, size))})" if several else f"{axis}={size}")
+        number = f"({', '.join(map(str, size))})" if isinstance(size, tuple) else size
+        texts.append(f"{axis}={number}")
     return f" with {', '.join(texts)}"
 
 

@@ -62,26 +62,38 @@ def propagate_labels(
             f"radius {radius} and temperature {temperature}; give 1 or more frames, a k and a "
             "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
         )
+
+    own = features.flatten(1).mT
+    known = context.movedim(1, -1).flatten(0, 2)
+    labels = context_labels.movedim(1, -1).flatten(0, 2)
+    asks = own.isfinite().all(-1)
+    usable = known.isfinite().all(-1) & labels.isfinite().all(-1)
+    cell = torch.arange(h * w, device=features.device)
+    position = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
+
+    found = []
     with full_precision(features):
-        own, known = features.flatten(1).mT, context.movedim(1, -1).flatten(0, 2)
-        labels = context_labels.movedim(1, -1).flatten(0, 2)
-        asks = own.isfinite().all(-1)
-        usable = known.isfinite().all(-1) & labels.isfinite().all(-1)
         own = l2_normalize(torch.where(asks[:, None], own, 0.0))
         known = l2_normalize(torch.where(usable[:, None], known, 0.0)).to(own)
         labels = torch.where(usable[:, None], labels, 0.0).to(own)
-        cell = torch.arange(h * w, device=features.device)
-        position = torch.stack([cell // max(w, 1), cell % max(w, 1)], -1)
-        found = []
         for rows, at in zip(own.split(chunk), position.split(chunk), strict=True):
             far = ((at[:, None] - position).abs() > radius).any(-1).repeat(1, t)
-            best = (rows @ known.mT).masked_fill(far | ~usable, -torch.inf).topk(min(k, t * h * w))
-            some = best.values[:, :1] > -torch.inf
-            weights = (torch.where(some, best.values, 0.0) / temperature).softmax(-1)
-            weights = torch.where(some, weights, 0.0)
-            found.append((weights[..., None] * labels[best.indices]).sum(1))
+            excluded = far | ~usable
+            found.append(_nearest_labels(rows, known, labels, excluded, k, temperature))
+
     shares = torch.where(asks[:, None], torch.cat(found), 0.0)
     return shares.mT.unflatten(-1, (h, w))
+
+
+def _nearest_labels(
+    rows: Tensor, known: Tensor, labels: Tensor, excluded: Tensor, k: int, temperature: float
+) -> Tensor:
+    """Average the labels of the k known cells that are nearest to each row; zeros without any."""
+    best = (rows @ known.mT).masked_fill(excluded, -torch.inf).topk(min(k, len(known)))
+    some = best.values[:, :1] > -torch.inf
+    weights = (torch.where(some, best.values, 0.0) / temperature).softmax(-1)
+    weights = torch.where(some, weights, 0.0)
+    return (weights[..., None] * labels[best.indices]).sum(1)
 
 
 @typed
@@ -128,11 +140,12 @@ def propagate_video(
             f"densekit.video.propagate_video: there are {len(features)} frames and context is "
             f"{context}; give one or more frames, and a context of 0 or more."
         )
+
+    options = {"radius": radius, "k": k, "temperature": temperature}
     labels = [widened(first)]
     for now in range(1, len(features)):
         used = sorted({0, *range(max(0, now - context), now)})
         known = torch.stack([labels[i] for i in used])
-        options = {"radius": radius, "k": k, "temperature": temperature}
         labels.append(propagate_labels(features[now], features[used], known, **options))
     return torch.stack(labels)
 
@@ -199,30 +212,35 @@ def boundary_f_measure(
         raise ValueError(
             f"densekit.video.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
         )
+
     if not masks.numel():
         return masks.new_ones(masks.shape[:-2], dtype=torch.float32)
-    reach = math.ceil(tolerance * math.hypot(*masks.shape[-2:]))
-    count = block_rows(math.prod(masks.shape[-2:]))
-    parts = zip(
-        masks.reshape(-1, *masks.shape[-2:]).split(count),
-        predictions.reshape(-1, *masks.shape[-2:]).split(count),
-        strict=True,
-    )
+
+    h, w = masks.shape[-2:]
+    reach = math.ceil(tolerance * math.hypot(h, w))
+    count = block_rows(h * w)
+    true_parts = masks.reshape(-1, h, w).split(count)
+    guess_parts = predictions.reshape(-1, h, w).split(count)
+    parts = zip(true_parts, guess_parts, strict=True)
     scores = [_boundary_f(true, guess, reach) for true, guess in parts]
     return torch.cat(scores).view(masks.shape[:-2])
 
 
 def _boundary_f(masks: Tensor, predictions: Tensor, reach: int) -> Tensor:
     """Return F of each mask; the tolerance is `reach` pixels."""
-    true, guess = _outline(masks), _outline(predictions)
-
-    def share(outline: Tensor, other: Tensor) -> Tensor:
-        length, close = outline.sum((-2, -1)), (outline & _within(other, reach)).sum((-2, -1))
-        none = (~other.any(-1).any(-1)).float()
-        return torch.where(length > 0, close.float() / length.clamp(min=1), none)
-
-    precision, recall = share(guess, true), share(true, guess)
+    true = _outline(masks)
+    guess = _outline(predictions)
+    precision = _share_within(guess, true, reach)
+    recall = _share_within(true, guess, reach)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+
+def _share_within(outline: Tensor, other: Tensor, reach: int) -> Tensor:
+    """Return the share of an outline that lies near the other one; 1 if both are empty."""
+    length = outline.sum((-2, -1))
+    close = (outline & _within(other, reach)).sum((-2, -1))
+    none = (~other.any(-1).any(-1)).float()
+    return torch.where(length > 0, close.float() / length.clamp(min=1), none)
 
 
 def _within(outline: Tensor, reach: int) -> Tensor:
@@ -236,6 +254,7 @@ def _within(outline: Tensor, reach: int) -> Tensor:
     left = column - torch.where(outline, column, -w - reach - 1).cummax(-1).values
     right = torch.where(outline, column, 2 * w + reach).flip(-1).cummin(-1).values.flip(-1) - column
     beside = torch.minimum(left, right)
+
     near = beside <= reach
     for rows in range(1, min(reach, h - 1) + 1):
         allowed = beside <= math.isqrt(reach**2 - rows**2)
@@ -247,10 +266,7 @@ def _within(outline: Tensor, reach: int) -> Tensor:
 
 def _outline(mask: Tensor) -> Tensor:
     """Mark the pixels that differ from the pixel to the right, below, or to the lower right."""
-    x = mask
-    right, below = (
-        torch.cat([x[..., 1:], x[..., -1:]], -1),
-        torch.cat([x[..., 1:, :], x[..., -1:, :]], -2),
-    )
+    right = torch.cat([mask[..., 1:], mask[..., -1:]], -1)
+    below = torch.cat([mask[..., 1:, :], mask[..., -1:, :]], -2)
     diagonal = torch.cat([below[..., 1:], below[..., -1:]], -1)
-    return (x ^ right) | (x ^ below) | (x ^ diagonal)
+    return (mask ^ right) | (mask ^ below) | (mask ^ diagonal)

@@ -186,26 +186,30 @@ def sample_views(
         )
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
-    height, width = _height_and_width(size, None if generator is None else generator.device)
+    device = None if generator is None else generator.device
+    height, width = _height_and_width(size, device)
+
     # For each view: ten areas, ten ratios, the position (x, y), the flip.
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
+
     area = (height * width)[..., None] * (scale[0] + (scale[1] - scale[0]) * draws[..., :10])
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[..., 10:20]
-    widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    widths = (area * aspect).sqrt().round()
+    heights = (area / aspect).sqrt().round()
+
     fits = (widths >= 1) & (widths <= width[..., None])
     fits &= (heights >= 1) & (heights <= height[..., None])
     first = fits.to(torch.uint8).argmax(-1, keepdim=True)
     found = fits.any(-1)
-    w = torch.where(
-        found, widths.gather(-1, first)[..., 0], (height * ratio[1]).round().clamp(1).minimum(width)
-    )
-    h = torch.where(
-        found,
-        heights.gather(-1, first)[..., 0],
-        (width / ratio[0]).round().clamp(1).minimum(height),
-    )
-    room_x, room_y = width - w, height - h
+    # The largest crop whose aspect ratio is allowed, where none of the ten fits.
+    widest = (height * ratio[1]).round().clamp(1).minimum(width)
+    highest = (width / ratio[0]).round().clamp(1).minimum(height)
+    w = torch.where(found, widths.gather(-1, first)[..., 0], widest)
+    h = torch.where(found, heights.gather(-1, first)[..., 0], highest)
+
+    room_x = width - w
+    room_y = height - h
     x = (draws[..., 20] * (room_x + 1)).floor().minimum(room_x)
     y = (draws[..., 21] * (room_y + 1)).floor().minimum(room_y)
     x = torch.where(found, x, (room_x / 2).floor())
@@ -262,18 +266,20 @@ def sample_view_pairs(
             f"densekit.views.sample_view_pairs: min_overlap is {min_overlap} and attempts "
             f"{attempts}; give an overlap in [0, 1] and at least one attempt."
         )
+
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
         size, (2, attempts, *batch), scale=scale, ratio=ratio, flip=flip, generator=generator
     )
-    view1, view2 = View(drawn.box[0], drawn.flip[0]), View(drawn.box[1], drawn.flip[1])
-    iou = box_iou(view1.box, view2.box)
+    boxes1, boxes2 = drawn.box.unbind(0)
+    flips1, flips2 = drawn.flip.unbind(0)
+    iou = box_iou(boxes1, boxes2)
     enough = iou >= min_overlap
     best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))[None]
-    take = best[..., None].expand(1, *view1.box.shape[1:])
-    view1, view2 = (
-        View(v.box.gather(0, take)[0], v.flip.gather(0, best)[0]) for v in (view1, view2)
-    )
+    take = best[..., None].expand(1, *boxes1.shape[1:])
+
+    view1 = View(boxes1.gather(0, take)[0], flips1.gather(0, best)[0])
+    view2 = View(boxes2.gather(0, take)[0], flips2.gather(0, best)[0])
     share = iou.gather(0, best)[0]
     return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
 
@@ -432,7 +438,9 @@ def boxes_in_view(
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
     enough = (share > 0) & (share >= min_share - 1e-6)  # rounding may remove this much
-    return BoxesInView(seen, share, enough if valid is None else enough & valid)
+    if valid is not None:
+        enough = enough & valid
+    return BoxesInView(seen, share, enough)
 
 
 @typed
@@ -463,12 +471,11 @@ def intersect_views(view1: View, view2: View) -> Overlap:
     """
     box = intersect_boxes(view1.box, view2.box)
     valid = boxes_valid(box)
-    box1, box2 = (
-        torch.where(
-            valid[..., None], _map_boxes(_image_to_view, v, box[..., None, :])[..., 0, :], 0.0
-        )
-        for v in (view1, view2)
-    )
+    shared = box[..., None, :]
+    box1 = _map_boxes(_image_to_view, view1, shared)[..., 0, :]
+    box2 = _map_boxes(_image_to_view, view2, shared)[..., 0, :]
+    box1 = torch.where(valid[..., None], box1, 0.0)
+    box2 = torch.where(valid[..., None], box2, 0.0)
     return Overlap(box, box1, box2, box_iou(view1.box, view2.box), valid)
 
 
@@ -499,8 +506,10 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     h, w = size
     if min(size) <= 0:
         raise ValueError(f"densekit.views.coordinate_map: size is {size}; give a positive (h, w).")
+
     dtype = torch.promote_types(view.box.dtype, torch.float32)
-    y, x = ((torch.arange(n, dtype=dtype, device=view.box.device) + 0.5) / n for n in size)
+    y = (torch.arange(h, dtype=dtype, device=view.box.device) + 0.5) / h
+    x = (torch.arange(w, dtype=dtype, device=view.box.device) + 0.5) / w
     centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(view.box.dtype)
     points = _view_to_image(view, centers.reshape(h * w, 2).expand(*view.flip.shape, h * w, 2))
     return points.unflatten(-2, (h, w))
@@ -556,15 +565,18 @@ def crop_views(
         raise ValueError(
             f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
         )
+
     cubic = interpolation == "bicubic"
     if isinstance(images, Tensor):
         if view.flip.numel() and readable(images, *view):
             single = [images[index] for index in itertools.product(*map(range, view.flip.shape))]
             return _crop_each(single, view, (out_h, out_w), cubic)
         return _crop_together(images, view, (out_h, out_w), cubic)
+
     _check_list(images, view)
     if readable(*images, *view):
         return _crop_each(images, view, (out_h, out_w), cubic)
+
     crops: list[Tensor] = [view.box.new_empty(0)] * len(images)
     for shape in {image.shape for image in images}:
         rows = [row for row, image in enumerate(images) if image.shape == shape]
@@ -622,6 +634,7 @@ def _check_list(images: Sequence[Tensor], view: View) -> None:
             f"{function}: there are {len(images)} images and views of shape "
             f"{tuple(view.flip.shape)}; give one view for each image of the list."
         )
+
     for row, image in enumerate(images):
         if not isinstance(image, Tensor):
             raise TypeError(
@@ -654,6 +667,7 @@ def _crop_together(images: Tensor, view: View, size: Size, cubic: bool) -> Tenso
     columns = _resize_matrix(x1, x2, images.shape[-1], size[1], cubic)
     columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
     rows = _resize_matrix(y1, y2, images.shape[-2], size[0], cubic)
+
     dtype = torch.promote_types(images.dtype, torch.float32)
     with full_precision(images):
         wide = images.to(dtype) @ columns.to(dtype).mT[..., None, :, :]
@@ -667,33 +681,37 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
     second derivative and none by the box, so wherever a gradient could be asked, and for all other
     boxes, the crop is a product with dense matrices, as long as the crop's sides.
     """
-    boxes, flips = _boxes_to_crop(view).reshape(-1, 4), view.flip.reshape(-1).tolist()
+    boxes = _boxes_to_crop(view).reshape(-1, 4)
+    flips = view.flip.reshape(-1).tolist()
     moved = torch.is_grad_enabled() and any(x.requires_grad for x in (*images, boxes))
     dtype = torch.promote_types(images[0].dtype, torch.float32)
+    mode = "bicubic" if cubic else "bilinear"
+
     crops: list[Tensor] = [boxes] * len(images)
     others: list[int] = []
     spans: list[tuple[slice, slice]] = []
     with full_precision(boxes):
         for row, (image, box) in enumerate(zip(images, boxes.tolist(), strict=True)):
-            x, y = (_touched(box[axis::2], image.shape[-1 - axis]) for axis in (0, 1))
+            x = _touched(box[0::2], image.shape[-1])
+            y = _touched(box[1::2], image.shape[-2])
             whole = box == [x.start, y.start, x.stop, y.stop] and box[0] < box[2]
+
             # torch repeats the first row in crops that are one pixel wide, seen in torch 2.15.
             if moved or not whole or size[1] == 1 or not len(image):
                 others.append(row)
                 spans.append((y, x))
                 continue
-            crop = torch.nn.functional.interpolate(
-                image[None, :, y, x].to(dtype),
-                size,
-                mode="bicubic" if cubic else "bilinear",
-                antialias=True,
-            )[0]
+
+            touched = image[None, :, y, x].to(dtype)
+            crop = torch.nn.functional.interpolate(touched, size, mode=mode, antialias=True)[0]
             crops[row] = crop.flip(-1) if flips[row] else crop
+
         # The matrices of some images are made in one go: few operations, and bounded memory.
         longest = max((span.stop - span.start for pair in spans for span in pair), default=0)
         some = max(1, _MATRIX_CELLS // (max(size) * longest + 1))
         for first in range(0, len(others), some):
-            group, pairs = others[first : first + some], spans[first : first + some]
+            group = others[first : first + some]
+            pairs = spans[first : first + some]
             x1, y1, x2, y2 = boxes[group].unbind(-1)
             rows = _short_matrices(y1, y2, [pair[0] for pair in pairs], size[0], cubic)
             columns = _short_matrices(x1, x2, [pair[1] for pair in pairs], size[1], cubic)
@@ -701,6 +719,7 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
                 across = across.flip(-2) if flips[row] else across
                 wide = images[row][:, y, x].to(dtype) @ across.to(dtype).mT
                 crops[row] = down.to(dtype) @ wide
+
     found = torch.stack(crops).to(images[0].dtype).contiguous()
     return found.reshape(*view.flip.shape, *found.shape[1:])
 
@@ -725,10 +744,12 @@ def _short_matrices(
     offset = torch.arange(max(lengths), dtype=start.dtype, device=start.device)
     own = offset < start.new_tensor(lengths)[:, None]
     pixel = torch.where(own, origin[:, None] + offset, start.detach().floor()[:, None] - 1)
+
     weight, total = _resize_weights(start, stop, pixel, out, cubic)
     # A sum one after the other: what follows for longer crops beside this one changes nothing.
     total = weight.cumsum(-1)[..., -1:] if cubic else total
     weight = _divided(weight, total) if cubic else safe_divide(weight, total)
+
     # Copies: the strides of a product's factors decide about its last bit.
     return [
         x[:, :length].clone(memory_format=torch.contiguous_format)
@@ -767,17 +788,21 @@ def _resize_weights(
     pixel = pixel - first[..., None]
     step = ((stop - start) / out)[..., None]
     reach = step.clamp(min=1.0)
+
     output = torch.arange(out, dtype=start.dtype, device=start.device)
     center = (start - first)[..., None] + (output + 0.5) * step - 0.5
+
     x = (pixel[..., None, :] - center[..., None]).abs() / reach[..., None]
     weight = (1 - x).clamp(min=0)
     if cubic:
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
         weight = torch.where(x < 2, weight, 0.0)
+
     touched = ((pixel >= 0) & (pixel <= last))[..., None, :]
     weight = torch.where(touched, weight, 0.0)
     if cubic:
         return weight, weight.new_zeros(())
+
     zero = torch.zeros_like(last)
     total = _ramp_sum(zero, last.minimum(center.floor()), center, reach)
     total = total + _ramp_sum(-last, zero.minimum(-center.floor() - 1), -center, reach)

@@ -952,6 +952,28 @@ def test_gradients_are_finite_differences(entry, column):
     assert getattr(torch.autograd, column)(call, leaves)
 
 
+@pytest.mark.parametrize("entry", cells("gradcheck"))
+def test_forward_mode_is_the_transpose_of_reverse_mode(entry):
+    leaves, insert = differentiable(entry, build(entry, n=2))
+    points = [x.detach() for x in leaves]
+    generator = torch.Generator().manual_seed(1)
+
+    def call(*leaves):
+        return floats(run(entry, insert(leaves)))
+
+    def random_like(tensors):
+        return [uniform(generator, *x.shape, low=-1).to(x.dtype) for x in tensors]
+
+    def inner(some, others):
+        return sum((x * y).sum() for x, y in zip(some, others, strict=True))
+
+    tangents = random_like(points)
+    _, forward = torch.func.jvp(call, tuple(points), tuple(tangents))
+    values, reverse = torch.func.vjp(call, *points)
+    cotangents = random_like(values)
+    assert_same(inner(forward, cotangents), inner(tangents, reverse(cotangents)))
+
+
 @pytest.mark.parametrize(("entry", "column"), cells(*HALVES))
 def test_half_precision_is_close_to_float32(entry, column):
     dtype = getattr(torch, column)
