@@ -120,7 +120,8 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
     Devices that autocast does not know, such as "meta", have nothing to switch off.
     """
-    if not torch.amp.is_autocast_available(x.device.type):
+    # A compiler up to torch 2.8 cannot trace the question.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
