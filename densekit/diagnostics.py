@@ -91,9 +91,9 @@ def affinity_matrix(
         ValueError: The temperature is not positive.
 
     Examples:
-        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-        tensor([[0., 1.],
-                [1., 0.]])
+        >>> affinity_matrix(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), temperature=1.0)
+        tensor([[0.2689, 0.7311],
+                [0.7311, 0.2689]])
 
     References:
         DUPR, Eq 9, Fig 9.

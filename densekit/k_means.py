@@ -67,8 +67,9 @@ def kmeans_plus_plus(
 
     Examples:
         >>> points = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
-        >>> kmeans_plus_plus(points, 2).sum()
-        tensor(10.)
+        >>> kmeans_plus_plus(points, 2).sort(0).values
+        tensor([[0., 0.],
+                [5., 5.]])
 
     References:
         Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, Sec 2.2.

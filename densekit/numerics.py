@@ -92,8 +92,8 @@ def masked_mean(
         A scalar, in at least float32.
 
     Examples:
-        >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
-        tensor(2.)
+        >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+        tensor(1.5000)
     """
     values = widened(values)
     valid = fit_valid("numerics.masked_mean", valid, values.shape)

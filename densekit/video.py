@@ -49,7 +49,7 @@ def propagate_labels(
     Examples:
         >>> maps = torch.eye(9).view(1, 9, 3, 3)
         >>> labels = torch.rand(1, 2, 3, 3)
-        >>> torch.equal(propagate_labels(maps[0], maps, labels, k=1), labels[0])
+        >>> torch.allclose(propagate_labels(maps[0], maps, labels, k=1), labels[0])
         True
 
     References:

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import torch
@@ -32,6 +33,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# A fork keeps what the tests before it left to the garbage collector. A process group among it,
+# collected in the fork, would wait for threads that are not there.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # The first backward pass of a process decides whether its forks may use autograd. A compile or an
 # export before it would register a GPU that is not there, and they might not.

@@ -1,6 +1,5 @@
 """Functions run on several gloo processes at once."""
 
-import gc
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +24,6 @@ def _child(rank, size, folder, function, args):
 
 def on_processes(size, function, *args):
     """What `function(rank, group, *args)` returns on each of `size` processes."""
-    gc.collect()  # a dead process group, collected in a fork, waits for threads that are not there
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.multiprocessing.start_processes(
