@@ -497,6 +497,9 @@ def _scale(
     """
     log_row = _log(row.detach())
     potential = torch.zeros_like(col)
+    kernel = logits  # the three of the last pass are the result
+    u = row
+    v = col
     for done in range(0, iterations, scalings):
         if done == 0:
             shifted = logits + log_row

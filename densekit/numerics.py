@@ -6,6 +6,7 @@ The functions that `__all__` does not list are helpers for the modules of densek
 import contextlib
 import operator
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch._C import _len_torch_dispatch_stack
@@ -115,7 +116,7 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, torch.inf, denominator)
 
 
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any, Literal[False] | None]:
     """Return a block in which autocast does not round to half precision, on the tensor's device.
 
     Devices that autocast does not know, such as "meta", have nothing to switch off.
