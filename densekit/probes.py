@@ -113,17 +113,17 @@ def fit_linear_probe(
     rows = keep.sum().clamp(min=1)
     parts = list(zip(features.split(size), labels.split(size), keep.split(size), strict=True))
 
-    def block(features: Tensor, keep: Tensor, mean: Tensor | float = 0.0) -> Tensor:
+    def block(features: Tensor, keep: Tensor, mean: Tensor) -> Tensor:
         return torch.where(keep[:, None], features.double() - mean, 0.0)
 
     def one_hot(labels: Tensor, keep: Tensor) -> Tensor:
         target = torch.nn.functional.one_hot(torch.where(keep, labels, 0), classes).double()
         return torch.where(keep[:, None], target, 0.0)
 
-    mean = features.new_zeros(features.shape[1], dtype=torch.double)
-    largest = torch.zeros_like(mean)
+    zero = features.new_zeros(features.shape[1], dtype=torch.double)
+    mean, largest = zero, zero
     for x, _, used in parts:
-        kept = block(x, used)
+        kept = block(x, used, zero)
         mean = mean + kept.sum(0) / rows
         largest = torch.maximum(largest, kept.abs().amax(0)) if len(x) else largest
 
