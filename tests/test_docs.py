@@ -77,7 +77,7 @@ def test_a_module_lists_what_it_defines(module):
 
 @pytest.mark.parametrize("module", INTERNAL)
 def test_what_modules_share_is_explained_and_used_by_another_one(module):
-    sources = [path.read_text() for path in ROOT.glob("densekit/*.py") if path.stem != module]
+    sources = [path.read_text() for path in project_files("densekit/*.py") if path.stem != module]
     for name in INTERNAL[module]:
         assert getattr(MODULES[module], name).__doc__
         assert any(re.search(rf"\b{name}\(", source) for source in sources)

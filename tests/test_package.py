@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from email.parser import Parser
 
+import files
 import pytest
 from files import ROOT, own_modules, project_files, tracked
 from packaging.requirements import Requirement
@@ -30,6 +31,22 @@ def canonical(name):
 def pins(name):
     lines = (ROOT / name).read_text().splitlines()
     return {canonical(line.split("==")[0]): Version(line.split("==")[1]) for line in lines}
+
+
+# ---- the files -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_a_file_is_of_the_project_if_git_tracks_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "tracked", files.tracked.__wrapped__)  # without what it has kept
+    for name in ("kept.md", "kept.log", "test.log", "gone.md"):
+        (tmp_path / name).touch()
+    assert len(project_files("*.md", "*.log")) == 4  # without git, all of them
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "kept.md", "kept.log", "gone.md"], cwd=tmp_path, check=True)
+    (tmp_path / "gone.md").unlink()
+    assert project_files("*.md", "*.log") == [tmp_path / "kept.log", tmp_path / "kept.md"]
 
 
 # ---- the wheel -------------------------------------------------------------------------------
@@ -165,7 +182,7 @@ def test_no_file_names_a_package_registry():
     hosts = re.compile(r"py[p]i\.org|python[h]osted\.org|download\.py[t]orch\.org|[n]pmjs\.org")
     if tracked() is None:
         pytest.skip("not a git checkout")
-    files = [path for path in sorted(tracked()) if path.is_file()]
-    texts = {path: path.read_bytes().decode(errors="ignore") for path in files}
+    present = [path for path in sorted(tracked()) if path.is_file()]
+    texts = {path: path.read_bytes().decode(errors="ignore") for path in present}
     assert len(texts) > 10
     assert [str(path) for path, text in texts.items() if hosts.search(text)] == []

@@ -14,11 +14,10 @@ import importlib
 import inspect
 import json
 import re
-from pathlib import Path
 
 import pytest
+from files import ROOT, project_files
 
-ROOT = Path(__file__).parents[1]
 SECTIONS = json.loads((ROOT / "docs" / "renamed.json").read_text())
 RENAMED = {old: new for section in SECTIONS.values() for old, new in section.items()}
 BEFORE = (ROOT / "tests" / "data" / "api_before_rooms.txt").read_text().splitlines()
@@ -64,7 +63,7 @@ def options(path):
 def exists(name):
     if name.startswith(("log: ", "side-car: ")):
         field = name.split(": ")[1]
-        sources = (path.read_text() for path in (ROOT / "recipes").glob("**/*.py"))
+        sources = (path.read_text() for path in project_files("recipes/**/*.py"))
         return any(re.search(rf'"{field}"|\b{field}=', source) for source in sources)
     if name.startswith("recipes/"):
         path, _, option = name.partition(" ")

@@ -17,9 +17,10 @@ import harness
 import pytest
 import test_openimages_mini
 import test_proposals
+from files import project_files
 
 FOLDER = Path(harness.__file__).parent
-COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "harness")
+COMMANDS = [path.stem for path in project_files("recipes/*.py") if path.stem != "harness"]
 MODULES = {name: importlib.import_module(name) for name in COMMANDS}
 TESTS = {name: importlib.import_module(f"test_{name}") for name in COMMANDS}
 WRONG = {name: TESTS[name].WRONG for name in COMMANDS}

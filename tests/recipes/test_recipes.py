@@ -20,6 +20,7 @@ import proposals
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
+from files import project_files
 from PIL import Image
 from safetensors.torch import load_file
 from test_croc import SMALL as CROC
@@ -393,7 +394,7 @@ def test_the_recipes_have_the_same_sections_in_the_same_order(recipe):
     assert banners == ["configuration", "views", "model", "loss", "evaluation", "loop"]
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", project_files("recipes/*.py"), ids=lambda path: path.stem)
 def test_every_file_but_the_harness_is_a_command(path):
     count = path.read_text().count('\nif __name__ == "__main__":\n')
     assert count == (0 if path.stem == "harness" else 1)
