@@ -4,6 +4,7 @@ The state of a score is a matrix of counts. Add the matrices of batches (`+`) an
 (`torch.distributed.all_reduce`), and compute the score of the sum once.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -507,10 +508,20 @@ def bootstrap(
         some_figures.append(statistic(sums.to(total.dtype)))
 
     figures = torch.cat(some_figures)
-    edges = figures.new_tensor([(1 - level) / 2, (1 + level) / 2])
     value = statistic(total)[0]
-    low, high = torch.quantile(figures, edges, dim=0)
+    low = _quantile(figures, (1 - level) / 2)
+    high = _quantile(figures, (1 + level) / 2)
     return Interval(value, low, high, figures.std(0, correction=0))
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Return `torch.quantile` along the first axis, which torch 2.8 cannot compile."""
+    ordered = values.sort(0).values
+    position = share * (len(values) - 1)
+    below = ordered[math.floor(position)]
+    above = ordered[math.ceil(position)]
+    quantile = below.lerp(above, position - math.floor(position))
+    return torch.where(values.isnan().any(0), torch.nan, quantile)
 
 
 def _summands(states: Tensor) -> Tensor:
