@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from strategies import flips, uniform
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 import densekit as dk
 from densekit import View
@@ -402,12 +401,6 @@ DRAWS = {
     "batched": "random: a batch is drawn in one go, with other numbers than one by one",
     "cuda": "random: each device has its own stream of numbers",
 }
-try:
-    with FakeTensorMode():
-        torch.quantile(torch.ones(2), 0.5)
-    QUANTILE = {}
-except DataDependentOutputException:  # up to torch 2.9 at least
-    QUANTILE = {"compile": "torch.quantile of this version reads values"}
 SYMBOLIC = {"dynamic": "random: torch.rand takes no symbolic size beside `generator=None`"}
 SIZES = {
     "gradcheck gradgradcheck": "takes whole numbers, the sizes of images",
@@ -724,7 +717,7 @@ TABLE = [
         "bootstrap",
         confusions_of_images,
         call=lambda states: dk.bootstrap(states, dk.mean_iou, draws=7),
-        without=COUNTS | SINGLE_SET | DRAWS | SYMBOLIC | QUANTILE,
+        without=COUNTS | SINGLE_SET | DRAWS | SYMBOLIC,
     ),
     row("sample_scenes", nothing, without=SCENES),
     row("probe_scenes", nothing, without=ENCODER),
