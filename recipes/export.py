@@ -378,7 +378,10 @@ def to_onnx(job: Job) -> tuple[Any, str]:
     gap = largest_difference(found, expected)
     print(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
     if not gap < 1e-4:
-        raise UserError("That is more than 1e-4: nothing was written.")
+        raise UserError(
+            "That is more than 1e-4: nothing was written. The exporter of torch "
+            f"{torch.__version__} computes something else; a newer torch may help."
+        )
 
     outputs = ", ".join(names)
     lines = f"""session = onnxruntime.InferenceSession({job.path!r})

@@ -375,6 +375,11 @@ def test_openmmlabs_backbones_compute_the_same(run, checkpoint, tmp_path, to, ar
 def test_onnxruntime_computes_the_same_of_images_of_any_size(
     run, checkpoint, architecture, normalize
 ):
+    if architecture == "tiny-vit" and torch.__version__ < "2.9":
+        # The exporter of torch 2.8 resizes the positions of a ViT in another way.
+        with pytest.raises(UserError, match="That is more than 1e-4: nothing was written"):
+            run(architecture, "onnx", ".onnx", normalize=normalize)
+        return
     facts = run(architecture, "onnx", ".onnx", normalize=normalize)
     assert facts.get("normalized_inside", False) == normalize
     draws = torch.Generator().manual_seed(0)
