@@ -93,7 +93,7 @@ import timm
 import torch
 import torchvision
 from downstream.encoders import load_encoder
-from downstream.object_sets import Objects, boxes_of, read, read_scenes
+from downstream.object_sets import Objects, boxes_of, object_classes, read, sample_set
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
@@ -167,17 +167,15 @@ def check_options(config: Config) -> None:
 def load(config: Config) -> tuple[Objects, Objects]:
     """The images with their objects, to train on and to test on."""
     if config.data is None:
-        images, content = read_scenes(config.scenes)
-        val_images = images
-        val_content = content
+        found = sample_set(config.scenes)
+        val_found = found
     else:
-        images, content = read(config.data, config.annotations)
-        val_images, val_content = read(config.data, config.val_annotations)
+        found = read(config.data, config.annotations)
+        val_found = read(config.data, config.val_annotations)
 
-    names = [category["name"] for category in content["categories"]]
-    classes = list(dict.fromkeys(names))  # each name once, in order
-    train_set = Objects(images, content, classes, config, train=True)
-    val_set = Objects(val_images, val_content, classes, config, train=False)
+    classes = object_classes(found)
+    train_set = Objects(found, classes, config, train=True)
+    val_set = Objects(val_found, classes, config, train=False)
     return train_set, val_set
 
 
