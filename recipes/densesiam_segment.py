@@ -164,15 +164,12 @@ def open_split(config: Config, split: str, list_file: Path | None) -> Any:
     if list_file is None:
         return Subset(images, range(len(images)))
 
-    index_of = {Path(name).name: index for index, name in enumerate(images.names)}
     indices = []
     for line in image_sets.read_list(list_file):
-        if not line:
-            continue
-        name = line if line in index_of else Path(line).stem  # a list may have the extensions
-        if name not in index_of:
-            raise harness.UserError(f"The list {list_file} names {name}, which {split} lacks.")
-        indices.append(index_of[name])
+        index = images.find(line)
+        if index is None:
+            raise harness.UserError(f"The list {list_file} names {line}, which {split} lacks.")
+        indices.append(index)
     if not indices:
         raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
     return Subset(images, indices)
@@ -467,11 +464,13 @@ def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tens
 
 def draw(matching: Matching, path: Path) -> None:
     """A row per example: the image, its labels and the classes found."""
-    palette = torch.rand(256, 3, generator=harness.generator(0))
+    classes = len(matching.names)
+    # The last color is that of what is ignored.
+    palette = torch.rand(max(256, classes + 1), 3, generator=harness.generator(0))
     names = matching.names.cpu()
     tiles = []
     for image, labels, found in matching.examples:
-        label_colors = palette[labels].movedim(-1, 0)
+        label_colors = palette[labels.long()].movedim(-1, 0)
         found_colors = palette[names[found]].movedim(-1, 0)
         pictures = [image / 255, label_colors, found_colors]
         tiles += [interpolate(x[None], (224, 224)) for x in pictures]

@@ -56,6 +56,7 @@ class ImageSet:
         things: How many of the classes, the first ones, a mapping calls things; 0: it does not say.
         names: The name of each image, in order.
         images: The file of each image, or the image itself, by its name.
+        labels: The file of each label map, by the name of the image; None where there is none.
     """
 
     def __init__(self, found: LabeledSet):
@@ -67,6 +68,7 @@ class ImageSet:
         self.things = found.things
         self.names = [record.name for record in found.records]
         self.images = {record.name: record.image for record in found.records}
+        self.labels = {record.name: record.label_file for record in found.records}
         self.numbers: dict[str, list[int]] | None = None  # by name, once `find` needs them
 
         self.label_type = torch.uint8
@@ -127,7 +129,7 @@ class ImageSet:
         return boxes[has_area], classes[has_area]
 
     def image_classes(self, index: int) -> Tensor | None:
-        """Which classes the image has, int8: 1 yes, 0 no, -1 only objects that are difficult."""
+        """Which classes the image has, int8: 1 yes, 0 no, -1 only crowds or difficult objects."""
         record = self.records[index]
         found = torch.zeros(len(self.classes), dtype=torch.int8)
         if record.classes is not None:
@@ -135,10 +137,8 @@ class ImageSet:
             return found
         if record.objects is None:
             return None
-        unsure = [x for x in record.objects if x.difficult]
-        sure = [x for x in record.objects if not x.difficult]
-        found[[x.number for x in unsure]] = -1
-        found[[x.number for x in sure]] = 1
+        found[[x.number for x in record.objects]] = -1
+        found[[x.number for x in record.objects if not (x.crowd or x.difficult)]] = 1
         return found
 
     def find(self, line: str) -> int | None:
