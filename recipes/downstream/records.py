@@ -32,9 +32,9 @@ class Mask(NamedTuple):
 
     def draw(self) -> np.ndarray:
         """True inside, bool (height, width)."""
-        if callable(self.shape):
-            return self.shape()
         runs = self.shape
+        if callable(runs):
+            return np.asarray(runs())
         if isinstance(self.shape, list):
             runs = coco_masks.merge(coco_masks.frPyObjects(self.shape, *self.size))
         elif isinstance(self.shape["counts"], list):

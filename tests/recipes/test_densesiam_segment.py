@@ -381,7 +381,7 @@ def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
     names = tmp_path / "list.txt"
     names.write_text("train-40-2.jpg\n\n  train-32-1\n")
     chosen = open_split(small_on(folder), "train", names)
-    assert [sample.name for sample in chosen] == ["train-40-2", "train-32-1"]
+    assert [sample.name for sample in chosen] == ["train-40-2.png", "train-32-1.png"]
     assert len(open_split(small_on(folder), "train", None)) == 16
 
 

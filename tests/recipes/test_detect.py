@@ -16,6 +16,7 @@ import torch
 import torchvision
 from detect import PRESETS, average_precision, build_detector, load
 from downstream import encoders, object_sets
+from downstream.records import LabeledObject, LabeledSet, Record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -158,7 +159,7 @@ def boxes_json(folder):
 
 def perfect(data):
     """What a detector would find that makes no mistake."""
-    rows = [x for objects in data.objects for x in objects]
+    rows = [x for objects in data.objects for x in objects if x["area"] < object_sets.IGNORED]
     keys = ("image_id", "category_id", "bbox", "segmentation")
     return [{"score": 0.9, **{k: x[k] for k in keys if k in x}} for x in rows]
 
@@ -213,14 +214,16 @@ def test_voc_is_read_as_it_was_written(devkit):
     assert train.classes == ["cat", "dog"]
     files = ["VOC2007/JPEGImages/000005.jpg", "VOC2012/JPEGImages/000005.jpg"]
     assert [x["file_name"] for x in train.infos] == files
-    assert [len(x) for x in train.objects] == [1, 1]  # the difficult cat is not trained on
+    assert [len(x) for x in train.objects] == [2, 1]  # the difficult cat is trained on
     assert train.objects[0][0]["bbox"] == [4, 6, 10, 6]
     assert detect.boxes_of(train.objects[1]).tolist() == [[0, 0, 40, 30]]  # all of the image
-    assert [x["category_id"] for y in train.objects for x in y] == [2, 1]
+    assert [x["category_id"] for y in train.objects for x in y] == [2, 1, 1]
+    _, (target, _), _ = train[[0, 1]]
+    assert target["labels"].tolist() == [2, 1]
     assert [len(val), *map(len, val.objects)] == [2, 0, 1]
     alone = replace(devkit, data=devkit.data / "VOC2007", annotations=("trainval",))
     alone = load(replace(alone, annotations=("test", "trainval"), val_annotations=("test",)))
-    assert [len(x) for x in alone[0].objects] == [0, 1, 1]
+    assert [len(x) for x in alone[0].objects] == [0, 1, 2]
 
 
 def test_a_difficult_object_is_ignored_but_not_what_lies_inside_it(devkit):
@@ -282,14 +285,16 @@ def test_an_unreadable_image_is_replaced_in_training_and_lost_in_a_test(tmp_path
 # ---- average precision -------------------------------------------------------------------------
 def content(boxes):
     """Ground truth: rows of (image, class, xyxy)."""
-    sizes = [(f"{i}", 100, 100, []) for i in range(3)]
+    of_images = [[] for _ in range(3)]
     for image, name, box in boxes:
-        sizes[image][-1].append((name, *box, {}))
-    return object_sets.in_coco_form(["a", "b", "c"], sizes)
+        of_images[image].append(LabeledObject(box, "abc".index(name)))
+    blank = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    records = [Record(f"{i}", blank, (100, 100), x) for i, x in enumerate(of_images)]
+    return LabeledSet(["a", "b", "c"], records)
 
 
 def objects(boxes):
-    return detect.Objects([], content(boxes), ["a", "b", "c"], SMALL, train=False)
+    return detect.Objects(content(boxes), ["a", "b", "c"], SMALL, train=False)
 
 
 def found(*rows):
@@ -554,17 +559,18 @@ BROKEN = SimpleNamespace(
 @pytest.mark.parametrize(
     ("content", "changes", "sentence"),
     [
-        (BROKEN.category, {}, "instances_val2017.json.* no such .*category_id': 4"),
-        (BROKEN.image, {}, "no such image .*'image_id': 8"),
-        (BROKEN.box, {}, "no box of four"),
-        (BROKEN.word, {}, "in no known form.*'a'"),
+        (BROKEN.category, {}, "val2017.json.*annotation 1 has the category_id 4, which no"),
+        (BROKEN.image, {}, "annotation 1 has the image_id 8, which no image"),
+        (BROKEN.box, {}, r"annotation 1 has the bbox \[0, 0, 9\]: four numbers"),
+        (BROKEN.word, {}, "annotation 1 has the bbox 'a': a finite number"),
         (BROKEN.bare, {"detector": "mask-rcnn-fpn"}, "mask"),
         (BROKEN.nothing, {}, "no object"),
-        (BROKEN.nan, {}, "no object"),
-        (BROKEN.keys, {}, "in no known form.*'name'"),
-        ({}, {"annotations": ("annotations/none.json",)}, "cannot be read.*none.json"),
+        (BROKEN.nan, {}, "annotation 1 has the bbox 'nan': a finite number"),
+        (BROKEN.keys, {}, "category 3 has no 'name'"),
+        ({}, {"annotations": ("annotations/none.json",)}, "none.json cannot be used.*No such file"),
+        ({}, {"annotations": ("a.json", "b.json")}, "b.json is one file too many"),
         ({}, {"annotations": ()}, "--annotations"),
-        ({}, {"annotations": ("VOC2007/train",)}, "cannot be read.*VOC2007/ImageSets/Main/train"),
+        ({}, {"annotations": ("VOC2007/train",)}, "Main/train.txt cannot be used.*No such"),
         ({}, {"data": Path("nowhere")}, "--data is nowhere"),
         ({}, {"data": None, "preset": "voc"}, "--data"),
         ({}, {"encoder": "random:tiny-vit"}, "--encoder is random:tiny-vit: give a ResNet"),
@@ -587,14 +593,14 @@ def test_other_wrong_files_are_named(devkit, tmp_path):
         load(replace(devkit, val_annotations=("VOC2007/val",)))
     for text in ("<annotation>", "<annotation></annotation>", "<annotation><size/></annotation>"):
         (tmp_path / "VOC2007/Annotations/000011.xml").write_text(text)
-        with pytest.raises(harness.UserError, match=r"000011.xml is no annotation in VOC's form"):
+        with pytest.raises(harness.UserError, match=r"000011.xml cannot be used \((no|it has|its)"):
             load(replace(devkit, val_annotations=("VOC2007/val",)))
     noise(tmp_path / "VOC2007/JPEGImages/000010.jpg", 40, 30)
     _, val = load(devkit)
     with pytest.raises(harness.UserError, match=r"000010.jpg has height, width \(40, 30\), not"):
         val[[1]]
     plain = boxes_json(tmp_path / "boxes")
-    with pytest.raises(harness.UserError, match=r"in no known form.*'test'"):
+    with pytest.raises(harness.UserError, match=r"splits.json cannot be used \(it has no 'test'\)"):
         load(replace(plain, val_annotations=("test",)))
 
 
