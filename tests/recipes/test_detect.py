@@ -193,6 +193,15 @@ def test_coco_is_read_as_it_was_written(tmp_path, capsys):
     assert empty["labels"].shape == (0,)
 
 
+def test_boxes_are_clipped_to_the_image_and_what_is_outside_is_counted(tmp_path, capsys):
+    boxes = [[-5, -5, 20, 20], [30, 20, 50, 50], [500, 500, 20, 20], [40, 0, 9, 9], [-9, 0, 9, 9]]
+    rows = [{"id": i, "image_id": 7, "category_id": 3, "bbox": x} for i, x in enumerate(boxes)]
+    train, val = load(coco(tmp_path, annotations=rows))
+    assert capsys.readouterr().out.count("3 objects are left out: their boxes have no area") == 2
+    for data in (train, val):  # the image is 40 x 30
+        assert [x["bbox"] for x in data.objects[0]] == [[0, 0, 15, 15], [30, 20, 10, 10]]
+
+
 def test_a_perfect_detector_scores_1_on_boxes_and_masks(tmp_path):
     _, val = load(replace(coco(tmp_path), detector="mask-rcnn-c4"))
     assert [ap(val, perfect(val), kind) for kind in ("bbox", "segm")] == [1.0, 1.0]
