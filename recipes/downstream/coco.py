@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from downstream.fields import FieldError, corners, flag, get, number, segmentation, short, whole
+from downstream.fields import (
+    FieldError,
+    corners,
+    flag,
+    get,
+    items,
+    number,
+    segmentation,
+    short,
+    whole,
+)
 from downstream.label_files import (
     by_stem,
     choose_file,
@@ -46,7 +56,7 @@ class Info(NamedTuple):
 
 def read_rows(rows: Any, kind: str, key: str, read: Callable[[dict], None]) -> None:
     """Read each row; a FieldError becomes a sentence that names the row by its `key`."""
-    for place, row in enumerate(rows):
+    for place, row in enumerate(items(rows, "rows")):
         try:
             read(row)
         except FieldError as error:
@@ -240,7 +250,7 @@ def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
             number_of_id = {0: IGNORED}
             crowds = set()
             own = []
-            for segment in get(row, "segments_info"):
+            for segment in items(get(row, "segments_info"), "segments_info"):
                 segment_id = whole(get(segment, "id"), "segment id", 1)
                 if segment_id in number_of_id:
                     raise FieldError(f"has the segment {segment_id} twice")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import UserError
-from downstream.fields import FieldError, flag, four, get, number, short, whole
+from downstream.fields import FieldError, flag, four, get, items, number, short, whole
 from downstream.label_files import (
     ImageFolder,
     choose,
@@ -43,7 +43,8 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "classes.json"
     content = read_small_json(path)
     with reading(path):
-        classes = distinct_names(content["labels"], range(len(content["labels"])))
+        labels = items(content["labels"], "labels")
+        classes = distinct_names(labels, range(len(labels)))
         ignored = content.get("ignore")
         table = class_table(len(classes), None if ignored is None else whole(ignored, "ignore"))
         background = find_background(classes)
@@ -53,7 +54,7 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "splits.json"
     splits = read_small_json(path)
     with reading(path):
-        names = [name for split in wanted for name in splits[split]]
+        names = [name for split in wanted for name in items(splits[split], split)]
         strange = [name for name in names if not isinstance(name, str)]
         if strange:
             raise ValueError(f"it names the image {short(strange[0])}, which is no text")
@@ -99,7 +100,7 @@ def read_boxes(
         return records
     rows = read_json(path)
     with reading(path):
-        for place, row in enumerate(rows):
+        for place, row in enumerate(items(rows, "rows")):
             name = f"the row {place}"
             try:
                 name = f"the row {short(get(row, 'id'))}"
@@ -123,7 +124,7 @@ def read_row(
         size = (whole(get(row, "h"), "h", 1), whole(get(row, "w"), "w", 1))
 
     objects = []
-    for x in get(row, "objects"):
+    for x in items(get(row, "objects"), "objects"):
         class_number = whole(get(x, "cat"), "cat")
         if class_number >= classes:
             raise FieldError(

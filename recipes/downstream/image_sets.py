@@ -86,6 +86,12 @@ class ImageSet:
     def __getitem__(self, index: int) -> Labeled:
         image = self.read_image(index)
         labels = self.draw_labels(index, image.shape[1:])
+        record = self.records[index]
+        if record.objects and record.size not in (None, tuple(image.shape[1:])):
+            raise UserError(
+                f"{record.image} is {list(image.shape[1:])} pixels, upright, but its annotation "
+                f"says {list(record.size)}: the boxes are of another image."
+            )
         boxes, box_classes = self.read_boxes(index)
         name = self.names[index]
         return Labeled(image, labels, boxes, box_classes, name, self.image_classes(index))
