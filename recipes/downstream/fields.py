@@ -46,6 +46,10 @@ def number(value: Any, key: str) -> float:
     return found
 
 
+def number_or_none(value: Any, key: str) -> float | None:
+    return None if value is None else number(value, key)
+
+
 def whole(value: Any, key: str, at_least: int = 0) -> int:
     """A whole number: 64, 64.0 or "64"."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import UserError
-from downstream.fields import FieldError, flag, four, get, items, number, short, whole
+from downstream.fields import FieldError, flag, four, get, items, number_or_none, short, whole
 from downstream.label_files import (
     ImageFolder,
     choose,
@@ -46,7 +46,9 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
         labels = items(content["labels"], "labels")
         classes = distinct_names(labels, range(len(labels)))
         ignored = content.get("ignore")
-        table = class_table(len(classes), None if ignored is None else whole(ignored, "ignore"))
+        if ignored is not None:
+            ignored = whole(ignored, "ignore")
+        table = class_table(len(classes), ignored)
         background = find_background(classes)
         if "background" in content:
             background = read_background(content["background"], len(classes))
@@ -142,7 +144,7 @@ def read_row(
                 number=class_number,
                 crowd=flag(x.get("crowd"), "crowd"),
                 difficult=flag(x.get("difficult"), "difficult"),
-                area=None if x.get("area") is None else number(x["area"], "area"),
+                area=number_or_none(x.get("area"), "area"),
             )
         )
     return image, Record("", image, size, objects)

@@ -27,9 +27,18 @@ from downstream.layouts import LAYOUTS, open_set
 from downstream.records import IGNORED, LabeledSet
 
 __all__ = [
-    "LAYOUTS", "ImageSet", "Labeled", "UnknownNameError", "Video", "open_images",
-    "open_videos", "read_frame", "read_json", "read_list", "read_mask",
-]  # fmt: skip
+    "LAYOUTS",
+    "ImageSet",
+    "Labeled",
+    "UnknownNameError",
+    "Video",
+    "open_images",
+    "open_videos",
+    "read_frame",
+    "read_json",
+    "read_list",
+    "read_mask",
+]
 
 
 class Labeled(NamedTuple):

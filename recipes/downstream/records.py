@@ -113,7 +113,10 @@ def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
     counts = Counter(names)
     found = []
     for name, mark in zip(names, marks, strict=True):
-        found.append(f"{name} ({mark})" if counts[name] > 1 else str(name))
+        text = str(name)
+        if counts[name] > 1:
+            text = f"{name} ({mark})"
+        found.append(text)
     return found
 
 

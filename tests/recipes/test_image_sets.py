@@ -919,7 +919,7 @@ def test_sizes_and_boxes_as_text_are_read(tmp_path):
     make_coco(tmp_path, [{**PERSON, "bbox": box, "iscrowd": "0", "area": "12"}])
     path = tmp_path / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
-    content["images"][0] |= {"height": f"{H}", "width": W + 0.0}
+    content["images"][0] |= {"height": f"{H}", "width": W + 0.0, "id": 7.0}
     text(path, content)
     for found in (open_images(tmp_path).records, object_sets.read(tmp_path, (path,)).records):
         assert found[0].size == (H, W)
