@@ -84,29 +84,18 @@ class Objects:
         self.seed = config.seed
         self.epoch = 0
 
-        label_of = {}
-        for number, name in enumerate(found.classes):
-            if name in classes and number not in (found.background, *found.stuff):
-                label_of[number] = classes.index(name) + 1
-
         annotations = []
         dropped = 0
         for info, record in zip(self.infos, found.records, strict=True):
             if record.objects is None:
                 raise UserError(f"The annotations say nothing of the objects in {record.name}.")
-            for x in record.objects:
-                if x.number not in label_of:  # stuff
-                    continue
-                row = coco_annotation(x, label_of[x.number], info)
-                if row is None:
-                    dropped += 1
-                    continue
-                row["id"] = len(annotations) + 1
-                if x.mask is not None and self.masks:
-                    row["segmentation"] = x.mask.coco_form()
-                annotations.append(row)
-        if self.masks and not all("segmentation" in row for row in annotations):
-            raise UserError("Some objects have no mask: take a faster-rcnn as --detector.")
+            own = [x for x in record.objects if found.classes[x.number] in classes]  # no stuff
+            in_image = [x for x in own if has_area(clip_box(x.box, info))]
+            dropped += len(own) - len(in_image)
+            for x in in_image:
+                label = classes.index(found.classes[x.number]) + 1
+                row = coco_annotation(x, label, info, with_mask=self.masks)
+                annotations.append({"id": len(annotations) + 1, **row})
         if dropped:
             print(f"{dropped} objects are left out: their boxes have no area in the image.")
 
@@ -114,11 +103,12 @@ class Objects:
         self.coco = COCO(
             {"images": self.infos, "annotations": annotations, "categories": categories}
         )
-        self.objects = []  # of each image, those to find
+        self.objects = []  # of each image, those to train on: difficult ones too
         for number in range(len(self.infos)):
             self.objects.append([x for x in self.coco.imgToAnns[number] if not x["iscrowd"]])
         self.order = [i for i, x in enumerate(self.objects) if x or not train]
-        if not any(self.objects):
+        wanted = [x for objects in self.objects for x in objects if train or x["area"] < IGNORED]
+        if not wanted:
             raise UserError("The annotations have no object to find.")
 
     def __len__(self) -> int:
@@ -172,24 +162,38 @@ def image_info(number: int, record: Record, data: Path | None) -> dict:
     return {"id": number, "file_name": name, "height": size[0], "width": size[1]}
 
 
-def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict | None:
-    """An object in COCO's form, its box clipped to the image; None where no area is left.
+def clip_box(box: tuple[float, float, float, float], info: dict) -> list[float]:
+    """The part of a box in its image, x0 y0 x1 y1."""
+    x0, y0, x1, y1 = box
+    return [max(x0, 0.0), max(y0, 0.0), min(x1, info["width"]), min(y1, info["height"])]
+
+
+def has_area(box: list[float]) -> bool:
+    x0, y0, x1, y1 = box
+    return min(x1 - x0, y1 - y0) > SMALLEST
+
+
+def coco_annotation(x: LabeledObject, label: int, info: dict, *, with_mask: bool) -> dict:
+    """An object in COCO's form, its box clipped to the image.
 
     In a test, COCO's program ignores crowds, and by their area objects that are difficult.
     """
-    x0 = max(x.box[0], 0.0)
-    y0 = max(x.box[1], 0.0)
-    width = min(x.box[2], info["width"]) - x0
-    height = min(x.box[3], info["height"]) - y0
-    if min(width, height) <= SMALLEST:
-        return None
-    return {
+    x0, y0, x1, y1 = clip_box(x.box, info)
+    area = x.area or (x1 - x0) * (y1 - y0)
+    if x.difficult:
+        area = IGNORED
+    row = {
         "image_id": info["id"],
         "category_id": label,
-        "bbox": [x0, y0, width, height],
-        "area": IGNORED if x.difficult else x.area or width * height,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": area,
         "iscrowd": int(x.crowd),
     }
+    if with_mask:
+        if x.mask is None:
+            raise UserError("Some objects have no mask: take a faster-rcnn as --detector.")
+        row["segmentation"] = x.mask.coco_form()
+    return row
 
 
 def flip_sample(image: Tensor, target: dict) -> tuple[Tensor, dict]:

@@ -608,6 +608,11 @@ def test_other_wrong_files_are_named(devkit, tmp_path):
     _, val = load(devkit)
     with pytest.raises(harness.UserError, match=r"000010.jpg has height, width \(40, 30\), not"):
         val[[1]]
+    voc(tmp_path, split="hard", image="000012", objects=[("cat", 1, 3, 3, 9, 9)])
+    train, _ = load(replace(devkit, annotations=("VOC2007/hard",)))
+    assert len(train) == 1
+    with pytest.raises(harness.UserError, match="no object to find"):  # nothing to score
+        load(replace(devkit, val_annotations=("VOC2007/hard",)))
     plain = boxes_json(tmp_path / "boxes")
     with pytest.raises(harness.UserError, match=r"splits.json cannot be used \(it has no 'test'\)"):
         load(replace(plain, val_annotations=("test",)))
