@@ -1,4 +1,4 @@
-"""Images with objects, for detection, from COCO, VOC, boxes.json or scenes.
+"""Images with objects, for detection, from COCO, VOC, Cityscapes, boxes.json or scenes.
 
 `from downstream.object_sets import Objects, read`. The layouts: docs/recipes/detect.md.
 
@@ -15,9 +15,9 @@ from faster_coco_eval import COCO
 from harness import UserError
 from torch import Tensor
 from torchvision.ops import box_convert
-from downstream import coco, folders, voc
+from downstream import cityscapes, coco, folders, voc
 from downstream.label_files import read_json, reading, upright_size
-from downstream.records import LabeledObject, LabeledSet, Record
+from downstream.records import LabeledObject, LabeledSet, Mask, Record
 from downstream.scene_sets import sample_set
 
 __all__ = ["Objects", "boxes_of", "object_classes", "read", "sample_set"]
@@ -28,7 +28,10 @@ SMALLEST = 0.01  # side of a box, in pixels: what is smaller has no area
 
 # ---- reading -------------------------------------------------------------------------------------
 def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
-    """What the annotations say: a .json file of COCO, lists of splits.json, or lists of VOC."""
+    """What the annotations say: a .json file of COCO, lists of splits.json, or lists of VOC.
+
+    Of Cityscapes they are splits, such as train.
+    """
     if not annotations:
         raise UserError("Name what to train on with --annotations, to test on: --val-annotations.")
     first = data / annotations[0]
@@ -43,6 +46,8 @@ def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
         return coco.read_instances(data, first, content)
     if (data / "boxes.json").is_file():
         return folders.read_folder(data, annotations)
+    if (data / "leftImg8bit").is_dir():
+        return cityscapes.read_instances(data, annotations)
     return voc.read_main(data, annotations)
 
 
@@ -85,6 +90,7 @@ class Objects:
         self.epoch = 0
 
         annotations = []
+        self.mask_of: dict[int, Mask] = {}  # by the id of the annotation
         dropped = 0
         for info, record in zip(self.infos, found.records, strict=True):
             if record.objects is None:
@@ -94,8 +100,16 @@ class Objects:
             dropped += len(own) - len(in_image)
             for x in in_image:
                 label = classes.index(found.classes[x.number]) + 1
-                row = coco_annotation(x, label, info, with_mask=self.masks)
-                annotations.append({"id": len(annotations) + 1, **row})
+                row = {"id": len(annotations) + 1, **coco_annotation(x, label, info)}
+                if self.masks:
+                    if x.mask is None:
+                        raise UserError(
+                            "Some objects have no mask: take a faster-rcnn as --detector."
+                        )
+                    self.mask_of[row["id"]] = x.mask
+                    if not train:  # COCO's program scores by them
+                        row["segmentation"] = x.mask.coco_form()
+                annotations.append(row)
         if dropped:
             print(f"{dropped} objects are left out: their boxes have no area in the image.")
 
@@ -148,7 +162,7 @@ class Objects:
         if self.masks and self.train:
             target["masks"] = torch.zeros(len(objects), *size, dtype=torch.uint8)
             for mask, x in zip(target["masks"], objects, strict=True):
-                mask.copy_(torch.from_numpy(self.coco.annToMask(x)))
+                mask.copy_(torch.from_numpy(self.mask_of[x["id"]].draw()))
         return target
 
 
@@ -173,7 +187,7 @@ def has_area(box: list[float]) -> bool:
     return min(x1 - x0, y1 - y0) > SMALLEST
 
 
-def coco_annotation(x: LabeledObject, label: int, info: dict, *, with_mask: bool) -> dict:
+def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict:
     """An object in COCO's form, its box clipped to the image.
 
     In a test, COCO's program ignores crowds, and by their area objects that are difficult.
@@ -182,18 +196,13 @@ def coco_annotation(x: LabeledObject, label: int, info: dict, *, with_mask: bool
     area = x.area or (x1 - x0) * (y1 - y0)
     if x.difficult:
         area = IGNORED
-    row = {
+    return {
         "image_id": info["id"],
         "category_id": label,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": area,
         "iscrowd": int(x.crowd),
     }
-    if with_mask:
-        if x.mask is None:
-            raise UserError("Some objects have no mask: take a faster-rcnn as --detector.")
-        row["segmentation"] = x.mask.coco_form()
-    return row
 
 
 def flip_sample(image: Tensor, target: dict) -> tuple[Tensor, dict]:
