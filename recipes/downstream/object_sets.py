@@ -1,4 +1,4 @@
-"""Images with objects, for detection, from COCO, VOC, Cityscapes, boxes.json or scenes.
+"""Images with objects, for detection, from COCO, VOC, boxes.json or scenes.
 
 `from downstream.object_sets import Objects, read`. The layouts: docs/recipes/detect.md.
 
@@ -15,7 +15,7 @@ from faster_coco_eval import COCO
 from harness import UserError
 from torch import Tensor
 from torchvision.ops import box_convert
-from downstream import cityscapes, coco, folders, voc
+from downstream import coco, folders, voc
 from downstream.label_files import read_json, reading, upright_size
 from downstream.records import LabeledObject, LabeledSet, Mask, Record
 from downstream.scene_sets import sample_set
@@ -28,10 +28,7 @@ SMALLEST = 0.01  # side of a box, in pixels: what is smaller has no area
 
 # ---- reading -------------------------------------------------------------------------------------
 def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
-    """What the annotations say: a .json file of COCO, lists of splits.json, or lists of VOC.
-
-    Of Cityscapes they are splits, such as train.
-    """
+    """What the annotations say: a .json file of COCO, lists of splits.json, or lists of VOC."""
     if not annotations:
         raise UserError("Name what to train on with --annotations, to test on: --val-annotations.")
     first = data / annotations[0]
@@ -46,8 +43,6 @@ def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
         return coco.read_instances(data, first, content)
     if (data / "boxes.json").is_file():
         return folders.read_folder(data, annotations)
-    if (data / "leftImg8bit").is_dir():
-        return cityscapes.read_instances(data, annotations)
     return voc.read_main(data, annotations)
 
 

@@ -601,36 +601,6 @@ def test_cityscapes_ids_become_train_ids(tmp_path):
     assert found[0].labels.flatten().tolist() == expected
 
 
-def test_cityscapes_has_objects_for_detection(tmp_path):
-    root = make_cityscapes(tmp_path)
-    ids = np.full((H, W), 7)  # road
-    ids[1:3, 2:5] = 26001  # two cars, one in two parts; a group of cars; a person; a caravan
-    ids[4, 0] = ids[5, 8] = 26002
-    ids[0, 6:], ids[3:5, 7], ids[5, 0] = 26, 24000, 29000
-    path = root / "gtFine" / "val" / "frankfurt" / "frankfurt_000000_000294_gtFine_instanceIds.png"
-    Image.fromarray(ids.astype(np.uint16)).save(path)
-    detected = object_sets.read(root, ("val",))
-    classes = object_sets.object_classes(detected)
-    assert classes == ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
-    assert detected.classes == open_images(root).classes
-    objects = detected.records[0].objects
-    found = {(x.box, detected.classes[x.number], x.crowd) for x in objects}
-    assert found == {
-        ((6, 0, 9, 1), "car", True),
-        ((7, 3, 8, 5), "person", False),
-        ((2, 1, 5, 3), "car", False),
-        ((0, 4, 9, 6), "car", False),
-    }
-    masks = [np.isin(ids, x) for x in (26, 24000, 26001, 26002)]
-    same([x.mask.draw() for x in objects], masks)
-    config = SimpleNamespace(data=root, detector="mask-rcnn-fpn", seed=0)
-    data = object_sets.Objects(detected, classes, config, train=True)
-    _, (target,), _ = data[[0]]
-    assert target["labels"].tolist() == [1, 3, 3]
-    with pytest.raises(UserError, match=r"choose one of \['val'\]"):
-        object_sets.read(root, ("train",))
-
-
 def test_scenes_depend_on_the_split_alone():
     a, b, train = open_images(None), open_images(None, "scenes"), open_images(None, split="train")
     assert a.classes == [*SCENE_CLASSES]
