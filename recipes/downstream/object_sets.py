@@ -105,7 +105,7 @@ class Objects:
                     if not train:  # COCO's program scores by them
                         row["segmentation"] = x.mask.coco_form()
                 annotations.append(row)
-        if dropped:
+        if dropped and os.environ.get("RANK", "0") == "0":
             print(f"{dropped} objects are left out: their boxes have no area in the image.")
 
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
