@@ -9,6 +9,7 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,16 @@ class Config:
     warmup: int = 100  # Steps in which the learning rate rises to its full value.
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
+    weight_decay: float = 1e-4
     sides: tuple[int, ...] = tuple(
         range(480, 801, 32)
     )  # Short sides in training; the last in tests.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
-    proposals: int = 1000  # Regions per image in a test; twice as many in training.
+    proposals: int = (
+        1000  # Regions per image that the RPN proposes; on C4 twice as many in training.
+    )
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,6 +106,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    maskrcnn_inference,
+    maskrcnn_loss,
+)
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
@@ -161,6 +171,10 @@ def check_options(config: Config) -> None:
     harness.check(
         config.proposals >= 1, f"--proposals is {config.proposals}: give 1 region or more."
     )
+    harness.check(
+        0 <= config.weight_decay < math.inf,
+        f"--weight-decay is {config.weight_decay}: give 0 or more.",
+    )
 
 
 # ==== data ========================================================================================
@@ -202,22 +216,27 @@ def build_detector(config: Config, classes: int) -> nn.Module:
     if config.detector in WITH_PYRAMID:
         parts = pyramid_parts(config, network, channels, classes + 1)
         candidates = config.proposals  # of each level, before non-maximum suppression
+        training_proposals = config.proposals
     else:
         parts = c4_parts(config, network, channels, classes + 1)
         candidates = 6 * config.proposals
+        training_proposals = 2 * config.proposals
 
     build = MaskRCNN if config.detector in WITH_MASKS else FasterRCNN
-    return build(
+    detector = build(
         min_size=config.sides,
         image_mean=encoder.mean,
         image_std=encoder.std,
         box_batch_size_per_image=config.rois,
         rpn_pre_nms_top_n_train=2 * candidates,
         rpn_pre_nms_top_n_test=candidates,
-        rpn_post_nms_top_n_train=2 * config.proposals,
+        rpn_post_nms_top_n_train=training_proposals,
         rpn_post_nms_top_n_test=config.proposals,
         **parts,
     )
+    if config.detector == "mask-rcnn-c4":
+        detector.roi_heads = share_block(detector.roi_heads, config)
+    return detector
 
 
 def pyramid_parts(
@@ -259,6 +278,78 @@ def c4_parts(
         parts["mask_head"] = fifth_block
         parts["mask_predictor"] = MaskRCNNPredictor(width, 256, outputs)
     return parts
+
+
+class SharedBlockHeads(RoIHeads):
+    """The box head and the mask head of C4, which share the fifth block.
+
+    In training the block runs once on each region, and the masks take the maps of those regions
+    that are matched to an object. A second run on these alone would have batch statistics of
+    objects only. In a test the masks are of the boxes that were found, which are other regions.
+    """
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """The detections of each image in a test, the losses in training, as in RoIHeads."""
+        if not self.training:
+            return self.detect(features, proposals, image_shapes), {}
+
+        proposals, matches, labels, box_targets = self.select_training_samples(proposals, targets)
+        maps = self.region_maps(features, proposals, image_shapes)
+        class_logits, box_codes = self.box_predictor(self.pool(maps))
+        class_loss, box_loss = fastrcnn_loss(class_logits, box_codes, labels, box_targets)
+
+        has_object = [x > 0 for x in labels]
+        mask_loss = maskrcnn_loss(
+            self.mask_predictor(maps[torch.cat(has_object)]),
+            [x[chosen] for x, chosen in zip(proposals, has_object, strict=True)],
+            [x["masks"] for x in targets],
+            [x["labels"] for x in targets],
+            [x[chosen] for x, chosen in zip(matches, has_object, strict=True)],
+        )
+        return [], {"loss_classifier": class_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+
+    def detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
+        """Boxes, labels, scores and masks of each image."""
+        maps = self.region_maps(features, proposals, image_shapes)
+        class_logits, box_codes = self.box_predictor(self.pool(maps))
+        boxes, scores, labels = self.postprocess_detections(
+            class_logits, box_codes, proposals, image_shapes
+        )
+
+        mask_logits = self.mask_predictor(self.region_maps(features, boxes, image_shapes))
+        masks = maskrcnn_inference(mask_logits, labels)
+        names = ("boxes", "scores", "labels", "masks")
+        images = zip(boxes, scores, labels, masks, strict=True)
+        return [dict(zip(names, image, strict=True)) for image in images]
+
+    def region_maps(self, features, boxes, image_shapes) -> Tensor:
+        """What the fifth block makes of each region, (regions, channels, h, w)."""
+        fifth_block = self.box_head[0]
+        return fifth_block(self.box_roi_pool(features, boxes, image_shapes))
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """What the box head does behind the fifth block, (regions, channels)."""
+        return self.box_head[1:](maps)
+
+
+def share_block(heads: RoIHeads, config: Config) -> SharedBlockHeads:
+    """The same parts in heads that run the fifth block once; the numbers are torchvision's."""
+    return SharedBlockHeads(
+        box_roi_pool=heads.box_roi_pool,
+        box_head=heads.box_head,
+        box_predictor=heads.box_predictor,
+        mask_roi_pool=heads.mask_roi_pool,
+        mask_head=heads.mask_head,
+        mask_predictor=heads.mask_predictor,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.rois,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+    )
 
 
 # ==== evaluation ==================================================================================
@@ -389,7 +480,9 @@ def train(config: Config) -> None:
         model.to(device).train()
         ddp = nn.parallel.DistributedDataParallel(model)
         # The loop sets the learning rate of each step.
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay
+        )
         step = run.resume(model, optimizer)
 
         training_batches = harness.batches(

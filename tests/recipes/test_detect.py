@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from processes import on_processes
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
 DETECTORS = ["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"]
@@ -50,6 +51,8 @@ WRONG = [
     (["--width", "0"], "--width is 0"),
     (["--rois", "0"], "--rois is 0"),
     (["--proposals", "-1"], "--proposals is -1"),
+    (["--weight-decay", "-1"], "--weight-decay is -1"),
+    (["--weight-decay", "nan"], "--weight-decay is nan"),
     (["--seed", "-1"], "--seed is -1"),
     (["--workers", "-1"], "--workers is -1"),
     (["--log-every", "0"], "--log-every is 0"),
@@ -421,6 +424,52 @@ def test_the_papers_detectors_are_what_they_say():
     fpn = build_detector(replace(coco, encoder="random:resnet18"), 80)
     assert fpn.rpn.anchor_generator.sizes == [(32,), (64,), (128,), (256,), (512,)]
     assert fpn.roi_heads.box_roi_pool.output_size == (7, 7)
+    fpn.rpn.train()
+    assert [fpn.rpn.pre_nms_top_n(), fpn.rpn.post_nms_top_n()] == [2_000, 1_000]
+    fpn.rpn.eval()
+    assert [fpn.rpn.pre_nms_top_n(), fpn.rpn.post_nms_top_n()] == [1_000, 1_000]
+
+
+def c4_batch(norm):
+    """A Mask R-CNN of C4, and images with two objects and with none."""
+    torch.manual_seed(0)
+    config = replace(SMALL, detector="mask-rcnn-c4", norm=norm, sides=(64,))
+    model = build_detector(config, 3).train()
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[0, 4:30, 3:20] = masks[1, 5:40, 5:50] = 1
+    boxes, labels = torch.tensor([[3.0, 4, 20, 30], [5, 5, 50, 40]]), torch.tensor([1, 2])
+    targets = [{"boxes": boxes[:n], "labels": labels[:n], "masks": masks[:n]} for n in (2, 0)]
+    return model, list(torch.rand(2, 3, 64, 64)), targets
+
+
+def test_the_fifth_block_runs_once_on_each_region():
+    model, images, targets = c4_batch("trained")
+    regions = []
+    fifth = model.roi_heads.mask_head
+    fifth.register_forward_hook(lambda _, given, output: regions.append(len(given[0])))
+    model(images, targets)["loss_mask"].backward()
+    assert regions == [2 * SMALL.rois]
+    # Its batch statistics are those of all regions: they were updated once.
+    norms = [x for x in fifth.modules() if isinstance(x, torch.nn.BatchNorm2d)]
+    assert {int(x.num_batches_tracked) for x in norms} == {1}
+    # The gradient of the masks reaches the block and the backbone through the shared maps.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fifth.parameters())
+    assert model.backbone[0][0].weight.grad.abs().sum() > 0
+
+
+def test_shared_maps_give_what_torchvision_gives_where_no_batch_statistics_differ():
+    model, images, targets = c4_batch("frozen")
+    outcomes = []
+    for forward in (type(model.roi_heads).forward, RoIHeads.forward):
+        model.roi_heads.forward = forward.__get__(model.roi_heads)
+        torch.manual_seed(1)  # the samples of the losses
+        terms = model.train()(images, targets)
+        gradients = torch.autograd.grad(sum(terms.values()), list(model.parameters()))
+        model.roi_heads.score_thresh = 0.0  # else a new network finds nothing
+        with torch.no_grad():
+            outcomes.append((terms, gradients, model.eval()(images)))
+    assert len(outcomes[0][2][0]["masks"]) > 0
+    torch.testing.assert_close(*outcomes)
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
