@@ -10,6 +10,7 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ import timm
 import torch
 import torchvision
 from downstream.encoders import load_encoder
-from downstream.object_sets import Objects, boxes_of, read, read_scenes
+from downstream.object_sets import IGNORED, Objects, boxes_of, read, read_scenes
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
@@ -187,12 +188,47 @@ def load(config: Config) -> tuple[Objects, Objects]:
     else:
         images, content = read(config.data, config.annotations)
         val_images, val_content = read(config.data, config.val_annotations)
+        clip_boxes(content, "train")
+        clip_boxes(val_content, "test")
+        keep_difficult(content)
 
     names = [category["name"] for category in content["categories"]]
     classes = list(dict.fromkeys(names))  # each name once, in order
     train_set = Objects(images, content, classes, config, train=True)
     val_set = Objects(val_images, val_content, classes, config, train=False)
     return train_set, val_set
+
+
+def clip_boxes(content: dict, where: str) -> None:
+    """Cut off what lies beyond the image of each box, in place; the first process counts the boxes.
+
+    `Objects` leaves out the boxes that then have no area.
+    """
+    sizes = {x["id"]: (x["height"], x["width"]) for x in content["images"]}
+    clipped = 0
+    for x in content["annotations"]:
+        height, width = sizes[x["image_id"]]
+        x0, y0, box_width, box_height = x["bbox"]
+        if not all(map(math.isfinite, x["bbox"])):
+            continue
+        x1 = min(x0 + box_width, width)
+        y1 = min(y0 + box_height, height)
+        x0 = max(x0, 0)
+        y0 = max(y0, 0)
+
+        box = [x0, y0, x1 - x0, y1 - y0]
+        # Less is the rounding of a file.
+        clipped += any(abs(a - b) > 0.01 for a, b in zip(box, x["bbox"], strict=True))
+        x["bbox"] = box
+    if clipped and os.environ.get("RANK", "0") == "0":
+        print(f"{clipped} boxes of the {where} annotations reach beyond their image: clipped.")
+
+
+def keep_difficult(content: dict) -> None:
+    """Make VOC's difficult objects plain ones, in place: they are ignored in scoring alone."""
+    for x in content["annotations"]:
+        if x.get("area") == IGNORED:
+            del x["area"]
 
 
 # ==== model =======================================================================================
@@ -288,7 +324,9 @@ class SharedBlockHeads(RoIHeads):
     objects only. In a test the masks are of the boxes that were found, which are other regions.
     """
 
-    def forward(self, features, proposals, image_shapes, targets=None):
+    mask_predictor: nn.Module
+
+    def forward(self, features, proposals, image_shapes, targets: Any = None):
         """The detections of each image in a test, the losses in training, as in RoIHeads."""
         if not self.training:
             return self.detect(features, proposals, image_shapes), {}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,21 +217,81 @@ def test_voc_is_read_as_it_was_written(devkit):
     assert train.classes == ["cat", "dog"]
     files = ["VOC2007/JPEGImages/000005.jpg", "VOC2012/JPEGImages/000005.jpg"]
     assert [x["file_name"] for x in train.infos] == files
-    assert [len(x) for x in train.objects] == [1, 1]  # the difficult cat is not trained on
-    assert train.objects[0][0]["bbox"] == [4, 6, 10, 6]
-    assert detect.boxes_of(train.objects[1]).tolist() == [[0, 0, 40, 30]]  # all of the image
-    assert [x["category_id"] for y in train.objects for x in y] == [2, 1]
+    train.train = False  # nothing is flipped
+    targets = [train[[index]][1][0] for index in (0, 1)]
+    # The difficult cat is trained on, as in Detectron2; one box covers all of its image.
+    boxes = [[[4, 6, 14, 12], [19, 0, 40, 12]], [[0, 0, 40, 30]]]
+    assert [x["boxes"].tolist() for x in targets] == boxes
+    assert [x["labels"].tolist() for x in targets] == [[2, 1], [1]]
     assert [len(val), *map(len, val.objects)] == [2, 0, 1]
     alone = replace(devkit, data=devkit.data / "VOC2007", annotations=("trainval",))
     alone = load(replace(alone, annotations=("test", "trainval"), val_annotations=("test",)))
-    assert [len(x) for x in alone[0].objects] == [0, 1, 1]
+    assert [len(x) for x in alone[0].objects] == [0, 1, 2]
 
 
 def test_a_difficult_object_is_ignored_but_not_what_lies_inside_it(devkit):
-    train, _ = load(devkit)  # to test on what is trained on
+    _, train = load(replace(devkit, val_annotations=devkit.annotations))  # tested on as well
     cat = {"image_id": 0, "category_id": 1, "score": 0.95}
     assert ap(train, [*perfect(train), {**cat, "bbox": [19, 0, 21, 12]}]) == 1
     assert ap(train, [*perfect(train), {**cat, "bbox": [20, 1, 7, 7]}]) == pytest.approx(0.75)
+
+
+def one_image(folder, boxes):
+    """COCO's form of an image of 30 x 40 pixels with these boxes, x0 y0 x1 y1."""
+    noise(folder / "images/a.jpg", 30, 40)
+    rows = [
+        {"id": k, "image_id": 1, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        for k, (x0, y0, x1, y1) in enumerate([(1, 2, 9, 8), *boxes])
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "images/a.jpg", "height": 30, "width": 40}],
+        "categories": [{"id": 1, "name": "cat"}], "annotations": rows,
+    }  # fmt: skip
+    (folder / "a.json").write_text(json.dumps(content))
+    return replace(SMALL, data=folder, annotations=("a.json",), val_annotations=("a.json",))
+
+
+edges = st.integers(-90, 90).map(lambda x: x / 2)
+
+
+@given(st.lists(st.tuples(edges, edges, edges, edges), max_size=4))
+@settings(max_examples=25)
+def test_boxes_are_clipped_to_the_image_and_those_without_area_left_out(boxes):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda text: printed.append(text))
+        train, val = load(one_image(Path(folder), boxes))
+        train.train = False  # nothing is flipped
+        ((target,), (tested,)) = train[[0]][1], val[[0]][1]
+
+    frame = torch.tensor([0, 0, 40, 30])
+    inside = [[1, 2, 9, 8]]
+    for x0, y0, x1, y1 in boxes:
+        cut = [max(x0, 0), max(y0, 0), min(x1, 40), min(y1, 30)]
+        if cut[0] < cut[2] and cut[1] < cut[3]:
+            inside.append(cut)
+    assert target["boxes"].tolist() == tested["boxes"].tolist() == inside
+    assert ap(val, perfect(val)) == 1
+    assert (target["boxes"][:, :2] >= 0).all()
+    assert (target["boxes"][:, 2:] <= frame[2:]).all()
+    # What is left out or cut off is said, once for each set.
+    if len(inside) <= len(boxes):
+        assert [text.split()[0] for text in printed if "left out" in text] == [
+            str(len(boxes) + 1 - len(inside))
+        ] * 2
+
+
+def test_a_box_beyond_the_image_changes_no_loss(tmp_path, capsys):
+    losses = []
+    for number, boxes in enumerate(([], [(4000, 3000, 5000, 4000), (-90, 5, 0, 9)])):
+        train, _ = load(one_image(tmp_path / f"{number}", boxes))
+        (image,), targets, _ = train[[0]]
+        torch.manual_seed(0)
+        model = build_detector(SMALL, 1).train()
+        torch.manual_seed(0)
+        losses.append(model([image / 255], targets))
+    torch.testing.assert_close(*losses)
+    assert "2 objects are left out" in capsys.readouterr().out
 
 
 def test_boxes_json_is_read_as_it_was_written(tmp_path):
