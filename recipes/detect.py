@@ -1,4 +1,4 @@
-"""Transfer to detection: torchvision's Faster R-CNN or Mask R-CNN from an encoder, and its AP.
+"""Transfer to detection: torchvision's Faster R-CNN, Mask R-CNN or RetinaNet, and their AP.
 
     python recipes/detect.py --encoder runs/d3ssl-demo      # the demo: minutes on a CPU
     torchrun --nproc-per-node 8 -- recipes/detect.py --preset voc --encoder ... --data VOCdevkit
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,9 @@ class Config:
     preset: Literal["demo", "voc", "coco"] = "demo"
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
     # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
-    detector: Literal["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"] = (
-        "faster-rcnn-fpn"
-    )
+    detector: Literal[
+        "faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4", "retinanet-fpn"
+    ] = "faster-rcnn-fpn"
     data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; the demo needs none.
     annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
     val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
@@ -53,6 +54,7 @@ class Config:
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 4000  # Steps between two checkpoints, each with a picture and the AP.
 
@@ -102,7 +104,8 @@ from downstream.object_sets import IGNORED, Objects, boxes_of, read, read_scenes
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torch.utils._pytree import tree_map_only
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -114,10 +117,11 @@ from torchvision.models.detection.roi_heads import (
     maskrcnn_loss,
 )
 from torchvision.ops import MultiScaleRoIAlign, box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn")
+WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet-fpn")
 WITH_MASKS = ("mask-rcnn-fpn", "mask-rcnn-c4")
 DRAWS = 1  # ends the key of what torchvision draws in a step
 
@@ -165,7 +169,7 @@ def check_options(config: Config) -> None:
     )
     harness.check(
         config.detector not in WITH_PYRAMID or len(config.anchors) == 5,
-        f"--anchors is {anchors}: give five sides, one for each level P2 to P6 of an FPN.",
+        f"--anchors is {anchors}: give five sides, one for each level of an FPN.",
     )
     harness.check(config.width >= 1, f"--width is {config.width}: give 1 channel or more.")
     harness.check(config.rois >= 1, f"--rois is {config.rois}: give 1 region or more.")
@@ -249,6 +253,11 @@ def build_detector(config: Config, classes: int) -> nn.Module:
     network.requires_grad_(True)  # load_encoder freezes it
     if config.norm == "frozen":
         network = timm.layers.freeze_batch_norm_2d(network)
+    images = {"min_size": config.sides, "image_mean": encoder.mean, "image_std": encoder.std}
+    if config.detector == "retinanet-fpn":
+        parts = one_stage_parts(config, network, channels)
+        return OneStage(num_classes=classes, **parts, **images)
+
     if config.detector in WITH_PYRAMID:
         parts = pyramid_parts(config, network, channels, classes + 1)
         candidates = config.proposals  # of each level, before non-maximum suppression
@@ -260,15 +269,13 @@ def build_detector(config: Config, classes: int) -> nn.Module:
 
     build = MaskRCNN if config.detector in WITH_MASKS else FasterRCNN
     detector = build(
-        min_size=config.sides,
-        image_mean=encoder.mean,
-        image_std=encoder.std,
         box_batch_size_per_image=config.rois,
         rpn_pre_nms_top_n_train=2 * candidates,
         rpn_pre_nms_top_n_test=candidates,
         rpn_post_nms_top_n_train=training_proposals,
         rpn_post_nms_top_n_test=config.proposals,
         **parts,
+        **images,
     )
     if config.detector == "mask-rcnn-c4":
         detector.roi_heads = share_block(detector.roi_heads, config)
@@ -280,13 +287,59 @@ def pyramid_parts(
 ) -> dict[str, Any]:
     """A feature pyramid on the levels C2 to C5; the heads are torchvision's own."""
     levels = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
-    norm_layer = nn.BatchNorm2d if config.norm == "trained" else None
     sides = [(side,) for side in config.anchors]  # P2 to P6 have one each
     return {
-        "backbone": BackboneWithFPN(network, levels, channels, config.width, norm_layer=norm_layer),
+        "backbone": BackboneWithFPN(
+            network, levels, channels, config.width, norm_layer=added_norm(config)
+        ),
         "num_classes": outputs,
         "rpn_anchor_generator": AnchorGenerator(sides, [RATIOS] * len(sides)),
     }
+
+
+def added_norm(config: Config) -> type[nn.BatchNorm2d] | None:
+    """The norm that MoCo adds to the layers of a pyramid."""
+    return nn.BatchNorm2d if config.norm == "trained" else None
+
+
+def one_stage_parts(config: Config, network: nn.Module, channels: list[int]) -> dict[str, Any]:
+    """A feature pyramid on the levels C3 to C5, with P6 and P7 made from C5."""
+    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    backbone = BackboneWithFPN(
+        network,
+        levels,
+        channels[1:],
+        config.width,
+        extra_blocks=LastLevelP6P7(channels[-1], config.width),
+        norm_layer=added_norm(config),
+    )
+    # P3 to P7 have three sides each, a third of an octave apart.
+    sides = [tuple(side * 2 ** (third / 3) for third in range(3)) for side in config.anchors]
+    return {
+        "backbone": backbone,
+        "anchor_generator": AnchorGenerator(sides, [RATIOS] * len(sides)),
+        "topk_candidates": config.proposals,  # of each level
+        "detections_per_img": 100,
+    }
+
+
+class OneStage(RetinaNet):
+    """torchvision's RetinaNet with the labels and the names of losses of the other detectors.
+
+    Its own classes count from 0, since it has none for the background.
+    """
+
+    def compute_loss(self, targets, head_outputs, anchors) -> dict[str, Tensor]:
+        from_zero = [{**target, "labels": target["labels"] - 1} for target in targets]
+        terms = super().compute_loss(from_zero, head_outputs, anchors)
+        return {
+            "loss_classifier": terms["classification"],
+            "loss_box_reg": terms["bbox_regression"],
+        }
+
+    def postprocess_detections(self, head_outputs, anchors, image_shapes) -> list[dict]:
+        detections = super().postprocess_detections(head_outputs, anchors, image_shapes)
+        return [{**found, "labels": found["labels"] + 1} for found in detections]
 
 
 def c4_parts(
@@ -299,8 +352,8 @@ def c4_parts(
 
     width = channels[3]
     # The norm after the block is MoCo's.
-    added_norm = nn.BatchNorm2d(width) if config.norm == "trained" else nn.Identity()
-    fifth_block = nn.Sequential(network.layer4, added_norm)
+    last_norm = nn.BatchNorm2d(width) if config.norm == "trained" else nn.Identity()
+    fifth_block = nn.Sequential(network.layer4, last_norm)
     roi_align = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2)
     parts = {
         "backbone": backbone,
@@ -388,6 +441,31 @@ def share_block(heads: RoIHeads, config: Config) -> SharedBlockHeads:
         nms_thresh=0.5,
         detections_per_img=100,
     )
+
+
+def compute_in_bf16(detector: Any, device_type: str) -> None:
+    """Let the networks of a detector compute in bfloat16 and return float32.
+
+    All else stays in float32: a bfloat16 tells places in an image apart by up to four pixels.
+    """
+    if isinstance(detector, RetinaNet):
+        networks = [detector.backbone, detector.head]
+    else:
+        heads = detector.roi_heads
+        networks = [detector.backbone, detector.rpn.head, heads.box_head, heads.mask_head]
+
+    for network in networks:
+        if network is not None:  # there may be no masks
+            network.forward = in_bf16(network.forward, device_type)
+
+
+def in_bf16(forward: Callable, device_type: str) -> Callable:
+    def compute(*inputs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            outputs = forward(*inputs)
+        return tree_map_only(Tensor, Tensor.float, outputs)
+
+    return compute
 
 
 # ==== evaluation ==================================================================================
@@ -515,6 +593,8 @@ def train(config: Config) -> None:
         model = build_detector(config, len(dataset.classes))
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.precision == "bf16":
+            compute_in_bf16(model, device.type)
         model.to(device).train()
         ddp = nn.parallel.DistributedDataParallel(model)
         # The loop sets the learning rate of each step.
@@ -544,8 +624,10 @@ def train(config: Config) -> None:
 
             optimizer.zero_grad()
             loss.backward()
+            # An infinite norm clips nothing; the gradient norm is only measured.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
             # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, **terms})
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 

@@ -24,7 +24,9 @@ from processes import on_processes
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou
 
-DETECTORS = ["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"]
+DETECTORS = [
+    "faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4", "retinanet-fpn"
+]  # fmt: skip
 SMALL = replace(
     PRESETS["demo"], scenes=8, steps=4, milestones=(3,), warmup=1, batch=4, sides=(48, 64),
     width=8, rois=8, proposals=10, workers=0, log_every=1, save_every=2, device="cpu",
@@ -455,7 +457,8 @@ def test_the_detectors_begin_as_the_encoder(name, norm):
         model = build_detector(replace(config, detector=kind), 3).eval()
         pixels = model.transform([images[0]])[0].tensors  # normalized as the encoder's
         if kind.endswith("fpn"):
-            for mine, level in zip(model.backbone.body(pixels).values(), levels, strict=True):
+            used = levels[1:] if kind == "retinanet-fpn" else levels
+            for mine, level in zip(model.backbone.body(pixels).values(), used, strict=True):
                 torch.testing.assert_close(mine, level, rtol=1e-5, atol=1e-5)
             continue
         maps = model.backbone(pixels)
@@ -489,6 +492,69 @@ def test_the_papers_detectors_are_what_they_say():
     assert [fpn.rpn.pre_nms_top_n(), fpn.rpn.post_nms_top_n()] == [2_000, 1_000]
     fpn.rpn.eval()
     assert [fpn.rpn.pre_nms_top_n(), fpn.rpn.post_nms_top_n()] == [1_000, 1_000]
+
+
+def test_retinanet_is_the_papers():
+    config = replace(PRESETS["coco"], detector="retinanet-fpn", encoder="random:resnet18")
+    model = build_detector(config, 80)
+    first, *_, last = model.anchor_generator.sizes
+    assert first == pytest.approx((32, 40.3, 50.8), abs=0.1)
+    assert last == pytest.approx((512, 645.1, 812.7), abs=0.1)
+    assert model.head.classification_head.cls_logits.out_channels == 9 * 80
+    assert (model.topk_candidates, model.detections_per_img) == (1000, 100)
+    levels = model.backbone(torch.zeros(1, 3, 128, 128))
+    assert [x.shape[-1] for x in levels.values()] == [16, 8, 4, 2, 1]  # strides 8 to 128
+    assert model.backbone.fpn.extra_blocks.p6.in_channels == 512  # P6 is made from C5
+
+
+def test_retinanet_counts_the_classes_of_objects_alone():
+    """Its losses and its labels are those of torchvision's, whose classes count from 0."""
+    torch.manual_seed(0)
+    model = build_detector(replace(SMALL, detector="retinanet-fpn", sides=(64,), norm="frozen"), 3)
+    boxes = torch.tensor([[3.0, 4, 20, 30], [5, 5, 50, 40]])
+    images = [torch.rand(3, 64, 64)]
+    ours = model.train()(images, [{"boxes": boxes, "labels": torch.tensor([1, 3])}])
+    model.eval().score_thresh = 0.0
+    with torch.no_grad():
+        (found,) = model(images)
+    assert set(found["labels"].tolist()) == {1, 2, 3}
+
+    model.__class__ = torchvision.models.detection.RetinaNet
+    torch.manual_seed(0)
+    theirs = model.train()(images, [{"boxes": boxes, "labels": torch.tensor([0, 2])}])
+    torch.testing.assert_close(list(ours.values()), list(theirs.values()))
+    with torch.no_grad():
+        (same,) = model.eval()(images)
+    assert torch.equal(found["labels"], same["labels"] + 1)
+    assert torch.equal(found["boxes"], same["boxes"])
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_bf16_changes_no_place(kind):
+    """Networks compute in bfloat16, and all that reaches the boxes is float32."""
+    torch.manual_seed(0)
+    config = replace(SMALL, detector=kind, norm="frozen", sides=(64,))
+    model = build_detector(config, 3).train()
+    boxes, labels = torch.tensor([[3.0, 4, 20, 30], [5, 5, 50, 40]]), torch.tensor([1, 3])
+    masks = torch.ones(2, 64, 64, dtype=torch.uint8)
+    targets = [{"boxes": boxes, "labels": labels, "masks": masks}]
+    images = [torch.rand(3, 64, 64)]
+
+    def losses():
+        torch.manual_seed(1)  # the samples of the losses
+        return {name: float(x.detach()) for name, x in model(images, targets).items()}
+
+    plain = losses()
+    detect.compute_in_bf16(model, "cpu")
+    kinds = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and name.startswith("backbone"):
+            module.register_forward_hook(lambda *x: kinds.add(x[2].dtype))
+    assert losses() == pytest.approx(plain, rel=0.05, abs=0.01)
+    assert kinds == {torch.bfloat16}
+    assert {x.dtype for x in model.state_dict().values()} <= {torch.float32, torch.int64}
+    found = model.eval()(images)[0]
+    assert found["boxes"].dtype == torch.float32
 
 
 def c4_batch(norm):
