@@ -40,6 +40,7 @@ class Config:
     weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Class weights of L_seg.
     region: float = 0.1  # Weight of L_region.
     region_start: float = 0.8  # Share of the training after which L_region begins.
+    sim: float = 0.0  # Weight of L_sim, SimSiam's loss on whole views; the paper goes without.
     image: int = 640  # Side in pixels to which the center square of an image is resized first.
     size: int = 320  # Side of both views, and the short side of the scored images, in pixels.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
@@ -150,6 +151,7 @@ def check_options(config: Config) -> None:
         0 <= config.region_start <= 1,
         f"--region-start is {config.region_start}: give a share from 0 to 1.",
     )
+    harness.check(0 <= config.sim < math.inf, f"--sim is {config.sim}: give a weight of 0 or more.")
     harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
@@ -305,32 +307,35 @@ class TwoViews:
 
 # ==== model =======================================================================================
 WIDTH = 128  # Channels of the pyramid, and hidden channels of the heads (Sec 4).
+SIM_WIDTH = 512  # Channels of the heads of L_sim, in the authors' code.
 
 
 conv1x1 = partial(nn.Conv2d, kernel_size=1)
 
 
-def build_projector(layer, norm, outputs: int, *, bias: bool) -> nn.Sequential:
+def build_projector(
+    layer, norm, inputs: int, hidden: int, outputs: int, *, bias: bool = False
+) -> nn.Sequential:
     """Three layers. The last normalization has no affine parameters and no ReLU after it."""
     return nn.Sequential(
-        layer(WIDTH, WIDTH, bias=False),
-        norm(WIDTH),
+        layer(inputs, hidden, bias=False),
+        norm(hidden),
         nn.ReLU(inplace=True),
-        layer(WIDTH, WIDTH, bias=False),
-        norm(WIDTH),
+        layer(hidden, hidden, bias=False),
+        norm(hidden),
         nn.ReLU(inplace=True),
-        layer(WIDTH, outputs, bias=bias),
+        layer(hidden, outputs, bias=bias),
         norm(outputs, affine=False),
     )
 
 
-def build_predictor(layer, norm, width: int) -> nn.Sequential:
+def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
     """Two layers, from a projection to a prediction of the other view's projection."""
     return nn.Sequential(
-        layer(width, WIDTH, bias=False),
-        norm(WIDTH),
+        layer(width, hidden, bias=False),
+        norm(hidden),
         nn.ReLU(inplace=True),
-        layer(WIDTH, width),
+        layer(hidden, width),
     )
 
 
@@ -381,19 +386,23 @@ class Segmenter(nn.Module):
         self.encoder = encoder.train().requires_grad_()  # load_encoder freezes it
         self.laterals = nn.ModuleList(conv1x1(x.shape[1], WIDTH) for x in levels)
 
+        # Of these heads, `dense` and `aux` act on pixels, `region` and `sim` on rows of features.
         self.projectors = nn.ModuleDict()
         self.predictors = nn.ModuleDict()
-        # Each head that labels pixels has a number of pseudo-classes.
-        pixel_heads = {"dense": classes}
+        pixels = (conv1x1, nn.BatchNorm2d)
+        rows = (nn.Linear, nn.BatchNorm1d)
+        self.projectors["dense"] = build_projector(*pixels, WIDTH, WIDTH, classes, bias=True)
+        self.predictors["dense"] = build_predictor(*pixels, classes, WIDTH)
         if config.aux:
-            pixel_heads["aux"] = config.aux
-        for head, count in pixel_heads.items():
-            self.projectors[head] = build_projector(conv1x1, nn.BatchNorm2d, count, bias=True)
-            self.predictors[head] = build_predictor(conv1x1, nn.BatchNorm2d, count)
+            self.projectors["aux"] = build_projector(*pixels, WIDTH, WIDTH, config.aux, bias=True)
+            self.predictors["aux"] = build_predictor(*pixels, config.aux, WIDTH)
         if config.region:
-            linear = nn.Linear
-            self.projectors["region"] = build_projector(linear, nn.BatchNorm1d, WIDTH, bias=False)
-            self.predictors["region"] = build_predictor(linear, nn.BatchNorm1d, WIDTH)
+            self.projectors["region"] = build_projector(*rows, WIDTH, WIDTH, WIDTH)
+            self.predictors["region"] = build_predictor(*rows, WIDTH, WIDTH)
+        if config.sim:
+            channels = levels[-1].shape[1]
+            self.projectors["sim"] = build_projector(*rows, channels, SIM_WIDTH, SIM_WIDTH)
+            self.predictors["sim"] = build_predictor(*rows, SIM_WIDTH, SIM_WIDTH)
 
         self.share = 1.0  # the weight of L_dense
         if config.aux:
@@ -403,7 +412,10 @@ class Segmenter(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The finest map of the pyramid, (b, 128, h, w)."""
-        levels = self.encoder.levels(images)
+        return self.pyramid(self.encoder.levels(images))
+
+    def pyramid(self, levels: list[Tensor]) -> Tensor:
+        """The finest map of the pyramid on the levels C2 to C5."""
         maps = [lateral(x) for lateral, x in zip(self.laterals, levels, strict=True)]
         pyramid = maps[-1]
         for finer in reversed(maps[:-1]):
@@ -419,8 +431,9 @@ class Segmenter(nn.Module):
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], view: dk.View, with_region: bool):
         """The total loss (Eq 8), and the terms that are logged; `with_region` adds L_region."""
-        near = self.features(images[0])
-        whole = self.features(images[1])
+        levels = [self.encoder.levels(x) for x in images]
+        near = self.pyramid(levels[0])
+        whole = self.pyramid(levels[1])
         maps = [near, replay(whole, view)]  # the cells of both lie at the same places
 
         terms = {}
@@ -436,6 +449,9 @@ class Segmenter(nn.Module):
         if with_region:
             terms["region"] = self.region_loss(maps, logits)
             loss = loss + self.config.region * terms["region"]
+        if self.config.sim:
+            terms["sim"] = self.global_loss([x[-1] for x in levels])
+            loss = loss + self.config.sim * terms["sim"]
         return loss, terms
 
     def dense_loss(self, head: str, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -446,6 +462,12 @@ class Segmenter(nn.Module):
         predictions = [x.flatten(2).mT for x in predicted_maps]
         loss = dk.symmetric_loss(dk.cross_entropy_similarity, predictions, projections)
         return loss, projections
+
+    def global_loss(self, maps: list[Tensor]) -> Tensor:
+        """SimSiam: negative cosine of the pooled C5 of the whole views."""
+        projections = [self.projectors["sim"](x.mean((-2, -1))) for x in maps]
+        predictions = [self.predictors["sim"](x) for x in projections]
+        return dk.symmetric_loss(dk.negative_cosine, predictions, projections)
 
     def region_loss(self, maps: list[Tensor], logits: list[Tensor]) -> Tensor:
         """InfoNCE of the soft regions of an image, whose masks are the softmax of `logits`."""

@@ -54,6 +54,8 @@ WRONG = [
     (["--segment", "nan"], "--segment is nan"),
     (["--region", "-0.1"], "--region is -0.1"),
     (["--region", "nan"], "--region is nan"),
+    (["--sim", "-1"], "--sim is -1"),
+    (["--sim", "nan"], "--sim is nan"),
     (["--region-start", "1.5"], "--region-start is 1.5"),
     (["--region-start", "nan"], "--region-start is nan"),
     (["--image", "0"], "--image is 0"),
@@ -208,6 +210,13 @@ def slow_loss(model, images, view, with_region):
                 losses.append((logits.exp().sum(1).log() - logits.diagonal()).mean())
         terms["region"] = sum(losses) / len(losses)
         loss = loss + config.region * terms["region"]
+    if config.sim:
+        pooled = [model.encoder(x).flatten(2).mean(2) for x in images]
+        z = [model.projectors["sim"](x) for x in pooled]
+        p = [normalize(model.predictors["sim"](x)) for x in z]
+        z = [normalize(x).detach() for x in z]
+        terms["sim"] = -((p[0] * z[1]).sum(1).mean() + (p[1] * z[0]).sum(1).mean()) / 2
+        loss = loss + config.sim * terms["sim"]
     return loss, terms
 
 
@@ -234,6 +243,7 @@ TABLE_5 = [  # PixSim, the auxiliary head, L_seg and RegionSim are added one aft
         ({}, False),
         ({"weighting": "balanced", "segment": 0.3}, False),
         ({"weighting": "plain", "aux": 0, "region": 2.0}, True),
+        ({"sim": 0.7}, True),
     ],
     ids=str,
 )
@@ -309,6 +319,7 @@ def test_projectors_have_three_layers_and_predictors_two(head, kind, outputs, bi
     assert layers(model.projectors[head]) == [*hidden, *hidden, *last]
     first = [(kind, outputs, 128, False), ("norm", 128, True), "relu"]
     assert layers(model.predictors[head]) == [*first, (kind, 128, outputs, True)]
+    assert "sim" not in model.projectors  # off by default
 
 
 def test_a_term_with_weight_0_has_no_head_and_no_row_in_the_log(tmp_path, folder):
