@@ -10,6 +10,7 @@ images, deviations from the paper (ECCV 2022), time and results: docs/recipes/de
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,15 +175,12 @@ def open_split(config: Config, split: str, list_file: Path | None) -> Any:
     if list_file is None:
         return Subset(images, range(len(images)))
 
-    index_of = {Path(name).name: index for index, name in enumerate(images.names)}
     indices = []
     for line in image_sets.read_list(list_file):
-        if not line:
-            continue
-        name = line if line in index_of else Path(line).stem  # a list may have the extensions
-        if name not in index_of:
-            raise harness.UserError(f"The list {list_file} names {name}, which {split} lacks.")
-        indices.append(index_of[name])
+        index = images.find(line)
+        if index is None:
+            raise harness.UserError(f"The list {list_file} names {line}, which {split} lacks.")
+        indices.append(index)
     if not indices:
         raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
     return Subset(images, indices)
@@ -191,40 +189,27 @@ def open_split(config: Config, split: str, list_file: Path | None) -> Any:
 def open_training(config: Config) -> Any:
     """The images to train on, as a source for `harness.read_batch`; their labels are not read."""
     split = open_split(config, config.train_split, config.train_list)
-    images = [split.dataset.images[split.dataset.names[index]] for index in split.indices]
+    names = [split.dataset.names[index] for index in split.indices]
+    images = [split.dataset.images[name] for name in names]
     if config.data is None:  # procedural scenes
         return [(image, ()) for image in images]
-    names = [path.relative_to(config.data) for path in images]
-    return harness.FolderImages(config.data, names)
+    files = [os.path.relpath(image, config.data) for image in images]
+    return harness.FolderImages(config.data, files)
 
 
-def read_labeled(images: Any, index: int) -> tuple[image_sets.Labeled | None, str]:
+def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str]:
     """A labeled image; where its file cannot be read, None and "path: reason"."""
     try:
-        return images[index], ""
+        return split[index], ""
     except harness.UserError:
-        name = images.dataset.names[images.indices[index]]
-        path = images.dataset.images[name]
+        name = split.dataset.names[split.indices[index]]
+        path = split.dataset.images[name]
         try:
             harness.read_image(path)
         except Exception as error:  # broken bytes raise nearly anything
             reason = str(error) or type(error).__name__
             return None, " ".join(f"{path}: {reason}".split())
         raise  # the label map is wrong
-
-
-def read_things(mapping: Path | None, classes: int) -> int:
-    """How many of the classes of a mapping, the first ones, are things; 0: it does not say."""
-    if mapping is None:
-        return 0
-    things = image_sets.read_json(mapping).get("things", 0)
-    whole = isinstance(things, int) and not isinstance(things, bool)
-    harness.check(
-        whole and 0 <= things <= classes,
-        f"{mapping} has things {things!r}: give a whole number from 0 to {classes}, the number of "
-        "its classes.",
-    )
-    return things
 
 
 # ==== views =======================================================================================
@@ -487,13 +472,14 @@ class Segmenter(nn.Module):
 
 
 # ==== evaluation ==================================================================================
-def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: int) -> None:
+def evaluate(model: Segmenter, val: Any, run: harness.Run, step: int) -> None:
     """Name and score the pseudo-classes, log the scores and save a picture.
 
-    The first `things` classes are things and the others stuff. Each group is scored alone, unless
-    one of them is empty.
+    Of a mapping the first classes are things and the others stuff. Each group is scored alone,
+    unless one of them is empty.
     """
     classes = len(model.names)
+    things = val.dataset.things
     model.eval()
     matching = match(val, model.segment, classes, run)
     model.names.copy_(matching.names)
@@ -581,11 +567,13 @@ def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tens
 
 def draw(matching: Matching, path: Path) -> None:
     """A row per example: the image, its labels and the classes found."""
-    palette = torch.rand(256, 3, generator=harness.generator(0))
+    classes = len(matching.names)
+    # The last color is that of what is ignored.
+    palette = torch.rand(max(256, classes + 1), 3, generator=harness.generator(0))
     names = matching.names.cpu()
     tiles = []
     for image, labels, found in matching.examples:
-        label_colors = palette[labels].movedim(-1, 0)
+        label_colors = palette[labels.long()].movedim(-1, 0)
         found_colors = palette[names[found]].movedim(-1, 0)
         pictures = [image / 255, label_colors, found_colors]
         tiles += [interpolate(x[None], (224, 224)) for x in pictures]
@@ -602,7 +590,6 @@ def train(config: Config) -> None:
         dataset = TwoViews(source, config)
         val = open_split(config, config.val_split, config.val_list)
         classes = val.dataset.classes
-        things = read_things(config.mapping, len(classes))
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
         lr = config.lr * config.batch / 256
 
@@ -620,7 +607,7 @@ def train(config: Config) -> None:
         )
         step = run.resume(model, optimizer)
         if step == 0:
-            evaluate(model, val, things, run, step)
+            evaluate(model, val, run, step)
 
         training_batches = harness.batches(
             dataset,
@@ -654,7 +641,7 @@ def train(config: Config) -> None:
             due = step % config.save_every == 0 or step == steps
             stop = run.stop_requested()
             if due:
-                evaluate(model, val, things, run, step)
+                evaluate(model, val, run, step)
             if due or stop:
                 run.save(step, model, optimizer)
             if stop:

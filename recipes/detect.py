@@ -10,7 +10,6 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ import timm
 import torch
 import torchvision
 from downstream.encoders import load_encoder
-from downstream.object_sets import IGNORED, Objects, boxes_of, read, read_scenes
+from downstream.object_sets import Objects, boxes_of, object_classes, read, sample_set
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
@@ -186,53 +185,16 @@ def check_options(config: Config) -> None:
 def load(config: Config) -> tuple[Objects, Objects]:
     """The images with their objects, to train on and to test on."""
     if config.data is None:
-        images, content = read_scenes(config.scenes)
-        val_images = images
-        val_content = content
+        found = sample_set(config.scenes)
+        val_found = found
     else:
-        images, content = read(config.data, config.annotations)
-        val_images, val_content = read(config.data, config.val_annotations)
-        clip_boxes(content, "train")
-        clip_boxes(val_content, "test")
-        keep_difficult(content)
+        found = read(config.data, config.annotations)
+        val_found = read(config.data, config.val_annotations)
 
-    names = [category["name"] for category in content["categories"]]
-    classes = list(dict.fromkeys(names))  # each name once, in order
-    train_set = Objects(images, content, classes, config, train=True)
-    val_set = Objects(val_images, val_content, classes, config, train=False)
+    classes = object_classes(found)
+    train_set = Objects(found, classes, config, train=True)
+    val_set = Objects(val_found, classes, config, train=False)
     return train_set, val_set
-
-
-def clip_boxes(content: dict, where: str) -> None:
-    """Cut off what lies beyond the image of each box, in place; the first process counts the boxes.
-
-    `Objects` leaves out the boxes that then have no area.
-    """
-    sizes = {x["id"]: (x["height"], x["width"]) for x in content["images"]}
-    clipped = 0
-    for x in content["annotations"]:
-        height, width = sizes[x["image_id"]]
-        x0, y0, box_width, box_height = x["bbox"]
-        if not all(map(math.isfinite, x["bbox"])):
-            continue
-        x1 = min(x0 + box_width, width)
-        y1 = min(y0 + box_height, height)
-        x0 = max(x0, 0)
-        y0 = max(y0, 0)
-
-        box = [x0, y0, x1 - x0, y1 - y0]
-        # Less is the rounding of a file.
-        clipped += any(abs(a - b) > 0.01 for a, b in zip(box, x["bbox"], strict=True))
-        x["bbox"] = box
-    if clipped and os.environ.get("RANK", "0") == "0":
-        print(f"{clipped} boxes of the {where} annotations reach beyond their image: clipped.")
-
-
-def keep_difficult(content: dict) -> None:
-    """Make VOC's difficult objects plain ones, in place: they are ignored in scoring alone."""
-    for x in content["annotations"]:
-        if x.get("area") == IGNORED:
-            del x["area"]
 
 
 # ==== model =======================================================================================

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -455,7 +456,7 @@ def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
     names = tmp_path / "list.txt"
     names.write_text("train-40-2.jpg\n\n  train-32-1\n")
     chosen = open_split(small_on(folder), "train", names)
-    assert [sample.name for sample in chosen] == ["train-40-2", "train-32-1"]
+    assert [sample.name for sample in chosen] == ["train-40-2.png", "train-32-1.png"]
     assert len(open_split(small_on(folder), "train", None)) == 16
 
 
@@ -476,6 +477,7 @@ class Flat(list):
     """Images of flat patches: class k has color k, in each image at other places."""
 
     classes = ("a", "b", "c")
+    things = 0
 
     def __init__(self, permutation=(0, 1, 2)):
         colors = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
@@ -679,7 +681,7 @@ def test_a_group_without_a_class_has_no_score(tmp_path, folder, more):
 def test_a_wrong_number_of_things_is_one_sentence(tmp_path, folder, things):
     mapping = four_classes(tmp_path, things=things)
     config = small_on(folder, mapping=mapping, run=tmp_path / "run")
-    with pytest.raises(harness.UserError, match=r"mapping.json has things .*from 0 to 4") as error:
+    with pytest.raises(harness.UserError, match=r"mapping.json cannot .* things") as error:
         train(config)
     assert "\n" not in str(error.value)
 
@@ -695,6 +697,33 @@ def test_labels_of_training_images_are_not_read(tmp_path, folder):
     train(small_on(folder, epochs=1, run=tmp_path / "plain"))
     train(small_on(changed, epochs=1, run=tmp_path / "other"))
     assert rows(tmp_path / "other") == rows(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("gone", ["train-32-*", "train-*"])
+def test_images_without_a_label_map_are_trained_on(tmp_path, folder, gone):
+    changed = copy_of(folder, tmp_path)
+    for path in changed.glob(f"labels/{gone}"):
+        path.unlink()
+    before, after = (open_training(small_on(x)) for x in (folder, changed))
+    assert len(after) == 16
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(before, after, strict=True))
+
+
+def test_images_of_coco_without_a_label_map_are_trained_on(tmp_path, folder):
+    for split, names in (("train2017", "abc"), ("val2017", "de")):
+        for name in names:
+            for kind in (split, f"stuffthingmaps/{split}"):
+                (tmp_path / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / f"{name}.jpg")
+            if name != "b":
+                Image.new("L", (32, 32)).save(tmp_path / f"stuffthingmaps/{split}/{name}.png")
+    config = small_on(tmp_path, layout="coco-stuff", mapping=MAPPING)
+    source = open_training(config)
+    assert [os.fsdecode(name) for name in source.names] == [f"train2017/{x}.jpg" for x in "abc"]
+    names = tmp_path / "curated.txt"
+    names.write_text("c\nb\n")
+    source = open_training(replace(config, train_list=names))
+    assert [os.fsdecode(name) for name in source.names] == ["train2017/c.jpg", "train2017/b.jpg"]
 
 
 def test_unreadable_images_are_named_and_the_run_goes_on(tmp_path, folder):

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from detect import PRESETS, average_precision, build_detector, load
 from downstream import encoders, object_sets
+from downstream.records import LabeledObject, LabeledSet, Record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -164,7 +165,7 @@ def boxes_json(folder):
 
 def perfect(data):
     """What a detector would find that makes no mistake."""
-    rows = [x for objects in data.objects for x in objects]
+    rows = [x for objects in data.objects for x in objects if x["area"] < object_sets.IGNORED]
     keys = ("image_id", "category_id", "bbox", "segmentation")
     return [{"score": 0.9, **{k: x[k] for k in keys if k in x}} for x in rows]
 
@@ -346,16 +347,14 @@ def test_an_unreadable_image_is_replaced_in_training_and_lost_in_a_test(tmp_path
 
 
 # ---- average precision -------------------------------------------------------------------------
-def content(boxes):
-    """Ground truth: rows of (image, class, xyxy)."""
-    sizes = [(f"{i}", 100, 100, []) for i in range(3)]
-    for image, name, box in boxes:
-        sizes[image][-1].append((name, *box, {}))
-    return object_sets.in_coco_form(["a", "b", "c"], sizes)
-
-
 def objects(boxes):
-    return detect.Objects([], content(boxes), ["a", "b", "c"], SMALL, train=False)
+    """Ground truth: rows of (image, class, xyxy)."""
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    records = [Record(str(i), image, (100, 100), []) for i in range(3)]
+    for number, name, box in boxes:
+        records[number].objects.append(LabeledObject(box, "abc".index(name)))
+    found = LabeledSet(["a", "b", "c"], records)
+    return detect.Objects(found, ["a", "b", "c"], SMALL, train=False)
 
 
 def found(*rows):
@@ -730,17 +729,21 @@ BROKEN = SimpleNamespace(
 @pytest.mark.parametrize(
     ("content", "changes", "sentence"),
     [
-        (BROKEN.category, {}, "instances_val2017.json.* no such .*category_id': 4"),
-        (BROKEN.image, {}, "no such image .*'image_id': 8"),
-        (BROKEN.box, {}, "no box of four"),
-        (BROKEN.word, {}, "in no known form.*'a'"),
+        (BROKEN.category, {}, "instances_val2017.json.* has the category_id 4"),
+        (BROKEN.image, {}, "has the image_id 8"),
+        (BROKEN.box, {}, "four numbers"),
+        (BROKEN.word, {}, "bbox 'a': a finite number"),
         (BROKEN.bare, {"detector": "mask-rcnn-fpn"}, "mask"),
         (BROKEN.nothing, {}, "no object"),
-        (BROKEN.nan, {}, "no object"),
-        (BROKEN.keys, {}, "in no known form.*'name'"),
-        ({}, {"annotations": ("annotations/none.json",)}, "cannot be read.*none.json"),
+        (BROKEN.nan, {}, "bbox 'nan': a finite number"),
+        (BROKEN.keys, {}, "the category 3 has no 'name'"),
+        ({}, {"annotations": ("annotations/none.json",)}, "none.json cannot be used"),
         ({}, {"annotations": ()}, "--annotations"),
-        ({}, {"annotations": ("VOC2007/train",)}, "cannot be read.*VOC2007/ImageSets/Main/train"),
+        (
+            {},
+            {"annotations": ("VOC2007/train",)},
+            "VOC2007/ImageSets/Main/train.txt cannot be used",
+        ),
         ({}, {"data": Path("nowhere")}, "--data is nowhere"),
         ({}, {"data": None, "preset": "voc"}, "--data"),
         ({}, {"encoder": "random:tiny-vit"}, "--encoder is random:tiny-vit: give a ResNet"),
@@ -763,14 +766,14 @@ def test_other_wrong_files_are_named(devkit, tmp_path):
         load(replace(devkit, val_annotations=("VOC2007/val",)))
     for text in ("<annotation>", "<annotation></annotation>", "<annotation><size/></annotation>"):
         (tmp_path / "VOC2007/Annotations/000011.xml").write_text(text)
-        with pytest.raises(harness.UserError, match=r"000011.xml is no annotation in VOC's form"):
+        with pytest.raises(harness.UserError, match=r"000011.xml cannot be used"):
             load(replace(devkit, val_annotations=("VOC2007/val",)))
     noise(tmp_path / "VOC2007/JPEGImages/000010.jpg", 40, 30)
     _, val = load(devkit)
     with pytest.raises(harness.UserError, match=r"000010.jpg has height, width \(40, 30\), not"):
         val[[1]]
     plain = boxes_json(tmp_path / "boxes")
-    with pytest.raises(harness.UserError, match=r"in no known form.*'test'"):
+    with pytest.raises(harness.UserError, match=r"splits.json cannot be used .*'test'"):
         load(replace(plain, val_annotations=("test",)))
 
 
