@@ -67,6 +67,7 @@ from downstream import image_sets
 from downstream.davis import find_lists
 from downstream.diagnose import DIAGNOSTICS, retrieval
 from downstream.encoders import Encoder, device_of, load_encoder
+from downstream.layouts import find_places
 from downstream.protocols import FITTED, Features, position_prior, video
 from downstream.report import mean_over_seeds, report_text, write_results
 from torch import Tensor
@@ -81,8 +82,11 @@ PROTOCOLS = (*FITTED, *DIAGNOSTICS, "retrieval", "video")
 def wanted_protocols(config: Config) -> list[str]:
     if config.protocol != "all":
         return config.protocol.split(",")
-    has_videos = config.data is not None and bool(find_lists(config.data))
-    return [name for name in PROTOCOLS if name != "video" or has_videos]
+    if config.data is None or not find_lists(config.data):  # no DAVIS
+        return [name for name in PROTOCOLS if name != "video"]
+    if config.layout == "auto" and not find_places(config.data):  # DAVIS alone
+        return ["video"]
+    return list(PROTOCOLS)
 
 
 def check_options(config: Config) -> None:

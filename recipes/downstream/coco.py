@@ -180,15 +180,15 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
     return LabeledSet(["background", *categories.names], records, 0, categories.stuff)
 
 
-def draw_objects(
-    objects: list[LabeledObject], size: tuple[int, int], crowd: int | None
-) -> Tensor:
+def draw_objects(objects: list[LabeledObject], size: tuple[int, int], crowd: int | None) -> Tensor:
     """The class of each pixel, 0 where no object is.
 
     What is drawn later hides what is below: crowds first, then from large to small.
     """
     masks = []
     for x in objects:
+        if x.mask is None:
+            continue
         mask = torch.from_numpy(x.mask.draw())
         is_hidden = x.crowd and crowd is not None
         masks.append((x.crowd, int(mask.sum()), mask, crowd if is_hidden else x.number))

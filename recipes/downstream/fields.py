@@ -1,4 +1,4 @@
-"""The fields of an annotation: numbers in any spelling, boxes, flags; or a FieldError that says why.
+"""The fields of an annotation: numbers in any spelling, boxes, flags, masks; else a FieldError.
 
 This module is no command. A FieldError ends a sentence that begins with the annotation's name.
 """

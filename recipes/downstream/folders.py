@@ -75,7 +75,7 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     nothing_known = all(x.label_map is None and x.objects is None for x in records.values())
     if with_maps and records and nothing_known:
         raise UserError(
-            f"{root / 'labels'} has no label map of these images, such as {label_file.name}."
+            f"{root / 'labels'} has no label map of the {len(records)} images, such as {names[0]}."
         )
     return LabeledSet(classes, list(records.values()), background)
 
@@ -86,7 +86,7 @@ def read_background(value: Any, classes: int) -> int | None:
         return None
     found = whole(value, "background")
     if found >= classes:
-        raise ValueError(f"its background is {found}: give a class from 0 to {classes - 1}, or null")
+        raise ValueError(f"its background is {found}: the classes are 0 to {classes - 1}")
     return found
 
 

@@ -30,7 +30,7 @@ LAYOUTS = {
     "voc-main": Layout(voc.open_main, "ImageSets/Main", automatic=False),
     "ade20k": Layout(ade20k.open_set, "objectInfo150.txt"),
     "cityscapes": Layout(cityscapes.open_set, "leftImg8bit"),
-    "davis": Layout(davis.open_set, "JPEGImages/*0p"),
+    "davis": Layout(davis.open_set, "JPEGImages/*0p", automatic=False),
 }
 INNER = ("", "VOC*/", "VOCdevkit/VOC*/", "ADEChallengeData2016/")  # where below the folder it is
 
@@ -62,18 +62,28 @@ def open_set(
 
 def find_layout(data: Path, layout: str) -> tuple[str, Path]:
     """The layout and the folder of the only set in or below `data`."""
-    wanted = [layout]
+    places = find_places(data, layout)
+    if len(places) != 1:
+        marks = [(kind, LAYOUTS[kind].mark) for kind in wanted_layouts(layout)]
+        listed = [f"layout {kind}: {path}" for kind, path in places or marks]
+        raise UserError(f"{data} must hold one set, not {len(places)}: {', '.join(listed)}.")
+    return places[0]
+
+
+def wanted_layouts(layout: str) -> list[str]:
     if layout == "auto":
-        wanted = [kind for kind, x in LAYOUTS.items() if x.automatic]
+        return [kind for kind, x in LAYOUTS.items() if x.automatic]
+    return [layout]
+
+
+def find_places(data: Path, layout: str = "auto") -> list[tuple[str, Path]]:
+    """The layouts that lie in or below `data`, each with its folder."""
     places = set()
-    for kind in wanted:
+    for kind in wanted_layouts(layout):
         mark = LAYOUTS[kind].mark
-        for inner in INNER if kind != "class-folders" else ("",):
+        inner_folders = ("",) if kind == "class-folders" else INNER
+        for inner in inner_folders:
             for path in data.glob(inner + mark):
                 root = path.parents[mark.count("/")]
                 places.add((kind, root))
-    if len(places) != 1:
-        marks = [(kind, LAYOUTS[kind].mark) for kind in wanted]
-        listed = [f"layout {kind}: {path}" for kind, path in sorted(places) or marks]
-        raise UserError(f"{data} must hold one set, not {len(places)}: {', '.join(listed)}.")
-    return places.pop()
+    return sorted(places)

@@ -166,8 +166,8 @@ def image_info(number: int, record: Record, data: Path | None) -> dict:
     """An image in COCO's form; its size is read from the file where the set does not say it."""
     size = record.size
     if size is None:
-        in_memory = isinstance(record.image, Tensor)
-        size = record.image.shape[1:] if in_memory else upright_size(record.image)
+        image = record.image
+        size = image.shape[1:] if isinstance(image, Tensor) else upright_size(image)
     name = record.name if data is None else os.path.relpath(record.image, data)
     return {"id": number, "file_name": name, "height": size[0], "width": size[1]}
 

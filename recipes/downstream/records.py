@@ -32,9 +32,9 @@ class Mask(NamedTuple):
 
     def draw(self) -> np.ndarray:
         """True inside, bool (height, width)."""
-        if callable(self.shape):
-            return self.shape()
         runs = self.shape
+        if callable(runs):
+            return np.asarray(runs())
         if isinstance(self.shape, list):
             runs = coco_masks.merge(coco_masks.frPyObjects(self.shape, *self.size))
         elif isinstance(self.shape["counts"], list):
@@ -96,14 +96,14 @@ def read_label_map(path: Path, table: dict[int, int], crowd: int | None) -> Tens
 
 
 def class_table(classes: int, ignored: int | None = None) -> dict[int, int]:
-    """A table for numbers that are the classes themselves; `ignored` is no class.
+    """A table for numbers that are the classes themselves.
 
-    By default it is 255, unless that is a class, and then 65535.
+    No class are `ignored`, and 255; or 65535, where 255 is a class.
     """
-    if ignored is None:
-        ignored = 255 if classes <= 255 else 65535
     table = {number: number for number in range(classes)}
-    table[ignored] = IGNORED
+    table[255 if classes <= 255 else 65535] = IGNORED
+    if ignored is not None:
+        table[ignored] = IGNORED
     return table
 
 
