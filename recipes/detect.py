@@ -23,13 +23,13 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     # Set of defaults; each option below overrides one of them.
-    preset: Literal["demo", "voc", "coco"] = "demo"
+    preset: Literal["demo", "voc", "coco", "cityscapes"] = "demo"
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
     # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
     detector: Literal[
         "faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4", "retinanet-fpn"
     ] = "faster-rcnn-fpn"
-    data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; the demo needs none.
+    data: Path | None = None  # Folder of VOC, COCO, Cityscapes or boxes.json; the demo needs none.
     annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
     val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
     scenes: int = 128  # Number of procedural scenes, to train and to test on.
@@ -44,6 +44,7 @@ class Config:
     sides: tuple[int, ...] = tuple(
         range(480, 801, 32)
     )  # Short sides in training; the last in tests.
+    longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
@@ -71,6 +72,10 @@ PRESETS = {
         "coco", detector="mask-rcnn-fpn", annotations=("annotations/instances_train2017.json",),
         val_annotations=("annotations/instances_val2017.json",), save_every=15_000,
         steps=90_000, milestones=(60_000, 80_000), warmup=1000, sides=tuple(range(640, 801, 32)),
+    ),
+    "cityscapes": Config(
+        "cityscapes", detector="mask-rcnn-fpn", batch=8, milestones=(18_000,), warmup=1000,
+        sides=tuple(range(800, 1025, 32)), longest=2048,
     ),
 }  # fmt: skip
 
@@ -134,7 +139,7 @@ def check_options(config: Config) -> None:
     )
     harness.check(
         config.data is None or config.data.is_dir(),
-        f"--data is {config.data}: give the folder of VOCdevkit, COCO or boxes.json.",
+        f"--data is {config.data}: give the folder of VOCdevkit, COCO, Cityscapes or boxes.json.",
     )
     harness.check(
         ":" in config.encoder or Path(config.encoder).exists(),
@@ -161,6 +166,7 @@ def check_options(config: Config) -> None:
     sides = harness.as_typed(config.sides)
     harness.check(len(config.sides) >= 1, "--sides is empty: give one short side or more.")
     harness.check(min(config.sides) >= 1, f"--sides is {sides}: give sides of 1 pixel or more.")
+    harness.check(config.longest >= 1, f"--longest is {config.longest}: give 1 pixel or more.")
     anchors = harness.as_typed(config.anchors)
     harness.check(len(config.anchors) >= 1, "--anchors is empty: give one side or more.")
     harness.check(
@@ -215,7 +221,12 @@ def build_detector(config: Config, classes: int) -> nn.Module:
     network.requires_grad_(True)  # load_encoder freezes it
     if config.norm == "frozen":
         network = timm.layers.freeze_batch_norm_2d(network)
-    images = {"min_size": config.sides, "image_mean": encoder.mean, "image_std": encoder.std}
+    images = {
+        "min_size": config.sides,
+        "max_size": config.longest,
+        "image_mean": encoder.mean,
+        "image_std": encoder.std,
+    }
     if config.detector == "retinanet-fpn":
         parts = one_stage_parts(config, network, channels)
         return OneStage(num_classes=classes, **parts, **images)

@@ -49,6 +49,7 @@ WRONG = [
     (["--lr", "nan"], "--lr is nan"),
     (["--sides"], "--sides is empty"),
     (["--sides", "64", "0"], "--sides is 64 0"),
+    (["--longest", "0"], "--longest is 0"),
     (["--anchors", "8", "16"], "--anchors is 8 16"),
     (["--anchors", "0", "8", "16", "32", "64"], "--anchors is 0 8 16 32 64"),
     (["--detector", "faster-rcnn-c4", "--anchors"], "--anchors is empty"),
@@ -319,6 +320,41 @@ def test_boxes_json_is_read_as_it_was_written(tmp_path):
     assert average_precision(val.coco, [*perfect(val), crowd], "bbox")["classes"] == {"dog": 1}
 
 
+def test_cityscapes_is_read_as_it_was_written(tmp_path):
+    """Every number of a map of instance ids: a mask each, their boxes, crowds, no other class."""
+    draws = np.random.default_rng(0)
+    ids = np.array([0, 7, 24, 33, 24000, 24001, 26005, 29003, 33000])  # 29 is a caravan: ignored
+    maps = {}
+    for split in ("train", "val"):
+        name = f"{split}/aachen/a_0"
+        noise(tmp_path / f"leftImg8bit/{name}_leftImg8bit.png", 30, 40)
+        numbers = ids[draws.integers(0, len(ids), (6, 8))].repeat(5, 0).repeat(5, 1)
+        numbers[3, 4] = 26005  # an object in several parts
+        file = tmp_path / f"gtFine/{name}_gtFine_instanceIds.png"
+        file.parent.mkdir(parents=True)
+        Image.fromarray(numbers.astype(np.uint16)).save(file)
+        maps[split] = numbers
+    config = replace(SMALL, data=tmp_path, detector="mask-rcnn-fpn")
+    train, val = load(config)
+    assert train.classes == [
+        "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"
+    ]  # fmt: skip
+    assert ap(val, perfect(val)) == ap(val, perfect(val), "segm") == 1
+
+    rows = train.coco.imgToAnns[0]
+    numbers = maps["train"]
+    found = [x for x in np.unique(numbers) if x not in (0, 7, 29003)]
+    assert len(rows) == len(found)
+    for row, number in zip(rows, found, strict=True):
+        mask = torch.from_numpy(numbers == number)
+        assert torch.equal(torch.from_numpy(train.coco.annToMask(row)) > 0, mask)
+        box = torchvision.ops.masks_to_boxes(mask[None])[0] + torch.tensor([0, 0, 1, 1])
+        assert torch.equal(detect.boxes_of([row])[0], box)
+        assert row["iscrowd"] == (number < 1000)
+        class_id = number // 1000 if number >= 1000 else number
+        assert row["category_id"] == {24: 1, 26: 3, 33: 8}[class_id]
+
+
 def test_image_boxes_and_masks_are_flipped_together():
     train, _ = load(replace(SMALL, detector="mask-rcnn-fpn"))
     flipped = 0
@@ -488,6 +524,10 @@ def test_the_papers_detectors_are_what_they_say():
     assert (coco.steps, coco.milestones) == (90_000, (60_000, 80_000))
     assert {(x.batch, x.lr, x.sides[-1]) for x in (voc, coco)} == {(16, 0.02, 800)}
     assert (voc.sides[0], coco.sides[0]) == (480, 640)
+    streets = PRESETS["cityscapes"]
+    assert (streets.steps, streets.milestones, streets.batch) == (24_000, (18_000,), 8)
+    assert detect.learning_rate(10_000, streets) == 0.01
+    assert (streets.sides[0], streets.sides[-1], streets.longest) == (800, 1024, 2048)
     model = build_detector(replace(voc, encoder="random:resnet18"), 20)
     assert model.roi_heads.box_roi_pool.output_size == (14, 14)
     assert model.roi_heads.box_predictor.cls_score.out_features == 21
