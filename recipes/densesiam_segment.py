@@ -169,9 +169,14 @@ def check_options(config: Config) -> None:
 
 
 # ==== data ========================================================================================
-def open_split(config: Config, split: str, list_file: Path | None) -> Any:
-    """The labeled images of a split: all of them, or those that a list names, in its order."""
-    images = image_sets.open_images(config.data, config.layout, split, config.mapping)
+def open_split(config: Config, split: str, list_file: Path | None, *, labels: bool = True) -> Any:
+    """The images of a split: all of them, or those that a list names, in its order.
+
+    Without `labels` their label maps may be missing.
+    """
+    images = image_sets.open_images(
+        config.data, config.layout, split, config.mapping, labels=labels
+    )
     if list_file is None:
         return Subset(images, range(len(images)))
 
@@ -188,7 +193,7 @@ def open_split(config: Config, split: str, list_file: Path | None) -> Any:
 
 def open_training(config: Config) -> Any:
     """The images to train on, as a source for `harness.read_batch`; their labels are not read."""
-    split = open_split(config, config.train_split, config.train_list)
+    split = open_split(config, config.train_split, config.train_list, labels=False)
     names = [split.dataset.names[index] for index in split.indices]
     images = [split.dataset.images[name] for name in names]
     if config.data is None:  # procedural scenes

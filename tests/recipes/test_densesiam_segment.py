@@ -726,6 +726,18 @@ def test_images_of_coco_without_a_label_map_are_trained_on(tmp_path, folder):
     assert [os.fsdecode(name) for name in source.names] == ["train2017/c.jpg", "train2017/b.jpg"]
 
 
+def test_streets_without_fine_labels_are_trained_on_and_not_scored(tmp_path):
+    """train_extra of Cityscapes has no gtFine."""
+    for name in ("a/b", "a/c"):
+        path = tmp_path / f"leftImg8bit/train_extra/{name}_leftImg8bit.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    config = small_on(tmp_path, train_split="train_extra", val_split="train_extra")
+    assert len(open_training(config)) == 2
+    with pytest.raises(harness.UserError, match=r"2 files are missing, such as .*gtFine"):
+        open_split(config, "train_extra", None)
+
+
 def test_unreadable_images_are_named_and_the_run_goes_on(tmp_path, folder):
     changed = copy_of(folder, tmp_path)
     broken = ["train-32-3", "val-40-1"]
