@@ -2,7 +2,8 @@
 
     python recipes/densesiam_segment.py               # the demo: minutes on a CPU
     python recipes/densesiam_segment.py --data SET    # the demo's model on your labeled images
-    torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
+    torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco \\
+        --weights torchvision:resnet18
 
 Labels are used for the score alone. Run the same command again to resume. Logged values, lists of
 images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
@@ -659,6 +660,7 @@ def train(config: Config) -> None:
                 "mean": encoder.mean,
                 "std": encoder.std,
                 "method": "densesiam-segment",
+                "weights": config.weights,
                 "step": step,
                 "classes": classes,
             }

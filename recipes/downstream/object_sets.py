@@ -109,7 +109,7 @@ class Objects:
                 annotations.append(row)
         if self.masks and not all("segmentation" in row for row in annotations):
             raise UserError("Some objects have no mask: take a faster-rcnn as --detector.")
-        if dropped:
+        if dropped and os.environ.get("RANK", "0") == "0":
             print(f"{dropped} objects are left out: their boxes have no area in the image.")
 
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]

@@ -612,7 +612,7 @@ def test_a_run_from_torchvision_saves_no_classifier_and_others_read_it(
     first = start.network.state_dict()["layer1.0.conv1.weight"]
     assert 0 < (saved["layer1.0.conv1.weight"] - first).abs().max() < 0.1
     encoder = encoders.load_encoder(str(tmp_path))
-    assert encoder.architecture == "resnet18"
+    assert (encoder.architecture, encoder.facts["weights"]) == ("resnet18", config.weights)
     levels = encoder.levels(torch.rand(1, 3, 64, 64))
     assert [x.shape[1] for x in levels] == [64, 128, 256, 512]
     detect.build_detector(replace(detect.PRESETS["demo"], encoder=str(tmp_path)), 3)
