@@ -353,16 +353,14 @@ def segment_loss(logits: Tensor, weighting: str) -> Tensor:
 
 def build_encoder(config: Config) -> encoders.Encoder:
     """The ResNet to start from, without its classifier."""
-    if config.weights is None:
-        return encoders.load_encoder(f"random:{config.arch}", seed=config.seed)
-
-    encoder = encoders.load_encoder(config.weights)
-    harness.check(
-        isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),
-        f"--weights is {config.weights}: give a ResNet of timm or torchvision.",
-    )
-    # The classifier of torchvision has no part in the losses, and other recipes read no `fc`.
-    encoder.network.fc = nn.Identity()
+    encoder = encoders.load_encoder(config.weights or f"random:{config.arch}", seed=config.seed)
+    if config.weights is not None:
+        harness.check(
+            isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),
+            f"--weights is {config.weights}: give a ResNet of timm or torchvision.",
+        )
+        # The classifier of torchvision has no part in the losses, and other recipes read no `fc`.
+        encoder.network.fc = nn.Identity()
     return encoder
 
 

@@ -719,6 +719,18 @@ def test_a_halted_run_ends_as_a_whole_one(kind, tmp_path, monkeypatch, capsys):
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.001])
 
 
+# It says nothing of the result.
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")
+def test_retinanet_runs_in_bf16(tmp_path):
+    config = replace(SMALL, detector="retinanet-fpn", precision="bf16", steps=2)
+    detect.train(replace(config, run=tmp_path))
+    terms = {"loss", "loss_classifier", "loss_box_reg", "grad_norm", "lr", "unreadable", "step"}
+    assert [row.keys() for row in rows(tmp_path, "loss")] == [terms, terms]
+    assert len(rows(tmp_path, "box_AP")) == 1
+    weights = torch.load(tmp_path / "detector.pt", weights_only=True)
+    assert {x.dtype for x in weights.values()} <= {torch.float32, torch.int64}
+
+
 def find(rank, group, config, weights, folder):
     world = harness.World(rank, group.size(), torch.device("cpu"))
     _, data = load(config)
