@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from downstream.fields import FieldError, corners, flag, get, number, segmentation, short, whole
+from downstream.fields import (
+    FieldError,
+    corners,
+    flag,
+    get,
+    items,
+    number_or_none,
+    segmentation,
+    short,
+    whole,
+)
 from downstream.label_files import (
     by_stem,
     choose_file,
@@ -46,7 +56,7 @@ class Info(NamedTuple):
 
 def read_rows(rows: Any, kind: str, key: str, read: Callable[[dict], None]) -> None:
     """Read each row; a FieldError becomes a sentence that names the row by its `key`."""
-    for place, row in enumerate(rows):
+    for place, row in enumerate(items(rows, "rows")):
         try:
             read(row)
         except FieldError as error:
@@ -56,8 +66,10 @@ def read_rows(rows: Any, kind: str, key: str, read: Callable[[dict], None]) -> N
 
 
 def read_id(row: dict, key: str) -> Any:
-    """An id is a whole number or a text; 1 and "1" are two."""
+    """An id is a whole number or a text; 1 and 1.0 are one, 1 and "1" are two."""
     value = get(row, key)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise FieldError(f"has the {key} {short(value)}: a whole number is needed")
     return value
@@ -152,18 +164,8 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
         objects: dict[Any, list[LabeledObject]] = {image_id: [] for image_id in infos}
 
         def read(row: dict) -> None:
-            size = find_by_id(row, "image_id", infos, "image").size
-            class_number = find_by_id(row, "category_id", categories.number_of_id, "category")
-            shape = segmentation(row.get("segmentation"), size)
-            area = row.get("area")
-            found = LabeledObject(
-                box=corners(get(row, "bbox"), "bbox"),
-                number=class_number,
-                crowd=flag(row.get("iscrowd"), "iscrowd"),
-                mask=None if shape is None else Mask(shape, size),
-                area=None if area is None else number(area, "area"),
-            )
-            objects[row["image_id"]].append(found)
+            info = find_by_id(row, "image_id", infos, "image")
+            objects[read_id(row, "image_id")].append(read_object(row, info, categories))
 
         read_rows(data["annotations"], "the annotation", "id", read)
 
@@ -178,6 +180,18 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
             Record(info.name, folder / info.name, info.size, own, label_map, label_file=path)
         )
     return LabeledSet(["background", *categories.names], records, 0, categories.stuff)
+
+
+def read_object(row: dict, info: Info, categories: Categories) -> LabeledObject:
+    class_number = find_by_id(row, "category_id", categories.number_of_id, "category")
+    box = corners(get(row, "bbox"), "bbox")
+    crowd = flag(row.get("iscrowd"), "iscrowd")
+    area = number_or_none(row.get("area"), "area")
+    mask = None
+    shape = segmentation(row.get("segmentation"), info.size)
+    if shape is not None:
+        mask = Mask(shape, info.size)
+    return LabeledObject(box, class_number, crowd=crowd, mask=mask, area=area)
 
 
 def draw_objects(objects: list[LabeledObject], size: tuple[int, int], crowd: int | None) -> Tensor:
@@ -207,6 +221,7 @@ class Segments(NamedTuple):
     file: Path
     number_of_id: dict[int, int]  # the class of each segment
     crowds: frozenset[int]  # ids
+    things: list[LabeledObject]
 
 
 def open_panoptic(root: Path, split: str) -> LabeledSet:
@@ -216,46 +231,25 @@ def open_panoptic(root: Path, split: str) -> LabeledSet:
 
 def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
     """Things and stuff."""
-    folder_of_maps = path.with_suffix("")
-    if not folder_of_maps.is_dir():
-        folder_of_maps = root / path.stem
+    maps = path.with_suffix("")
+    if not maps.is_dir():
+        maps = root / path.stem
     with reading(path):
         infos = read_infos(data)
         categories = read_categories(data, first=0, is_thing=False)
-        segments: dict[Any, Segments] = {}
-        objects: dict[Any, list[LabeledObject]] = {}
+        segments: dict[Any, Segments] = {}  # by the id of the image
         image_of_map: dict[str, Any] = {}
 
         def read(row: dict) -> None:
-            size = find_by_id(row, "image_id", infos, "image").size
-            image_id = row["image_id"]
+            info = find_by_id(row, "image_id", infos, "image")
+            image_id = read_id(row, "image_id")
             name = get(row, "file_name")
             if image_id in segments:
                 raise FieldError(f"stands twice: in {segments[image_id].file.name} and {name}")
             if name in image_of_map:
                 raise FieldError(f"has the map {name}, and so has the image {image_of_map[name]!r}")
             image_of_map[name] = image_id
-
-            file = folder_of_maps / name
-            number_of_id = {0: IGNORED}
-            crowds = set()
-            own = []
-            for segment in get(row, "segments_info"):
-                segment_id = whole(get(segment, "id"), "segment id", 1)
-                if segment_id in number_of_id:
-                    raise FieldError(f"has the segment {segment_id} twice")
-                known = categories.number_of_id
-                class_number = find_by_id(segment, "category_id", known, "category")
-                crowd = flag(segment.get("iscrowd"), "iscrowd")
-                number_of_id[segment_id] = class_number
-                if crowd:
-                    crowds.add(segment_id)
-                if class_number not in categories.stuff:
-                    mask = Mask(partial(draw_segment, file, segment_id), size)
-                    box = corners(get(segment, "bbox"), "bbox")
-                    own.append(LabeledObject(box, class_number, crowd=crowd, mask=mask))
-            segments[image_id] = Segments(file, number_of_id, frozenset(crowds))
-            objects[image_id] = own
+            segments[image_id] = read_segments(row, maps / name, info, categories)
 
         read_rows(data["annotations"], "the annotation of the image", "image_id", read)
 
@@ -264,13 +258,33 @@ def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
     for image_id, info in infos.items():
         record = Record(info.name, folder / info.name, info.size)
         if image_id in segments:
-            label_map = partial(draw_segments, segments[image_id])
-            file = segments[image_id].file
+            own = segments[image_id]
             record = record._replace(
-                objects=objects[image_id], label_map=label_map, label_file=file
+                objects=own.things, label_map=partial(draw_segments, own), label_file=own.file
             )
         records.append(record)
     return LabeledSet(categories.names, records, None, categories.stuff)
+
+
+def read_segments(row: dict, file: Path, info: Info, categories: Categories) -> Segments:
+    number_of_id = {0: IGNORED}
+    crowds = set()
+    things = []
+    for segment in items(get(row, "segments_info"), "segments_info"):
+        segment_id = whole(get(segment, "id"), "segment id", 1)
+        if segment_id in number_of_id:
+            raise FieldError(f"has the segment {segment_id} twice")
+        class_number = find_by_id(segment, "category_id", categories.number_of_id, "category")
+        number_of_id[segment_id] = class_number
+
+        crowd = flag(segment.get("iscrowd"), "iscrowd")
+        if crowd:
+            crowds.add(segment_id)
+        if class_number not in categories.stuff:
+            box = corners(get(segment, "bbox"), "bbox")
+            mask = Mask(partial(draw_segment, file, segment_id), info.size)
+            things.append(LabeledObject(box, class_number, crowd=crowd, mask=mask))
+    return Segments(file, number_of_id, frozenset(crowds), things)
 
 
 def draw_segments(segments: Segments, crowd: int | None) -> Tensor:

@@ -22,6 +22,13 @@ def get(row: Any, key: str) -> Any:
     return row[key]
 
 
+def items(value: Any, key: str) -> list:
+    """A list: a text or a table of fields would be taken for a list of its letters or names."""
+    if not isinstance(value, list):
+        raise FieldError(f"has the {key} {short(value)}: a list is needed")
+    return value
+
+
 def short(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)
@@ -37,6 +44,10 @@ def number(value: Any, key: str) -> float:
     if not math.isfinite(found):
         raise FieldError(f"has the {key} {short(value)}: a finite number is needed")
     return found
+
+
+def number_or_none(value: Any, key: str) -> float | None:
+    return None if value is None else number(value, key)
 
 
 def whole(value: Any, key: str, at_least: int = 0) -> int:
@@ -95,10 +106,10 @@ def segmentation(value: Any, size: tuple[int, int]) -> list | dict | None:
     Polygons of less than three corners enclose nothing and are dropped. They must not reach COCO's
     own program, which reads the whole list as boxes if the first one has four numbers.
     """
+    if value in (None, [], {}):
+        return None
     if isinstance(value, dict):
         return run_lengths(value, size)
-    if value is None:
-        return None
     if not isinstance(value, list) or not all(isinstance(x, list) for x in value):
         raise FieldError(
             f"has the segmentation {short(value)}: a list of polygons, or run lengths, is needed"

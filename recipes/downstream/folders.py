@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from downstream.fields import FieldError, flag, four, get, number, short, whole
+from downstream.fields import FieldError, flag, four, get, items, number_or_none, short, whole
 from downstream.label_files import (
     ImageFolder,
     choose,
@@ -42,9 +42,12 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "classes.json"
     content = read_small_json(path)
     with reading(path):
-        classes = distinct_names(content["labels"], range(len(content["labels"])))
+        labels = items(content["labels"], "labels")
+        classes = distinct_names(labels, range(len(labels)))
         ignored = content.get("ignore")
-        table = class_table(len(classes), None if ignored is None else whole(ignored, "ignore"))
+        if ignored is not None:
+            ignored = whole(ignored, "ignore")
+        table = class_table(len(classes), ignored)
         background = find_background(classes)
         if "background" in content:
             background = read_background(content["background"], len(classes))
@@ -52,7 +55,7 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "splits.json"
     splits = read_small_json(path)
     with reading(path):
-        names = [name for split in wanted for name in splits[split]]
+        names = [name for split in wanted for name in items(splits[split], split)]
         strange = [name for name in names if not isinstance(name, str)]
         if strange:
             raise ValueError(f"it names the image {short(strange[0])}, which is no text")
@@ -94,7 +97,7 @@ def read_boxes(
         return records
     rows = read_json(path)
     with reading(path):
-        for place, row in enumerate(rows):
+        for place, row in enumerate(items(rows, "rows")):
             name = f"the row {place}"
             try:
                 name = f"the row {short(get(row, 'id'))}"
@@ -118,7 +121,7 @@ def read_row(
         size = (whole(get(row, "h"), "h", 1), whole(get(row, "w"), "w", 1))
 
     objects = []
-    for x in get(row, "objects"):
+    for x in items(get(row, "objects"), "objects"):
         class_number = whole(get(x, "cat"), "cat")
         if class_number >= classes:
             raise FieldError(
@@ -136,7 +139,7 @@ def read_row(
                 number=class_number,
                 crowd=flag(x.get("crowd"), "crowd"),
                 difficult=flag(x.get("difficult"), "difficult"),
-                area=None if x.get("area") is None else number(x["area"], "area"),
+                area=number_or_none(x.get("area"), "area"),
             )
         )
     return image, Record("", image, size, objects)

@@ -27,9 +27,18 @@ from downstream.layouts import LAYOUTS, open_set
 from downstream.records import IGNORED, LabeledSet
 
 __all__ = [
-    "LAYOUTS", "ImageSet", "Labeled", "UnknownNameError", "Video", "open_images",
-    "open_videos", "read_frame", "read_json", "read_list", "read_mask",
-]  # fmt: skip
+    "LAYOUTS",
+    "ImageSet",
+    "Labeled",
+    "UnknownNameError",
+    "Video",
+    "open_images",
+    "open_videos",
+    "read_frame",
+    "read_json",
+    "read_list",
+    "read_mask",
+]
 
 
 class Labeled(NamedTuple):
@@ -86,6 +95,12 @@ class ImageSet:
     def __getitem__(self, index: int) -> Labeled:
         image = self.read_image(index)
         labels = self.draw_labels(index, image.shape[1:])
+        record = self.records[index]
+        if record.objects and record.size not in (None, tuple(image.shape[1:])):
+            raise UserError(
+                f"{record.image} is {list(image.shape[1:])} pixels, upright, but its annotation "
+                f"says {list(record.size)}: the boxes are of another image."
+            )
         boxes, box_classes = self.read_boxes(index)
         name = self.names[index]
         return Labeled(image, labels, boxes, box_classes, name, self.image_classes(index))

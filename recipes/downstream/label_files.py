@@ -4,6 +4,7 @@ This module is no command. The readers of labeled sets use it; docs/recipes/labe
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,8 +166,10 @@ def check_files(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.parent not in known:
             folder = path.parent
-            inside = folder.iterdir() if folder.is_dir() else ()
-            known[folder] = {x.name for x in inside if x.is_file()}
+            known[folder] = set()
+            if folder.is_dir():
+                with os.scandir(folder) as entries:
+                    known[folder] = {entry.name for entry in entries if entry.is_file()}
         if path.name not in known[path.parent]:
             missing.append(path)
     if missing:

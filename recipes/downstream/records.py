@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval import mask as coco_masks
 from harness import UserError
 from torch import Tensor
-from downstream.fields import whole
+from downstream.fields import items, whole
 from downstream.label_files import check_files, read_mask, read_small_json, reading, translate
 
 IGNORED = -1  # in the label map of a record: no class
@@ -125,7 +125,10 @@ def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
     counts = Counter(names)
     found = []
     for name, mark in zip(names, marks, strict=True):
-        found.append(f"{name} ({mark})" if counts[name] > 1 else str(name))
+        text = str(name)
+        if counts[name] > 1:
+            text = f"{name} ({mark})"
+        found.append(text)
     return found
 
 
@@ -145,7 +148,8 @@ def read_mapping(path: Path, classes: int) -> Mapping:
     content = read_small_json(path)
     new_of_old = {}
     with reading(path):
-        names = distinct_names(content["names"], range(len(content["names"])))
+        listed = items(content["names"], "names")
+        names = distinct_names(listed, range(len(listed)))
         for key, value in content["map"].items():
             old = whole(key, "old class")
             new = whole(value, "new class")

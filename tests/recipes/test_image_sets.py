@@ -349,6 +349,9 @@ def test_a_folder_may_ignore_another_number(tmp_path):
         ("classes.json", {"labels": ["x"], "background": 1}, r"background is 1: the classes are 0"),
         ("splits.json", ["val"], r"splits.json cannot be used \(list indices"),
         ("splits.json", {"val": [9]}, r"it names the image 9, which is no text"),
+        ("splits.json", {"val": "abc"}, r"has the val 'abc': a list is needed"),
+        ("classes.json", {"labels": {"cat": 0}}, r"has the labels .*: a list is needed"),
+        ("boxes.json", {"a": []}, r"has the rows .*: a list is needed"),
         ("splits.json", {"val": []}, r"0 images and 3 classes"),
         ("splits.json", {"val": ["a", "z"]}, r"1 files are missing, such as .*images/z.jpg"),
         (
@@ -799,6 +802,21 @@ def test_evaluation_and_detection_see_the_same_objects(write, tmp_path_factory, 
         assert len(scored) == sum(not x[3] for x in trained)
 
 
+def test_boxes_of_an_image_of_another_size_are_refused_by_both_readers(tmp_path):
+    make_folder(tmp_path)
+    text(tmp_path / "boxes.json", [{**row(), "w": W, "h": H + 1}])
+    text(tmp_path / "splits.json", {"val": ["a"]})
+    found = open_images(tmp_path)
+    with pytest.raises(UserError, match=r"a.jpg is \[6, 9\] pixels, .*annotation says \[7, 9\]"):
+        found[0]
+    assert found.read_labels(0) is not None
+    config = SimpleNamespace(data=tmp_path, detector="faster-rcnn-fpn", seed=0)
+    detected = object_sets.read(tmp_path, ("val",))
+    data = object_sets.Objects(detected, ["cat", "dog"], config, train=False)
+    with pytest.raises(UserError, match=r"a.jpg has height, width \(6, 9\), not \(7, 9\)"):
+        data[[0]]
+
+
 def test_a_class_0_that_is_an_object_is_one_for_both_readers(tmp_path):
     make_folder(tmp_path)
     text(tmp_path / "boxes.json", [row(cat=0) | {"id": x} for x in "ab"])
@@ -901,7 +919,7 @@ def test_sizes_and_boxes_as_text_are_read(tmp_path):
     make_coco(tmp_path, [{**PERSON, "bbox": box, "iscrowd": "0", "area": "12"}])
     path = tmp_path / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
-    content["images"][0] |= {"height": f"{H}", "width": W + 0.0}
+    content["images"][0] |= {"height": f"{H}", "width": W + 0.0, "id": 7.0}
     text(path, content)
     for found in (open_images(tmp_path).records, object_sets.read(tmp_path, (path,)).records):
         assert found[0].size == (H, W)
@@ -1121,6 +1139,7 @@ def test_a_mapping_counts_classes_not_the_numbers_in_the_files(tmp_path, mapping
     [
         *({"map": pairs} for pairs in ({"3": 0}, {"-1": 0}, {"0": 1}, {"0": -1}, {"x": 0})),
         *({"map": pairs} for pairs in ({"0": None}, {"0": 0.5}, {"1": 0, "01": 0})),
+        {"names": "pet"},
         *({"things": things} for things in (2, -1, "two", 0.5, None, True)),
     ],
 )
