@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import UserError
 from downstream.fields import FieldError, flag, four, get, items, number_or_none, short, whole
 from downstream.label_files import (
     ImageFolder,
@@ -75,12 +74,8 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
             record = record._replace(label_map=label_map, label_file=label_file)
         records[image] = record
 
-    nothing_known = all(x.label_map is None and x.objects is None for x in records.values())
-    if with_maps and records and nothing_known:
-        raise UserError(
-            f"{root / 'labels'} has no label map of the {len(records)} images, such as {names[0]}."
-        )
-    return LabeledSet(classes, list(records.values()), background)
+    label_folder = root / "labels" if with_maps else None
+    return LabeledSet(classes, list(records.values()), background, label_folder=label_folder)
 
 
 def read_background(value: Any, classes: int) -> int | None:

@@ -192,7 +192,18 @@ def number_by_name(names: list[str]) -> dict[str, list[int]]:
 
 
 def open_images(
-    data: Path | None, layout: str = "auto", split: str = "val", mapping: Path | None = None
+    data: Path | None,
+    layout: str = "auto",
+    split: str = "val",
+    mapping: Path | None = None,
+    *,
+    labels: bool = True,
 ) -> ImageSet:
-    """The labeled images below a folder; without one, scenes. A `mapping` gives other classes."""
-    return ImageSet(open_set(data, layout, split, mapping))
+    """The labeled images below a folder; without one, scenes. A `mapping` gives other classes.
+
+    Without `labels` only the images are wanted, and no label map has to be there.
+    """
+    found = open_set(data, layout, split, mapping)
+    if labels:
+        found.check_labels()
+    return ImageSet(found)

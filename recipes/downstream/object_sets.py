@@ -15,7 +15,7 @@ from faster_coco_eval import COCO
 from harness import UserError
 from torch import Tensor
 from torchvision.ops import box_convert
-from downstream import coco, folders, voc
+from downstream import cityscapes, coco, folders, voc
 from downstream.label_files import read_json, reading, upright_size
 from downstream.records import LabeledObject, LabeledSet, Mask, Record
 from downstream.scene_sets import sample_set
@@ -28,7 +28,7 @@ SMALLEST = 0.01  # side of a box, in pixels: what is smaller has no area
 
 # ---- reading -------------------------------------------------------------------------------------
 def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
-    """What the annotations say: a .json file of COCO, lists of splits.json, or lists of VOC."""
+    """What the annotations say: a .json of COCO; splits of Cityscapes, of splits.json or of VOC."""
     if not annotations:
         raise UserError("Name what to train on with --annotations, to test on: --val-annotations.")
     first = data / annotations[0]
@@ -41,6 +41,8 @@ def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
         if is_panoptic:
             return coco.read_panoptic(data, first, content)
         return coco.read_instances(data, first, content)
+    if (data / "gtFine").is_dir():
+        return cityscapes.read_objects(data, annotations)
     if (data / "boxes.json").is_file():
         return folders.read_folder(data, annotations)
     return voc.read_main(data, annotations)

@@ -80,14 +80,26 @@ class LabeledSet:
     stuff: frozenset[int] = frozenset()  # classes of surfaces: they have no objects
     layout: str = ""
     things: int = 0  # of a mapping: how many of the classes, the first ones, are things
+    label_folder: Path | None = None  # where the label maps lie, if the layout can do without them
 
     def __post_init__(self) -> None:
         if not self.records or not self.classes:
             count = len(self.records)
             raise UserError(f"The set has {count} images and {len(self.classes)} classes.")
-        sources = [record.image for record in self.records]
+        images = [record.image for record in self.records]
+        check_files(x for x in images if isinstance(x, Path))
+
+    def check_labels(self) -> None:
+        """A UserError where a label map is missing. Those who use the images alone don't ask."""
         label_files = dict.fromkeys(record.label_file for record in self.records)
-        check_files(x for x in [*sources, *label_files] if isinstance(x, Path))
+        check_files(x for x in label_files if x is not None)
+
+        unlabeled = [x for x in self.records if x.label_map is None and x.objects is None]
+        if self.label_folder is not None and len(unlabeled) == len(self.records):
+            raise UserError(
+                f"{self.label_folder} has no label map of the {len(unlabeled)} images, such as "
+                f"{Path(unlabeled[0].name).stem}."
+            )
 
 
 def read_label_map(path: Path, table: dict[int, int], crowd: int | None) -> Tensor:
