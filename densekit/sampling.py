@@ -84,7 +84,8 @@ def grid_points(
         DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
     """
     size = (size, size) if isinstance(size, int) else size
-    view = View(boxes, torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device))
+    flip = torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
+    view = View(boxes, flip, flip)
     return coordinate_map(view, size).flatten(-3, -2)
 
 

@@ -1,15 +1,15 @@
-"""Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
+"""Views of an image: a crop box and flips, the maps between the frames, overlap, cropping.
 
 There are two frames. **Image frame**: continuous pixels of the source image, x to the right and y
 down; the pixel in row i and column j covers `[j, j+1) x [i, i+1)` and its center is `(j + 0.5, i +
 0.5)`. **View frame**: the unit square of a view; cell (i, j) of an h x w map has its center at `((j
-+ 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
++ 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame, a vertical flip y to 1 - y.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
@@ -40,13 +40,42 @@ _MATRIX_CELLS = 2**20  # of the resize matrices that exist at one time
 class View(NamedTuple):
     """A crop of an image, which may be resized to any size and may be mirrored.
 
+    `View(box, flip)` is not mirrored top to bottom.
+
     Attributes:
         box: The crop `(x1, y1, x2, y2)` in the image frame, in pixels.
         flip: True where the crop is mirrored left to right.
+        vertical_flip: True where the crop is mirrored top to bottom; by default nowhere.
     """
 
     box: Float[Tensor, "*batch 4"]
     flip: Bool[Tensor, "*batch"]
+    # A view never holds this default: `_new_view` makes zeros of it, in the shape of `flip`.
+    vertical_flip: Bool[Tensor, "*batch"] = None  # pyright: ignore[reportAssignmentType]
+
+
+def _new_view(cls: type[View], box: Any, flip: Any, vertical_flip: Any = None) -> View:
+    """Make a view; one that is given no vertical flip has none."""
+    return tuple.__new__(cls, (box, flip, _or_no_flip(vertical_flip, flip)))
+
+
+def _or_no_flip(vertical_flip: Any, flip: Any) -> Any:
+    """Return the vertical flip, or False in the shape of `flip` where it is None.
+
+    A `flip` that holds no truth values is what a tree of views may hold instead, such as the axes
+    in `torch.vmap(..., in_dims=View(0, 0))`: the vertical flip is then the same.
+    """
+    if vertical_flip is not None:
+        return vertical_flip
+    if isinstance(flip, Tensor):
+        return torch.zeros_like(flip)
+    return flip < flip if isinstance(flip, bool) or hasattr(flip, "dtype") else flip
+
+
+# The class body of a NamedTuple may not define it, and a subclass that does is no NamedTuple to
+# `torch.compile`. The compiler of torch 2.8 does not call it: there `View(box, flip)` holds None
+# inside the graph, which `_flips` reads.
+View.__new__ = _new_view  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ViewPairs(NamedTuple):
@@ -116,8 +145,8 @@ def full_view(
         ValueError: A size given as a tuple is not positive. Sizes in a tensor are not checked.
 
     Examples:
-        >>> full_view((480, 640))
-        View(box=tensor([  0.,   0., 640., 480.]), flip=tensor(False))
+        >>> full_view((480, 640)).box
+        tensor([  0.,   0., 640., 480.])
 
     References:
         D3SSL, Sec 4.1 (its first view is the whole image).
@@ -130,7 +159,8 @@ def full_view(
     corner = torch.zeros_like(width)
     box = torch.stack([corner, corner, width, height], -1)
     box = box.expand(*batch, *box.shape).contiguous()
-    return View(box, torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device))
+    flip = torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device)
+    return View(box, flip, flip.clone())
 
 
 @typed
@@ -141,6 +171,7 @@ def sample_views(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> View:
     """Sample random views as RandomResizedCrop and RandomHorizontalFlip do.
@@ -156,15 +187,17 @@ def sample_views(
         batch: Leading axes of the result, in front of those of `size`.
         scale: Smallest and largest share of the image's area.
         ratio: Smallest and largest width divided by height.
-        flip: Probability that a view is mirrored.
+        flip: Probability that a view is mirrored left to right.
+        vertical_flip: Probability that a view is mirrored top to bottom, for images without an
+            upright, such as aerial and medical images. It changes no box and no other flip.
         generator: Source of the random numbers; the views are on its device.
 
     Returns:
         Views of shape `(*batch, *sizes)` in the image frame.
 
     Raises:
-        ValueError: `scale`, `ratio` or `flip` is out of its range, or a size given as a tuple is
-            not positive. Sizes in a tensor are not checked.
+        ValueError: `scale`, `ratio` or the probability of a flip is out of its range, or a size
+            given as a tuple is not positive. Sizes in a tensor are not checked.
 
     Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
@@ -180,10 +213,12 @@ def sample_views(
                 f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < smallest <= "
                 "largest."
             )
-    if not 0 <= flip <= 1:
-        raise ValueError(
-            f"densekit.views.sample_views: flip is {flip}; give a probability in [0, 1]."
-        )
+    for name, probability in {"flip": flip, "vertical_flip": vertical_flip}.items():
+        if not 0 <= probability <= 1:
+            raise ValueError(
+                f"densekit.views.sample_views: {name} is {probability}; give a probability in "
+                "[0, 1]."
+            )
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
     device = None if generator is None else generator.device
@@ -214,7 +249,15 @@ def sample_views(
     y = (draws[..., 21] * (room_y + 1)).floor().minimum(room_y)
     x = torch.where(found, x, (room_x / 2).floor())
     y = torch.where(found, y, (room_y / 2).floor())
-    return View(torch.stack([x, y, x + w, y + h], -1), draws[..., 22] < flip)
+    box = torch.stack([x, y, x + w, y + h], -1)
+
+    # Drawn last, and only if asked: no other number of the generator changes.
+    flips = draws[..., 22] < flip
+    vertical_flips = torch.zeros_like(flips)
+    if vertical_flip > 0:
+        draws = sample_uniform(flips.shape, height, generator=generator)
+        vertical_flips = draws < vertical_flip
+    return View(box, flips, vertical_flips)
 
 
 @typed
@@ -227,6 +270,7 @@ def sample_view_pairs(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> ViewPairs:
     """Sample two views of each image that overlap by at least `min_overlap`.
@@ -244,6 +288,7 @@ def sample_view_pairs(
         scale: As in `sample_views`.
         ratio: As in `sample_views`.
         flip: As in `sample_views`; the two views are mirrored independently.
+        vertical_flip: As in `sample_views`.
         generator: Source of the random numbers; the views are on its device.
 
     Returns:
@@ -269,17 +314,27 @@ def sample_view_pairs(
 
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
-        size, (2, attempts, *batch), scale=scale, ratio=ratio, flip=flip, generator=generator
+        size,
+        (2, attempts, *batch),
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        vertical_flip=vertical_flip,
+        generator=generator,
     )
     boxes1, boxes2 = drawn.box.unbind(0)
-    flips1, flips2 = drawn.flip.unbind(0)
     iou = box_iou(boxes1, boxes2)
     enough = iou >= min_overlap
     best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))[None]
-    take = best[..., None].expand(1, *boxes1.shape[1:])
 
-    view1 = View(boxes1.gather(0, take)[0], flips1.gather(0, best)[0])
-    view2 = View(boxes2.gather(0, take)[0], flips2.gather(0, best)[0])
+    view1, view2 = (
+        View(
+            box.gather(0, best[..., None].expand(1, *box.shape[1:]))[0],
+            flips.gather(0, best)[0],
+            vertical_flips.gather(0, best)[0],
+        )
+        for box, flips, vertical_flips in zip(*drawn, strict=True)
+    )
     share = iou.gather(0, best)[0]
     return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
 
@@ -581,7 +636,7 @@ def crop_views(
     for shape in {image.shape for image in images}:
         rows = [row for row, image in enumerate(images) if image.shape == shape]
         same = torch.stack([images[row] for row in rows])
-        views = View(view.box[rows], view.flip[rows])
+        views = View(*(field[rows] for field in view))
         found = _crop_together(same, views, (out_h, out_w), cubic)
         for row, crop in zip(rows, found, strict=True):
             crops[row] = crop
@@ -602,10 +657,16 @@ def _height_and_width(
 def _affine(view: View) -> tuple[Tensor, Tensor]:
     """Return origin and signed extent of image = origin + extent * view; identity if not valid."""
     valid = boxes_valid(view.box)[..., None]
-    x1, y1, x2, y2 = view.box.unbind(-1)
-    origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
-    extent = torch.stack([torch.where(view.flip, x1 - x2, x2 - x1), y2 - y1], -1)
+    flips = _flips(view)
+    low, high = view.box.unflatten(-1, (2, 2)).unbind(-2)
+    origin = torch.where(flips, high, low)
+    extent = torch.where(flips, low - high, high - low)
     return torch.where(valid, origin, 0.0), torch.where(valid, extent, 1.0)
+
+
+def _flips(view: View) -> Tensor:
+    """Return the flips of x and y, `(*batch, 2)`."""
+    return torch.stack([view.flip, _or_no_flip(view.vertical_flip, view.flip)], -1)
 
 
 def _image_to_view(view: View, points: Tensor) -> Tensor:
@@ -620,10 +681,10 @@ def _view_to_image(view: View, points: Tensor) -> Tensor:
 
 def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
     corners = map_points(view, boxes.unflatten(-1, (2, 2)).flatten(-3, -2)).unflatten(-2, (-1, 2))
-    x, y = corners.unbind(-1)
-    # A flip swaps left and right; sorting instead would make a reversed box look valid.
-    x = torch.where(view.flip[..., None, None], x.flip(-1), x)
-    return torch.stack([x, y], -1).flatten(-2)
+    # A flip swaps left and right, or top and bottom; sorting instead would make a reversed box look
+    # valid.
+    flips = _flips(view)[..., None, None, :]
+    return torch.where(flips, corners.flip(-2), corners).flatten(-2)
 
 
 def _check_list(images: Sequence[Tensor], view: View) -> None:
@@ -664,9 +725,11 @@ def _crop_together(images: Tensor, view: View, size: Size, cubic: bool) -> Tenso
     This suits accelerators, transforms and graphs: no value of a box is read.
     """
     x1, y1, x2, y2 = _boxes_to_crop(view).unbind(-1)
+    flip_x, flip_y = _flips(view)[..., None, None].unbind(-3)
     columns = _resize_matrix(x1, x2, images.shape[-1], size[1], cubic)
-    columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
+    columns = torch.where(flip_x, columns.flip(-2), columns)
     rows = _resize_matrix(y1, y2, images.shape[-2], size[0], cubic)
+    rows = torch.where(flip_y, rows.flip(-2), rows)
 
     dtype = torch.promote_types(images.dtype, torch.float32)
     with full_precision(images):
@@ -682,7 +745,7 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
     boxes, the crop is a product with dense matrices, as long as the crop's sides.
     """
     boxes = _boxes_to_crop(view).reshape(-1, 4)
-    flips = view.flip.reshape(-1).tolist()
+    flips = _flips(view).reshape(-1, 2).tolist()
     moved = torch.is_grad_enabled() and any(x.requires_grad for x in (*images, boxes))
     dtype = torch.promote_types(images[0].dtype, torch.float32)
     mode = "bicubic" if cubic else "bilinear"
@@ -704,7 +767,9 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
 
             touched = image[None, :, y, x].to(dtype)
             crop = torch.nn.functional.interpolate(touched, size, mode=mode, antialias=True)[0]
-            crops[row] = crop.flip(-1) if flips[row] else crop
+            flip_x, flip_y = flips[row]
+            crop = crop.flip(-1) if flip_x else crop
+            crops[row] = crop.flip(-2) if flip_y else crop
 
         # The matrices of some images are made in one go: few operations, and bounded memory.
         longest = max((span.stop - span.start for pair in spans for span in pair), default=0)
@@ -716,7 +781,9 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
             rows = _short_matrices(y1, y2, [pair[0] for pair in pairs], size[0], cubic)
             columns = _short_matrices(x1, x2, [pair[1] for pair in pairs], size[1], cubic)
             for row, (y, x), down, across in zip(group, pairs, rows, columns, strict=True):
-                across = across.flip(-2) if flips[row] else across
+                flip_x, flip_y = flips[row]
+                across = across.flip(-2) if flip_x else across
+                down = down.flip(-2) if flip_y else down
                 wide = images[row][:, y, x].to(dtype) @ across.to(dtype).mT
                 crops[row] = down.to(dtype) @ wide
 

@@ -84,7 +84,7 @@ def views(draw, batch=None, size=None, whole_pixels=None):
     batch = draw(batches()) if batch is None else batch
     size = draw(sizes()) if size is None else size
     box = draw(boxes(batch, size, whole_pixels))
-    return View(box, flips(draw(generators()), *batch))
+    return View(box, *flips(draw(generators()), 2, *batch))
 
 
 @st.composite
@@ -101,7 +101,7 @@ def overlapping_views(draw, batch=None, size=None, whole_pixels=None):
         # Some sides stay where they are: the views touch the shared box from inside.
         room = torch.where(flips(generator, *batch, 4), 0.0, room)
         room = room.trunc() if whole_pixels else room
-        grown.append(View(shared + room, flips(generator, *batch)))
+        grown.append(View(shared + room, *flips(generator, 2, *batch)))
     return tuple(grown)
 
 
@@ -117,7 +117,7 @@ def disjoint_views(draw, batch=None):
     second[..., axis] = line
     if not draw(st.booleans()):  # else both fill their side and touch
         first, second = (boxes_within(generator, side, whole_pixels) for side in (first, second))
-    pair = [View(box, flips(generator, *batch)) for box in (first, second)]
+    pair = [View(box, *flips(generator, 2, *batch)) for box in (first, second)]
     return tuple(reversed(pair)) if draw(st.booleans()) else tuple(pair)
 
 

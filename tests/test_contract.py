@@ -75,7 +75,8 @@ def box(batch, dtype, generator):
 
 
 def view(batch, dtype, generator):
-    return View(box(batch, dtype, generator), flips(generator, *batch))
+    corners, flip = box(batch, dtype, generator), flips(generator, *batch)
+    return View(corners, flip, flips(generator, *batch))
 
 
 def at_least_float32(dtype):
