@@ -188,8 +188,8 @@ def gridsample(
 
     Args:
         features: One feature map for each batch entry.
-        points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0, and an
-            infinite coordinate as far outside the map.
+        points: Points `(x, y)` in the frame of the map, in [0, 1] and not [-1, 1] as in
+            `grid_sample`; NaN counts as 0, and an infinite coordinate as far outside the map.
 
     Returns:
         One row of features for each point, in the features' dtype.
