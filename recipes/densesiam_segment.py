@@ -235,6 +235,8 @@ class TwoViews:
         view = self.sample_crops(indices)
 
         in_pixels = view._replace(box=view.box * self.config.image)
+        if self.epoch == 0:
+            dk.check_views(in_pixels, (self.config.image, self.config.image))
         near = dk.crop_views(squares, in_pixels, self.config.size)
         whole = resize(squares, [self.config.size])
         crops = [near, whole]
