@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 import torch
 from densekit.boxes import sample_boxes_at_iou
-from densekit.numerics import full_precision, l2_normalize, masked_mean, safe_divide, widened
+from densekit.numerics import (
+    full_precision,
+    l2_normalize,
+    masked_mean,
+    refuse_channels_last,
+    safe_divide,
+    widened,
+)
 from densekit.pooling import roi_align
 from densekit.sampling import grid_points
 from densekit.typing import Bool, Float, Size, Tensor, typed
@@ -193,6 +200,7 @@ def layer_features(
         The maps by name, in the order of `layers`.
 
     Raises:
+        TypeError: The channels of the images come last.
         ValueError: A layer does not exist or did not run, or its output is neither a map nor tokens
             of such patches.
 
@@ -205,6 +213,7 @@ def layer_features(
     References:
         D3SSL, Fig 3b and 4b (its measures of each layer).
     """
+    refuse_channels_last("diagnostics.layer_features", "images", images)
     known = dict(model.named_modules())
     caught = {}
     if unknown := [name for name in layers if name not in known]:
@@ -252,7 +261,7 @@ def coupling_images(
         and B.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or the channels come last.
 
     Examples:
         >>> coupling_images(torch.rand(3, 64, 64), torch.rand(3, 64, 64)).together.shape
@@ -261,6 +270,7 @@ def coupling_images(
     References:
         D3SSL, Sec 3.1, Fig 3a.
     """
+    refuse_channels_last("diagnostics.coupling_images", "objects_a", objects_a)
     h, w = objects_a.shape[-2:]
     top = h // 4
     left = w // 4
@@ -387,6 +397,7 @@ def layer_bias(
         The means over the objects, one number for each layer.
 
     Raises:
+        TypeError: The channels of the objects come last.
         ValueError: There are fewer than two objects, the chunk is below 1, or as in
             `layer_features`.
 
