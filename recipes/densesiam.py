@@ -194,7 +194,10 @@ class TwoViews:
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.view_config.size) for view in views]
+        crops = []
+        for view in views:
+            view_crops = dk.crop_views(pixels, view, self.view_config.size)
+            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
         augmented = []
         # The colors need other random numbers than the views.
         with harness.seeded(*batch_key, harness.COLORS):
