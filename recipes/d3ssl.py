@@ -95,6 +95,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -115,10 +116,8 @@ def check_options(config: Config) -> None:
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
-    # Such as resnet50, resnext50_32x4d, resnest50d.
-    named_resnet = "resn" in config.arch and "v2" not in config.arch
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(

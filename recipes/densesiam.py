@@ -95,6 +95,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -112,9 +113,8 @@ def check_options(config: Config) -> None:
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(

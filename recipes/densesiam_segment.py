@@ -123,9 +123,8 @@ def check_options(config: Config) -> None:
         config.val_list is None or config.val_list.is_file(),
         f"--val-list is {config.val_list}: give a text file with one image name a line.",
     )
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or encoders.is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
     )
     weights = config.weights

@@ -97,6 +97,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -112,9 +113,8 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")

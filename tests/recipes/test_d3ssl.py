@@ -38,6 +38,7 @@ STILL = replace(SMALL, jitter=(1.0, 1.0))  # the boxes stay what they are
 WRONG = [
     (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
     (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
     (["--arch", "resnetv2_50"], "--arch is resnetv2_50"),  # it has no layer4
     (["--regions", "0"], "--regions is 0"),
     (["--cut", "0.5", "0.2"], "--cut is 0.5 0.2"),

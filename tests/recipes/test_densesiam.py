@@ -18,6 +18,7 @@ SMALL = replace(
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
     (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--hidden", "3"], "--hidden is 3"),
     (["--categories", "1"], "--categories is 1"),
