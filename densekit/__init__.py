@@ -70,7 +70,7 @@ from densekit.metrics import (
     merge_clusters,
 )
 from densekit.neighbors import Matches, knn_votes, match_patches, nearest_maps, object_knn
-from densekit.numerics import l2_normalize, masked_mean, widen
+from densekit.numerics import l2_normalize, map_to_rows, masked_mean, rows_to_map, widen
 from densekit.pooling import RoIFeatures, assign_levels, pool_masks, roi_align
 from densekit.probes import (
     LinearProbe,
@@ -212,6 +212,7 @@ __all__ = [
     "linear_maps",
     "linear_schedule",
     "linear_segmentation",
+    "map_to_rows",
     "masked_mean",
     "match_clusters",
     "match_patches",
@@ -235,6 +236,7 @@ __all__ = [
     "push_to_bank",
     "region_similarity",
     "roi_align",
+    "rows_to_map",
     "sample_boxes",
     "sample_boxes_at_iou",
     "sample_cutout",

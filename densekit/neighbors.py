@@ -158,7 +158,7 @@ def match_patches(
 
     To score the result, compare the indices with the true positions: for the patches of
     `patch_pairs`, patch i belongs to patch i. For the cells of whole maps pass
-    `map.flatten(-2).mT`. The cosines are computed in blocks of at most 2^27 numbers (half a
+    `map_to_rows(maps)`. The cosines are computed in blocks of at most 2^27 numbers (half a
     gigabyte), or of one patch.
 
     Args:

@@ -1,4 +1,4 @@
-"""Numerics that several modules share: unit vectors, masked means, wider dtypes, safe division.
+"""Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of maps.
 
 The functions that `__all__` does not list are helpers for the modules of densekit.
 """
@@ -13,9 +13,9 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Shaped, Size, Tensor, typed
 
-__all__ = ["l2_normalize", "masked_mean", "widen"]
+__all__ = ["l2_normalize", "map_to_rows", "masked_mean", "rows_to_map", "widen"]
 
 BLOCK = 2**22  # numbers: 16 MiB in float32. Smaller ones wait for the threads too often.
 
@@ -101,6 +101,58 @@ def masked_mean(
     total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
     total = all_sum(total, group)  # both in one message
     return total[0] / total[1].clamp(min=1)
+
+
+@typed
+def map_to_rows(maps: Shaped[Tensor, "*batch d h w"]) -> Shaped[Tensor, "*batch n d"]:
+    """Turn maps into one row for each cell: channels first becomes channels last.
+
+    Losses, pooling, matching and clustering take rows `(*batch, n, d)`; networks return maps
+    `(*batch, d, h, w)`. A function of rows that is given a map takes the width for the channels.
+
+    Args:
+        maps: Maps of any dtype.
+
+    Returns:
+        `n = h w` rows, in the order of the cells: row by row. It is a view of the maps where
+        their memory allows it.
+
+    Examples:
+        >>> map_to_rows(torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
+        tensor([[1, 5],
+                [2, 6],
+                [3, 7],
+                [4, 8]])
+    """
+    return maps.flatten(-2).mT
+
+
+@typed
+def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor, "*batch d h w"]:
+    """Turn one row for each cell into maps: the inverse of `map_to_rows`.
+
+    Args:
+        rows: Rows of any dtype, in the order of the cells: row by row.
+        size: Size `(h, w)` of the maps, with `n = h w`.
+
+    Returns:
+        Maps, channels first. They are a view of the rows where their memory allows it.
+
+    Raises:
+        ValueError: The size has another number of cells than there are rows, or is negative.
+
+    Examples:
+        >>> rows_to_map(torch.arange(6).view(6, 1), (2, 3))
+        tensor([[[0, 1, 2],
+                 [3, 4, 5]]])
+    """
+    h, w = size
+    if h < 0 or w < 0 or h * w != rows.shape[-2]:
+        raise ValueError(
+            f"densekit.numerics.rows_to_map: size is {size}, but there are {rows.shape[-2]} rows; "
+            "give the (h, w) of a map that has as many cells."
+        )
+    return rows.mT.unflatten(-1, size)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from densekit.numerics import (
     full_precision,
     interpolation_weights,
+    map_to_rows,
     sample_uniform,
     take_rows,
     widened,
@@ -217,7 +218,7 @@ def gridsample(
     y = interpolation_weights(points[..., 1], h)
     weights = (y[..., :, None] * x[..., None, :]).flatten(-2).to(features.dtype)
     with full_precision(features):
-        return weights @ features.flatten(-2).mT
+        return weights @ map_to_rows(features)
 
 
 @typed

@@ -333,7 +333,7 @@ def embed(network: Any, view: Input, bins: int) -> Tensor:
     )
     regions = dk.roi_align(c4, view.boxes, bins).features
     c5 = encoder.layer4(regions.flatten(0, 1))
-    cells = c5.flatten(2).mT  # (regions, cells, d)
+    cells = dk.map_to_rows(c5)  # (regions, cells, d)
     rows = cells.mean(1)
     return network["head"](rows).unflatten(0, view.boxes.shape[:2])
 

@@ -275,7 +275,7 @@ def level_maps(encoder: Any, images: Tensor) -> list[Tensor]:
 
 def pool_cells(maps: Tensor) -> Tensor:
     """Mean over all cells: one row of features for each image, (b, 1, d)."""
-    cells = maps.flatten(2).mT  # (b, cells, d)
+    cells = dk.map_to_rows(maps)  # (b, cells, d)
     return cells.mean(1, keepdim=True)
 
 
@@ -491,7 +491,7 @@ def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Ten
     tints = torch.stack([x[index] for x, index in zip(colors, patch_index, strict=True)])
     plain = harness.unnormalize(nn.functional.interpolate(images, PANEL_SIDE), MEAN, STD)
     gray = plain.mean(1, keepdim=True)
-    tinted = 0.4 * gray + 0.6 * rearrange(tints, "b (h w) c -> b c h w", h=PANEL_SIDE)
+    tinted = 0.4 * gray + 0.6 * dk.rows_to_map(tints, (PANEL_SIDE, PANEL_SIDE))
     inside_map = rearrange(inside, "b (h w) -> b 1 h w", h=PANEL_SIDE)
     return torch.where(inside_map, tinted, plain)
 

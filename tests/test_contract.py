@@ -208,6 +208,10 @@ def one_set(batch, n, dtype, generator):
     return (rows(batch, n, dtype, generator),)
 
 
+def rows_of_a_map(batch, n, dtype, generator):
+    return (rows(batch, 12, dtype, generator, n),)
+
+
 def rows_and_columns(batch, n, dtype, generator):
     return tuple(rows(batch, count, dtype, generator) for count in (n, n + 1))
 
@@ -565,6 +569,8 @@ TABLE = [
         without={"batched": "the mean over all the axes together is what it is for"},
     ),
     row("l2_normalize", one_set, (0,)),
+    row("map_to_rows", nine_pictures, (0,)),
+    row("rows_to_map", rows_of_a_map, (0,), size=(3, 4)),
     row("widen", one_set, (0,)),
     # The teacher is detached: its finite differences are not zero, its gradient is none.
     row("negative_cosine", pair_and_valid, (0,), reduction="none"),
