@@ -382,7 +382,7 @@ def embed(network: Any, view: Input, bins: int) -> Tensor:
     regions = dk.roi_align(c4, view.boxes, bins).features.flatten(0, 1)
     source, place = fill_places(view.valid.flatten())
     c5 = encoder.layer4(regions[source])
-    cells = c5.flatten(2).mT  # (regions, cells, d)
+    cells = dk.map_to_rows(c5)  # (regions, cells, d)
     rows = cells.mean(1)
     outputs = network["head"](rows)
     return outputs[place].unflatten(0, view.boxes.shape[:2])

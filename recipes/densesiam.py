@@ -46,6 +46,10 @@ class Loss:
     points: Literal["grid", "random", "hard"] = "grid"
     candidates: int = 3  # Hard points: candidates for each point, k in Table A2.
     hard_share: float = 0.75  # Hard points: share that are the most dissimilar, beta in Table A2.
+    # What PixSim compares: the same points, or what another method would compare (Table A1).
+    correspondence: Literal[
+        "location", "feature_similarity", "pixel_distance", "candidate_regions"
+    ] = "location"
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,17 @@ def check_options(config: Config) -> None:
         0 <= loss.hard_share <= 1,
         f"--loss.hard-share is {loss.hard_share}: give a share from 0 to 1.",
     )
+    is_location = loss.correspondence == "location"
+    harness.check(
+        is_location or loss.region == 0,
+        f"--loss.correspondence is {loss.correspondence}: give --loss.region 0 with it, since "
+        "RegionSim needs the same points in both views.",
+    )
+    harness.check(
+        is_location or (loss.points == "grid" and loss.order == "project_predict_sample"),
+        f"--loss.correspondence is {loss.correspondence}: give location with --loss.points "
+        f"{loss.points} and --loss.order {loss.order}.",
+    )
 
 
 # ==== views =======================================================================================
@@ -275,10 +290,10 @@ def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
 
 
 def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.PairedPoints:
-    """Points of the image, in the frames of both views."""
+    """Points of the image, in the frames of both views; `valid` says which images are used."""
     points1 = dk.image_to_view(views[0], points)
     points2 = dk.image_to_view(views[1], points)
-    return dk.PairedPoints(points, points1, points2, valid)
+    return dk.PairedPoints(points, points1, points2, valid[:, None].expand(points.shape[:-1]))
 
 
 def sample_pairs(views: list[dk.View], count: int) -> dk.PairedPoints:
@@ -314,6 +329,61 @@ class Samples(NamedTuple):
     pairs: dk.PairedPoints
 
 
+class Side(NamedTuple):
+    """One of the two views, for the correspondences of Table A1."""
+
+    view: dk.View
+    features: Tensor  # of the encoder, (b, d, h, w)
+    outputs: Tensor  # predictions of the student, projections of the teacher, (b, c, h, w)
+
+
+class Matched(NamedTuple):
+    """Outputs of the student with those of the teacher that they are compared with."""
+
+    students: Tensor  # (*batch, c)
+    teachers: Tensor
+    valid: Tensor  # (*batch)
+
+
+def match_similar_features(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with the cell of the most similar features, as in DenseCL."""
+    student_features = dk.map_to_rows(student.features)
+    teacher_features = dk.map_to_rows(teacher.features)
+    matches = dk.match_by_feature(student_features, teacher_features)
+    students = dk.take_rows(dk.map_to_rows(student.outputs), matches.indices1)
+    teachers = dk.take_rows(dk.map_to_rows(teacher.outputs), matches.indices2)
+    return Matched(students, teachers, matches.valid)
+
+
+def match_near_pixels(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with all cells whose centers are near in the image, as in PixPro."""
+    size = student.outputs.shape[-2:]
+    near = dk.positive_pairs(student.view, teacher.view, size)  # (b, cells, cells)
+    students = dk.map_to_rows(student.outputs)[:, :, None]
+    teachers = dk.map_to_rows(teacher.outputs)[:, None]
+    students, teachers = torch.broadcast_tensors(students, teachers)
+    return Matched(students, teachers, near)
+
+
+def match_regions(student: Side, teacher: Side, view_size: int) -> Matched:
+    """The same windows of both views, as in ReSim: of 48 pixels every 32 in a view of 224."""
+    window = max(1, round(view_size * 48 / 224))
+    stride = max(1, round(view_size * 32 / 224))
+    regions = dk.candidate_regions(
+        student.view, teacher.view, view_size, window=window, stride=stride
+    )
+    students = dk.roi_align(student.outputs, regions.boxes1, 1).features
+    teachers = dk.roi_align(teacher.outputs, regions.boxes2, 1).features
+    return Matched(students.flatten(2), teachers.flatten(2), regions.valid)
+
+
+MATCHING = {
+    "feature_similarity": match_similar_features,
+    "pixel_distance": match_near_pixels,
+    "candidate_regions": match_regions,
+}
+
+
 def has_pixsim(loss_config: Loss) -> bool:
     return loss_config.grid > 0 and loss_config.dense > 0
 
@@ -333,6 +403,7 @@ class DenseSiam(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.loss = config.loss
+        self.view_size = config.views.size
         self.encoder = build_encoder(config.arch)
         channels = self.encoder.num_features
         hidden = config.hidden
@@ -356,6 +427,9 @@ class DenseSiam(nn.Module):
         loss, terms = self.global_loss(maps, views)
         if not has_dense_heads(self.loss):
             return loss, terms
+        if self.loss.correspondence != "location":
+            terms["dense"] = self.matched_loss(maps, views)
+            return loss + self.loss.dense * terms["dense"], terms
 
         samples = self.sample_heads(maps, views)
         terms["dense"] = self.dense_loss(samples)
@@ -392,7 +466,7 @@ class DenseSiam(nn.Module):
         """The mean of the features at the points of the overlap, and where there is one."""
         pairs = dk.grid_pairs(*views, self.loss.grid)
         pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
-        return pooled, pairs.valid
+        return pooled, pairs.valid[:, 0]
 
     def sample_heads(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
         """The outputs of PixSim's heads for both views at the same points of the image."""
@@ -444,15 +518,32 @@ class DenseSiam(nn.Module):
         points = dk.hard_points(
             candidates.points, dissimilarity, others.points, beta=self.loss.hard_share
         )
-        return pair_points(views, points, others.valid)
+        return pair_points(views, points, others.valid[:, 0])
 
     def dense_loss(self, samples: Samples) -> Tensor:
         """PixSim: the views agree at the same points (Eq 1 and 3)."""
-        valid = samples.pairs.valid[:, None]
+        valid = samples.pairs.valid
         distance = partial(getattr(dk, self.loss.distance), valid=valid, reduction="none")
         distances = dk.symmetric_loss(distance, samples.predictions, samples.projections)
         # The mean is over the valid points of all processes.
         return dk.masked_mean(distances, valid, group=torch.distributed.group.WORLD)
+
+    def matched_loss(self, maps: list[Tensor], views: list[dk.View]) -> Tensor:
+        """PixSim with another correspondence, which differs between the directions (Table A1)."""
+        projected_maps = [self.dense_projector(x) for x in maps]
+        predicted_maps = [self.dense_predictor(x) for x in projected_maps]
+        students = [Side(*x) for x in zip(views, maps, predicted_maps, strict=True)]
+        teachers = [Side(*x) for x in zip(views, maps, projected_maps, strict=True)]
+
+        match = MATCHING[self.loss.correspondence]
+        distance = getattr(dk, self.loss.distance)
+        means = []
+        for student, teacher in ((students[0], teachers[1]), (students[1], teachers[0])):
+            matched = match(student, teacher, self.view_size)
+            distances = distance(*matched, reduction="none")
+            group = torch.distributed.group.WORLD
+            means.append(dk.masked_mean(distances, matched.valid, group=group))
+        return (means[0] + means[1]) / 2
 
     def region_loss(
         self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
@@ -473,7 +564,7 @@ class DenseSiam(nn.Module):
         projections = [x.unflatten(0, shape) for x in projected_rows]
         predictions = [x.unflatten(0, shape) for x in predicted_rows]
 
-        valid = pairs.valid[:, None]
+        valid = pairs.valid[:, :1]  # the regions of two views are valid if their points are
         temperature = self.loss.temperature
         info_nce = partial(dk.info_nce, valid=valid, temperature=temperature, reduction="none")
         losses = dk.symmetric_loss(info_nce, predictions, projections)
@@ -526,9 +617,9 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
 def mark_pairs(tiles: Tensor, pairs: dk.PairedPoints, palette: Tensor) -> None:
     """Mark the same points of the image in both of its views, those of view 1 come first."""
     points = torch.cat([pairs.points1, pairs.points2])
-    valid = pairs.valid.repeat(2)  # once for each view
-    for tile, places, overlap in zip(tiles, points, valid, strict=True):
-        if overlap:
+    valid = pairs.valid.repeat(2, 1)  # once for each view
+    for tile, places, used in zip(tiles, points, valid, strict=True):
+        if used.all():
             mark(tile, places, palette[: len(places)])
 
 

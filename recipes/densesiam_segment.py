@@ -342,8 +342,8 @@ class Segmenter(nn.Module):
         projections = [self.projectors[head](x) for x in maps]
         predictions = [self.predictors[head](x) for x in projections]
         return (
-            [x.flatten(2).mT for x in predictions],
-            [x.flatten(2).mT for x in projections],
+            [dk.map_to_rows(x) for x in predictions],
+            [dk.map_to_rows(x) for x in projections],
         )
 
     # ==== loss ====================================================================================
@@ -375,7 +375,7 @@ class Segmenter(nn.Module):
         """InfoNCE of the soft regions of an image, whose masks are the softmax of `logits`."""
         regions = []
         for features, scores in zip(maps, logits, strict=True):
-            sums = dk.pool_masks(features.flatten(2).mT, scores.softmax(-1))  # (b, classes, 128)
+            sums = dk.pool_masks(dk.map_to_rows(features), scores.softmax(-1))  # (b, classes, 128)
             regions.append(sums.mT[..., None])  # as maps, a cell for each class
 
         predictions, projections = self.predict("region", regions)

@@ -59,6 +59,18 @@ WRONG = [
     (["--loss.hard-share", "1.5"], "--loss.hard-share is 1.5"),
     (["--loss.points", "hard", "--loss.order", "sample_project_predict"], "--loss.points is hard"),
     (["--loss.points", "hard", "--loss.order", "project_sample_predict"], "--loss.points is hard"),
+    (["--loss.correspondence", "pixel_distance"], "--loss.correspondence is pixel_distance"),
+    (
+        [
+            "--loss.correspondence",
+            "candidate_regions",
+            "--loss.region",
+            "0",
+            "--loss.points",
+            "hard",
+        ],
+        "--loss.correspondence is candidate_regions",
+    ),
     (["--loss.temperature", "0"], "--loss.temperature is 0"),
     (["--loss.temperature", "nan"], "--loss.temperature is nan"),
 ]
@@ -254,7 +266,8 @@ def test_random_points_are_the_same_of_the_image_and_lie_in_both_views(generator
     views = [found.view1, found.view2]
     pairs = densesiam.overlap_pairs(views, Loss(grid=count, points="random"))
     assert pairs.points.shape == (3, count**2, 2)
-    assert torch.equal(pairs.valid, dk.intersect_views(*views).valid)
+    overlap = dk.intersect_views(*views).valid
+    assert torch.equal(pairs.valid, overlap[:, None].expand(3, count**2))
     for view, points in zip(views, (pairs.points1, pairs.points2), strict=True):
         torch.testing.assert_close(dk.view_to_image(view, points), pairs.points)
         inside = (points > -1e-4) & (points < 1 + 1e-4)
@@ -275,7 +288,7 @@ def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates,
     assert many.shape[1] == candidates * 9
     hard = round(share * 9)
     assert torch.equal(pairs.points[:, hard:], others[:, hard:])
-    tried = densesiam.pair_points(views, many, pairs.valid)
+    tried = densesiam.pair_points(views, many, pairs.valid[:, 0])
     z, p = at_points(projected, tried), at_points(predicted, tried)
     dissimilarity = pixel_distances(p[0], z[1]) + pixel_distances(p[1], z[0])
     for row in range(3):
@@ -286,6 +299,62 @@ def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates,
     loss, terms = model(images, views, True)
     loss.backward()
     assert terms["overlap"] == 0.75
+
+
+def match_by_hand(name, features, views, size):
+    """Pairs of cells (image, cell of view 1, cell of view 2) that Table A1's methods compare."""
+    if name == "feature_similarity":
+        rows = [normalize(x.flatten(2).mT, dim=-1) for x in features]
+        nearest = (rows[0] @ rows[1].mT).argmax(-1)
+        return [(k, i, int(nearest[k, i])) for k in range(len(rows[0])) for i in range(size**2)]
+    centers = [dk.coordinate_map(view, (size, size)).flatten(1, 2) for view in views]
+    diagonals = [(view.box[:, 2:] - view.box[:, :2]).norm(dim=1) / size for view in views]
+    limit = 0.7 * torch.maximum(*diagonals)
+    near = torch.cdist(*centers) <= limit[:, None, None]
+    near &= dk.intersect_views(*views).valid[:, None, None]
+    return near.nonzero().tolist()
+
+
+@pytest.mark.parametrize("distance", ["cross_entropy_similarity", "negative_cosine"])
+@pytest.mark.parametrize("name", ["feature_similarity", "pixel_distance"])
+def test_cells_are_compared_as_densecl_and_pixpro_do(name, distance):
+    model = make(correspondence=name, region=0.0, distance=distance)
+    images, views = double(batch())
+    loss, terms = model(images, views, False)
+    maps = [model.encoder(x) for x in images]
+    z = [model.dense_projector(x) for x in maps]
+    p = [model.dense_predictor(x).flatten(2).mT for x in z]
+    z = [x.flatten(2).mT for x in z]
+    means = []
+    for a, b in ((0, 1), (1, 0)):
+        pairs = match_by_hand(name, (maps[a], maps[b]), (views[a], views[b]), maps[0].shape[-1])
+        assert len({k for k, *_ in pairs}) == (4 if name == "feature_similarity" else 3)
+        student = torch.stack([p[a][k, i] for k, i, _ in pairs])
+        teacher = torch.stack([z[b][k, j] for k, _, j in pairs]).detach()
+        if distance == "negative_cosine":
+            values = -(normalize(student, dim=-1) * normalize(teacher, dim=-1)).sum(-1)
+        else:
+            values = pixel_distances(student, teacher)
+        means.append(values.mean())
+    torch.testing.assert_close(terms["dense"], sum(means) / 2)
+    torch.testing.assert_close(loss, terms["sim"] + terms["dense"])
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_regions_are_the_windows_that_both_views_show():
+    """Of a map of places, a region's mean is the place of its center: in both views the same."""
+    _, views = double(batch())
+    maps = [dk.coordinate_map(view, (56, 56)).movedim(-1, 1) for view in views]
+    student, teacher = (densesiam.Side(view, x, x) for view, x in zip(views, maps, strict=True))
+    found = densesiam.match_regions(student, teacher, 224)
+    assert found.valid.shape == (4, 36)  # windows of 48 every 32 pixels
+    assert found.valid.any(1).tolist()[3] is False  # the last pair shares nothing
+    inside = found.valid.nonzero()
+    assert len(inside) > 0
+    torch.testing.assert_close(
+        found.students[found.valid], found.teachers[found.valid], atol=0.1, rtol=0.0
+    )
 
 
 def test_the_global_branch_on_the_overlap_pools_what_both_views_show():
