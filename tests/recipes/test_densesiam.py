@@ -174,14 +174,33 @@ def test_the_gradients_of_pixsim_stop_at_the_teacher():
         torch.testing.assert_close(found, gradient([zs[1], zs[0]]))
 
 
-def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph():
-    model = DenseSiam(SMALL)
+VARIANTS = [
+    {},
+    {"order": "project_sample_predict"},
+    {"order": "sample_project_predict"},
+    {"pooled": "overlap"},
+    {"points": "random"},
+    {"points": "hard"},
+    {"correspondence": "feature_similarity", "region": 0.0},
+    {"correspondence": "pixel_distance", "region": 0.0},
+    {"correspondence": "candidate_regions", "region": 0.0},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph(changes, precision):
+    torch.manual_seed(0)
+    model = DenseSiam(replace(SMALL, loss=replace(Loss(grid=3), **changes)))
     images, _ = batch()
     flip = torch.zeros(4, dtype=torch.bool)
     views = [dk.View(torch.tensor([x, 0.0, x + 9, 9]).expand(4, 4), flip) for x in (0.0, 20.0)]
-    loss, terms = model(images, views, True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss, terms = model(images, views, model.loss.region > 0)
     loss.backward()
-    assert terms["dense"] == terms["region"] == terms["overlap"] == 0
+    assert terms.get("region", 0) == terms.get("overlap", 0) == 0
+    assert changes.get("correspondence") == "feature_similarity" or terms["dense"] == 0
+    assert changes.get("pooled") != "overlap" or loss == 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
