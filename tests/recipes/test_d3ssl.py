@@ -6,7 +6,10 @@ The library's own laws of each augmentation: test_regions.py.
 import copy
 import json
 import os
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import d3ssl
@@ -732,6 +735,29 @@ def test_the_other_presets_are_rows_of_table_5():
     for preset, changes in rows.items():
         assert PRESETS[preset] == replace(ablation, preset=preset, **changes)
     assert PRESETS.keys() == {"demo", "paper", *rows}
+
+
+def test_the_rows_of_table_5_are_commands(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/recipes/d3ssl.md").read_text()
+    rows = re.findall(r"^\| (\d) \|.*`(--preset [^`]+)` \|$", page, flags=re.MULTILINE)
+    assert [number for number, _ in rows] == [*"123456"]
+    names = "soco_cutout", "soco_jitter", "cut", "jitter", "mask"  # the columns
+    still = {name: getattr(PRESETS["region"], name) for name in names}
+    checks = []
+    for _, options in rows:
+        monkeypatch.setattr(sys, "argv", ["d3ssl.py", *options.split()])
+        config = d3ssl.read_options()
+        d3ssl.check_options(config)
+        assert (config.epochs, config.depositioning) == (200, 0.0)
+        checks.append([getattr(config, name) != still[name] for name in names])
+    assert checks == [
+        [False, False, False, False, False],
+        [True, False, False, False, False],
+        [False, True, True, False, False],
+        [False, False, True, False, False],
+        [False, False, True, True, False],
+        [False, False, True, True, True],
+    ]
 
 
 def test_the_region_preset_changes_nothing_in_an_image():

@@ -1,7 +1,10 @@
 """The DenseSiam recipe: its losses against the paper's formulas. Its runs: test_recipes.py."""
 
 import json
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import densesiam
 import pytest
@@ -484,6 +487,28 @@ def test_processes_with_other_numbers_of_valid_pairs_have_the_loss_and_gradient_
     # The overlap and the global loss are logged as means over the processes.
     mean = torch.stack([part[0] for part in parts]).mean()
     torch.testing.assert_close(mean, loss.detach())
+
+
+def test_the_rows_of_the_tables_are_commands(monkeypatch):
+    """The options that the page gives for the rows of the paper's tables; no two are the same."""
+    page = (Path(__file__).parents[2] / "docs/recipes/densesiam.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| (4|A)\w+ \|", line)]
+    assert len(rows) == 20
+    found = {}
+    for row in rows:
+        for options in re.findall(r"`(--[^`]+)`", row):
+            monkeypatch.setattr(
+                sys, "argv", ["densesiam.py", "--preset", "paper", *options.split()]
+            )
+            config = densesiam.read_options()
+            densesiam.check_options(config)
+            found[options] = replace(config, preset="paper", arch="tiny", hidden=32, categories=16)
+    for config in found.values():
+        DenseSiam(config)
+    names = [name for name in found if "--preset simsiam" not in name]
+    only_pixsim = [found[name] for name in names if found[name].loss == replace(Loss(), region=0.0)]
+    assert len({str(found[name]) for name in names}) == len(names)
+    assert len(only_pixsim) == 1
 
 
 def test_the_encoder_has_torchvisions_layout():
