@@ -329,61 +329,6 @@ class Samples(NamedTuple):
     pairs: dk.PairedPoints
 
 
-class Side(NamedTuple):
-    """One of the two views, for the correspondences of Table A1."""
-
-    view: dk.View
-    features: Tensor  # of the encoder, (b, d, h, w)
-    outputs: Tensor  # predictions of the student, projections of the teacher, (b, c, h, w)
-
-
-class Matched(NamedTuple):
-    """Outputs of the student with those of the teacher that they are compared with."""
-
-    students: Tensor  # (*batch, c)
-    teachers: Tensor
-    valid: Tensor  # (*batch)
-
-
-def match_similar_features(student: Side, teacher: Side, view_size: int) -> Matched:
-    """Each cell with the cell of the most similar features, as in DenseCL."""
-    student_features = dk.map_to_rows(student.features)
-    teacher_features = dk.map_to_rows(teacher.features)
-    matches = dk.match_by_feature(student_features, teacher_features)
-    students = dk.take_rows(dk.map_to_rows(student.outputs), matches.indices1)
-    teachers = dk.take_rows(dk.map_to_rows(teacher.outputs), matches.indices2)
-    return Matched(students, teachers, matches.valid)
-
-
-def match_near_pixels(student: Side, teacher: Side, view_size: int) -> Matched:
-    """Each cell with all cells whose centers are near in the image, as in PixPro."""
-    size = student.outputs.shape[-2:]
-    near = dk.positive_pairs(student.view, teacher.view, size)  # (b, cells, cells)
-    students = dk.map_to_rows(student.outputs)[:, :, None]
-    teachers = dk.map_to_rows(teacher.outputs)[:, None]
-    students, teachers = torch.broadcast_tensors(students, teachers)
-    return Matched(students, teachers, near)
-
-
-def match_regions(student: Side, teacher: Side, view_size: int) -> Matched:
-    """The same windows of both views, as in ReSim: of 48 pixels every 32 in a view of 224."""
-    window = max(1, round(view_size * 48 / 224))
-    stride = max(1, round(view_size * 32 / 224))
-    regions = dk.candidate_regions(
-        student.view, teacher.view, view_size, window=window, stride=stride
-    )
-    students = dk.roi_align(student.outputs, regions.boxes1, 1).features
-    teachers = dk.roi_align(teacher.outputs, regions.boxes2, 1).features
-    return Matched(students.flatten(2), teachers.flatten(2), regions.valid)
-
-
-MATCHING = {
-    "feature_similarity": match_similar_features,
-    "pixel_distance": match_near_pixels,
-    "candidate_regions": match_regions,
-}
-
-
 def has_pixsim(loss_config: Loss) -> bool:
     return loss_config.grid > 0 and loss_config.dense > 0
 
@@ -462,12 +407,6 @@ class DenseSiam(nn.Module):
         spread = deviation * projections[0].shape[1] ** 0.5
         return loss, {"sim": loss, "spread": spread}
 
-    def pool_overlap(self, maps: list[Tensor], views: list[dk.View]) -> tuple[list[Tensor], Tensor]:
-        """The mean of the features at the points of the overlap, and where there is one."""
-        pairs = dk.grid_pairs(*views, self.loss.grid)
-        pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
-        return pooled, pairs.valid[:, 0]
-
     def sample_heads(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
         """The outputs of PixSim's heads for both views at the same points of the image."""
         if self.loss.order == "sample_project_predict":
@@ -485,6 +424,47 @@ class DenseSiam(nn.Module):
         projections = sample_maps(projected_maps, pairs)
         predictions = sample_maps(predicted_maps, pairs)
         return Samples(projections, predictions, pairs)
+
+    def dense_loss(self, samples: Samples) -> Tensor:
+        """PixSim: the views agree at the same points (Eq 1 and 3)."""
+        valid = samples.pairs.valid
+        distance = partial(getattr(dk, self.loss.distance), valid=valid, reduction="none")
+        distances = dk.symmetric_loss(distance, samples.predictions, samples.projections)
+        # The mean is over the valid points of all processes.
+        return dk.masked_mean(distances, valid, group=torch.distributed.group.WORLD)
+
+    def region_loss(
+        self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
+    ) -> Tensor:
+        """RegionSim: InfoNCE of soft regions, whose masks are the softmax of `logits` (Eq 4-6)."""
+        # Eq 4 is linear in the features. So the first layer of the projector may act before the
+        # sum over the points. The result is the same, and there are fewer points than regions.
+        first_layer = self.region_projector[0]
+        other_layers = self.region_projector[1:]
+        features = [first_layer(x) for x in sample_maps(maps, pairs)]
+        masks = [x.softmax(-1) for x in logits]
+        regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
+
+        # For the heads and their batch normalization every region of every image is a row.
+        shape = regions[0].shape[:2]
+        projected_rows = [other_layers(x.flatten(0, 1)) for x in regions]
+        predicted_rows = [self.region_predictor(x) for x in projected_rows]
+        projections = [x.unflatten(0, shape) for x in projected_rows]
+        predictions = [x.unflatten(0, shape) for x in predicted_rows]
+
+        valid = pairs.valid[:, :1]  # the regions of two views are valid if their points are
+        temperature = self.loss.temperature
+        info_nce = partial(dk.info_nce, valid=valid, temperature=temperature, reduction="none")
+        losses = dk.symmetric_loss(info_nce, predictions, projections)
+        # The mean is over the regions of the valid images of all processes.
+        return dk.masked_mean(losses, valid, group=torch.distributed.group.WORLD)
+
+    # ---- rows of the paper's tables ----
+    def pool_overlap(self, maps: list[Tensor], views: list[dk.View]) -> tuple[list[Tensor], Tensor]:
+        """The mean of the features at the points of the overlap, and where there is one."""
+        pairs = dk.grid_pairs(*views, self.loss.grid)
+        pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
+        return pooled, pairs.valid[:, 0]
 
     def sample_first(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
         """Sample the features, then project and predict them."""
@@ -520,14 +500,6 @@ class DenseSiam(nn.Module):
         )
         return pair_points(views, points, others.valid[:, 0])
 
-    def dense_loss(self, samples: Samples) -> Tensor:
-        """PixSim: the views agree at the same points (Eq 1 and 3)."""
-        valid = samples.pairs.valid
-        distance = partial(getattr(dk, self.loss.distance), valid=valid, reduction="none")
-        distances = dk.symmetric_loss(distance, samples.predictions, samples.projections)
-        # The mean is over the valid points of all processes.
-        return dk.masked_mean(distances, valid, group=torch.distributed.group.WORLD)
-
     def matched_loss(self, maps: list[Tensor], views: list[dk.View]) -> Tensor:
         """PixSim with another correspondence, which differs between the directions (Table A1)."""
         projected_maps = [self.dense_projector(x) for x in maps]
@@ -545,31 +517,60 @@ class DenseSiam(nn.Module):
             means.append(dk.masked_mean(distances, matched.valid, group=group))
         return (means[0] + means[1]) / 2
 
-    def region_loss(
-        self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
-    ) -> Tensor:
-        """RegionSim: InfoNCE of soft regions, whose masks are the softmax of `logits` (Eq 4-6)."""
-        # Eq 4 is linear in the features. So the first layer of the projector may act before the
-        # sum over the points. The result is the same, and there are fewer points than regions.
-        first_layer = self.region_projector[0]
-        other_layers = self.region_projector[1:]
-        features = [first_layer(x) for x in sample_maps(maps, pairs)]
-        masks = [x.softmax(-1) for x in logits]
-        regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
 
-        # For the heads and their batch normalization every region of every image is a row.
-        shape = regions[0].shape[:2]
-        projected_rows = [other_layers(x.flatten(0, 1)) for x in regions]
-        predicted_rows = [self.region_predictor(x) for x in projected_rows]
-        projections = [x.unflatten(0, shape) for x in projected_rows]
-        predictions = [x.unflatten(0, shape) for x in predicted_rows]
+class Side(NamedTuple):
+    """One of the two views, for the correspondences of Table A1."""
 
-        valid = pairs.valid[:, :1]  # the regions of two views are valid if their points are
-        temperature = self.loss.temperature
-        info_nce = partial(dk.info_nce, valid=valid, temperature=temperature, reduction="none")
-        losses = dk.symmetric_loss(info_nce, predictions, projections)
-        # The mean is over the regions of the valid images of all processes.
-        return dk.masked_mean(losses, valid, group=torch.distributed.group.WORLD)
+    view: dk.View
+    features: Tensor  # of the encoder, (b, d, h, w)
+    outputs: Tensor  # predictions of the student, projections of the teacher, (b, c, h, w)
+
+
+class Matched(NamedTuple):
+    """Outputs of the student with those of the teacher that they are compared with."""
+
+    students: Tensor  # (*batch, c)
+    teachers: Tensor
+    valid: Tensor  # (*batch)
+
+
+def match_similar_features(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with the cell of the most similar features, as in DenseCL."""
+    student_features = dk.map_to_rows(student.features)
+    teacher_features = dk.map_to_rows(teacher.features)
+    matches = dk.match_by_feature(student_features, teacher_features)
+    students = dk.take_rows(dk.map_to_rows(student.outputs), matches.indices1)
+    teachers = dk.take_rows(dk.map_to_rows(teacher.outputs), matches.indices2)
+    return Matched(students, teachers, matches.valid)
+
+
+def match_near_pixels(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with all cells whose centers are near in the image, as in PixPro."""
+    size = student.outputs.shape[-2:]
+    near = dk.positive_pairs(student.view, teacher.view, size)  # (b, cells, cells)
+    students = dk.map_to_rows(student.outputs)[:, :, None]
+    teachers = dk.map_to_rows(teacher.outputs)[:, None]
+    students, teachers = torch.broadcast_tensors(students, teachers)
+    return Matched(students, teachers, near)
+
+
+def match_regions(student: Side, teacher: Side, view_size: int) -> Matched:
+    """The same windows of both views, as in ReSim: of 48 pixels every 32 in a view of 224."""
+    window = max(1, round(view_size * 48 / 224))
+    stride = max(1, round(view_size * 32 / 224))
+    regions = dk.candidate_regions(
+        student.view, teacher.view, view_size, window=window, stride=stride
+    )
+    students = dk.roi_align(student.outputs, regions.boxes1, 1).features
+    teachers = dk.roi_align(teacher.outputs, regions.boxes2, 1).features
+    return Matched(students.flatten(2), teachers.flatten(2), regions.valid)
+
+
+MATCHING = {
+    "feature_similarity": match_similar_features,
+    "pixel_distance": match_near_pixels,
+    "candidate_regions": match_regions,
+}
 
 
 # ==== evaluation ==================================================================================
