@@ -292,8 +292,8 @@ def candidate_regions(
             f"{stride}; give a window and a stride of 1 or more, and a view that holds the window."
         )
     dtype = view1.box.dtype
-    view1 = view1._replace(box=widened(view1.box))
-    view2 = view2._replace(box=widened(view2.box))
+    view1 = _widened(view1)
+    view2 = _widened(view2)
     overlap = intersect_views(view1, view2).valid
     used = overlap if valid is None else overlap & valid
 
@@ -388,7 +388,7 @@ def _cells(
     used = overlap if valid is None else overlap & valid
     diagonals = []
     for view, (h, w) in ((view1, size1), (view2, size2)):
-        box = widened(view.box.detach())
+        box = _widened(view).box.detach()
         width, height = (box[..., 2:] - box[..., :2]).unbind(-1)
         diagonals.append(torch.hypot(width / w, height / h))
     return size1, size2, used, torch.maximum(*diagonals)
@@ -398,9 +398,14 @@ def _gaps(view1: View, view2: View, size1: Size, size2: Size) -> tuple[Tensor, T
     """Return how far apart the columns of two maps are along x, and their rows along y."""
     places = []
     for view, size in ((view1, size1), (view2, size2)):
-        centers = coordinate_map(view._replace(box=widened(view.box.detach())), size)
+        centers = coordinate_map(_widened(view), size).detach()
         places.append((centers[..., 0, :, 0], centers[..., :, 0, 1]))
     return tuple((a[..., :, None] - b[..., None, :]).abs() for a, b in zip(*places, strict=True))
+
+
+def _widened(view: View) -> View:
+    box, *flips = view  # the compiler of torch 2.8 knows neither `_replace` nor a slice of a record
+    return View(widened(box), *flips)
 
 
 def _known(features: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Unit vectors and masked means against torch, and what the modules of densekit rely on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_masked_mean_is_the_mean_of_the_valid(data):
 @given(st.data())
 def test_one_valid_for_many_values_is_broadcast(data):
     values = data.draw(tensors((3, 4)), label="values")
-    for shape in ((), (4,), (1, 4), (3, 1), (1, 1)):
+    for shape in ((1, 4), (3, 1), (1, 1)):
         valid = data.draw(valid_rows(shape), label="valid")
         want = mean_of_valid(values, valid.expand(3, 4))
         torch.testing.assert_close(masked_mean(values, valid), want, **CLOSE)
@@ -77,6 +79,25 @@ def test_valid_of_another_shape_is_refused():
     for bad in (torch.ones(2).bool(), torch.ones(3), torch.ones(2, 3).bool()):
         with pytest.raises(TypeError, match=r"masked_mean: argument 'valid'.*batch="):
             masked_mean(torch.zeros(3), bad)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
+def test_valid_with_an_axis_less_is_refused_and_the_advice_fits(shape, data):
+    values = uniform(seeded(), *shape)
+    first = data.draw(st.integers(0, len(shape) - 1), label="first")
+    for kept in (shape[:first], shape[first + 1 :]):  # the first axes, as of images; the last ones
+        valid = data.draw(valid_rows(kept), label="valid")
+        with pytest.raises(TypeError, match=r"was given; use `valid\[.*\]`\.$") as error:
+            masked_mean(values, valid)
+        advice = re.search("`(.*)`", str(error.value))[1]
+        masked_mean(values, eval(advice, {"valid": valid}))
+        if kept == shape[:first]:  # preferred where both would fit, as of 64 images of 64 points
+            assert advice == f"valid[{', '.join([':'] * first + ['None'] * (len(shape) - first))}]"
+
+
+def test_valid_that_no_axis_would_help_gets_no_advice():
+    with pytest.raises(TypeError, match=r"tensor of shape \(5,\) was given\.$"):
+        masked_mean(torch.zeros(3, 4), torch.ones(5, dtype=torch.bool))
 
 
 def means_of_a_part(rank, group, problems, bounds):
