@@ -497,14 +497,11 @@ def test_the_rows_of_the_tables_are_commands(monkeypatch):
     found = {}
     for row in rows:
         for options in re.findall(r"`(--[^`]+)`", row):
-            monkeypatch.setattr(
-                sys, "argv", ["densesiam.py", "--preset", "paper", *options.split()]
-            )
+            command = ["densesiam.py", "--preset", "paper", "--arch", "tiny", *options.split()]
+            monkeypatch.setattr(sys, "argv", command)
             config = densesiam.read_options()
             densesiam.check_options(config)
-            found[options] = replace(config, preset="paper", arch="tiny", hidden=32, categories=16)
-    for config in found.values():
-        DenseSiam(config)
+            found[options] = config
     names = [name for name in found if "--preset simsiam" not in name]
     only_pixsim = [found[name] for name in names if found[name].loss == replace(Loss(), region=0.0)]
     assert len({str(found[name]) for name in names}) == len(names)
