@@ -53,6 +53,15 @@ from densekit.losses import (
     symmetric_loss,
     update_center,
 )
+from densekit.matching import (
+    Matches,
+    PairedBoxes,
+    candidate_regions,
+    match_by_feature,
+    match_by_place,
+    positive_pairs,
+    take_rows,
+)
 from densekit.metrics import (
     Accuracy,
     ConfusionScores,
@@ -69,8 +78,8 @@ from densekit.metrics import (
     mean_iou,
     merge_clusters,
 )
-from densekit.neighbors import Matches, knn_votes, match_patches, nearest_maps, object_knn
-from densekit.numerics import l2_normalize, masked_mean, widen
+from densekit.neighbors import Neighbors, knn_votes, nearest_maps, nearest_rows, object_knn
+from densekit.numerics import l2_normalize, map_to_rows, masked_mean, rows_to_map, widen
 from densekit.pooling import RoIFeatures, assign_levels, pool_masks, roi_align
 from densekit.probes import (
     LinearProbe,
@@ -144,7 +153,6 @@ from densekit.views import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "SCENE_CLASSES",
     "Accuracy",
     "Bank",
     "BoxesInView",
@@ -159,12 +167,15 @@ __all__ = [
     "MatrixViews",
     "MergedClusters",
     "Negatives",
+    "Neighbors",
     "Overlap",
+    "PairedBoxes",
     "PairedFeatures",
     "PairedPoints",
     "PairedViews",
     "PrunedClusters",
     "RoIFeatures",
+    "SCENE_CLASSES",
     "SampledBoxes",
     "Scenes",
     "SegmentationScore",
@@ -192,6 +203,7 @@ __all__ = [
     "boxes_to_mask",
     "boxes_valid",
     "boxes_view_to_image",
+    "candidate_regions",
     "check_views",
     "clip_boxes",
     "composite",
@@ -229,15 +241,18 @@ __all__ = [
     "linear_maps",
     "linear_schedule",
     "linear_segmentation",
+    "map_to_rows",
     "masked_mean",
+    "match_by_feature",
+    "match_by_place",
     "match_clusters",
-    "match_patches",
     "mean_cosine_similarity",
     "mean_iou",
     "merge_clusters",
     "minibatch_kmeans",
     "nearest_centroids",
     "nearest_maps",
+    "nearest_rows",
     "negative_cosine",
     "object_knn",
     "pair_views",
@@ -245,6 +260,7 @@ __all__ = [
     "pca_colors",
     "pool_masks",
     "positional_cost",
+    "positive_pairs",
     "probe_scenes",
     "propagate_labels",
     "propagate_video",
@@ -253,6 +269,7 @@ __all__ = [
     "push_to_bank",
     "region_similarity",
     "roi_align",
+    "rows_to_map",
     "sample_boxes",
     "sample_boxes_at_iou",
     "sample_cutout",
@@ -276,6 +293,7 @@ __all__ = [
     "split_assignments",
     "stack_views",
     "symmetric_loss",
+    "take_rows",
     "train_linear_probe",
     "unshuffle_batch",
     "unstack_views",

@@ -106,7 +106,7 @@ def push_to_bank(
         bank: The bank; it is not modified, and no gradient flows.
         keys: Keys, row by row over all leading axes; they are detached and converted to the bank's
             dtype.
-        valid: Keys to add, of shape `*batch` or broadcast to it; by default all.
+        valid: Keys to add, of shape `*batch`; an axis may have size 1. By default all.
 
     Returns:
         The new bank.

@@ -9,8 +9,10 @@ from densekit.boxes import sample_boxes_at_iou
 from densekit.numerics import (
     full_precision,
     l2_normalize,
+    map_to_rows,
     masked_mean,
     refuse_channels_last,
+    rows_to_map,
     safe_divide,
     widened,
 )
@@ -454,7 +456,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         Oquab et al. 2023 (DINOv2), Fig 1.
     """
     n, _, h, w = features.shape
-    tokens = features.float().movedim(1, -1).flatten(0, 2)
+    tokens = map_to_rows(features.float()).flatten(0, 1)
     tokens = torch.where(tokens.isfinite(), tokens, 0.0)
     tokens = tokens - tokens.mean(0)
     with full_precision(tokens):
@@ -466,7 +468,7 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
         spread = colors.amax(0)
         exists = spread > 1e-5 * spread.amax().clamp(min=1e-6)  # smaller values are rounding noise
         colors = colors / torch.where(exists, spread, torch.inf)
-    return colors.unflatten(0, (n, h, w)).movedim(-1, 1)
+    return rows_to_map(colors.unflatten(0, (n, h * w)), (h, w))
 
 
 def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
@@ -476,7 +478,7 @@ def _as_map(output: object, name: str, grid: Size | None) -> Tensor:
     if isinstance(output, Tensor) and output.ndim == 3 and grid:
         front = output.shape[1] - grid[0] * grid[1]
         if front >= 0:
-            return output[:, front:].mT.unflatten(-1, grid).contiguous()
+            return rows_to_map(output[:, front:], grid).contiguous()
 
     what = f"a {type(output).__name__}"
     if isinstance(output, Tensor):

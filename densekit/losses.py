@@ -47,7 +47,7 @@ def negative_cosine(
     Args:
         student: Predictions p; the gradient flows to them only.
         teacher: Projections z; they are detached (the paper's stop-gradient).
-        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -92,7 +92,7 @@ def cross_entropy_similarity(
     Args:
         student: Logits p; the gradient flows to them only. Minus infinity excludes a category.
         teacher: Logits z; they are detached. Minus infinity excludes a category.
-        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -150,7 +150,7 @@ def info_nce(
         negatives: m negatives, shared by all sets or broadcast to them; or `Negatives`, which
             contain their `valid`, as `bank_negatives` returns them. Without any valid negative the
             loss is zero.
-        valid: Entries to use, of shape `*batch n` or broadcast to it. The other entries are not
+        valid: Entries to use, of shape `*batch n`; an axis may have size 1. The others are not
             used as queries, nor are their keys used as negatives.
         temperature: Divisor of the cosine.
         reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
@@ -257,7 +257,7 @@ def self_distillation(
         center: Running mean of the teacher's logits
             ([`update_center`][densekit.losses.update_center]). Centering prevents one output from
             dominating; sharpening prevents uniform outputs.
-        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         student_temperature: Divisor of the student's logits.
         teacher_temperature: Divisor of the teacher's logits; it is smaller than the student's.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
@@ -308,7 +308,7 @@ def update_center(
     Args:
         center: The previous mean; zeros at the start.
         teacher: Logits of this step, of all views; no gradient flows.
-        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         momentum: Weight of the previous mean.
         group: Processes that share the mean. Every valid entry counts once, also when the processes
             have different numbers of entries. None means this process alone.

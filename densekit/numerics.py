@@ -1,4 +1,4 @@
-"""Numerics that several modules share: unit vectors, masked means, wider dtypes, safe division.
+"""Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of maps.
 
 The functions that `__all__` does not list are helpers for the modules of densekit.
 """
@@ -13,9 +13,9 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Shaped, Size, Tensor, typed
 
-__all__ = ["l2_normalize", "masked_mean", "widen"]
+__all__ = ["l2_normalize", "map_to_rows", "masked_mean", "rows_to_map", "widen"]
 
 BLOCK = 2**22  # numbers: 16 MiB in float32. Smaller ones wait for the threads too often.
 
@@ -83,13 +83,16 @@ def masked_mean(
 
     Args:
         values: Any values; entries that are not valid may be NaN.
-        valid: Entries to use, of the values' shape or broadcast to it; by default all.
+        valid: Entries to use, of the values' shape; an axis may have size 1. By default all.
         group: Processes that share the mean. Every valid entry of every process counts once, and
             the averaged gradients are those of one process that has all entries. None means this
             process alone.
 
     Returns:
         A scalar, in at least float32.
+
+    Raises:
+        TypeError: `valid` has another shape, such as an axis less: use `valid[:, None]`.
 
     Examples:
         >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
@@ -101,6 +104,58 @@ def masked_mean(
     total = torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype)])
     total = all_sum(total, group)  # both in one message
     return total[0] / total[1].clamp(min=1)
+
+
+@typed
+def map_to_rows(maps: Shaped[Tensor, "*batch d h w"]) -> Shaped[Tensor, "*batch n d"]:
+    """Turn maps into one row for each cell: channels first becomes channels last.
+
+    Losses, pooling, matching and clustering take rows `(*batch, n, d)`; networks return maps
+    `(*batch, d, h, w)`. A function of rows that is given a map takes the width for the channels.
+
+    Args:
+        maps: Maps of any dtype.
+
+    Returns:
+        `n = h w` rows, in the order of the cells: row by row. It is a view of the maps where
+        their memory allows it.
+
+    Examples:
+        >>> map_to_rows(torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
+        tensor([[1, 5],
+                [2, 6],
+                [3, 7],
+                [4, 8]])
+    """
+    return maps.flatten(-2).mT
+
+
+@typed
+def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor, "*batch d h w"]:
+    """Turn one row for each cell into maps: the inverse of `map_to_rows`.
+
+    Args:
+        rows: Rows of any dtype, in the order of the cells: row by row.
+        size: Size `(h, w)` of the maps, with `n = h w`.
+
+    Returns:
+        Maps, channels first. They are a view of the rows where their memory allows it.
+
+    Raises:
+        ValueError: The size has another number of cells than there are rows, or is negative.
+
+    Examples:
+        >>> rows_to_map(torch.arange(6).view(6, 1), (2, 3))
+        tensor([[[0, 1, 2],
+                 [3, 4, 5]]])
+    """
+    h, w = size
+    if h < 0 or w < 0 or h * w != rows.shape[-2]:
+        raise ValueError(
+            f"densekit.numerics.rows_to_map: size is {size}, but there are {rows.shape[-2]} rows; "
+            "give the (h, w) of a map that has as many cells."
+        )
+    return rows.mT.unflatten(-1, size)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -203,13 +258,28 @@ def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
 
 
 def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Expand `valid` to the shape of the entries that it masks, or raise an error."""
+    """Expand `valid` to the shape of the entries that it masks, or raise an error.
+
+    An axis may have size 1, but none may be missing: a mask of images would be taken for one of
+    points wherever there are as many of both.
+    """
     if valid is None:
         return None
-    if not broadcasts(valid.shape, shape):
+    if len(valid.shape) != len(shape) or not broadcasts(valid.shape, shape):
         raise TypeError(
-            f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
-            f"a tensor of shape {tuple(valid.shape)} was given."
+            f"densekit.{function}: argument 'valid' should be of shape batch={tuple(shape)}, in "
+            "which axes may have size 1, but a tensor of shape "
+            f"{tuple(valid.shape)} was given{_missing_axes(valid.shape, shape)}."
         )
-
     return valid.expand(shape)
+
+
+def _missing_axes(given: Sequence[int], wanted: Sequence[int]) -> str:
+    """Say how to index a mask, so that it has all axes of what it masks; "" if it cannot have."""
+    missing = ["None"] * (len(wanted) - len(given))
+    kept = [":"] * len(given)
+    if not missing:
+        return ""
+    if broadcasts(given, wanted[: len(given)]):  # masks of images are more frequent than of points
+        return f"; use `valid[{', '.join(kept + missing)}]`"
+    return f"; use `valid[{', '.join(missing + kept)}]`" if broadcasts(given, wanted) else ""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import confusion_matrix, mean_iou
-from densekit.numerics import block_rows, full_precision, widened
+from densekit.numerics import block_rows, full_precision, map_to_rows, widened
 from densekit.sampling import grid_points, gridsample
 from densekit.scenes import SCENE_CLASSES, sample_scenes
 from densekit.schedules import cosine_schedule
@@ -569,15 +569,15 @@ def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = torch.zeros(d, dtype=torch.double, device=x.device)
     largest = torch.zeros_like(total)
     for maps, cells in zip(x.split(images), known, strict=True):
-        flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
+        flat = map_to_rows(torch.where(cells, maps, 0.0).double()).flatten(0, 1)
         total = total + flat.sum(0)
         largest = torch.maximum(largest, flat.abs().amax(0))
 
     mean = total / count
     square = torch.zeros_like(total)
     for maps, cells in zip(x.split(images), known, strict=True):
-        flat = torch.where(cells, maps, 0.0).double().movedim(1, -1).flatten(0, 2)
-        used = cells.movedim(1, -1).flatten(0, 2)
+        flat = map_to_rows(torch.where(cells, maps, 0.0).double()).flatten(0, 1)
+        used = map_to_rows(cells).flatten(0, 1)
         square = square + torch.where(used, flat - mean, 0.0).square().sum(0)
 
     deviation = (square / count).sqrt()

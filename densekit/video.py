@@ -3,7 +3,14 @@
 import math
 
 import torch
-from densekit.numerics import block_rows, full_precision, l2_normalize, widened
+from densekit.numerics import (
+    block_rows,
+    full_precision,
+    l2_normalize,
+    map_to_rows,
+    rows_to_map,
+    widened,
+)
 from densekit.typing import Bool, Float, Tensor, typed
 
 __all__ = ["boundary_f_measure", "propagate_labels", "propagate_video", "region_similarity"]
@@ -63,9 +70,9 @@ def propagate_labels(
             "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
         )
 
-    own = features.flatten(1).mT
-    known = context.movedim(1, -1).flatten(0, 2)
-    labels = context_labels.movedim(1, -1).flatten(0, 2)
+    own = map_to_rows(features)
+    known = map_to_rows(context).flatten(0, 1)
+    labels = map_to_rows(context_labels).flatten(0, 1)
     asks = own.isfinite().all(-1)
     usable = known.isfinite().all(-1) & labels.isfinite().all(-1)
     cell = torch.arange(h * w, device=features.device)
@@ -82,7 +89,7 @@ def propagate_labels(
             found.append(_nearest_labels(rows, known, labels, excluded, k, temperature))
 
     shares = torch.where(asks[:, None], torch.cat(found), 0.0)
-    return shares.mT.unflatten(-1, (h, w))
+    return rows_to_map(shares, (h, w))
 
 
 def _nearest_labels(

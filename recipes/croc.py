@@ -318,7 +318,8 @@ def grid_side(tokens: Tensor) -> int:
 
 def to_map(tokens: Tensor) -> Tensor:
     """The patch tokens of a square view, without [CLS], as a (b, d, h, w) map."""
-    return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=grid_side(tokens))
+    side = grid_side(tokens)
+    return dk.rows_to_map(tokens[:, 1:], (side, side))
 
 
 def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
     python recipes/d3ssl.py                     # the demo: minutes on a CPU
     python recipes/d3ssl.py --data FOLDER       # the demo's model on your images
-    torchrun --nproc-per-node 8 -- recipes/d3ssl.py --preset paper --data coco
+    torchrun --nproc-per-node 8 -- recipes/d3ssl.py --preset paper --data coco/train2017
 
-Run the same command again to resume. Before a run with --data, run proposals.py. `--preset region`
-is the baseline. Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
+Run the same command again to resume. Before a run with --data, run proposals.py with the same
+--data. `--preset region` is the baseline; the other presets are more rows of Table 5.
+Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.md.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Views:
 @dataclass(frozen=True)
 class Config:
     # Set of defaults; each option below overrides one of them.
-    preset: Literal["demo", "paper", "decoupling", "region"] = "demo"
+    preset: Literal["demo", "paper", "decoupling", "soco-jitter", "soco-cutout", "region"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
@@ -41,6 +42,8 @@ class Config:
     cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0: nothing.
     mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, share of its area; 0 0: none.
     jitter: tuple[float, float] = (0.8, 1.0)  # RBJ: shares of its sides that stay; 1 1: no jitter.
+    soco_cutout: tuple[float, float] = (0, 0)  # SoCo's cutout: share of its area; 0 0: none.
+    soco_jitter: float = 0.0  # SoCo's box jitter: share of its sides; 0: none.
     depositioning: float = 1.0  # Weight of L_dp; 0 leaves out its view.
     bins: int = 14  # Bins of RoIAlign along each axis; half as many in the small view.
     head: tuple[int, int] = (2048, 128)  # Widths of the head: hidden, outputs.
@@ -68,8 +71,18 @@ PRESETS = {
         views=Views(size=64, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
     ),
     "paper": Config("paper"),  # the defaults of Config
-    "decoupling": Config("decoupling", depositioning=0.0),
-    "region": Config("region", depositioning=0.0, cut=(0, 0), mask=(0, 0), jitter=(1, 1)),
+    # The last row of Table 5, then its rows 3, 2 and 1.
+    "decoupling": Config("decoupling", epochs=200, depositioning=0.0),
+    "soco-jitter": Config(
+        "soco-jitter", epochs=200, depositioning=0.0, mask=(0, 0), jitter=(1, 1), soco_jitter=0.1,
+    ),
+    "soco-cutout": Config(
+        "soco-cutout", epochs=200, depositioning=0.0, cut=(0, 0), mask=(0, 0), jitter=(1, 1),
+        soco_cutout=(0.1, 0.3),
+    ),
+    "region": Config(
+        "region", epochs=200, depositioning=0.0, cut=(0, 0), mask=(0, 0), jitter=(1, 1),
+    ),
 }  # fmt: skip
 
 
@@ -95,6 +108,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -115,10 +129,8 @@ def check_options(config: Config) -> None:
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
-    # Such as resnet50, resnext50_32x4d, resnest50d.
-    named_resnet = "resn" in config.arch and "v2" not in config.arch
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
@@ -141,6 +153,15 @@ def check_options(config: Config) -> None:
     harness.check(
         0 < low <= high <= 1,
         f"--jitter is {low} {high}: give two shares above 0, up to 1, the smaller first.",
+    )
+    low, high = config.soco_cutout
+    harness.check(
+        0 <= low <= high <= 1,
+        f"--soco-cutout is {low} {high}: give two shares from 0 to 1, the smaller first.",
+    )
+    jitter = config.soco_jitter
+    harness.check(
+        0 <= jitter < 1, f"--soco-jitter is {jitter}: give a share from 0 to less than 1."
     )
 
     harness.check(
@@ -253,11 +274,15 @@ class TwoViews:
         return augmented, views, boxes, valid, unreadable
 
 
+SOCO_PROBABILITY = 0.5  # That SoCo's program cuts into a proposal, and that it jitters a box.
+
+
 class Input(NamedTuple):
     """The images of one view, and its regions."""
 
     images: Tensor  # (b, 3, h, w)
     boxes: Tensor  # (b, K, 4), in [0, 1]
+    valid: Tensor  # (b, K): which of the boxes hold a proposal
 
 
 def augment(
@@ -274,10 +299,10 @@ def augment(
     small_covered = cover_proposals(half_size, boxes2 / 2, valid, config)
     images1_covered = cover_proposals(images1, boxes1, valid, config)
     return [
-        Input(images1_covered, jitter_boxes(boxes1, side, config)),
-        Input(images2, jitter_boxes(boxes2, side, config)),
-        Input(small_covered, jitter_boxes(boxes2, side, config)),
-        Input(images3, jitter_boxes(boxes3, side, config)),
+        Input(images1_covered, jitter_boxes(boxes1, side, config), valid),
+        Input(images2, jitter_boxes(boxes2, side, config), valid),
+        Input(small_covered, jitter_boxes(boxes2, side, config), valid),
+        Input(images3, jitter_boxes(boxes3, side, config), valid),
     ]
 
 
@@ -296,6 +321,8 @@ def cover_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config
     beside = dk.sample_surrounding_boxes(boxes, ratio=config.mask)
     beside_mask = dk.boxes_to_mask(beside, images.shape[-2:], valid)
     mask = beside_mask | cut_mask(images, boxes, valid, config)
+    if any(config.soco_cutout):
+        mask = mask | soco_cutout_mask(images, boxes, valid, config)
     return dk.fill_mask(images, mask)  # with 0, which is the mean of the data
 
 
@@ -305,9 +332,30 @@ def cut_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Te
     return dk.proposal_cutout(boxes, cutout, images.shape[-2:], valid).mask
 
 
+def soco_cutout_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+    """A square whose center lies anywhere in a proposal, for some of them (SoCo's cutout)."""
+    low, high = config.soco_cutout
+    share = low + (high - low) * torch.rand_like(boxes[..., 0])
+    half_side = (share * dk.box_area(boxes)).sqrt()[..., None] / 2
+    center = dk.sample_points(boxes, 1).squeeze(-2)
+    squares = torch.cat([center - half_side, center + half_side], -1)
+    chosen = torch.rand_like(boxes[..., 0]) < SOCO_PROBABILITY
+    return dk.boxes_to_mask(squares, images.shape[-2:], valid & chosen)
+
+
 def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
     """Random boxes inside those in pixels (RBJ), in [0, 1]."""
+    if config.soco_jitter:
+        boxes = soco_jitter(boxes, side, config)
     return dk.sample_inner_boxes(boxes, scale=config.jitter) / side
+
+
+def soco_jitter(boxes: Tensor, side: int, config: Config) -> Tensor:
+    """Boxes of which some are moved and resized, but not beyond the view (SoCo's box jitter)."""
+    share = config.soco_jitter
+    moved = dk.clip_boxes(dk.sample_jittered_boxes(boxes, center=share, size=share), (side, side))
+    chosen = torch.rand_like(boxes[..., :1]) < SOCO_PROBABILITY
+    return torch.where(chosen, moved, boxes)
 
 
 # ==== model =======================================================================================
@@ -328,16 +376,33 @@ def build_encoder(arch: str) -> Any:
 
 
 def embed(network: Any, view: Input, bins: int) -> Tensor:
-    """The outputs of the head for each region, (b, K, d) (Eq 1)."""
+    """The outputs of the head for each region, (b, K, d) (Eq 1); only valid ones have a meaning."""
     encoder = network["encoder"]
     (c4,) = encoder.forward_intermediates(
         view.images, indices=[3], stop_early=True, intermediates_only=True
     )
-    regions = dk.roi_align(c4, view.boxes, bins).features
-    c5 = encoder.layer4(regions.flatten(0, 1))
-    cells = c5.flatten(2).mT  # (regions, cells, d)
+    regions = dk.roi_align(c4, view.boxes, bins).features.flatten(0, 1)
+    source, place = fill_places(view.valid.flatten())
+    c5 = encoder.layer4(regions[source])
+    cells = dk.map_to_rows(c5)  # (regions, cells, d)
     rows = cells.mean(1)
-    return network["head"](rows).unflatten(0, view.boxes.shape[:2])
+    outputs = network["head"](rows)
+    return outputs[place].unflatten(0, view.boxes.shape[:2])
+
+
+def fill_places(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Which region to put at each place of block 5, and the place at which to find each region.
+
+    All places hold valid regions, each of them equally often or once more. So the batch statistics
+    of block 5 are those of the proposals, and the number of regions is always the same. A region
+    that is not valid is found where another one is, and nobody uses it.
+    """
+    count = valid.sum().clamp(min=1)
+    valid_first = valid.int().argsort(descending=True, stable=True)
+    places = torch.arange(len(valid), device=valid.device)
+    source = valid_first[places % count]
+    place = (valid.cumsum(0) - 1).clamp(min=0)
+    return source, place
 
 
 class D3SSL(nn.Module):
@@ -367,7 +432,8 @@ class D3SSL(nn.Module):
         group = torch.distributed.group.WORLD
         images = dk.shuffle_batch(view.images, order, group)
         boxes = dk.shuffle_batch(view.boxes, order, group)
-        keys = embed(self.teacher, Input(images, boxes), self.config.bins)
+        valid = dk.shuffle_batch(view.valid, order, group)
+        keys = embed(self.teacher, Input(images, boxes, valid), self.config.bins)
         return dk.unshuffle_batch(keys, order, group)
 
     # ==== loss ====================================================================================
@@ -454,17 +520,17 @@ def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
     images, views, boxes, valid, _ = preview
     torch.manual_seed(config.seed)  # the same augmentations each time
     view1, view2, small, view3 = augment(images, views, boxes, valid, config)
-    panels = [draw_boxes(view, valid) for view in (view1, small, view3, view1, view2)]
+    panels = [draw_boxes(view) for view in (view1, small, view3, view1, view2)]
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
-def draw_boxes(view: Input, valid: Tensor) -> Tensor:
+def draw_boxes(view: Input) -> Tensor:
     """The images of a view, as panels of the picture, with their valid boxes."""
     panels = nn.functional.interpolate(view.images, PANEL_SIDE)
     images = harness.unnormalize(panels, MEAN, STD)
     boxes = view.boxes.cpu() * PANEL_SIDE
     drawn = []
-    for image, own_boxes, own_valid in zip(images, boxes, valid.cpu(), strict=True):
+    for image, own_boxes, own_valid in zip(images, boxes, view.valid.cpu(), strict=True):
         if own_valid.any():  # torchvision warns of an image without any box
             drawn.append(draw_bounding_boxes(image, own_boxes[own_valid], width=2))
         else:
@@ -504,8 +570,9 @@ def method_of(config: Config) -> str:
     """The name of the method that these options make."""
     if config.depositioning:
         return "d3ssl"
-    changes_regions = any(config.cut) or any(config.mask) or config.jitter[0] < 1
-    return "decoupling" if changes_regions else "region"
+    changes_images = any(config.cut) or any(config.mask) or any(config.soco_cutout)
+    changes_boxes = config.jitter[0] < 1 or config.soco_jitter > 0
+    return "decoupling" if changes_images or changes_boxes else "region"
 
 
 # ==== loop ========================================================================================

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -34,9 +34,22 @@ class Loss:
     dense: float = 1.0  # Weight of PixSim.
     region: float = 0.1  # Weight of RegionSim.
     region_start: float = 0.5  # Share of the training after which RegionSim begins.
-    grid: int = 7  # PixSim compares grid x grid points of the region that both views share.
+    grid: int = 7  # PixSim compares grid x grid points of the overlap; 0: no dense loss at all.
     distance: Literal["cross_entropy_similarity", "negative_cosine"] = "cross_entropy_similarity"
     temperature: float = 0.1  # Temperature of RegionSim's InfoNCE.
+    # Order of PixSim's steps (Table 4d).
+    order: Literal["project_predict_sample", "project_sample_predict", "sample_project_predict"] = (
+        "project_predict_sample"
+    )
+    pooled: Literal["views", "overlap"] = "views"  # What the global branch pools (Table 4e).
+    # Points of the overlap: regular, random, or random with the most dissimilar ones (Table A2).
+    points: Literal["grid", "random", "hard"] = "grid"
+    candidates: int = 3  # Hard points: candidates for each point, k in Table A2.
+    hard_share: float = 0.75  # Hard points: share that are the most dissimilar, beta in Table A2.
+    # What PixSim compares: the same points, or what another method would compare (Table A1).
+    correspondence: Literal[
+        "location", "feature_similarity", "pixel_distance", "candidate_regions"
+    ] = "location"
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -112,9 +126,8 @@ def check_options(config: Config) -> None:
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
@@ -137,10 +150,35 @@ def check_options(config: Config) -> None:
         0 <= loss.region_start <= 1,
         f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",
     )
-    harness.check(loss.grid >= 1, f"--loss.grid is {loss.grid}: give 1 or more.")
+    harness.check(loss.grid >= 0, f"--loss.grid is {loss.grid}: give 0 (no dense loss), 1 or more.")
     harness.check(
         0 < loss.temperature < math.inf,
         f"--loss.temperature is {loss.temperature}: give a finite number above 0.",
+    )
+    harness.check(
+        loss.grid >= 1 or loss.pooled == "views",
+        f"--loss.grid is {loss.grid}: give 1 or more with --loss.pooled overlap.",
+    )
+    harness.check(
+        loss.points != "hard" or loss.order == "project_predict_sample",
+        f"--loss.points is {loss.points}: give grid or random with --loss.order {loss.order}, "
+        "which has no predictions to choose by.",
+    )
+    harness.check(loss.candidates >= 1, f"--loss.candidates is {loss.candidates}: give 1 or more.")
+    harness.check(
+        0 <= loss.hard_share <= 1,
+        f"--loss.hard-share is {loss.hard_share}: give a share from 0 to 1.",
+    )
+    is_location = loss.correspondence == "location"
+    harness.check(
+        is_location or loss.region == 0,
+        f"--loss.correspondence is {loss.correspondence}: give --loss.region 0 with it, since "
+        "RegionSim needs the same points in both views.",
+    )
+    harness.check(
+        is_location or (loss.points == "grid" and loss.order == "project_predict_sample"),
+        f"--loss.correspondence is {loss.correspondence}: give location with --loss.points "
+        f"{loss.points} and --loss.order {loss.order}.",
     )
 
 
@@ -196,7 +234,10 @@ class TwoViews:
             dk.check_views(dk.stack_views(views), sizes)
 
         pixels = [image / 255 for image in images]
-        crops = [dk.crop_views(pixels, view, self.view_config.size) for view in views]
+        crops = []
+        for view in views:
+            view_crops = dk.crop_views(pixels, view, self.view_config.size)
+            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
         augmented = []
         # The colors need other random numbers than the views.
         with harness.seeded(*batch_key, harness.COLORS):
@@ -250,9 +291,57 @@ def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
     )
 
 
+def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.PairedPoints:
+    """Points of the image, in the frames of both views; `valid` says which images are used."""
+    points1 = dk.image_to_view(views[0], points)
+    points2 = dk.image_to_view(views[1], points)
+    return dk.PairedPoints(points, points1, points2, valid[:, None].expand(points.shape[:-1]))
+
+
+def sample_pairs(views: list[dk.View], count: int) -> dk.PairedPoints:
+    """Random points of the overlap of the views."""
+    overlap = dk.intersect_views(*views)
+    points = dk.sample_points(overlap.box, count)
+    return pair_points(views, points, overlap.valid)
+
+
+def overlap_pairs(views: list[dk.View], loss_config: Loss) -> dk.PairedPoints:
+    """Points of the overlap of the views: a grid, or random ones (Table A2)."""
+    if loss_config.points == "grid":
+        return dk.grid_pairs(*views, loss_config.grid)
+    return sample_pairs(views, loss_config.grid**2)
+
+
 def sample_maps(maps: list[Tensor], pairs: dk.PairedPoints) -> list[Tensor]:
     """Features of both views at the same points of the image, (b, points, channels) each."""
     return [dk.gridsample(maps[0], pairs.points1), dk.gridsample(maps[1], pairs.points2)]
+
+
+def apply_to_rows(head: nn.Module, rows: Tensor) -> Tensor:
+    """A head of 1 x 1 convolutions on rows (b, points, channels), as on a map of these pixels."""
+    maps = rows.mT[..., None]
+    return head(maps)[..., 0].mT
+
+
+class Samples(NamedTuple):
+    """The outputs of PixSim's heads for both views at the same points of the image."""
+
+    projections: list[Tensor]  # (b, points, categories) each
+    predictions: list[Tensor]
+    pairs: dk.PairedPoints
+
+
+def has_pixsim(loss_config: Loss) -> bool:
+    return loss_config.grid > 0 and loss_config.dense > 0
+
+
+def has_regionsim(loss_config: Loss) -> bool:
+    return loss_config.grid > 0 and loss_config.region > 0
+
+
+def has_dense_heads(loss_config: Loss) -> bool:
+    """RegionSim needs the heads of PixSim, too: its masks come from them."""
+    return has_pixsim(loss_config) or has_regionsim(loss_config)
 
 
 class DenseSiam(nn.Module):
@@ -261,6 +350,7 @@ class DenseSiam(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.loss = config.loss
+        self.view_size = config.views.size
         self.encoder = build_encoder(config.arch)
         channels = self.encoder.num_features
         hidden = config.hidden
@@ -268,10 +358,10 @@ class DenseSiam(nn.Module):
 
         self.projector = build_projector(nn.Linear, nn.BatchNorm1d, channels, hidden)
         self.predictor = build_predictor(nn.Linear, nn.BatchNorm1d, hidden, hidden // 4)
-        if self.loss.dense or self.loss.region:
+        if has_dense_heads(self.loss):
             self.dense_projector = build_projector(conv1x1, nn.BatchNorm2d, channels, regions)
             self.dense_predictor = build_predictor(conv1x1, nn.BatchNorm2d, regions, regions)
-        if self.loss.region:
+        if has_regionsim(self.loss):
             self.region_projector = build_projector(nn.Linear, nn.BatchNorm1d, channels, regions)
             self.region_predictor = build_predictor(nn.Linear, nn.BatchNorm1d, regions, regions)
 
@@ -281,42 +371,69 @@ class DenseSiam(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
         maps = [self.encoder(x) for x in images]
-        loss, terms = self.global_loss(maps)
-        if not (self.loss.dense or self.loss.region):
+        loss, terms = self.global_loss(maps, views)
+        if not has_dense_heads(self.loss):
             return loss, terms
+        if self.loss.correspondence != "location":
+            terms["dense"] = self.matched_loss(maps, views)
+            return loss + self.loss.dense * terms["dense"], terms
 
-        pairs = dk.grid_pairs(*views, self.loss.grid)
-        terms["dense"], projections = self.dense_loss(maps, pairs)
-        terms["overlap"] = pairs.valid.float().mean()  # share of the pairs of views that overlap
+        samples = self.sample_heads(maps, views)
+        terms["dense"] = self.dense_loss(samples)
+        overlap = samples.pairs.valid
+        terms["overlap"] = overlap.float().mean()  # share of the pairs of views that overlap
         loss = loss + self.loss.dense * terms["dense"]
 
         if with_region:
-            terms["region"] = self.region_loss(maps, projections, pairs)
+            terms["region"] = self.region_loss(maps, samples.projections, samples.pairs)
             loss = loss + self.loss.region * terms["region"]
         return loss, terms
 
-    def global_loss(self, maps: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """SimSiam: negative cosine of the pooled features of the whole views (Table 4e)."""
-        projections = [self.projector(x.mean((-2, -1))) for x in maps]
+    def global_loss(
+        self, maps: list[Tensor], views: list[dk.View]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """SimSiam: negative cosine of the pooled features, of the whole views (Table 4e)."""
+        if self.loss.pooled == "overlap":
+            pooled, valid = self.pool_overlap(maps, views)
+        else:
+            pooled = [x.mean((-2, -1)) for x in maps]
+            valid = None  # all are
+        projections = [self.projector(x) for x in pooled]
         predictions = [self.predictor(z) for z in projections]
-        loss = dk.symmetric_loss(dk.negative_cosine, predictions, projections)
+        cosine = partial(dk.negative_cosine, valid=valid, reduction="none")
+        cosines = dk.symmetric_loss(cosine, predictions, projections)
+        loss = dk.masked_mean(cosines, valid, group=torch.distributed.group.WORLD)
 
         # A spread near 1 is normal, and a spread near 0 is collapse.
         deviation = dk.l2_normalize(projections[0].detach()).std(0).mean()
         spread = deviation * projections[0].shape[1] ** 0.5
         return loss, {"sim": loss, "spread": spread}
 
-    def dense_loss(self, maps: list[Tensor], pairs: dk.PairedPoints) -> tuple[Tensor, list[Tensor]]:
-        """PixSim: the views agree at the same points (Eq 1 and 3). Also returns the projections."""
+    def sample_heads(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+        """The outputs of PixSim's heads for both views at the same points of the image."""
+        if self.loss.order == "sample_project_predict":
+            return self.sample_first(maps, views)
+        if self.loss.order == "project_sample_predict":
+            return self.sample_between(maps, views)
+
+        # The maps are sampled last, after the projection and the prediction (Table 4d).
         projected_maps = [self.dense_projector(x) for x in maps]
         predicted_maps = [self.dense_predictor(x) for x in projected_maps]
-        # The maps are sampled last, after the projection and the prediction (Table 4d).
+        if self.loss.points == "hard":
+            pairs = self.hard_pairs(projected_maps, predicted_maps, views)
+        else:
+            pairs = overlap_pairs(views, self.loss)
         projections = sample_maps(projected_maps, pairs)
         predictions = sample_maps(predicted_maps, pairs)
+        return Samples(projections, predictions, pairs)
 
-        distance = getattr(dk, self.loss.distance)
-        valid = pairs.valid[:, None]
-        return dk.symmetric_loss(distance, predictions, projections, valid), projections
+    def dense_loss(self, samples: Samples) -> Tensor:
+        """PixSim: the views agree at the same points (Eq 1 and 3)."""
+        valid = samples.pairs.valid
+        distance = partial(getattr(dk, self.loss.distance), valid=valid, reduction="none")
+        distances = dk.symmetric_loss(distance, samples.predictions, samples.projections)
+        # The mean is over the valid points of all processes.
+        return dk.masked_mean(distances, valid, group=torch.distributed.group.WORLD)
 
     def region_loss(
         self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
@@ -337,10 +454,125 @@ class DenseSiam(nn.Module):
         projections = [x.unflatten(0, shape) for x in projected_rows]
         predictions = [x.unflatten(0, shape) for x in predicted_rows]
 
-        valid = pairs.valid[:, None]
+        valid = pairs.valid[:, :1]  # the regions of two views are valid if their points are
         temperature = self.loss.temperature
-        info_nce = partial(dk.info_nce, valid=valid, temperature=temperature)
-        return dk.symmetric_loss(info_nce, predictions, projections)
+        info_nce = partial(dk.info_nce, valid=valid, temperature=temperature, reduction="none")
+        losses = dk.symmetric_loss(info_nce, predictions, projections)
+        # The mean is over the regions of the valid images of all processes.
+        return dk.masked_mean(losses, valid, group=torch.distributed.group.WORLD)
+
+    # ---- rows of the paper's tables ----
+    def pool_overlap(self, maps: list[Tensor], views: list[dk.View]) -> tuple[list[Tensor], Tensor]:
+        """The mean of the features at the points of the overlap, and where there is one."""
+        pairs = dk.grid_pairs(*views, self.loss.grid)
+        pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
+        return pooled, pairs.valid[:, 0]
+
+    def sample_first(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+        """Sample the features, then project and predict them."""
+        pairs = overlap_pairs(views, self.loss)
+        features = sample_maps(maps, pairs)
+        projections = [apply_to_rows(self.dense_projector, x) for x in features]
+        predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
+        return Samples(projections, predictions, pairs)
+
+    def sample_between(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+        """Project the maps, sample the projections, then predict from these."""
+        pairs = overlap_pairs(views, self.loss)
+        projected_maps = [self.dense_projector(x) for x in maps]
+        projections = sample_maps(projected_maps, pairs)
+        predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
+        return Samples(projections, predictions, pairs)
+
+    @torch.no_grad()
+    def hard_pairs(
+        self, projected_maps: list[Tensor], predicted_maps: list[Tensor], views: list[dk.View]
+    ) -> dk.PairedPoints:
+        """Random points, some of which are the most dissimilar of many candidates (Table A2)."""
+        count = self.loss.grid**2
+        candidates = sample_pairs(views, self.loss.candidates * count)
+        projections = sample_maps(projected_maps, candidates)
+        predictions = sample_maps(predicted_maps, candidates)
+        distance = partial(getattr(dk, self.loss.distance), reduction="none")
+        dissimilarity = dk.symmetric_loss(distance, predictions, projections)
+
+        others = sample_pairs(views, count)
+        points = dk.hard_points(
+            candidates.points, dissimilarity, others.points, beta=self.loss.hard_share
+        )
+        return pair_points(views, points, others.valid[:, 0])
+
+    def matched_loss(self, maps: list[Tensor], views: list[dk.View]) -> Tensor:
+        """PixSim with another correspondence, which differs between the directions (Table A1)."""
+        projected_maps = [self.dense_projector(x) for x in maps]
+        predicted_maps = [self.dense_predictor(x) for x in projected_maps]
+        students = [Side(*x) for x in zip(views, maps, predicted_maps, strict=True)]
+        teachers = [Side(*x) for x in zip(views, maps, projected_maps, strict=True)]
+
+        match = MATCHING[self.loss.correspondence]
+        distance = getattr(dk, self.loss.distance)
+        means = []
+        for student, teacher in ((students[0], teachers[1]), (students[1], teachers[0])):
+            matched = match(student, teacher, self.view_size)
+            distances = distance(*matched, reduction="none")
+            group = torch.distributed.group.WORLD
+            means.append(dk.masked_mean(distances, matched.valid, group=group))
+        return (means[0] + means[1]) / 2
+
+
+class Side(NamedTuple):
+    """One of the two views, for the correspondences of Table A1."""
+
+    view: dk.View
+    features: Tensor  # of the encoder, (b, d, h, w)
+    outputs: Tensor  # predictions of the student, projections of the teacher, (b, c, h, w)
+
+
+class Matched(NamedTuple):
+    """Outputs of the student with those of the teacher that they are compared with."""
+
+    students: Tensor  # (*batch, c)
+    teachers: Tensor
+    valid: Tensor  # (*batch)
+
+
+def match_similar_features(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with the cell of the most similar features, as in DenseCL."""
+    student_features = dk.map_to_rows(student.features)
+    teacher_features = dk.map_to_rows(teacher.features)
+    matches = dk.match_by_feature(student_features, teacher_features)
+    students = dk.take_rows(dk.map_to_rows(student.outputs), matches.indices1)
+    teachers = dk.take_rows(dk.map_to_rows(teacher.outputs), matches.indices2)
+    return Matched(students, teachers, matches.valid)
+
+
+def match_near_pixels(student: Side, teacher: Side, view_size: int) -> Matched:
+    """Each cell with all cells whose centers are near in the image, as in PixPro."""
+    size = student.outputs.shape[-2:]
+    near = dk.positive_pairs(student.view, teacher.view, size)  # (b, cells, cells)
+    students = dk.map_to_rows(student.outputs)[:, :, None]
+    teachers = dk.map_to_rows(teacher.outputs)[:, None]
+    students, teachers = torch.broadcast_tensors(students, teachers)
+    return Matched(students, teachers, near)
+
+
+def match_regions(student: Side, teacher: Side, view_size: int) -> Matched:
+    """The same windows of both views, as in ReSim: of 48 pixels every 32 in a view of 224."""
+    window = max(1, round(view_size * 48 / 224))
+    stride = max(1, round(view_size * 32 / 224))
+    regions = dk.candidate_regions(
+        student.view, teacher.view, view_size, window=window, stride=stride
+    )
+    students = dk.roi_align(student.outputs, regions.boxes1, 1).features
+    teachers = dk.roi_align(teacher.outputs, regions.boxes2, 1).features
+    return Matched(students.flatten(2), teachers.flatten(2), regions.valid)
+
+
+MATCHING = {
+    "feature_similarity": match_similar_features,
+    "pixel_distance": match_near_pixels,
+    "candidate_regions": match_regions,
+}
 
 
 # ==== evaluation ==================================================================================
@@ -373,21 +605,25 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
     palette = torch.rand(2**14, 3, generator=harness.generator(0))
 
     panels = [harness.unnormalize(pixels, MEAN, STD)]
-    if model.loss.dense:
+    if has_dense_heads(model.loss):
         categories = model.dense_projector(maps).argmax(1).cpu()
         panels.append(palette[categories].movedim(-1, 1))
     panels.append(dk.pca_colors(maps).cpu())
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
 
-    pairs = dk.grid_pairs(*views, model.loss.grid)
-    points = torch.cat([pairs.points1, pairs.points2])
-    valid = pairs.valid.repeat(2)  # once for each view
-    for tile, places, overlap in zip(tiles[0], points, valid, strict=True):
-        if overlap:
-            mark(tile, places, palette[: len(places)])
-
+    if model.loss.grid:
+        mark_pairs(tiles[0], overlap_pairs(views, model.loss), palette)
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
+
+
+def mark_pairs(tiles: Tensor, pairs: dk.PairedPoints, palette: Tensor) -> None:
+    """Mark the same points of the image in both of its views, those of view 1 come first."""
+    points = torch.cat([pairs.points1, pairs.points2])
+    valid = pairs.valid.repeat(2, 1)  # once for each view
+    for tile, places, used in zip(tiles, points, valid, strict=True):
+        if used.all():
+            mark(tile, places, palette[: len(places)])
 
 
 def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:
@@ -395,6 +631,13 @@ def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:
     places = (points * tile.shape[-1]).int().tolist()
     for (x, y), color in zip(places, colors, strict=True):
         tile[:, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4] = color[:, None, None]
+
+
+def method_of(loss_config: Loss) -> str:
+    """The name of the method that these options make."""
+    if has_pixsim(loss_config):
+        return "densesiam" if has_regionsim(loss_config) else "pixsim"
+    return "regionsim" if has_regionsim(loss_config) else "simsiam"
 
 
 # ==== loop ========================================================================================
@@ -417,8 +660,8 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         # The heads of RegionSim have no gradient, and no weight decay, before it begins.
-        has_region = config.loss.region > 0
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_region)
+        regionsim = has_regionsim(config.loss)
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=regionsim)
 
         predictors = []  # their learning rate stays constant
         others = []
@@ -446,7 +689,8 @@ def train(config: Config) -> None:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
 
-            with_region = has_region and step >= config.loss.region_start * steps
+            harness.seed_step(config.seed, step, world.rank)  # for random points
+            with_region = regionsim and step >= config.loss.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, views, with_region)
 
@@ -474,7 +718,7 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            method = "densesiam" if config.loss.dense else "simsiam"
+            method = method_of(config.loss)
             harness.save_encoder(
                 folder / "encoder.safetensors",
                 model.encoder,

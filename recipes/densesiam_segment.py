@@ -127,9 +127,8 @@ def check_options(config: Config) -> None:
         config.val_list is None or config.val_list.is_file(),
         f"--val-list is {config.val_list}: give a text file with one image name a line.",
     )
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or encoders.is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
     )
     weights = config.weights
@@ -449,8 +448,8 @@ class Segmenter(nn.Module):
         """The views agree cell by cell. Also returns the projections, logits of pseudo-classes."""
         projected_maps = [self.projectors[head](x) for x in maps]
         predicted_maps = [self.predictors[head](x) for x in projected_maps]
-        projections = [x.flatten(2).mT for x in projected_maps]  # (b, cells, classes)
-        predictions = [x.flatten(2).mT for x in predicted_maps]
+        projections = [dk.map_to_rows(x) for x in projected_maps]  # (b, cells, classes)
+        predictions = [dk.map_to_rows(x) for x in predicted_maps]
         loss = dk.symmetric_loss(dk.cross_entropy_similarity, predictions, projections)
         return loss, projections
 
@@ -462,7 +461,7 @@ class Segmenter(nn.Module):
 
     def region_loss(self, maps: list[Tensor], logits: list[Tensor]) -> Tensor:
         """InfoNCE of the soft regions of an image, whose masks are the softmax of `logits`."""
-        features = [x.flatten(2).mT for x in maps]
+        features = [dk.map_to_rows(x) for x in maps]
         masks = [x.softmax(-1) for x in logits]
         regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
 

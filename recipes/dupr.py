@@ -99,6 +99,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream.encoders import is_resnet
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -114,9 +115,8 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    named_resnet = "resn" in config.arch  # such as resnet50, resnext50_32x4d, resnest50d
     harness.check(
-        config.arch == "tiny" or (named_resnet and timm.is_model(config.arch)),
+        config.arch == "tiny" or is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
@@ -307,7 +307,7 @@ def level_maps(encoder: Any, images: Tensor) -> list[Tensor]:
 
 def pool_cells(maps: Tensor) -> Tensor:
     """Mean over all cells: one row of features for each image, (b, 1, d)."""
-    cells = maps.flatten(2).mT  # (b, cells, d)
+    cells = dk.map_to_rows(maps)  # (b, cells, d)
     return cells.mean(1, keepdim=True)
 
 
@@ -390,16 +390,16 @@ class DUPR(nn.Module):
             key_map = key_maps[loss.level_index]
             # A row is the features of one patch, or of one image.
             if loss.side:
-                pairs = dk.patch_pairs(query_map, key_map, *views, loss.side)
+                pairs = dk.patch_pairs(query_map, key_map, *views, loss.side, overlap)
                 query_rows = pairs.features1
                 key_rows = pairs.features2
-                valid = overlap
+                valid = pairs.valid
                 filled_name = "patch_filled"
                 keys_per_image = config.keys
             else:
                 query_rows = pool_cells(query_map)
                 key_rows = pool_cells(key_map)
-                valid = torch.ones(len(query_map), dtype=torch.bool, device=query_map.device)
+                valid = torch.ones_like(query_rows[..., 0], dtype=torch.bool)
                 filled_name = "image_filled"
                 keys_per_image = 1
             query = self.student["heads"][loss.name](query_rows)
@@ -407,12 +407,12 @@ class DUPR(nn.Module):
 
             # The means are over the valid rows of all processes.
             bank = banks[loss.name]
-            mean = partial(dk.masked_mean, valid=valid[:, None], group=group)
+            mean = partial(dk.masked_mean, valid=valid, group=group)
             row_losses = dk.info_nce(  # 0 while the bank is empty
                 query,
                 key,
                 dk.bank_negatives(bank),
-                valid[:, None],
+                valid,
                 temperature=config.temperature,
                 reduction="none",
             )
@@ -425,8 +425,9 @@ class DUPR(nn.Module):
             # Every process pushes the keys of all processes, so that the banks stay the same.
             own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
             all_keys = dk.all_gather(own_keys, group)
-            all_valid = dk.all_gather(valid, group)
-            new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid[:, None])
+            # All rows of an image are valid, or none is.
+            all_valid = dk.all_gather(valid[:, :1], group)
+            new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid)
 
         # The share of the pairs of views that overlap enough.
         terms["overlap"] = overlap.double().mean()
@@ -484,7 +485,7 @@ def match(maps: list[Tensor], views: list[dk.View], side: int) -> Matches:
     """Match each patch of view 2 with the patch of view 1 that has the most similar features."""
     pairs = dk.patch_pairs(*maps, *views, side)
     affinity = dk.affinity_matrix(pairs.features1, pairs.features2)
-    return Matches(affinity, affinity.argmax(-2), pairs.valid)
+    return Matches(affinity, affinity.argmax(-2), pairs.valid.all(1))
 
 
 def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:
@@ -526,7 +527,7 @@ def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Ten
     tints = torch.stack([x[index] for x, index in zip(colors, patch_index, strict=True)])
     plain = harness.unnormalize(nn.functional.interpolate(images, PANEL_SIDE), MEAN, STD)
     gray = plain.mean(1, keepdim=True)
-    tinted = 0.4 * gray + 0.6 * rearrange(tints, "b (h w) c -> b c h w", h=PANEL_SIDE)
+    tinted = 0.4 * gray + 0.6 * dk.rows_to_map(tints, (PANEL_SIDE, PANEL_SIDE))
     inside_map = rearrange(inside, "b (h w) -> b 1 h w", h=PANEL_SIDE)
     return torch.where(inside_map, tinted, plain)
 

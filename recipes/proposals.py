@@ -424,6 +424,9 @@ def propose(config: Config) -> None:
     names = [os.fsdecode(name) for name in images.names.tolist()]
     names = list(dict.fromkeys(names))  # a list may name an image twice
     out = config.out or default_path(config.data)
+    if out.is_dir():
+        example = out / default_path(config.data).name
+        raise UserError(f"--out is {out}: give a file, such as {example}, instead of a folder.")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out is {out}: give a file in a folder that you can write to.")
     partial = out.with_name(f"{out.name}.partial")

@@ -37,14 +37,13 @@ def seeded(seed=0):
 
 @st.composite
 def pushes(draw, dim, shapes=SHAPES):
-    """Keys with the rows of them to use: all (None), or a mask of fewer axes or of ones."""
+    """Keys with the rows of them to use: all (None), or a mask whose axes may have size 1."""
     shape = draw(st.sampled_from(shapes))
     keys = draw(tensors((*shape, dim)))
     if draw(st.booleans()):
         return keys, None
-    mask = shape[draw(st.integers(0, len(shape))) :]
-    ones = draw(st.lists(st.booleans(), min_size=len(mask), max_size=len(mask)))
-    mask = tuple(1 if one else size for one, size in zip(ones, mask, strict=True))
+    ones = draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
+    mask = tuple(1 if one else size for one, size in zip(ones, shape, strict=True))
     return keys, draw(valid_rows(mask))
 
 
@@ -107,7 +106,7 @@ def test_pushing_in_two_parts_is_pushing_once(bank, data):
 @given(banks(), st.data())
 def test_what_is_not_valid_may_be_anything_and_adds_nothing(bank, data):
     keys, valid = data.draw(pushes(bank.features.shape[1], ((5,), (3, 4))), label="push")
-    valid = torch.zeros(()).bool() if valid is None else valid
+    valid = torch.zeros(keys.shape[:-1]).bool() if valid is None else valid
     spoiled = torch.where(valid.expand(keys.shape[:-1])[..., None], keys, torch.nan)
     got = push_to_bank(bank, spoiled, valid)
     assert got.features.isfinite().all()
@@ -385,7 +384,12 @@ def test_keys_that_do_not_fit_are_refused():
     for bad in (torch.zeros(2, 3).long(), torch.tensor(1.0), [[1.0, 2.0, 3.0]]):
         with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'keys'"):
             push_to_bank(bank, bad)
-    for bad in (torch.ones(3).bool(), torch.ones(2, 1).bool(), torch.ones(2)):
+    for bad in (
+        torch.ones(3).bool(),
+        torch.ones(2, 1).bool(),
+        torch.ones(2),
+        torch.ones(()).bool(),
+    ):
         with pytest.raises(TypeError, match=r"bank\.push_to_bank: argument 'valid'"):
             push_to_bank(bank, torch.zeros(2, 3), bad)
 

@@ -703,6 +703,10 @@ def test_a_teacher_of_another_shape_is_refused(loss):
         loss(torch.zeros(4, 3).long(), torch.zeros(4, 3))
     with pytest.raises(TypeError, match="argument 'valid'"):
         loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(3).bool())
+    with pytest.raises(
+        TypeError, match=r"argument 'valid'.*\(64,\) was given; use `valid\[:, None\]`"
+    ):
+        loss(torch.zeros(64, 64, 3), torch.zeros(64, 64, 3), torch.ones(64).bool())
     with pytest.raises(TypeError, match=r"argument 'reduction'.*'sum' of type str"):
         loss(torch.zeros(4, 3), torch.zeros(4, 3), reduction="sum")
 
@@ -774,9 +778,8 @@ def test_disjoint_views_in_a_batch_leave_the_loss_as_it_is(loss):
     valid = pairs.valid
     assert 0 < valid.sum() < 64
     maps = [uniform(seeded(i), 64, 4, 5, 5).requires_grad_() for i in range(2)]
-    sampled = gridsample_pairs(*maps, pairs.view1, pairs.view2, 3)
-    rows = valid[:, None].expand(64, 9)
-    total = loss(sampled.features1, sampled.features2, rows)
+    sampled = gridsample_pairs(*maps, pairs.view1, pairs.view2, 3, valid)
+    total = loss(sampled.features1, sampled.features2, sampled.valid)
     want = loss(sampled.features1[valid], sampled.features2[valid])
     torch.testing.assert_close(total, want, **CLOSE)
     (grad,) = torch.autograd.grad(total, maps[:1])

@@ -1,5 +1,7 @@
 """Unit vectors and masked means against torch, and what the modules of densekit rely on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import on_processes
-from strategies import batches, generators, tensors, uniform, valid_rows
-from densekit import l2_normalize, masked_mean, widen
+from strategies import batches, generators, sizes, tensors, uniform, valid_rows
+from densekit import (
+    coordinate_map,
+    full_view,
+    grid_points,
+    l2_normalize,
+    map_to_rows,
+    masked_mean,
+    rows_to_map,
+    widen,
+)
 from densekit.numerics import full_precision, safe_divide, sample_uniform, take_rows
 
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
@@ -42,7 +53,7 @@ def test_masked_mean_is_the_mean_of_the_valid(data):
 @given(st.data())
 def test_one_valid_for_many_values_is_broadcast(data):
     values = data.draw(tensors((3, 4)), label="values")
-    for shape in ((), (4,), (1, 4), (3, 1), (1, 1)):
+    for shape in ((1, 4), (3, 1), (1, 1)):
         valid = data.draw(valid_rows(shape), label="valid")
         want = mean_of_valid(values, valid.expand(3, 4))
         torch.testing.assert_close(masked_mean(values, valid), want, **CLOSE)
@@ -68,6 +79,25 @@ def test_valid_of_another_shape_is_refused():
     for bad in (torch.ones(2).bool(), torch.ones(3), torch.ones(2, 3).bool()):
         with pytest.raises(TypeError, match=r"masked_mean: argument 'valid'.*batch="):
             masked_mean(torch.zeros(3), bad)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
+def test_valid_with_an_axis_less_is_refused_and_the_advice_fits(shape, data):
+    values = uniform(seeded(), *shape)
+    first = data.draw(st.integers(0, len(shape) - 1), label="first")
+    for kept in (shape[:first], shape[first + 1 :]):  # the first axes, as of images; the last ones
+        valid = data.draw(valid_rows(kept), label="valid")
+        with pytest.raises(TypeError, match=r"was given; use `valid\[.*\]`\.$") as error:
+            masked_mean(values, valid)
+        advice = re.search("`(.*)`", str(error.value))[1]
+        masked_mean(values, eval(advice, {"valid": valid}))
+        if kept == shape[:first]:  # preferred where both would fit, as of 64 images of 64 points
+            assert advice == f"valid[{', '.join([':'] * first + ['None'] * (len(shape) - first))}]"
+
+
+def test_valid_that_no_axis_would_help_gets_no_advice():
+    with pytest.raises(TypeError, match=r"tensor of shape \(5,\) was given\.$"):
+        masked_mean(torch.zeros(3, 4), torch.ones(5, dtype=torch.bool))
 
 
 def means_of_a_part(rank, group, problems, bounds):
@@ -220,3 +250,37 @@ def test_half_precision_draws_the_numbers_of_float32(dtype):
     assert half.dtype == torch.float32
     assert torch.equal(half, single)
     assert ((half >= 0) & (half < 1)).all()
+
+
+# ------------------------------------------------------------------------------ rows of maps
+
+
+@given(st.data())
+def test_a_row_for_each_cell_and_back(data):
+    batch, size = data.draw(batches(), label="batch"), data.draw(sizes(0, 4), label="size")
+    maps = data.draw(tensors((*batch, data.draw(st.integers(0, 3)), *size)))
+    rows = map_to_rows(maps)
+    assert rows.shape == (*batch, size[0] * size[1], maps.shape[-3])
+    for i in range(size[0]):
+        for j in range(size[1]):
+            assert torch.equal(rows[..., i * size[1] + j, :], maps[..., i, j])
+    assert torch.equal(rows_to_map(rows, size), maps)
+
+
+@given(batches(), sizes(), generators())
+def test_a_map_of_coordinates_becomes_the_grid_of_points(batch, size, generator):
+    view = full_view((1, 1), batch)
+    maps = coordinate_map(view, size).movedim(-1, -3)
+    assert torch.equal(map_to_rows(maps), grid_points(view.box, size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
+def test_maps_of_any_dtype_become_rows(dtype):
+    maps = torch.ones(2, 3, 4, 5).to(dtype)
+    assert map_to_rows(maps).dtype == rows_to_map(map_to_rows(maps), (4, 5)).dtype == dtype
+
+
+@pytest.mark.parametrize("size", [(2, 3), (5, 2), (12, 0), (-3, -4), (1, 1)])
+def test_rows_that_fill_no_map_of_this_size_are_refused(size):
+    with pytest.raises(ValueError, match=r"rows_to_map: size is \(.*but there are 12 rows; give"):
+        rows_to_map(torch.zeros(2, 12, 3), size)

@@ -1,6 +1,7 @@
 """Points, and features at points and of patches: the same piece of the image in both views."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from strategies import (
     sizes,
     tensors,
     uniform,
+    valid_rows,
 )
 from torchvision import ops
 from densekit import (
@@ -141,6 +143,25 @@ def test_gridsample_pairs_is_grid_pairs_and_two_gridsamples(pair, data):
     assert torch.equal(got.features1, gridsample(maps[0], points.points1))
     assert torch.equal(got.features2, gridsample(maps[1], points.points2))
     assert torch.equal(got.valid, points.valid)
+
+
+@given(st.data(), sizes(1, 3))
+def test_the_rows_of_pairs_that_are_not_to_be_used_are_not_valid(data, size):
+    batch = data.draw(batches(), label="batch")
+    apart, together = (data.draw(x(batch)) for x in (disjoint_views, overlapping_views))
+    used = data.draw(valid_rows(batch), label="valid")
+    maps = [data.draw(feature_maps(batch, 2), label="features") for _ in range(2)]
+    for pair, overlap in ((together, True), (apart, False)):
+        for sample in (
+            partial(grid_pairs, *pair),
+            partial(gridsample_pairs, *maps, *pair),
+            partial(patch_pairs, *maps, *pair),
+        ):
+            got, every = sample(size, used), sample(size)
+            assert (every.valid == overlap).all()
+            assert torch.equal(got.valid, every.valid & used[..., None])
+            assert got.valid.shape == (*batch, size[0] * size[1])
+            assert all(torch.equal(x, y) for x, y in zip(got[:-1], every[:-1], strict=True))
 
 
 @given(overlapping_views(), sizes(1, 4))
@@ -571,7 +592,7 @@ def test_degenerate_views_give_finite_patches_and_leave_other_images_alone(data,
         leaves = [x.clone().requires_grad_() for x in (*maps, both[0].box, second.box)]
         views = [both[0]._replace(box=leaves[2]), second._replace(box=leaves[3])]
         got = patch_pairs(*leaves[:2], *views, 2, sampling_ratio=ratio)
-        assert got.valid.tolist() == [True, True, False, False]
+        assert got.valid.all(-1).tolist() == [True, True, False, False]
         assert all(part.isfinite().all() for part in got[:2])
         torch.testing.assert_close(got.features1[:2], want.features1, **CLOSE)
         torch.testing.assert_close(got.features2[:2], want.features2, **CLOSE)

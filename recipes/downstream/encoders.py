@@ -95,6 +95,22 @@ def device_of(encoder: nn.Module) -> torch.device:
     return next(encoder.parameters()).device
 
 
+def is_resnet(architecture: str) -> bool:
+    """Whether timm makes a ResNet of this name: one with the stages layer1 to layer4.
+
+    A name does not tell: `resnetv2_50`, `cspresnet50` and `vit_small_resnet26d_224` are other
+    networks, and `res2net50_26w_4s` and `skresnet18` are ResNets.
+    """
+    if not timm.is_model(architecture):
+        return False
+    try:
+        with torch.device("meta"):  # no memory, and no random numbers
+            network = timm.create_model(architecture)
+    except RuntimeError:  # the weights of this name, such as resnet50.wrong, do not exist
+        return False
+    return isinstance(network, timm.models.ResNet)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 def build(architecture: str, *, pretrained: bool = False) -> Any:
     """A network of timm without its head, with the options that our recipes give it."""

@@ -54,7 +54,7 @@ def small_labels(features: Features, cells: int) -> Tensor:
 
 def cells_of(maps: Tensor) -> Tensor:
     """All cells of maps (n, d, h, w) as rows (n h w, d)."""
-    return maps.float().movedim(1, -1).flatten(0, 2)
+    return dk.map_to_rows(maps.float()).flatten(0, 1)
 
 
 def count_confusions(class_scores: Callable[[Tensor], Tensor], test: Features) -> Tensor:

@@ -6,7 +6,10 @@ The library's own laws of each augmentation: test_regions.py.
 import copy
 import json
 import os
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import d3ssl
@@ -38,6 +41,7 @@ STILL = replace(SMALL, jitter=(1.0, 1.0))  # the boxes stay what they are
 WRONG = [
     (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
     (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
     (["--arch", "resnetv2_50"], "--arch is resnetv2_50"),  # it has no layer4
     (["--regions", "0"], "--regions is 0"),
     (["--cut", "0.5", "0.2"], "--cut is 0.5 0.2"),
@@ -48,6 +52,10 @@ WRONG = [
     (["--jitter", "0.0", "1.0"], "--jitter is 0.0 1.0"),
     (["--jitter", "0.8", "1.2"], "--jitter is 0.8 1.2"),
     (["--jitter", "0.9", "0.8"], "--jitter is 0.9 0.8"),
+    (["--soco-cutout", "0.3", "0.1"], "--soco-cutout is 0.3 0.1"),
+    (["--soco-cutout", "0.1", "1.5"], "--soco-cutout is 0.1 1.5"),
+    (["--soco-jitter", "1.0"], "--soco-jitter is 1.0"),
+    (["--soco-jitter", "-0.1"], "--soco-jitter is -0.1"),
     (["--depositioning", "-1"], "--depositioning is -1"),
     (["--depositioning", "nan"], "--depositioning is nan"),
     (["--bins", "1"], "--bins is 1"),
@@ -157,7 +165,7 @@ def filled(x, clean):
 @given(cases())
 def test_boxes_are_the_proposals_carried_into_each_view(case):
     images, views, boxes, valid = case
-    (_, first), (clean, second), (_, small), _ = augment(*case, STILL)
+    (_, first, _), (clean, second, _), (_, small, _), _ = augment(*case, STILL)
     assert torch.equal(clean, images[1])  # for the teacher
     torch.testing.assert_close(first[valid], carried(views[0], boxes)[valid])
     torch.testing.assert_close(second[valid], carried(views[1], boxes)[valid])
@@ -168,7 +176,7 @@ def test_boxes_are_the_proposals_carried_into_each_view(case):
 def test_cutouts_take_a_part_of_every_proposal_and_nothing_else(case):
     images, _, _, valid = case
     view1, _, small, _ = augment(*case, replace(STILL, mask=(0.0, 0.0)))
-    for (x, boxes), clean in ((view1, images[0]), (small, halved(images[1]))):
+    for (x, boxes, _), clean in ((view1, images[0]), (small, halved(images[1]))):
         zero, inside = filled(x, clean), covered(boxes, valid, x.shape[-1])
         assert not (zero & ~inside).any()
         assert torch.equal(zero.any((1, 2)), valid.any(1))
@@ -181,7 +189,7 @@ def test_cutouts_take_a_part_of_every_proposal_and_nothing_else(case):
 def test_masks_lie_beside_the_proposal(case):
     images, _, _, valid = case
     view1, _, small, _ = augment(*case, replace(STILL, cut=(0.0, 0.0)))
-    for (x, boxes), clean in ((view1, images[0]), (small, halved(images[1]))):
+    for (x, boxes, _), clean in ((view1, images[0]), (small, halved(images[1]))):
         zero, inside = filled(x, clean), covered(boxes, valid, x.shape[-1])
         alone = valid.sum(1) == 1  # a mask may lie on another proposal
         assert not (zero & inside)[alone].any()
@@ -194,7 +202,7 @@ def test_the_options_say_how_much_is_cut_and_masked(share):
     config = replace(STILL, cut=(share, share), mask=(share, share))
     for seed in range(8):
         view1, _, small, _ = seeded(seed, config, case)
-        for (x, boxes), clean in ((view1, case[0][0]), (small, halved(case[0][1]))):
+        for (x, boxes, _), clean in ((view1, case[0][0]), (small, halved(case[0][1]))):
             zero, inside = filled(x, clean), covered(boxes, case[-1], x.shape[-1])
             side = 12 * x.shape[-1] // SIDE
             assert inside[0].sum() == side**2
@@ -211,7 +219,7 @@ def test_the_options_say_how_much_is_cut_and_masked(share):
 def test_view_3_is_view_2_moved_onto_the_image_before(case, cut):
     (_, x2), _, _, valid = case
     config = STILL if cut else replace(STILL, cut=(0.0, 0.0))
-    _, (_, second), _, (x3, third) = augment(*case, config)
+    _, (_, second, _), _, (x3, third, _) = augment(*case, config)
     assert ((third[valid] > -1e-9) & (third[valid] < 1 + 1e-9)).all()
     for row in range(len(x2)):
         other = (x3[row] == x2[row - 1]).all(0)
@@ -239,7 +247,7 @@ def test_view_3_moves_anywhere():
     case, shifts = one_box(4), set()
     case[2][:, 1:] = torch.tensor([0.0, 0, 64, 64])  # not valid, and so in nobody's way
     for seed in range(10):
-        _, (_, second), _, (_, third) = seeded(seed, STILL, case)
+        _, (_, second, _), _, (_, third, _) = seeded(seed, STILL, case)
         shift = ((third - second)[:, 0, :2] * SIDE).round().tolist()
         shifts |= {tuple(x) for x in shift}
     x, y = zip(*shifts, strict=True)
@@ -253,7 +261,7 @@ def test_jittered_boxes_lie_inside_the_proposals(case, seed):
     valid, relative = case[-1], []
     still = seeded(seed, STILL, case)
     moved = seeded(seed, replace(SMALL, jitter=(0.5, 0.8)), case)
-    for (x, inner), (same, outer) in zip(moved, still, strict=True):
+    for (x, inner, _), (same, outer, _) in zip(moved, still, strict=True):
         assert torch.equal(x, same)  # what is cut is so around the proposal itself
         inner, outer = inner[valid], outer[valid]
         assert (inner[:, :2] > outer[:, :2] - 1e-9).all()
@@ -265,15 +273,64 @@ def test_jittered_boxes_lie_inside_the_proposals(case, seed):
         assert len({tuple(x.flatten().tolist()) for x in relative}) == 4
 
 
+SOCO = replace(STILL, cut=(0.0, 0.0), mask=(0.0, 0.0))  # nothing but what a test adds
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_socos_cutout_is_a_square_whose_center_lies_in_the_proposal(seed):
+    images, views, boxes, valid = one_box(8)
+    config = replace(SOCO, soco_cutout=(0.1, 0.3))
+    (x1, first, _), (clean, *_), (small, *_), _ = seeded(
+        seed, config, (images, views, boxes, valid)
+    )
+    assert torch.equal(clean, images[1])  # for the teacher
+    for x, same, side in ((x1, images[0], 12), (small, halved(images[1]), 6)):
+        for zero in filled(x, same):
+            if zero.any():
+                rows, columns = zero.any(1).nonzero()[:, 0], zero.any(0).nonzero()[:, 0]
+                height, width = (int(k[-1] - k[0]) + 1 for k in (rows, columns))
+                assert zero.sum() == height * width
+                assert abs(height - width) <= 1
+                assert 0.1**0.5 * side - 1 <= min(height, width)
+                assert max(height, width) <= 0.3**0.5 * side + 1
+                low, high = first[0, 0, :2] * len(zero), first[0, 0, 2:] * len(zero)
+                for k, axis in ((columns, 0), (rows, 1)):
+                    assert low[axis] - 1 <= k.double().mean() + 0.5 <= high[axis] + 1
+
+
+def test_soco_changes_half_of_the_proposals_and_keeps_boxes_in_the_view():
+    images, views, boxes, valid = one_box(400)
+    boxes[1::2, 0] = torch.tensor([0.0, 0, 64, 64])  # as large as the view
+    case = images, views, boxes, valid
+    cut, *_ = seeded(0, replace(SOCO, soco_cutout=(0.1, 0.3)), case)
+    share = (cut.images != images[0]).flatten(1).any(1).double().mean()
+    assert 0.4 < share < 0.6
+
+    still, *_ = seeded(0, SOCO, case)
+    moved, *_ = seeded(0, replace(SOCO, soco_jitter=0.1), case)
+    assert torch.equal(moved.images, still.images)
+    before, after = still.boxes[:, 0], moved.boxes[:, 0]
+    assert 0.4 < (before != after).any(-1).double().mean() < 0.6
+    assert (after >= 0).all()
+    assert (after <= 1).all()
+    small = slice(0, None, 2)  # away from the edges of the view
+    center = ((after - before)[small, :2] + (after - before)[small, 2:]) / 2
+    extent = before[0, 2:] - before[0, :2]
+    assert 0.09 < (center / extent).abs().max() <= 0.1 + 1e-6
+    sides = (after[small, 2:] - after[small, :2]) / extent
+    assert sides.min() < 0.91
+    assert 1.09 < sides.max() <= 1.1 + 1e-6
+
+
 def test_images_without_any_proposal_stay_clean_and_finite():
     images, views, boxes, valid = batch((0, 0, 0))
     case = images, views, torch.zeros_like(boxes), valid  # as the dataset says it
-    (x1, _), (x2, _), (small, _), (x3, _) = found = augment(*case, SMALL)
+    (x1, *_), (x2, *_), (small, *_), (x3, *_) = found = augment(*case, SMALL)
     assert torch.equal(x1, images[0])
     assert torch.equal(x2, images[1])
     torch.testing.assert_close(small, halved(images[1]))
     assert torch.equal(x3, images[1].roll(1, 0))
-    assert all(boxes.isfinite().all() for _, boxes in found)
+    assert all(view.boxes.isfinite().all() for view in found)
 
 
 # ---------------------------------------------------------------------------------- the losses
@@ -304,16 +361,22 @@ def inputs(monkeypatch):
     return seen
 
 
-def embed(network, x, boxes, bins):
-    """Eq 1 as the paper has it: block 5, pooling and MLP after torchvision's RoIAlign of C4."""
+def embed(network, x, boxes, valid, bins):
+    """Eq 1 as the paper has it: block 5, pooling and MLP after torchvision's RoIAlign of C4.
+
+    NaN where there is no proposal.
+    """
     encoder, head = network["encoder"], network["head"]
     x = encoder.layer1(encoder.maxpool(encoder.act1(encoder.bn1(encoder.conv1(x)))))
     c4 = encoder.layer3(encoder.layer2(x))
     places = [row * c4.shape[-1] for row in boxes]
+    places = [row[used] for row, used in zip(places, valid, strict=True)]
     regions = torchvision.ops.roi_align(c4, places, bins, sampling_ratio=2, aligned=True)
     c5 = encoder.layer4(regions).mean((2, 3))
     hidden = (c5 @ head[0].weight.T + head[0].bias).relu()
-    return (hidden @ head[2].weight.T + head[2].bias).unflatten(0, boxes.shape[:2])
+    found = torch.full((*valid.shape, len(head[2].bias)), torch.nan, dtype=x.dtype)
+    found[valid] = hidden @ head[2].weight.T + head[2].bias
+    return found
 
 
 def nce(z, key, bank):
@@ -390,6 +453,49 @@ def test_without_any_valid_box_the_loss_is_zero_and_carries_the_graph(weight):
         assert not parameter.grad.any(), name
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_the_places_of_block_5_hold_valid_regions_alone_and_equally_often(flags):
+    valid = torch.tensor(flags)
+    source, place = d3ssl.fill_places(valid)
+    assert len(source) == len(place) == len(valid)
+    assert torch.equal(source[place][valid], valid.nonzero()[:, 0])
+    if valid.any():
+        assert valid[source].all()
+        often = torch.bincount(source, minlength=len(valid))[valid]
+        assert often.max() - often.min() <= 1
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (2, 0), (0, 1, 1)])
+def test_what_stands_in_for_a_missing_proposal_changes_nothing(counts):
+    """Neither a loss, nor a key, nor a gradient, nor the running batch statistics."""
+    images, views, boxes, valid = batch(counts)
+    generator = torch.Generator().manual_seed(1)
+    first = uniform(generator, *boxes.shape[:2], 2, high=32)
+    other = torch.cat([first, first + uniform(generator, *first.shape, low=8, high=32)], -1)
+    others = torch.where(valid[..., None], boxes, other)
+    found = []
+    for some in (boxes, others):
+        model = make()
+        torch.manual_seed(2)
+        loss, _, bank = model(images, views, some, valid, filled_bank(), torch.arange(len(valid)))
+        loss.backward()
+        gradients = [x.grad for x in model.student.parameters()]
+        found.append((loss.detach(), bank, gradients, dict(model.named_buffers())))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 2)])
+def test_few_proposals_have_batch_statistics(counts):
+    """Block 5 makes one cell of the small view's single bin, and one cell has no variance."""
+    model = make(bins=2)
+    loss, *_ = model(*batch(counts), filled_bank(), torch.arange(2))
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.student.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    assert all(x.isfinite().all() for x in model.buffers())
+
+
 def test_images_without_a_box_change_no_loss_and_no_key_of_the_others():
     model, (images, views, boxes, valid), results = make(), batch((2, 0, 3, 1)), []
     nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
@@ -417,7 +523,7 @@ def half_the_batch(rank, group, state, order, whole):
     norms.eval()  # one process would have other batch statistics
     ddp = nn.parallel.DistributedDataParallel(model)
     with pytest.MonkeyPatch.context() as patch:  # the draws are each process's own
-        halves = [Input(x.images[own], x.boxes[own]) for x in whole]
+        halves = [Input(x.images[own], x.boxes[own], x.valid[own]) for x in whole]
         patch.setattr(d3ssl, "augment", lambda *_: halves)
         loss, terms, bank = ddp(*rows_of(batch(), rank), filled_bank(), order)
     loss.backward()
@@ -453,14 +559,15 @@ def encoded(rank, group, order):
 
 
 def test_the_keys_are_shuffled_over_the_processes_with_their_boxes():
-    order, (images, views, boxes, _) = torch.tensor([2, 0, 3, 1]), batch()
+    order, (images, views, boxes, valid) = torch.tensor([2, 0, 3, 1]), batch()
     places = [dk.boxes_in_view(view, boxes).boxes for view in views]
     for rank, seen in enumerate(on_processes(2, encoded, order)):
         own = slice(2 * rank, 2 * rank + 2)
-        (s1, s2, t1, t2, s3), bins = [x[:2] for x in seen], [x[2] for x in seen]
+        (s1, s2, t1, t2, s3), bins = [x[:3] for x in seen], [x[3] for x in seen]
         assert bins == [4, 2, 4, 4, 4]
-        for (x, b), k, rows in ((s1, 0, own), (t1, 0, order[own]), (t2, 1, order[own])):
+        for (x, b, v), k, rows in ((s1, 0, own), (t1, 0, order[own]), (t2, 1, order[own])):
             assert torch.equal(x, images[k][rows])
+            assert torch.equal(v, valid[rows])
             torch.testing.assert_close(b, places[k][rows])
         assert s2[0].shape[-1] == 16
         assert s3[0].shape[-1] == 32
@@ -597,7 +704,8 @@ def test_the_encoder_is_timms():
     torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
     model = SimpleNamespace(encoder=encoder, head=nn.Identity())
     x, boxes = torch.rand(1, 3, 64, 64), torch.tensor([[[0.1, 0.2, 0.7, 0.9]]])
-    got = d3ssl.embed(vars(model), Input(x, boxes), 3)  # block 5 of 3 x 3 bins of C4
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    got = d3ssl.embed(vars(model), Input(x, boxes, valid), 3)  # block 5 of 3 x 3 bins of C4
     c2 = plain.layer1(plain.maxpool(plain.act1(plain.bn1(plain.conv1(x)))))
     c4 = plain.layer3(plain.layer2(c2))
     region = torchvision.ops.roi_align(c4, [boxes[0] * 4], 3, sampling_ratio=2, aligned=True)
@@ -612,10 +720,44 @@ def test_the_presets_are_the_papers():
     assert (paper.jitter[1], paper.depositioning) == (1.0, 1.0)
     assert (paper.bank, paper.temperature, paper.momentum) == (65536, 0.2, 0.999)
     assert (paper.batch, paper.epochs, paper.lr, paper.weight_decay) == (256, 800, 0.3, 1e-4)
-    decoupling = replace(paper, preset="decoupling", depositioning=0.0)
-    assert PRESETS["decoupling"] == decoupling
+    assert (paper.soco_cutout, paper.soco_jitter) == ((0, 0), 0.0)
+
+
+def test_the_other_presets_are_rows_of_table_5():
+    ablation = replace(PRESETS["paper"], epochs=200, depositioning=0.0)
     nothing = {"cut": (0, 0), "mask": (0, 0), "jitter": (1, 1)}
-    assert PRESETS["region"] == replace(decoupling, preset="region", **nothing)
+    rows = {
+        "region": nothing,
+        "soco-cutout": {**nothing, "soco_cutout": (0.1, 0.3)},
+        "soco-jitter": {**nothing, "cut": (0.2, 0.5), "soco_jitter": 0.1},
+        "decoupling": {},
+    }
+    for preset, changes in rows.items():
+        assert PRESETS[preset] == replace(ablation, preset=preset, **changes)
+    assert PRESETS.keys() == {"demo", "paper", *rows}
+
+
+def test_the_rows_of_table_5_are_commands(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/recipes/d3ssl.md").read_text()
+    rows = re.findall(r"^\| (\d) \|.*`(--preset [^`]+)` \|$", page, flags=re.MULTILINE)
+    assert [number for number, _ in rows] == [*"123456"]
+    names = "soco_cutout", "soco_jitter", "cut", "jitter", "mask"  # the columns
+    still = {name: getattr(PRESETS["region"], name) for name in names}
+    checks = []
+    for _, options in rows:
+        monkeypatch.setattr(sys, "argv", ["d3ssl.py", *options.split()])
+        config = d3ssl.read_options()
+        d3ssl.check_options(config)
+        assert (config.epochs, config.depositioning) == (200, 0.0)
+        checks.append([getattr(config, name) != still[name] for name in names])
+    assert checks == [
+        [False, False, False, False, False],
+        [True, False, False, False, False],
+        [False, True, True, False, False],
+        [False, False, True, False, False],
+        [False, False, True, True, False],
+        [False, False, True, True, True],
+    ]
 
 
 def test_the_region_preset_changes_nothing_in_an_image():
@@ -623,7 +765,7 @@ def test_the_region_preset_changes_nothing_in_an_image():
     config = replace(SMALL, **{name: getattr(PRESETS["region"], name) for name in names})
     case = batch()
     images, views, boxes, valid = case
-    (x1, b1), *_ = augment(*case, config)
+    (x1, b1, _), *_ = augment(*case, config)
     assert torch.equal(x1, images[0])
     torch.testing.assert_close(b1[valid], carried(views[0], boxes)[valid])
 
@@ -761,7 +903,7 @@ def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_pa
     colors = [((k + torch.zeros(3)) / 4 - mean) / std for k in range(4)]
     shapes = (4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 16, 16), (4, 3, 32, 32)
     given = [
-        Input(color[:, None, None].expand(shape), boxes / 64 / (k + 1))
+        Input(color[:, None, None].expand(shape), boxes / 64 / (k + 1), valid)
         for k, (color, shape) in enumerate(zip(colors, shapes, strict=True))
     ]
     monkeypatch.setattr(d3ssl, "augment", lambda *_: given)
@@ -826,6 +968,13 @@ def test_the_method_is_said_beside_the_weights(tmp_path, few_scenes, monkeypatch
     changes = {name: getattr(PRESETS["region"], name) for name in names}
     d3ssl.train(replace(SMALL, run=tmp_path, epochs=1, **changes))
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
+
+
+def test_socos_augmentations_make_a_decoupling():
+    nothing = PRESETS["region"]
+    assert d3ssl.method_of(nothing) == "region"
+    assert d3ssl.method_of(replace(nothing, soco_cutout=(0.0, 0.3))) == "decoupling"
+    assert d3ssl.method_of(replace(nothing, soco_jitter=0.1)) == "decoupling"
 
 
 def test_the_key_encoder_follows_before_each_step_and_keeps_its_statistics(

@@ -1,13 +1,23 @@
 """The DenseSiam recipe: its losses against the paper's formulas. Its runs: test_recipes.py."""
 
+import json
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import densesiam
 import pytest
 import torch
 import torchvision
 from densesiam import PRESETS, DenseSiam, Loss, Views
-from torch.nn.functional import cross_entropy, normalize
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from processes import on_processes
+from strategies import generators
+from torch import nn
+from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 import densekit as dk
 
 SMALL = replace(
@@ -18,6 +28,7 @@ SMALL = replace(
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
     (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--hidden", "3"], "--hidden is 3"),
     (["--categories", "1"], "--categories is 1"),
@@ -45,7 +56,24 @@ WRONG = [
     (["--loss.region", "inf"], "--loss.region is inf"),
     (["--loss.region-start", "1.5"], "--loss.region-start is 1.5"),
     (["--loss.region-start", "nan"], "--loss.region-start is nan"),
-    (["--loss.grid", "0"], "--loss.grid is 0"),
+    (["--loss.grid", "-1"], "--loss.grid is -1"),
+    (["--loss.grid", "0", "--loss.pooled", "overlap"], "--loss.grid is 0"),
+    (["--loss.candidates", "0"], "--loss.candidates is 0"),
+    (["--loss.hard-share", "1.5"], "--loss.hard-share is 1.5"),
+    (["--loss.points", "hard", "--loss.order", "sample_project_predict"], "--loss.points is hard"),
+    (["--loss.points", "hard", "--loss.order", "project_sample_predict"], "--loss.points is hard"),
+    (["--loss.correspondence", "pixel_distance"], "--loss.correspondence is pixel_distance"),
+    (
+        [
+            "--loss.correspondence",
+            "candidate_regions",
+            "--loss.region",
+            "0",
+            "--loss.points",
+            "hard",
+        ],
+        "--loss.correspondence is candidate_regions",
+    ),
     (["--loss.temperature", "0"], "--loss.temperature is 0"),
     (["--loss.temperature", "nan"], "--loss.temperature is nan"),
 ]
@@ -149,17 +177,335 @@ def test_the_gradients_of_pixsim_stop_at_the_teacher():
         torch.testing.assert_close(found, gradient([zs[1], zs[0]]))
 
 
-def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph():
-    model = DenseSiam(SMALL)
+VARIANTS = [
+    {},
+    {"order": "project_sample_predict"},
+    {"order": "sample_project_predict"},
+    {"pooled": "overlap"},
+    {"points": "random"},
+    {"points": "hard"},
+    {"correspondence": "feature_similarity", "region": 0.0},
+    {"correspondence": "pixel_distance", "region": 0.0},
+    {"correspondence": "candidate_regions", "region": 0.0},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph(changes, precision):
+    torch.manual_seed(0)
+    model = DenseSiam(replace(SMALL, loss=replace(Loss(grid=3), **changes)))
     images, _ = batch()
     flip = torch.zeros(4, dtype=torch.bool)
     views = [dk.View(torch.tensor([x, 0.0, x + 9, 9]).expand(4, 4), flip) for x in (0.0, 20.0)]
-    loss, terms = model(images, views, True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss, terms = model(images, views, model.loss.region > 0)
     loss.backward()
-    assert terms["dense"] == terms["region"] == terms["overlap"] == 0
+    assert terms.get("region", 0) == terms.get("overlap", 0) == 0
+    assert changes.get("correspondence") == "feature_similarity" or terms["dense"] == 0
+    assert changes.get("pooled") != "overlap" or loss == 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+# ---- the ablations ---------------------------------------------------------------------------
+
+
+def double(case):
+    images, views = case
+    return [x.double() for x in images], [dk.View(x.box.double(), x.flip) for x in views]
+
+
+def make(seed=0, **changes):
+    torch.manual_seed(seed)
+    return DenseSiam(replace(SMALL, loss=replace(Loss(grid=3), **changes))).double()
+
+
+def at_points(maps, pairs):
+    """Features at the points of both views, by torch's own function."""
+    found = []
+    for x, points in zip(maps, (pairs.points1, pairs.points2), strict=True):
+        grid = 2 * points[:, :, None] - 1
+        rows = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        found.append(rows[..., 0].mT)
+    return found
+
+
+def by_rows(head, x):
+    """A head of 1 x 1 convolutions, as the linear layers that it is."""
+    images, rows = x.shape[:2]
+    x = x.flatten(0, 1)
+    for layer in head:
+        if isinstance(layer, nn.Conv2d):
+            x = nn.functional.linear(x, layer.weight[:, :, 0, 0], layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            x = nn.functional.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+        else:
+            x = x.relu()
+    return x.unflatten(0, (images, rows))
+
+
+def pixel_distances(student, teacher):
+    """Eq 3, the way round that the code has it."""
+    return -(softmax(teacher, -1) * log_softmax(student, -1)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "order", ["project_predict_sample", "project_sample_predict", "sample_project_predict"]
+)
+def test_the_points_are_sampled_when_the_order_says(order):
+    model = make(order=order)
+    images, views = double(batch())
+    loss, terms = model(images, views, True)
+    pairs = dk.grid_pairs(*views, 3)
+    maps = [model.encoder(x) for x in images]
+
+    if order == "sample_project_predict":
+        z = [by_rows(model.dense_projector, x) for x in at_points(maps, pairs)]
+        p = [by_rows(model.dense_predictor, x) for x in z]
+    else:
+        projected = [model.dense_projector(x) for x in maps]
+        z = at_points(projected, pairs)
+        if order == "project_sample_predict":
+            p = [by_rows(model.dense_predictor, x) for x in z]
+        else:
+            p = at_points([model.dense_predictor(x) for x in projected], pairs)
+
+    forth, back = pixel_distances(p[0], z[1]), pixel_distances(p[1], z[0])
+    dense = (forth + back)[:3].mean() / 2  # the last pair shares nothing
+    torch.testing.assert_close(terms["dense"], dense)
+    region = model.region_loss(maps, z, pairs)  # its masks are of the same points
+    torch.testing.assert_close(terms["region"], region)
+    torch.testing.assert_close(loss, terms["sim"] + dense + 0.1 * region)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@given(generators(), st.integers(1, 6))
+def test_random_points_are_the_same_of_the_image_and_lie_in_both_views(generator, count):
+    found = dk.sample_view_pairs((48, 64), (3,), generator=generator)
+    views = [found.view1, found.view2]
+    pairs = densesiam.overlap_pairs(views, Loss(grid=count, points="random"))
+    assert pairs.points.shape == (3, count**2, 2)
+    overlap = dk.intersect_views(*views).valid
+    assert torch.equal(pairs.valid, overlap[:, None].expand(3, count**2))
+    for view, points in zip(views, (pairs.points1, pairs.points2), strict=True):
+        torch.testing.assert_close(dk.view_to_image(view, points), pairs.points)
+        inside = (points > -1e-4) & (points < 1 + 1e-4)
+        assert inside[pairs.valid].all()
+
+
+@pytest.mark.parametrize(("candidates", "share"), [(1, 0.0), (3, 0.75), (10, 1.0)])  # Table A2
+def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates, share):
+    model = make(points="hard", candidates=candidates, hard_share=share)
+    images, views = double(batch())
+    drawn, sample = [], dk.sample_points
+    monkeypatch.setattr(dk, "sample_points", lambda *x: drawn.append(sample(*x)) or drawn[-1])
+    projected = [model.dense_projector(model.encoder(x)) for x in images]
+    predicted = [model.dense_predictor(x) for x in projected]
+    pairs = model.hard_pairs(projected, predicted, views)
+
+    many, others = drawn
+    assert many.shape[1] == candidates * 9
+    hard = round(share * 9)
+    assert torch.equal(pairs.points[:, hard:], others[:, hard:])
+    tried = densesiam.pair_points(views, many, pairs.valid[:, 0])
+    z, p = at_points(projected, tried), at_points(predicted, tried)
+    dissimilarity = pixel_distances(p[0], z[1]) + pixel_distances(p[1], z[0])
+    for row in range(3):
+        hardest = many[row, dissimilarity[row].argsort(descending=True)[:hard]]
+        torch.testing.assert_close(pairs.points[row, :hard], hardest)
+    assert all(x.grad_fn is None for x in pairs)
+
+    loss, terms = model(images, views, True)
+    loss.backward()
+    assert terms["overlap"] == 0.75
+
+
+def match_by_hand(name, features, views, size):
+    """Pairs of cells (image, cell of view 1, cell of view 2) that Table A1's methods compare."""
+    if name == "feature_similarity":
+        rows = [normalize(x.flatten(2).mT, dim=-1) for x in features]
+        nearest = (rows[0] @ rows[1].mT).argmax(-1)
+        return [(k, i, int(nearest[k, i])) for k in range(len(rows[0])) for i in range(size**2)]
+    centers = [dk.coordinate_map(view, (size, size)).flatten(1, 2) for view in views]
+    diagonals = [(view.box[:, 2:] - view.box[:, :2]).norm(dim=1) / size for view in views]
+    limit = 0.7 * torch.maximum(*diagonals)
+    near = torch.cdist(*centers) <= limit[:, None, None]
+    near &= dk.intersect_views(*views).valid[:, None, None]
+    return near.nonzero().tolist()
+
+
+@pytest.mark.parametrize("distance", ["cross_entropy_similarity", "negative_cosine"])
+@pytest.mark.parametrize("name", ["feature_similarity", "pixel_distance"])
+def test_cells_are_compared_as_densecl_and_pixpro_do(name, distance):
+    model = make(correspondence=name, region=0.0, distance=distance)
+    images, views = double(batch())
+    loss, terms = model(images, views, False)
+    maps = [model.encoder(x) for x in images]
+    z = [model.dense_projector(x) for x in maps]
+    p = [model.dense_predictor(x).flatten(2).mT for x in z]
+    z = [x.flatten(2).mT for x in z]
+    means = []
+    for a, b in ((0, 1), (1, 0)):
+        pairs = match_by_hand(name, (maps[a], maps[b]), (views[a], views[b]), maps[0].shape[-1])
+        assert len({k for k, *_ in pairs}) == (4 if name == "feature_similarity" else 3)
+        student = torch.stack([p[a][k, i] for k, i, _ in pairs])
+        teacher = torch.stack([z[b][k, j] for k, _, j in pairs]).detach()
+        if distance == "negative_cosine":
+            values = -(normalize(student, dim=-1) * normalize(teacher, dim=-1)).sum(-1)
+        else:
+            values = pixel_distances(student, teacher)
+        means.append(values.mean())
+    torch.testing.assert_close(terms["dense"], sum(means) / 2)
+    torch.testing.assert_close(loss, terms["sim"] + terms["dense"])
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_regions_are_the_windows_that_both_views_show():
+    """Of a map of places, a region's mean is the place of its center: in both views the same."""
+    _, views = double(batch())
+    maps = [dk.coordinate_map(view, (56, 56)).movedim(-1, 1) for view in views]
+    student, teacher = (densesiam.Side(view, x, x) for view, x in zip(views, maps, strict=True))
+    found = densesiam.match_regions(student, teacher, 224)
+    assert found.valid.shape == (4, 36)  # windows of 48 every 32 pixels
+    assert found.valid.any(1).tolist()[3] is False  # the last pair shares nothing
+    inside = found.valid.nonzero()
+    assert len(inside) > 0
+    torch.testing.assert_close(
+        found.students[found.valid], found.teachers[found.valid], atol=0.1, rtol=0.0
+    )
+
+
+def test_the_global_branch_on_the_overlap_pools_what_both_views_show():
+    model = make(pooled="overlap", dense=0.0, region=0.0)
+    images, views = double(batch())
+    loss, terms = model(images, views, False)
+    maps = [model.encoder(x) for x in images]
+    pooled = [x.mean(1) for x in at_points(maps, dk.grid_pairs(*views, 3))]
+    z = [model.projector(x) for x in pooled]
+    p = [model.predictor(x) for x in z]
+    cosines = (normalize(p[0]) * normalize(z[1]) + normalize(p[1]) * normalize(z[0])).sum(1)
+    torch.testing.assert_close(loss, -cosines[:3].mean() / 2)  # the last pair shares nothing
+    assert loss is terms["sim"]
+
+
+def test_a_grid_of_no_point_is_simsiam(tmp_path):
+    images, views = double(batch())
+    model = make(grid=0)
+    baseline = make(dense=0.0, region=0.0)
+    assert model.state_dict().keys() == baseline.state_dict().keys()
+    loss, terms = model(images, views, True)
+    want, _ = baseline(images, views, False)
+    assert torch.equal(loss, want)
+    assert set(terms) == {"sim", "spread"}
+    densesiam.draw(model.float(), [x.float() for x in images], views, tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("densesiam", {}),
+        ("pixsim", {"region": 0.0}),
+        ("regionsim", {"dense": 0.0}),  # Table 4f, without PixSim
+        ("simsiam", {"dense": 0.0, "region": 0.0}),
+        ("simsiam", {"grid": 0}),
+    ],
+)
+def test_the_method_and_the_picture_say_what_was_trained(tmp_path, method, changes):
+    loss = replace(Loss(grid=3), **changes)
+    assert densesiam.method_of(loss) == method
+    model = DenseSiam(replace(SMALL, loss=loss))
+    densesiam.draw(model, *batch(), tmp_path / "picture.png")
+    panels = 2 if method == "simsiam" else 3  # the pseudo-categories between the view and the PCA
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (2 * panels * 226 + 2, 4 * 226 + 2)
+
+
+def test_a_run_of_random_points_resumes_to_the_same_losses(tmp_path, monkeypatch):
+    scenes = densesiam.harness.SceneImages
+    monkeypatch.setattr(densesiam.harness, "SceneImages", lambda _: scenes(16))
+    monkeypatch.setattr(densesiam, "evaluate", lambda *arguments: None)
+    config = replace(SMALL, loss=Loss(grid=3, points="hard"))
+    densesiam.train(replace(config, run=tmp_path / "whole"))
+    asked = iter([True])
+    with monkeypatch.context() as patch:
+        patch.setattr(densesiam.harness.Run, "stop_requested", lambda self: next(asked, False))
+        densesiam.train(replace(config, run=tmp_path / "halted"))
+        densesiam.train(replace(config, run=tmp_path / "halted"))
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "halted")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 4
+    assert json.loads((tmp_path / "whole" / "encoder.json").read_text())["method"] == "densesiam"
+
+
+# ---- processes -------------------------------------------------------------------------------
+
+
+def eight_pairs():
+    """Processes of two or four have other numbers of pairs that overlap; the last of four none."""
+    pairs = dk.sample_view_pairs((64, 64), (8,), generator=torch.Generator().manual_seed(0))
+    apart = torch.tensor([False, False, False, True, False, True, True, True])[:, None]
+    boxes1 = torch.where(apart, torch.tensor([0.0, 0, 20, 20]), pairs.view1.box)
+    boxes2 = torch.where(apart, torch.tensor([30.0, 30, 60, 60]), pairs.view2.box)
+    views = [dk.View(boxes1, pairs.view1.flip), dk.View(boxes2, pairs.view2.flip)]
+    images = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return double(([*images], views))
+
+
+def part_of_the_batch(rank, group, size, state, changes):
+    model = make(**changes).eval()  # one process would have other batch statistics
+    model.load_state_dict(state)
+    own = slice(8 // size * rank, 8 // size * (rank + 1))
+    images, views = eight_pairs()
+    own_images = [x[own] for x in images]
+    own_views = [dk.View(view.box[own], view.flip[own]) for view in views]
+    ddp = nn.parallel.DistributedDataParallel(model)
+    loss, terms = ddp(own_images, own_views, True)
+    loss.backward()
+    gradients = [x.grad for x in model.parameters()]
+    return loss.detach(), {name: x.detach() for name, x in terms.items()}, gradients
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(("size", "changes"), [(2, {}), (4, {}), (2, {"pooled": "overlap"})])
+def test_processes_with_other_numbers_of_valid_pairs_have_the_loss_and_gradient_of_one(
+    size, changes
+):
+    model = make(**changes)
+    state = model.state_dict()
+    parts = on_processes(size, part_of_the_batch, size, state, changes)
+    loss, terms = model.eval()(*eight_pairs(), True)
+    loss.backward()
+    gradients = [x.grad for x in model.parameters()]
+    for _, part_terms, part_gradients in parts:
+        torch.testing.assert_close(part_gradients, gradients)
+        for name in ("dense", "region"):
+            torch.testing.assert_close(part_terms[name], terms[name].detach())
+    # The overlap and the global loss are logged as means over the processes.
+    mean = torch.stack([part[0] for part in parts]).mean()
+    torch.testing.assert_close(mean, loss.detach())
+
+
+def test_the_rows_of_the_tables_are_commands(monkeypatch):
+    """The options that the page gives for the rows of the paper's tables; no two are the same."""
+    page = (Path(__file__).parents[2] / "docs/recipes/densesiam.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| (4|A)\w+ \|", line)]
+    assert len(rows) == 20
+    found = {}
+    for row in rows:
+        for options in re.findall(r"`(--[^`]+)`", row):
+            command = ["densesiam.py", "--preset", "paper", "--arch", "tiny", *options.split()]
+            monkeypatch.setattr(sys, "argv", command)
+            config = densesiam.read_options()
+            densesiam.check_options(config)
+            found[options] = config
+    names = [name for name in found if "--preset simsiam" not in name]
+    only_pixsim = [found[name] for name in names if found[name].loss == replace(Loss(), region=0.0)]
+    assert len({str(found[name]) for name in names}) == len(names)
+    assert len(only_pixsim) == 1
 
 
 def test_the_encoder_has_torchvisions_layout():

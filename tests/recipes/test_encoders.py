@@ -43,6 +43,36 @@ def last_map(network, images):
     return features
 
 
+# ---- ResNets -------------------------------------------------------------------------------------
+RESNETS = [
+    "resnet18", "resnet50.a1_in1k", "resnext50_32x4d", "wide_resnet50_2", "seresnet50",
+    "resnest26d", "skresnet18", "res2net50_26w_4s", "ecaresnet50d_pruned",
+]  # fmt: skip
+OTHERS = [
+    "resnetv2_50", "cspresnet50", "tresnet_m", "nf_resnet50", "gcresnet33ts", "legacy_seresnet18",
+    "inception_resnet_v2", "vit_small_resnet26d_224", "resnet5", "resnet50.wrong", "tiny", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_what_passes_for_a_resnet_has_the_stages_that_the_recipes_use(name):
+    assert encoders.is_resnet(name)
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0, global_pool="")
+        images = torch.zeros(2, 3, 64, 64)
+        c2, *_, c4, c5 = network.forward_intermediates(
+            images, indices=[1, 2, 3, 4], intermediates_only=True
+        )
+        assert network(images).shape == c5.shape == network.layer4(c4).shape
+    assert c5.shape == (2, network.num_features, 2, 2)
+    assert c2.shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_name_does_not_make_a_resnet(name):
+    assert not encoders.is_resnet(name)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize(

@@ -607,6 +607,22 @@ def test_options_without_sense(folder, changes, match):
         run(folder, **changes)
 
 
+def test_a_folder_is_no_file_to_write(folder):
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(harness.UserError) as error:
+        run(folder, out=folder.parent)
+    parent = folder.parent
+    example = parent / "photos.proposals.npz"
+    assert str(error.value) == (
+        f"--out is {parent}: give a file, such as {example}, instead of a folder."
+    )
+    (parent / "photos.proposals.npz").mkdir()  # where the file goes without --out
+    with pytest.raises(harness.UserError, match="instead of a folder"):
+        run(folder)
+    (parent / "photos.proposals.npz").rmdir()
+    assert sorted(parent.rglob("*")) == before
+
+
 # ---- the command -------------------------------------------------------------------------------
 def start(*arguments):
     return subprocess.Popen(
