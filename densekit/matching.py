@@ -2,6 +2,13 @@
 
 `gridsample_pairs` samples two views at the same places, so its rows are matched already. The
 functions here match what two maps hold: their cells, or regions that both views contain.
+
+* DenseCL: `match_by_feature` of the encoder's cells.
+* PixPro: `positive_pairs`, all cells that are near to each other.
+* VICRegL: `match_by_place` and `match_by_feature(metric="euclidean")`, the `best` matches of each.
+* ReSim: `candidate_regions`, pooled with `roi_align`.
+
+Take the matched cells with `take_rows(map_to_rows(maps), indices)`, and give `valid` to the loss.
 """
 
 import math

@@ -27,12 +27,18 @@ from densekit import (
     candidate_regions,
     coordinate_map,
     full_view,
+    info_nce,
     intersect_views,
+    l2_normalize,
+    map_to_rows,
+    masked_mean,
     match_by_feature,
     match_by_place,
     matching,
+    negative_cosine,
     positive_pairs,
     roi_align,
+    sample_view_pairs,
     sample_views,
     take_rows,
 )
@@ -313,6 +319,55 @@ def test_rows_of_any_dtype_are_taken():
         got = take_rows(torch.ones(2, 3).to(dtype), torch.tensor([1, -1]))
         assert got.dtype == dtype
         assert got.sum(-1).tolist() == [3, 0]
+
+
+# ------------------------------------------------------------------ methods, in a few lines
+
+
+def densecl(maps, views, valid):
+    rows1, rows2 = map(map_to_rows, maps)
+    found = match_by_feature(rows1, rows2)
+    use = found.valid & valid[:, None]
+    return info_nce(rows1, take_rows(rows2, found.indices2), valid=use, temperature=0.2)
+
+
+def pixpro(maps, views, valid):
+    rows1, rows2 = (l2_normalize(map_to_rows(x)) for x in maps)
+    near = positive_pairs(*views, (3, 4), (4, 2), valid)
+    return -masked_mean(rows1 @ rows2.mT, near)
+
+
+def vicregl(maps, views, valid):
+    rows1, rows2 = map(map_to_rows, maps)
+    found = match_by_place(*views, (3, 4), (4, 2), valid, max_distance=None, best=5)
+    one, other = take_rows(rows1, found.indices1), take_rows(rows2, found.indices2)
+    return masked_mean((one - other).square().mean(-1), found.valid)
+
+
+def resim(maps, views, valid):
+    regions = candidate_regions(*views, 8, valid, window=2, stride=2)
+    boxes = regions.boxes1, regions.boxes2
+    pooled = [roi_align(x, at, 1, regions.valid) for x, at in zip(maps, boxes, strict=True)]
+    rows1, rows2 = (x.features.flatten(-3) for x in pooled)
+    return negative_cosine(rows1, rows2, pooled[0].valid & pooled[1].valid)
+
+
+@pytest.mark.parametrize("method", [densecl, pixpro, vicregl, resim])
+def test_a_pair_of_views_that_overlap_too_little_changes_no_method(method):
+    pairs = sample_view_pairs(
+        (48, 64), (12,), scale=(0.1, 0.6), min_overlap=0.3, attempts=1, generator=seeded()
+    )
+    assert 0 < pairs.valid.sum() < 12
+    maps = [uniform(seeded(i), 12, 5, *size) for i, size in enumerate(((3, 4), (4, 2)))]
+    maps = [x.requires_grad_() for x in maps]
+    views = pairs.view1, pairs.view2
+    total = method(maps, views, pairs.valid)
+    kept = [x[pairs.valid] for x in maps]
+    some = [View(*(field[pairs.valid] for field in view)) for view in views]
+    torch.testing.assert_close(total, method(kept, some, pairs.valid[pairs.valid]), **CLOSE)
+    (grad,) = torch.autograd.grad(total, maps[:1])
+    assert (grad[~pairs.valid] == 0).all()
+    assert grad.any()
 
 
 # ---------------------------------------------------------------------------------- errors
