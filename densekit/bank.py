@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import fit_valid, sample_uniform, take_rows
+from densekit.numerics import check, fit_valid, sample_uniform, take_rows
 from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
@@ -78,11 +78,9 @@ def init_bank(
     References:
         MoCo, Sec 3.2 (dictionary as a queue); DUPR, Sec 3.2 (one for each level and kind).
     """
-    if size < 1 or dim < 1 or not dtype.is_floating_point:
-        raise ValueError(
-            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
-            "size and a dim of 1 or more, and a floating dtype."
-        )
+    check("bank.init_bank", "size", size, size >= 1, "1 or more")
+    check("bank.init_bank", "dim", dim, dim >= 1, "1 or more")
+    check("bank.init_bank", "dtype", dtype, dtype.is_floating_point, "a floating dtype")
     features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
         rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)

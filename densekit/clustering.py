@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from densekit.distributed import Group, all_max, all_sum
 from densekit.numerics import (
+    check,
     full_precision,
     l2_normalize,
     readable,
@@ -298,11 +299,8 @@ def sinkhorn_merge(
     _check_transport("sinkhorn_merge", reg, iterations)
     k = start.shape[-1]
     most = k if max_clusters is None else min(k, max_clusters)
-    if most < 2:
-        raise ValueError(
-            f"densekit.clustering.sinkhorn_merge: there are {k} start tokens and max_clusters is "
-            f"{max_clusters}; give 2 or more of each."
-        )
+    check("clustering.sinkhorn_merge", "the number of start tokens", k, k >= 2, "2 or more")
+    check("clustering.sinkhorn_merge", "max_clusters", max_clusters, most >= 2, "2 or more")
 
     tokens = widened(tokens.detach())
     positions = widened(positions.detach())
@@ -478,11 +476,8 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
 
 
 def _check_transport(function: str, reg: float, iterations: int) -> None:
-    if not (reg > 0 and iterations >= 1):
-        raise ValueError(
-            f"densekit.clustering.{function}: reg is {reg} and iterations is {iterations}; give a "
-            "reg above 0 and 1 or more iterations."
-        )
+    check(f"clustering.{function}", "reg", reg, reg > 0, "a number above 0")
+    check(f"clustering.{function}", "iterations", iterations, iterations >= 1, "1 or more")
 
 
 def _scale(

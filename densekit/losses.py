@@ -14,13 +14,15 @@ from densekit.bank import Negatives
 from densekit.distributed import Group, all_sum
 from densekit.numerics import (
     broadcasts,
+    check,
+    check_temperature,
     fit_valid,
     full_precision,
     l2_normalize,
     masked_mean,
     widened,
 )
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Scalar, Tensor, typed
 
 __all__ = [
     "cross_entropy_similarity",
@@ -126,7 +128,7 @@ def info_nce(
     negatives: Float[Tensor, "*shared m d"] | Negatives | None = None,
     valid: Bool[Tensor, "*valid"] | None = None,
     *,
-    temperature: float,
+    temperature: Scalar,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
     """Compute InfoNCE: contrast each query's own key with negative keys.
@@ -172,10 +174,7 @@ def info_nce(
         DenseSiam, Eq 6 (negatives of the same set, temperature 0.1, mean); MoCo, Eq 1, and DUPR, Eq
         1, 5 and 6 (given negatives).
     """
-    if not temperature > 0:
-        raise ValueError(
-            f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
-        )
+    check_temperature("losses.info_nce", temperature)
 
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
     if others is not None:
@@ -204,7 +203,7 @@ def _check_negatives(others: Tensor, query: Tensor) -> None:
 
 
 def _info_nce_in_set(
-    query: Tensor, key: Tensor, valid: Tensor | None, temperature: float
+    query: Tensor, key: Tensor, valid: Tensor | None, temperature: Scalar
 ) -> Tensor:
     """Compute the loss of each query, where the other valid keys of its set are the negatives."""
     logits = query @ key.mT / temperature
@@ -216,7 +215,7 @@ def _info_nce_in_set(
 
 
 def _info_nce_of_negatives(
-    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: float
+    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: Scalar
 ) -> Tensor:
     """Compute the loss of each query with the negatives `others`, those that `use` allows."""
     positive = (query * key).sum(-1) / temperature
@@ -240,8 +239,8 @@ def self_distillation(
     center: Float[Tensor, " d"],
     valid: Bool[Tensor, "*valid"] | None = None,
     *,
-    student_temperature: float = 0.1,
-    teacher_temperature: float = 0.07,
+    student_temperature: Scalar = 0.1,
+    teacher_temperature: Scalar = 0.07,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
     """Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
@@ -278,11 +277,9 @@ def self_distillation(
     References:
         CrOC, Eq 3 to 6; DINO, Eq 1 to 4.
     """
-    if not (student_temperature > 0 and teacher_temperature > 0):
-        raise ValueError(
-            f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
-            f"{teacher_temperature}; give two above 0."
-        )
+    where = "losses.self_distillation"
+    check_temperature(where, student_temperature, "student_temperature")
+    check_temperature(where, teacher_temperature, "teacher_temperature")
 
     valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
     logits = widened(teacher.detach())
@@ -382,11 +379,9 @@ def symmetric_loss(
     References:
         DenseSiam, Eq 1 and 5; SimSiam, Eq 2.
     """
-    if not len(students) == len(teachers) == 2:
-        raise ValueError(
-            f"densekit.losses.symmetric_loss: there are {len(students)} students and "
-            f"{len(teachers)} teachers; give two of each, for view 1 and view 2."
-        )
+    for name, pair in {"students": students, "teachers": teachers}.items():
+        count = len(pair)
+        check("losses.symmetric_loss", f"the number of {name}", count, count == 2, "2")
 
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
-from densekit.numerics import full_precision, readable, safe_divide, sample_uniform, widened
+from densekit.numerics import check, full_precision, readable, safe_divide, sample_uniform, widened
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = [
@@ -261,11 +261,9 @@ def sample_view_pairs(
     References:
         DenseSiam, Sec 3.2 and App A.
     """
-    if not (0 <= min_overlap <= 1 and attempts >= 1):
-        raise ValueError(
-            f"densekit.views.sample_view_pairs: min_overlap is {min_overlap} and attempts "
-            f"{attempts}; give an overlap in [0, 1] and at least one attempt."
-        )
+    fits = 0 <= min_overlap <= 1
+    check("views.sample_view_pairs", "min_overlap", min_overlap, fits, "an overlap in [0, 1]")
+    check("views.sample_view_pairs", "attempts", attempts, attempts >= 1, "1 or more")
 
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(

@@ -559,7 +559,8 @@ def test_more_attempts_reach_more():
 
 @pytest.mark.parametrize("options", [{"min_overlap": 1.5}, {"min_overlap": -0.1}, {"attempts": 0}])
 def test_pairs_refuse_what_makes_no_sense(options):
-    with pytest.raises(ValueError, match=r"densekit.views.sample_view_pairs: min_overlap is"):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"views.sample_view_pairs: {name} is {value}; give"):
         sample_view_pairs((8, 8), **options)
 
 
