@@ -95,6 +95,9 @@ def push_to_bank(
 ) -> Bank:
     """Add keys to a bank, in order; each key replaces the oldest one.
 
+    Call it after the loss of a batch. A key that is pushed before is a negative of its own query,
+    and then no loss of this query is below log 2 = 0.69, however well the two agree.
+
     The number of keys may vary between calls. If it exceeds the size of the bank, the last keys
     remain. Two calls with parts of the keys give the same bank as one call with all of them. To
     have the same bank on all processes, push the same keys on each: `push_to_bank(bank,
@@ -104,7 +107,8 @@ def push_to_bank(
         bank: The bank; it is not modified, and no gradient flows.
         keys: Keys, row by row over all leading axes; they are detached and converted to the bank's
             dtype.
-        valid: Keys to add, of shape `*batch` or broadcast to it; by default all.
+        valid: Keys to add, of shape `*batch` or with size-1 axes in it; by default all. One value
+            for each image of keys (b, n, d) is `valid[:, None]`.
 
     Returns:
         The new bank.

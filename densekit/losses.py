@@ -474,8 +474,9 @@ def variance_covariance(
         ValueError: The target is negative, or epsilon is not above 0.
 
     Examples:
-        >>> variance_covariance(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
-        VarianceCovariance(variance=tensor(0.), covariance=tensor(4.))
+        >>> terms = variance_covariance(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        >>> terms.variance.round(decimals=2), terms.covariance.round(decimals=2)
+        (tensor(0.), tensor(4.))
 
     References:
         VICReg, Eq 1 to 4.

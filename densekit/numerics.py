@@ -128,12 +128,14 @@ def map_to_rows(maps: Shaped[Tensor, "*batch d h w"]) -> Shaped[Tensor, "*batch 
 
 
 @typed
-def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor, "*batch d h w"]:
+def rows_to_map(
+    rows: Shaped[Tensor, "*batch n d"], size: int | Size
+) -> Shaped[Tensor, "*batch d h w"]:
     """Turn one row for each cell into maps: the inverse of `map_to_rows`.
 
     Args:
         rows: Rows of any dtype, in the order of the cells: row by row.
-        size: Size `(h, w)` of the maps, with `n = h w`.
+        size: Size `(h, w)` of the maps, with `n = h w`; a number K means K x K.
 
     Returns:
         Maps, channels first. They are a view of the rows where their memory allows it.
@@ -146,13 +148,13 @@ def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor
         tensor([[[0, 1, 2],
                  [3, 4, 5]]])
     """
-    h, w = size
+    h, w = (size, size) if isinstance(size, int) else size
     if h < 0 or w < 0 or h * w != rows.shape[-2]:
         raise ValueError(
             f"densekit.numerics.rows_to_map: size is {size}, but there are {rows.shape[-2]} rows; "
             "give the (h, w) of a map that has as many cells."
         )
-    return rows.mT.unflatten(-1, size)
+    return rows.mT.unflatten(-1, (h, w))
 
 
 def widened(x: Tensor) -> Tensor:

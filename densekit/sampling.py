@@ -86,7 +86,6 @@ def grid_points(
     References:
         DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
     """
-    size = (size, size) if isinstance(size, int) else size
     view = View(boxes, torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device))
     return coordinate_map(view, size).flatten(-3, -2)
 

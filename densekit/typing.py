@@ -133,7 +133,10 @@ def _with_fields(hint: Any) -> Any:
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if typing.get_origin(hint) is Sequence:
         item = _with_fields(typing.get_args(hint)[0])
-        return Annotated[Sequence, Is[lambda items: all(_fits(x, item) for x in items)]]
+        return Annotated[
+            Sequence,
+            Is[lambda items: not _is_record(type(items)) and all(_fits(x, item) for x in items)],
+        ]
     if not _is_record(hint):
         return hint
     fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
@@ -164,7 +167,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as reason:
-        return f"{where}: {reason}{_by_name(reason, signature)}."
+        return f"{where}: {_explain_call(reason, signature, kwargs)}."
     if not isinstance(error, TypeCheckError):
         return None
 
@@ -192,12 +195,20 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     return None
 
 
-def _by_name(reason: TypeError, signature: inspect.Signature) -> str:
+def _explain_call(reason: TypeError, signature: inspect.Signature, kwargs: dict) -> str:
+    """Say why arguments cannot be matched with the parameters."""
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if unknown and "unexpected keyword" not in str(reason):  # a wrong name is also a missing one
+        return f"got an unexpected keyword argument '{unknown[0]}', and is {reason}"
+
     parameters = signature.parameters.values()
-    names = [f"`{x.name}=`" for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
-    if "too many positional" not in str(reason) or not names:
-        return ""
-    return f"; give {', '.join(names)} by name"
+    names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
+    if "missing" in str(reason):
+        names = [name for name in names if f"'{name}'" in str(reason)]
+    elif "too many positional" not in str(reason):
+        names = []
+    by_name = f"; give {', '.join(f'`{name}=`' for name in names)} by name" if names else ""
+    return f"{reason}{by_name}"
 
 
 def _explain_devices(function, signature, error, args, kwargs) -> str | None:
@@ -383,7 +394,7 @@ def _advice_on_type(value: Any, hint: Any) -> str:
         return "Convert it to a tensor first, such as with torchvision's `to_tensor`."
     if type(value).__name__ == "Bank" and "Negatives" in wanted:
         return "Use `bank_negatives(bank)`."
-    if isinstance(value, int) and hint == Size:
+    if isinstance(value, int) and "tuple[int, int]" in wanted:
         return f"Give `(h, w)`, such as `({value}, {value})`."
     if _is_record(type(value)) or not isinstance(value, list | tuple) or not value:
         return ""
