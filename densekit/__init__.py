@@ -56,6 +56,15 @@ from densekit.losses import (
     update_center,
     variance_covariance,
 )
+from densekit.matching import (
+    Matches,
+    PairedBoxes,
+    candidate_regions,
+    match_by_feature,
+    match_by_place,
+    positive_pairs,
+    take_rows,
+)
 from densekit.metrics import (
     Accuracy,
     ConfusionScores,
@@ -72,7 +81,7 @@ from densekit.metrics import (
     mean_iou,
     merge_clusters,
 )
-from densekit.neighbors import Matches, knn_votes, match_patches, nearest_maps, object_knn
+from densekit.neighbors import Neighbors, knn_votes, nearest_maps, nearest_rows, object_knn
 from densekit.numerics import l2_normalize, map_to_rows, masked_mean, rows_to_map, widen
 from densekit.pooling import RoIFeatures, assign_levels, pool_masks, roi_align
 from densekit.probes import (
@@ -148,7 +157,9 @@ __all__ = [
     "Matches",
     "MergedClusters",
     "Negatives",
+    "Neighbors",
     "Overlap",
+    "PairedBoxes",
     "PairedFeatures",
     "PairedPoints",
     "PrunedClusters",
@@ -181,6 +192,7 @@ __all__ = [
     "boxes_to_mask",
     "boxes_valid",
     "boxes_view_to_image",
+    "candidate_regions",
     "clip_boxes",
     "composite",
     "confusion_matrix",
@@ -218,20 +230,23 @@ __all__ = [
     "linear_segmentation",
     "map_to_rows",
     "masked_mean",
+    "match_by_feature",
+    "match_by_place",
     "match_clusters",
-    "match_patches",
     "mean_cosine_similarity",
     "mean_iou",
     "merge_clusters",
     "minibatch_kmeans",
     "nearest_centroids",
     "nearest_maps",
+    "nearest_rows",
     "negative_cosine",
     "object_knn",
     "patch_pairs",
     "pca_colors",
     "pool_masks",
     "positional_cost",
+    "positive_pairs",
     "probe_scenes",
     "propagate_labels",
     "propagate_video",
@@ -264,6 +279,7 @@ __all__ = [
     "split_assignments",
     "swav_codes",
     "symmetric_loss",
+    "take_rows",
     "train_linear_probe",
     "unshuffle_batch",
     "update_center",

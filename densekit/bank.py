@@ -107,7 +107,7 @@ def push_to_bank(
         bank: The bank; it is not modified, and no gradient flows.
         keys: Keys, row by row over all leading axes; they are detached and converted to the bank's
             dtype.
-        valid: Keys to add, of shape `*batch` or with size-1 axes in it; by default all. One value
+        valid: Keys to add, of shape `*batch`; an axis may have size 1. By default all. One value
             for each image of keys (b, n, d) is `valid[:, None]`.
 
     Returns:

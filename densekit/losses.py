@@ -72,8 +72,8 @@ def negative_cosine(
     Args:
         student: Predictions p; the gradient flows to them only.
         teacher: Projections z; they are detached (the paper's stop-gradient).
-        valid: Entries to use, of shape `*batch` or with size-1 axes in it; by default all. One
-            value for each image of rows (b, n, d) is `valid[:, None]`.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all. One value
+            for each image of rows (b, n, d) is `valid[:, None]`.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -121,8 +121,8 @@ def cross_entropy_similarity(
     Args:
         student: Logits p; the gradient flows to them only. Minus infinity excludes a category.
         teacher: Logits z; they are detached. Minus infinity excludes a category.
-        valid: Entries to use, of shape `*batch` or with size-1 axes in it; by default all. One
-            value for each image of rows (b, n, d) is `valid[:, None]`.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all. One value
+            for each image of rows (b, n, d) is `valid[:, None]`.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -188,9 +188,9 @@ def info_nce(
         negatives: m negatives, shared by all sets or broadcast to them; or `Negatives`, which
             contain their `valid`, as `bank_negatives` returns them. Without any valid negative the
             loss is zero.
-        valid: Entries to use, of shape `*batch n` or with size-1 axes in it. One value for each
-            image is `valid[:, None]`. The other entries are not used as queries, nor are their
-            keys used as negatives.
+        valid: Entries to use, of shape `*batch n`; an axis may have size 1. One value for each
+            image is `valid[:, None]`. The other entries are not used as queries, nor are their keys
+            used as negatives.
         temperature: Divisor of the cosine; as a tensor it gets a gradient, and is not checked.
         reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
             not valid).
@@ -296,7 +296,7 @@ def self_distillation(
         center: Running mean of the teacher's logits
             ([`update_center`][densekit.losses.update_center]). Centering prevents one output from
             dominating; sharpening prevents uniform outputs.
-        valid: Entries to use, of shape `*batch` or broadcast to it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         student_temperature: Divisor of the student's logits; it may be a tensor.
         teacher_temperature: Divisor of the teacher's logits; it is smaller than the student's. It
             may be a tensor, which is detached.
@@ -349,7 +349,7 @@ def update_center(
     Args:
         center: The previous mean; zeros at the start. No gradient flows.
         teacher: Logits of this step, of all views. No gradient flows.
-        valid: Entries to use, of shape `*batch` or with size-1 axes in it; by default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         momentum: Weight of the previous mean.
         group: Processes that share the mean. Every valid entry counts once, also when the processes
             have different numbers of entries. None means this process alone.
@@ -458,7 +458,7 @@ def variance_covariance(
         rows: n rows in each set, not normalized. Statistics are over the rows of one set: flatten
             the axes of all rows that belong together, such as (b, n, d) to (b n, d), or exchange
             them for statistics of each position.
-        valid: Rows to use, of shape `*batch n` or with size-1 axes in it; by default all. One value
+        valid: Rows to use, of shape `*batch n`; an axis may have size 1. By default all. One value
             for each image is `valid[:, None]`.
         target: Standard deviation below which a channel is pulled apart.
         epsilon: Term under the root, which bounds the gradient of a channel that has collapsed.

@@ -1,4 +1,4 @@
-"""Nearest neighbors by cosine: votes for classes, matches of patches, retrieval of maps."""
+"""Nearest neighbors by cosine: votes for classes, nearest rows, retrieval of maps."""
 
 import math
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from densekit.metrics import Accuracy, accuracy
 from densekit.numerics import check, check_temperature, full_precision, l2_normalize
 from densekit.typing import Float, Integer, Scalar, Tensor, typed
 
-__all__ = ["Matches", "knn_votes", "match_patches", "nearest_maps", "object_knn"]
+__all__ = ["Neighbors", "knn_votes", "nearest_maps", "nearest_rows", "object_knn"]
 
 _NUMBERS = 2**27  # of a block of cosines, half a gigabyte in float32
 
 
-class Matches(NamedTuple):
-    """The nearest neighbors of each row, such as the matching patches of another view.
+class Neighbors(NamedTuple):
+    """The nearest neighbors of each row in a gallery.
 
     Attributes:
         indices: Indices of the nearest rows, the most similar first; -1 where there is none.
@@ -149,43 +149,41 @@ def object_knn(
 
 
 @typed
-def match_patches(
-    features1: Float[Tensor, "*batch n d"], features2: Float[Tensor, "*batch m d"], *, k: int = 1
-) -> Matches:
-    """Find the patches of one view in another view by their features.
+def nearest_rows(
+    features: Float[Tensor, "*batch n d"], gallery: Float[Tensor, "*batch m d"], *, k: int = 1
+) -> Neighbors:
+    """Find the k rows of a gallery that are nearest to each row, by cosine.
 
-    To score the result, compare the indices with the true positions: for the patches of
-    `patch_pairs`, patch i belongs to patch i. For the cells of whole maps pass
-    `map_to_rows(maps)`. The cosines are computed in blocks of at most 2^27 numbers (half a
-    gigabyte), or of one patch.
+    To match the rows of two views, for a loss, use `match_by_feature`. The cosines are computed in
+    blocks of at most 2^27 numbers (half a gigabyte), or of one row.
 
     Args:
-        features1: Patches to find; one that is not finite is not found.
-        features2: Patches to search; one that is not finite is no match.
-        k: Number of matches for each patch; all patches if there are fewer.
+        features: Rows to look up; one that is not finite has no neighbor.
+        gallery: Rows to search; one that is not finite is no neighbor.
+        k: Number of neighbors of each row; all rows of the gallery if there are fewer.
 
     Returns:
-        The k nearest patches by cosine; the index -1 and the cosine NaN where there is none.
+        The k nearest rows by cosine; the index -1 and the cosine NaN where there is none.
 
     Raises:
         TypeError: The shapes do not match.
         ValueError: `k` is below 1.
 
     Examples:
-        >>> match_patches(torch.eye(3)[[2, 0]], torch.eye(3)).indices.T
+        >>> nearest_rows(torch.eye(3)[[2, 0]], torch.eye(3)).indices.T
         tensor([[2, 0]])
 
     References:
         DUPR, Fig 10.
     """
     if k < 1:
-        raise ValueError(f"densekit.neighbors.match_patches: k is {k}; give 1 or more.")
+        raise ValueError(f"densekit.neighbors.nearest_rows: k is {k}; give 1 or more.")
 
-    lost = ~features1.isfinite().all(-1)
-    usable = features2.isfinite().all(-1)
-    known = l2_normalize(torch.where(usable[..., None], features2, 0.0))
-    chunk = max(1, _NUMBERS // max(1, math.prod(features2.shape[:-1])))
-    parts = zip(features1.split(chunk, -2), lost.split(chunk, -1), strict=True)
+    lost = ~features.isfinite().all(-1)
+    usable = gallery.isfinite().all(-1)
+    known = l2_normalize(torch.where(usable[..., None], gallery, 0.0))
+    chunk = max(1, _NUMBERS // max(1, math.prod(gallery.shape[:-1])))
+    parts = zip(features.split(chunk, -2), lost.split(chunk, -1), strict=True)
     indices = []
     similarity = []
 
@@ -198,13 +196,13 @@ def match_patches(
         indices.append(torch.where(none, -1, best.indices))
         similarity.append(torch.where(none, torch.nan, best.values))
 
-    return Matches(torch.cat(indices, -2), torch.cat(similarity, -2))
+    return Neighbors(torch.cat(indices, -2), torch.cat(similarity, -2))
 
 
 @typed
 def nearest_maps(
     features: Float[Tensor, "n d h w"], gallery: Float[Tensor, "m d h w"], *, k: int = 4
-) -> Matches:
+) -> Neighbors:
     """Retrieve the images whose feature maps are most similar, position by position.
 
     The maps are compared without averaging. An image of the same class is therefore far if its
@@ -213,10 +211,10 @@ def nearest_maps(
     Args:
         features: Maps to look up, such as C5.
         gallery: Maps to search.
-        k: Number of matches for each map; all maps if there are fewer.
+        k: Number of neighbors of each map; all maps if there are fewer.
 
     Returns:
-        The k nearest maps by the cosine of whole maps.
+        The k nearest maps by the cosine of whole maps, as in `nearest_rows`.
 
     Raises:
         TypeError: The shapes do not match.
@@ -230,4 +228,4 @@ def nearest_maps(
     References:
         DUPR, Fig 6 and 8.
     """
-    return match_patches(features.flatten(1), gallery.flatten(1), k=k)
+    return nearest_rows(features.flatten(1), gallery.flatten(1), k=k)

@@ -83,13 +83,16 @@ def masked_mean(
 
     Args:
         values: Any values; entries that are not valid may be NaN.
-        valid: Entries to use, of the values' shape or broadcast to it; by default all.
+        valid: Entries to use, of the values' shape; an axis may have size 1. By default all.
         group: Processes that share the mean. Every valid entry of every process counts once, and
             the averaged gradients are those of one process that has all entries. None means this
             process alone.
 
     Returns:
         A scalar, in at least float32.
+
+    Raises:
+        TypeError: `valid` has another shape, such as an axis less: use `valid[:, None]`.
 
     Examples:
         >>> masked_mean(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
@@ -261,13 +264,28 @@ def check_cells(where: str, name: str, size: Sequence[int]) -> None:
 
 
 def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Expand `valid` to the shape of the entries that it masks, or raise an error."""
+    """Expand `valid` to the shape of the entries that it masks, or raise an error.
+
+    An axis may have size 1, but none may be missing: a mask of images would be taken for one of
+    points wherever there are as many of both.
+    """
     if valid is None:
         return None
-    if not broadcasts(valid.shape, shape):
+    if len(valid.shape) != len(shape) or not broadcasts(valid.shape, shape):
         raise TypeError(
-            f"densekit.{function}: argument 'valid' should broadcast to batch={tuple(shape)}, but "
-            f"a tensor of shape {tuple(valid.shape)} was given."
+            f"densekit.{function}: argument 'valid' should be of shape batch={tuple(shape)}, in "
+            "which axes may have size 1, but a tensor of shape "
+            f"{tuple(valid.shape)} was given{_missing_axes(valid.shape, shape)}."
         )
-
     return valid.expand(shape)
+
+
+def _missing_axes(given: Sequence[int], wanted: Sequence[int]) -> str:
+    """Say how to index a mask, so that it has all axes of what it masks; "" if it cannot have."""
+    missing = ["None"] * (len(wanted) - len(given))
+    kept = [":"] * len(given)
+    if not missing:
+        return ""
+    if broadcasts(given, wanted[: len(given)]):  # masks of images are more frequent than of points
+        return f"; use `valid[{', '.join(kept + missing)}]`"
+    return f"; use `valid[{', '.join(missing + kept)}]`" if broadcasts(given, wanted) else ""

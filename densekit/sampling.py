@@ -37,13 +37,14 @@ class PairedPoints(NamedTuple):
         points: `(x, y)` in the image frame, in pixels.
         points1: The same points in the frame of the first view, in [0, 1].
         points2: The same points in the frame of the second view, in [0, 1].
-        valid: True where the two views overlap.
+        valid: True for all points of two views that share an area, however small, and that the
+            argument `valid` allowed. `ViewPairs.valid` is stronger: it asks for enough overlap.
     """
 
     points: Float[Tensor, "*batch n 2"]
     points1: Float[Tensor, "*batch n 2"]
     points2: Float[Tensor, "*batch n 2"]
-    valid: Bool[Tensor, "*batch"]
+    valid: Bool[Tensor, "*batch n"]
 
 
 class PairedFeatures(NamedTuple):
@@ -53,12 +54,13 @@ class PairedFeatures(NamedTuple):
         features1: Features of the first view, one row for each point.
         features2: Features of the second view; row n belongs to the same image point as row n of
             the first.
-        valid: True where the two views overlap.
+        valid: True for all rows of two views that share an area, however small, and that the
+            argument `valid` allowed. `ViewPairs.valid` is stronger: it asks for enough overlap.
     """
 
     features1: Float[Tensor, "*batch n d"]
     features2: Float[Tensor, "*batch n d"]
-    valid: Bool[Tensor, "*batch"]
+    valid: Bool[Tensor, "*batch n"]
 
 
 @typed
@@ -223,13 +225,20 @@ def gridsample(
 
 
 @typed
-def grid_pairs(view1: View, view2: View, size: int | Size = 7) -> PairedPoints:
+def grid_pairs(
+    view1: View,
+    view2: View,
+    size: int | Size = 7,
+    valid: Bool[Tensor, "*batch"] | None = None,
+) -> PairedPoints:
     """Compute a regular grid in the region that two views share, in the frames of both views.
 
     Args:
         view1: First views.
         view2: Second views of the same images.
         size: Grid `(h, w)`; a number K means K x K.
+        valid: Pairs of views to use, such as `ViewPairs.valid`, which asks for enough overlap; by
+            default all.
 
     Returns:
         The points of the grid in the image frame and in the frame of each view. Where the views do
@@ -249,9 +258,9 @@ def grid_pairs(view1: View, view2: View, size: int | Size = 7) -> PairedPoints:
     """
     overlap = intersect_views(view1, view2)
     points = grid_points(overlap.box, size)
-    return PairedPoints(
-        points, image_to_view(view1, points), image_to_view(view2, points), overlap.valid
-    )
+    points1 = image_to_view(view1, points)
+    points2 = image_to_view(view2, points)
+    return PairedPoints(points, points1, points2, _of_rows(points, overlap.valid, valid))
 
 
 @typed
@@ -261,6 +270,7 @@ def gridsample_pairs(
     view1: View,
     view2: View,
     size: int | Size = 7,
+    valid: Bool[Tensor, "*batch"] | None = None,
 ) -> PairedFeatures:
     """Sample the features of two views at the same K x K image points of the region they share.
 
@@ -273,6 +283,8 @@ def gridsample_pairs(
         view1: First views.
         view2: Second views of the same images.
         size: Grid `(h, w)`; a number K means K x K.
+        valid: Pairs of views to use, such as `ViewPairs.valid`, which asks for enough overlap; by
+            default all.
 
     Returns:
         Two rows of features for each image point. Where the views do not overlap, `valid` is False
@@ -291,7 +303,7 @@ def gridsample_pairs(
     References:
         DenseSiam, Sec 3.2, Fig 3, Table 4a and 4d.
     """
-    pairs = grid_pairs(view1, view2, size)
+    pairs = grid_pairs(view1, view2, size, valid)
     return PairedFeatures(
         gridsample(features1, pairs.points1), gridsample(features2, pairs.points2), pairs.valid
     )
@@ -304,6 +316,7 @@ def patch_pairs(
     view1: View,
     view2: View,
     size: int | Size = 7,
+    valid: Bool[Tensor, "*batch"] | None = None,
     *,
     sampling_ratio: int = 2,
 ) -> PairedFeatures:
@@ -319,6 +332,8 @@ def patch_pairs(
         view1: First views.
         view2: Second views of the same images.
         size: Patches `(rows, columns)`; a number S means S x S.
+        valid: Pairs of views to use, such as `ViewPairs.valid`, which asks for enough overlap; by
+            default all.
         sampling_ratio: Number of points in a patch along each axis, as in `roi_align`.
 
     Returns:
@@ -352,4 +367,12 @@ def patch_pairs(
         seen = image_to_view(view, corners).flatten(-2)  # a flip reverses boxes and patches
         return pool_bins(features, seen[..., None, :], bins, sampling_ratio).flatten(-4, -2)
 
-    return PairedFeatures(patches(features1, view1), patches(features2, view2), overlap.valid)
+    rows1 = patches(features1, view1)
+    rows2 = patches(features2, view2)
+    return PairedFeatures(rows1, rows2, _of_rows(rows1, overlap.valid, valid))
+
+
+def _of_rows(rows: Tensor, overlap: Tensor, valid: Tensor | None) -> Tensor:
+    """Return for each row whether its two views overlap and are to be used."""
+    used = overlap if valid is None else overlap & valid
+    return used[..., None].expand(rows.shape[:-1]).contiguous()

@@ -313,8 +313,7 @@ class DenseSiam(nn.Module):
         predictions = sample_maps(predicted_maps, pairs)
 
         distance = getattr(dk, self.loss.distance)
-        valid = pairs.valid[:, None]
-        return dk.symmetric_loss(distance, predictions, projections, valid), projections
+        return dk.symmetric_loss(distance, predictions, projections, pairs.valid), projections
 
     def region_loss(
         self, maps: list[Tensor], logits: list[Tensor], pairs: dk.PairedPoints
@@ -335,7 +334,7 @@ class DenseSiam(nn.Module):
         projections = [x.unflatten(0, shape) for x in projected_rows]
         predictions = [x.unflatten(0, shape) for x in predicted_rows]
 
-        valid = pairs.valid[:, None]
+        valid = pairs.valid[:, :1]  # the regions of two views are valid if their points are
         temperature = self.loss.temperature
         info_nce = partial(dk.info_nce, valid=valid, temperature=temperature)
         return dk.symmetric_loss(info_nce, predictions, projections)
@@ -379,7 +378,7 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
 
     pairs = dk.grid_pairs(*views, model.loss.grid)
     points = torch.cat([pairs.points1, pairs.points2])
-    valid = pairs.valid.repeat(2)  # once for each view
+    valid = pairs.valid.all(1).repeat(2)  # once for each view
     for tile, places, overlap in zip(tiles[0], points, valid, strict=True):
         if overlap:
             mark(tile, places, palette[: len(places)])

@@ -364,7 +364,7 @@ class DUPR(nn.Module):
             else:
                 query_rows = pool_cells(query_map)
                 key_rows = pool_cells(key_map)
-                valid = torch.ones(len(query_map), dtype=torch.bool, device=query_map.device)
+                valid = torch.ones_like(query_rows[..., 0], dtype=torch.bool)
                 filled_name = "image_filled"
                 keys_per_image = 1
             query = self.student["heads"][loss.name](query_rows)
@@ -372,12 +372,12 @@ class DUPR(nn.Module):
 
             # The means are over the valid rows of all processes.
             bank = banks[loss.name]
-            mean = partial(dk.masked_mean, valid=valid[:, None], group=group)
+            mean = partial(dk.masked_mean, valid=valid, group=group)
             row_losses = dk.info_nce(  # 0 while the bank is empty
                 query,
                 key,
                 dk.bank_negatives(bank),
-                valid[:, None],
+                valid,
                 temperature=config.temperature,
                 reduction="none",
             )
@@ -390,8 +390,9 @@ class DUPR(nn.Module):
             # Every process pushes the keys of all processes, so that the banks stay the same.
             own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
             all_keys = dk.all_gather(own_keys, group)
-            all_valid = dk.all_gather(valid, group)
-            new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid[:, None])
+            # All rows of an image are valid, or none is.
+            all_valid = dk.all_gather(valid[:, :1], group)
+            new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid)
 
         # The share of the pairs of views that overlap.
         terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
@@ -449,7 +450,7 @@ def match(maps: list[Tensor], views: list[dk.View], side: int) -> Matches:
     """Match each patch of view 2 with the patch of view 1 that has the most similar features."""
     pairs = dk.patch_pairs(*maps, *views, side)
     affinity = dk.affinity_matrix(pairs.features1, pairs.features2)
-    return Matches(affinity, affinity.argmax(-2), pairs.valid)
+    return Matches(affinity, affinity.argmax(-2), pairs.valid.all(1))
 
 
 def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:

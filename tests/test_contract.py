@@ -259,6 +259,11 @@ def rows_and_order(batch, n, dtype, generator):
     return rows(batch, n, dtype, generator), torch.rand(*batch, n, generator=generator).argsort(-1)
 
 
+def rows_and_indices(batch, n, dtype, generator):
+    indices = torch.randint(-1, n + 1, (*batch, n + 1), generator=generator)
+    return rows(batch, n, dtype, generator), indices
+
+
 def students_and_teachers(batch, n, dtype, generator):
     return tuple(tuple(rows(batch, n, dtype, generator) for _ in range(2)) for _ in range(2))
 
@@ -801,7 +806,22 @@ TABLE = [
         size=2,
         without=DRAWS | SYMBOLIC | ONE_SET,
     ),
-    row("match_patches", rows_and_columns, (0, 1), k=2),
+    row("nearest_rows", rows_and_columns, (0, 1), k=2),
+    row("match_by_place", two_views, size1=(2, 3), max_distance=None, without=DETACHED),
+    row(
+        "match_by_place",
+        two_views,
+        size1=4,
+        size2=(3, 2),
+        max_distance=1.0,
+        best=3,
+        without=DETACHED,
+    ),
+    row("positive_pairs", two_views, size1=(2, 3), size2=2, without=TRUTH),
+    row("match_by_feature", rows_and_columns, without=DETACHED),
+    row("match_by_feature", rows_and_columns, metric="euclidean", best=2, without=DETACHED),
+    row("candidate_regions", two_views, (0, 1), size=8, window=1, stride=3, close=8),
+    row("take_rows", rows_and_indices, (0,)),
     row("nearest_maps", maps_and_gallery, (0, 1), k=2, without=SINGLE_SET),
     row("layer_bias", nothing, without=HOOKS),
     row("layer_features", nothing, without=HOOKS),

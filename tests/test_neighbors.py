@@ -1,4 +1,4 @@
-"""Votes and matches of nearest neighbors against scikit-learn and slow loops."""
+"""Votes of nearest neighbors, and nearest rows, against scikit-learn and slow loops."""
 
 import math
 
@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from strategies import feature_pairs, flips, generators, sizes, tensors, uniform
 from densekit import (
     knn_votes,
-    match_patches,
     mean_iou,
     nearest_maps,
+    nearest_rows,
     object_knn,
     segmentation_counts,
 )
@@ -195,12 +195,12 @@ def test_cells_that_are_known_are_segmented_without_an_error(generator):
     assert mean_iou(counts.sum(0)) == 1
 
 
-# ------------------------------------------------------------------------------------ matches
+# ------------------------------------------------------------------------------- nearest rows
 
 
 @given(feature_pairs(), st.integers(1, 8))
-def test_matches_are_the_best_cosines_of_a_loop(pair, k):
-    got = match_patches(*pair, k=k)
+def test_nearest_rows_are_the_best_cosines_of_a_loop(pair, k):
+    got = nearest_rows(*pair, k=k)
     n, m = pair[0].shape[-2], pair[1].shape[-2]
     assert got.indices.shape == got.similarity.shape == (*pair[0].shape[:-2], n, min(k, m))
     for index in np.ndindex(pair[0].shape[:-2]):
@@ -214,25 +214,25 @@ def test_matches_are_the_best_cosines_of_a_loop(pair, k):
 
 
 @given(feature_pairs(), generators())
-def test_permuted_patches_are_found_where_they_went(pair, generator):
+def test_permuted_rows_are_found_where_they_went(pair, generator):
     rows = torch.cat([pair[0], torch.ones_like(pair[0][..., :1])], -1)  # no two are parallel
     order = torch.randperm(rows.shape[-2], generator=generator)
     lengths = uniform(generator, *rows.shape[:-1], 1, low=0.1, high=10)
-    got = match_patches(rows, (rows * lengths)[..., order, :])
+    got = nearest_rows(rows, (rows * lengths)[..., order, :])
     assert (got.indices[..., 0] == order.argsort()).all()
     torch.testing.assert_close(got.similarity, torch.ones_like(got.similarity))
 
 
 @given(feature_pairs(), st.integers(1, 8), generators())
-def test_a_patch_that_is_not_finite_is_no_match_and_finds_none(pair, k, generator):
+def test_a_row_that_is_not_finite_is_no_neighbor_and_has_none(pair, k, generator):
     one, other = pair
     lost, gone = (flips(generator, x.shape[-2]) for x in pair)
-    got = match_patches(
+    got = nearest_rows(
         torch.where(lost[:, None], torch.nan, one),
         torch.where(gone[:, None], torch.inf, other),
         k=k,
     )
-    want = match_patches(one, other[..., ~gone, :], k=k)
+    want = nearest_rows(one, other[..., ~gone, :], k=k)
     found = want.indices.shape[-1]
     kept = (~gone).nonzero()[:, 0]
     assert torch.equal(got.indices[..., ~lost, :found], kept[want.indices[..., ~lost, :]])
@@ -244,15 +244,15 @@ def test_a_patch_that_is_not_finite_is_no_match_and_finds_none(pair, k, generato
     assert none[..., found:].all()
     assert torch.equal(none, got.similarity.isnan())
     rows = one.clone().requires_grad_()
-    found = match_patches(torch.where(lost[:, None], torch.nan, rows), other, k=k)
+    found = nearest_rows(torch.where(lost[:, None], torch.nan, rows), other, k=k)
     found.similarity.nansum().backward()
     assert rows.grad.isfinite().all()
 
 
-def test_matches_ignore_autocast():
+def test_nearest_rows_ignore_autocast():
     rows = torch.tensor([[1.0, 0.0], [1.0, 0.002]])
     with torch.autocast("cpu", torch.bfloat16):
-        got = match_patches(rows, rows)
+        got = nearest_rows(rows, rows)
     assert got.indices.flatten().tolist() == [0, 1]
     assert got.similarity.dtype == torch.float32
 
@@ -279,12 +279,12 @@ def test_a_map_with_its_object_elsewhere_is_far():
     assert got.similarity[0, 2] == 0
 
 
-def test_matches_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"densekit.neighbors.match_patches: k is 0; give 1"):
-        match_patches(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
+def test_nearest_rows_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"densekit.neighbors.nearest_rows: k is 0; give 1"):
+        nearest_rows(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
     with pytest.raises(ValueError, match="k is -1; give 1"):
         nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1), k=-1)
-    with pytest.raises(TypeError, match=r"match_patches: argument 'features2'.*d=3"):
-        match_patches(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"nearest_rows: argument 'gallery'.*d=3"):
+        nearest_rows(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"nearest_maps: argument 'gallery'.*h=1"):
         nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 2, 1))

@@ -61,12 +61,13 @@ def patches(encoder: Encoder, batches: Iterable, config: Any, folder: Path) -> d
         maps2 = encoder(crops2.to(device)).float().cpu()
 
         pairs = dk.gridsample_pairs(maps1, maps2, views.view1, views.view2)
-        matches = dk.match_patches(pairs.features1, pairs.features2)
-        found = matches.indices[pairs.valid][..., 0]
+        overlap = pairs.valid.all(1)
+        matches = dk.match_by_feature(pairs.features1, pairs.features2)
+        found = matches.indices2[overlap]
         right += int((found == own_number).sum())
-        valid_pairs += int(pairs.valid.sum())
+        valid_pairs += int(overlap.sum())
         matrices = dk.affinity_matrix(pairs.features1, pairs.features2, temperature=0.05)
-        affinity += matrices[pairs.valid].sum(0)
+        affinity += matrices[overlap].sum(0)
 
     figure, axes = new_figure()
     axes.imshow((affinity / max(1, valid_pairs)).numpy())
