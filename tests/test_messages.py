@@ -3,11 +3,13 @@
 A message is one line, names the function and the argument, and shows no numbers of an array.
 """
 
+import ast
 import re
 
 import numpy as np
 import pytest
 import torch
+from files import project_files
 from PIL import Image
 import densekit as dk
 
@@ -272,6 +274,13 @@ call(
     "shape (2, 7)",
 )
 call(
+    "valid of the images for points",
+    lambda: dk.info_nce(ROWS, ROWS, valid=VALID, temperature=0.1),
+    "losses.info_nce: argument 'valid'",
+    "batch=(2, 49)",
+    "use `valid[:, None]`",
+)
+call(
     "valid as numbers",
     lambda: dk.negative_cosine(ROWS, ROWS, torch.ones(2, 49)),
     "argument 'valid' should be Bool",
@@ -431,6 +440,11 @@ call(
     "unexpected keyword argument 'iters', and is missing a required argument: 'iterations'",
 )
 call(
+    "a window larger than the view",
+    lambda: dk.candidate_regions(VIEWS, VIEWS, 32),
+    "matching.candidate_regions: size is 32; give 48 or more, to hold a window.",
+)
+call(
     "a number of clusters for centroids",
     lambda: dk.kmeans(TOKENS, 5),
     "argument 'start'",
@@ -482,3 +496,41 @@ def test_errors_of_other_kinds_are_left_as_they_are():
     pair = torch.ones(2, 3), torch.ones(2, 3, device="meta")
     with pytest.raises(RuntimeError, match=r"^the cause$"):
         dk.symmetric_loss(broken, pair, pair)
+
+
+def named(error, parameters):
+    """Numbers that a message shows as what was found, before it says what to give.
+
+    The shape of a tensor may stand beside a number that does not fit it.
+    """
+    shown = []
+    for part in getattr(error, "values", []):
+        if isinstance(part, ast.Constant) and ";" in part.value:
+            break
+        if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
+            shown.append(part.value.id)
+    return {name for name in shown if name in parameters} - {"function", "name", "where"}
+
+
+def crowded(source):
+    """Functions in which an error about a number shows more than one argument."""
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            arguments = (*function.args.args, *function.args.kwonlyargs)
+            parameters = {argument.arg for argument in arguments}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    is_about_a_number = getattr(node.exc.func, "id", "") == "ValueError"
+                    if is_about_a_number and len(named(node.exc.args[0], parameters)) > 1:
+                        yield function.name
+
+
+@pytest.mark.parametrize("path", project_files("densekit/*.py"), ids=lambda path: path.stem)
+def test_an_error_about_a_number_names_the_culprit_alone(path):
+    assert list(crowded(path.read_text())) == []
+
+
+def test_the_check_sees_two_culprits():
+    start = "def f(reg, steps):\n    raise ValueError(f'reg is {reg}"
+    assert list(crowded(f"{start} and steps is {{steps}}; give more.')")) == ["f"]
+    assert list(crowded(f"{start}; give less than {{steps}}.')")) == []
