@@ -21,6 +21,7 @@ from densekit.clustering import (
     sinkhorn,
     sinkhorn_merge,
     split_assignments,
+    swav_codes,
 )
 from densekit.diagnostics import (
     CouplingImages,
@@ -46,12 +47,14 @@ from densekit.distributed import (
 from densekit.ema import ema_update
 from densekit.k_means import KMeans, kmeans, kmeans_plus_plus, minibatch_kmeans, nearest_centroids
 from densekit.losses import (
+    VarianceCovariance,
     cross_entropy_similarity,
     info_nce,
     negative_cosine,
     self_distillation,
     symmetric_loss,
     update_center,
+    variance_covariance,
 )
 from densekit.matching import (
     Matches,
@@ -165,6 +168,7 @@ __all__ = [
     "Scenes",
     "SegmentationScore",
     "SimilarityCurve",
+    "VarianceCovariance",
     "View",
     "ViewPairs",
     "accuracy",
@@ -273,11 +277,13 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_merge",
     "split_assignments",
+    "swav_codes",
     "symmetric_loss",
     "take_rows",
     "train_linear_probe",
     "unshuffle_batch",
     "update_center",
+    "variance_covariance",
     "view_to_image",
     "warmup_cosine",
     "widen",

@@ -15,7 +15,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from densekit.numerics import full_precision, l2_normalize, widened
+from densekit.numerics import check, full_precision, l2_normalize, widened
 from densekit.numerics import take_rows as _take_rows
 from densekit.typing import Bool, Float, Int, Integer, Shaped, Size, Tensor, typed
 from densekit.views import (
@@ -293,11 +293,10 @@ def candidate_regions(
         App A, Table A1 (candidate regions).
     """
     h, w = (size, size) if isinstance(size, int) else size
-    if min(window, stride) < 1 or min(h, w) < window:
-        raise ValueError(
-            f"densekit.matching.candidate_regions: size is {size}, window {window} and stride "
-            f"{stride}; give a window and a stride of 1 or more, and a view that holds the window."
-        )
+    where = "matching.candidate_regions"
+    check(where, "window", window, window >= 1, "1 or more")
+    check(where, "stride", stride, stride >= 1, "1 or more")
+    check(where, "size", size, min(h, w) >= window, f"{window} or more, to hold a window")
     dtype = view1.box.dtype
     view1 = _widened(view1)
     view2 = _widened(view2)
@@ -354,12 +353,10 @@ def take_rows(
 
 
 def _check(function: str, max_distance: float | None, best: int | None) -> None:
-    limit = 0 if max_distance is None else max_distance
-    if not limit >= 0 or (best is not None and best < 0):
-        raise ValueError(
-            f"densekit.matching.{function}: max_distance is {max_distance} and best {best}; give 0 "
-            "or more, or None."
-        )
+    near = max_distance is None or max_distance >= 0
+    check(f"matching.{function}", "max_distance", max_distance, near, "0 or more, or None")
+    few = best is None or best >= 0
+    check(f"matching.{function}", "best", best, few, "0 or more, or None")
 
 
 def _matches(
