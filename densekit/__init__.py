@@ -21,6 +21,7 @@ from densekit.clustering import (
     sinkhorn,
     sinkhorn_merge,
     split_assignments,
+    swav_codes,
 )
 from densekit.diagnostics import (
     CouplingImages,
@@ -46,12 +47,14 @@ from densekit.distributed import (
 from densekit.ema import ema_update
 from densekit.k_means import KMeans, kmeans, kmeans_plus_plus, minibatch_kmeans, nearest_centroids
 from densekit.losses import (
+    VarianceCovariance,
     cross_entropy_similarity,
     info_nce,
     negative_cosine,
     self_distillation,
     symmetric_loss,
     update_center,
+    variance_covariance,
 )
 from densekit.matching import (
     Matches,
@@ -153,6 +156,7 @@ from densekit.views import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SCENE_CLASSES",
     "Accuracy",
     "Bank",
     "BoxesInView",
@@ -175,11 +179,11 @@ __all__ = [
     "PairedViews",
     "PrunedClusters",
     "RoIFeatures",
-    "SCENE_CLASSES",
     "SampledBoxes",
     "Scenes",
     "SegmentationScore",
     "SimilarityCurve",
+    "VarianceCovariance",
     "View",
     "ViewPairs",
     "accuracy",
@@ -292,12 +296,14 @@ __all__ = [
     "sinkhorn_merge",
     "split_assignments",
     "stack_views",
+    "swav_codes",
     "symmetric_loss",
     "take_rows",
     "train_linear_probe",
     "unshuffle_batch",
     "unstack_views",
     "update_center",
+    "variance_covariance",
     "view_from_matrix",
     "view_from_relative",
     "view_from_xywh",

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import fit_valid, sample_uniform, take_rows
+from densekit.numerics import check, fit_valid, sample_uniform, take_rows
 from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
@@ -78,11 +78,9 @@ def init_bank(
     References:
         MoCo, Sec 3.2 (dictionary as a queue); DUPR, Sec 3.2 (one for each level and kind).
     """
-    if size < 1 or dim < 1 or not dtype.is_floating_point:
-        raise ValueError(
-            f"densekit.bank.init_bank: size is {size}, dim {dim} and dtype {dtype}; give a "
-            "size and a dim of 1 or more, and a floating dtype."
-        )
+    check("bank.init_bank", "size", size, size >= 1, "1 or more")
+    check("bank.init_bank", "dim", dim, dim >= 1, "1 or more")
+    check("bank.init_bank", "dtype", dtype, dtype.is_floating_point, "a floating dtype")
     features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
         rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)
@@ -97,6 +95,9 @@ def push_to_bank(
 ) -> Bank:
     """Add keys to a bank, in order; each key replaces the oldest one.
 
+    Call it after the loss of a batch. A key that is pushed before is a negative of its own query,
+    and then no loss of this query is below log 2 = 0.69, however well the two agree.
+
     The number of keys may vary between calls. If it exceeds the size of the bank, the last keys
     remain. Two calls with parts of the keys give the same bank as one call with all of them. To
     have the same bank on all processes, push the same keys on each: `push_to_bank(bank,
@@ -106,7 +107,8 @@ def push_to_bank(
         bank: The bank; it is not modified, and no gradient flows.
         keys: Keys, row by row over all leading axes; they are detached and converted to the bank's
             dtype.
-        valid: Keys to add, of shape `*batch`; an axis may have size 1. By default all.
+        valid: Keys to add, of shape `*batch`; an axis may have size 1. By default all. One value
+            for each image of keys (b, n, d) is `valid[:, None]`.
 
     Returns:
         The new bank.

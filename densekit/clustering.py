@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from densekit.distributed import Group, all_max, all_sum
 from densekit.numerics import (
+    check,
     full_precision,
     l2_normalize,
     readable,
@@ -29,6 +30,7 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_merge",
     "split_assignments",
+    "swav_codes",
 ]
 
 _MOST = 8  # iterations of one kernel: marginals of unequal sums let the factors drift apart
@@ -85,6 +87,8 @@ def sinkhorn(
 ) -> Float[Tensor, "*batch n k"]:
     """Compute entropic optimal transport: the plan of lowest regularized cost with given marginals.
 
+    For SwAV's codes use [`swav_codes`][densekit.clustering.swav_codes], which scales the rows last.
+
     It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: it
     scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times. The columns are
     scaled last, so their sums are exact; the sums of the rows converge. The plan is the same as in
@@ -101,8 +105,7 @@ def sinkhorn(
             allows problems of several sizes in one tensor.
         group: Processes over which the rows are distributed; None means that this process has all
             rows. `row` is then the part of this process, its uniform default is over the rows of
-            all processes, and no gradient flows. For codes whose rows sum to 1, divide the plan by
-            its row sums.
+            all processes, and no gradient flows.
 
     Returns:
         The plan, in at least float32.
@@ -117,7 +120,7 @@ def sinkhorn(
                 [0.0596, 0.4404]])
 
     References:
-        Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12; SwAV, Eq 3 and 5.
+        Cuturi, Sinkhorn Distances, Algorithm 1; CrOC, Eq 11 and 12.
     """
     _check_transport("sinkhorn", reg, iterations)
     if group is not None:  # without gradient no backward pass waits for other processes
@@ -156,6 +159,59 @@ def sinkhorn(
 
     with full_precision(logits):
         return _scale(logits, row_mass, col_mass, iterations, scalings, group)
+
+
+@typed
+def swav_codes(
+    scores: Float[Tensor, "*batch n k"],
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    group: Group = None,
+) -> Float[Tensor, "*batch n k"]:
+    """Compute SwAV's codes: soft assignments of n samples that use all k prototypes evenly.
+
+    `Q = diag(u) exp(scores / epsilon) diag(v)`, where each iteration first gives every prototype
+    the same mass over the samples, and then every sample the mass 1. So the codes of a sample sum
+    to 1 exactly, and the masses of the prototypes converge. `sinkhorn` scales the other side last,
+    and is stopped before it converges, so neither result is the other one. All is computed in the
+    log domain: scores of any size, and a prototype that no sample is near, are safe.
+
+    Args:
+        scores: Similarity of each sample to each prototype, in SwAV the cosine. Minus infinity
+            excludes a prototype. A sample whose scores are all minus infinity is left out, so mask
+            rows with `scores.masked_fill(~valid[..., None], -torch.inf)`. Adding a constant to all
+            scores of a prototype changes nothing.
+        epsilon: Smoothness of the codes, above 0, in units of the scores.
+        iterations: Number of times that prototypes and samples are scaled, at least 1.
+        group: Processes over which the samples are distributed, each with any number of them. The
+            codes are those of all samples. None means that this process has all samples.
+
+    Returns:
+        The codes, in at least float32; zeros for a sample that is left out. They are targets: no
+        gradient flows.
+
+    Raises:
+        ValueError: `epsilon` is not above 0, or `iterations` is below 1.
+
+    Examples:
+        >>> swav_codes(torch.tensor([[0.2, 0.1], [0.2, 0.0]])).round(decimals=1)
+        tensor([[0.3000, 0.7000],
+                [0.7000, 0.3000]])
+
+    References:
+        SwAV, Eq 3 to 5 (epsilon 0.05, 3 iterations).
+    """
+    check("clustering.swav_codes", "epsilon", epsilon, epsilon > 0, "a number above 0")
+    check("clustering.swav_codes", "iterations", iterations, iterations >= 1, "1 or more")
+
+    logits = widened(scores.detach()) / epsilon
+    if not logits.shape[-1] or (group is None and not logits.shape[-2]):
+        return logits
+    for _ in range(iterations):
+        logits = _log_share(logits, -2, group)
+        logits = _log_share(logits, -1)
+    return logits.exp()
 
 
 @typed
@@ -309,16 +365,15 @@ def sinkhorn_merge(
     _check_transport("sinkhorn_merge", reg, iterations)
     k = start.shape[-1]
     most = k if max_clusters is None else min(k, max_clusters)
-    if most < 2:
-        raise ValueError(
-            f"densekit.clustering.sinkhorn_merge: there are {k} start tokens and max_clusters is "
-            f"{max_clusters}; give 2 or more of each."
-        )
-    if not position_weight >= 0:
-        raise ValueError(
-            f"densekit.clustering.sinkhorn_merge: position_weight is {position_weight}; give 0 or "
-            "more, or infinity for the positional cost alone."
-        )
+    check("clustering.sinkhorn_merge", "the number of start tokens", k, k >= 2, "2 or more")
+    check("clustering.sinkhorn_merge", "max_clusters", max_clusters, most >= 2, "2 or more")
+    check(
+        "clustering.sinkhorn_merge",
+        "position_weight",
+        position_weight,
+        position_weight >= 0,
+        "0 or more, or infinity for the positional cost alone",
+    )
 
     tokens = widened(tokens.detach())
     positions = widened(positions.detach())
@@ -503,11 +558,8 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
 
 
 def _check_transport(function: str, reg: float, iterations: int) -> None:
-    if not (reg > 0 and iterations >= 1):
-        raise ValueError(
-            f"densekit.clustering.{function}: reg is {reg} and iterations is {iterations}; give a "
-            "reg above 0 and 1 or more iterations."
-        )
+    check(f"clustering.{function}", "reg", reg, reg > 0, "a number above 0")
+    check(f"clustering.{function}", "iterations", iterations, iterations >= 1, "1 or more")
 
 
 def _scale(
@@ -634,6 +686,13 @@ def _highest(x: Tensor, axis: int, group: Group = None) -> Tensor:
     if group is not None:  # a process may have no rows
         x = torch.cat([x, torch.full_like(x.sum(axis, keepdim=True), -torch.inf)], axis)
     return all_max(x.amax(axis, keepdim=True), group)
+
+
+def _log_share(logits: Tensor, axis: int, group: Group = None) -> Tensor:
+    """Compute a log-softmax over an axis and the processes; where all is -inf it stays -inf."""
+    shifted = logits - _finite(_highest(logits, axis, group))
+    total = all_sum(shifted.exp().sum(axis, keepdim=True), group)
+    return shifted - _finite(_log(total))
 
 
 def _finite(x: Tensor) -> Tensor:

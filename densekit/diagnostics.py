@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from densekit.boxes import sample_boxes_at_iou
 from densekit.numerics import (
+    check,
+    check_temperature,
     full_precision,
     l2_normalize,
     map_to_rows,
@@ -18,7 +20,7 @@ from densekit.numerics import (
 )
 from densekit.pooling import roi_align
 from densekit.sampling import grid_points
-from densekit.typing import Bool, Float, Size, Tensor, typed
+from densekit.typing import Bool, Float, Scalar, Size, Tensor, typed
 
 __all__ = [
     "CouplingImages",
@@ -80,7 +82,7 @@ def affinity_matrix(
     features1: Float[Tensor, "*batch n d"],
     features2: Float[Tensor, "*batch m d"],
     *,
-    temperature: float = 0.001,
+    temperature: Scalar = 0.001,
 ) -> Float[Tensor, "*batch n m"]:
     """Measure how well each row of one view is found in the other view.
 
@@ -107,10 +109,7 @@ def affinity_matrix(
     References:
         DUPR, Eq 9, Fig 9.
     """
-    if not temperature > 0:
-        raise ValueError(
-            f"densekit.diagnostics.affinity_matrix: temperature is {temperature}; give one above 0."
-        )
+    check_temperature("diagnostics.affinity_matrix", temperature)
     with full_precision(features1):
         similarity = l2_normalize(features1) @ l2_normalize(features2).mT
     return (similarity / temperature).softmax(-2)
@@ -411,11 +410,9 @@ def layer_bias(
     References:
         D3SSL, Sec 3, Fig 3 and 4, Table 7.
     """
-    if len(objects) < 2 or chunk < 1:
-        raise ValueError(
-            f"densekit.diagnostics.layer_bias: there are {len(objects)} objects and chunk is "
-            f"{chunk}; give two or more objects, and a chunk of 1 or more."
-        )
+    count = len(objects)
+    check("diagnostics.layer_bias", "the number of objects", count, count >= 2, "2 or more")
+    check("diagnostics.layer_bias", "chunk", chunk, chunk >= 1, "1 or more")
 
     rates = []
     cosines = []

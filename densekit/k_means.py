@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from densekit.clustering import sample_tokens
 from densekit.distributed import Group, all_gather, all_sum
-from densekit.numerics import block_rows, full_precision, readable, take_rows, widened
+from densekit.numerics import block_rows, check, full_precision, readable, take_rows, widened
 from densekit.typing import Bool, Float, Integer, Tensor, typed
 
 __all__ = ["KMeans", "kmeans", "kmeans_plus_plus", "minibatch_kmeans", "nearest_centroids"]
@@ -74,11 +74,9 @@ def kmeans_plus_plus(
     References:
         Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, Sec 2.2.
     """
-    if count < 0 or (count and not points.shape[-2]):
-        raise ValueError(
-            f"densekit.k_means.kmeans_plus_plus: count is {count} and there are "
-            f"{points.shape[-2]} points; give a count of 0 or more, and one or more points."
-        )
+    n = points.shape[-2]
+    check("k_means.kmeans_plus_plus", "count", count, count >= 0, "0 or more")
+    check("k_means.kmeans_plus_plus", "the number of points", n, n > 0 or count == 0, "1 or more")
 
     x = widened(points.detach())
     usable = x.isfinite().all(-1)
@@ -128,11 +126,9 @@ def kmeans(
     References:
         Lloyd, Least squares quantization in PCM; CrOC, Sec 4.2 (unsupervised segmentation).
     """
-    if not start.shape[-2] or iterations < 0:
-        raise ValueError(
-            f"densekit.k_means.kmeans: there are {start.shape[-2]} centroids and iterations is "
-            f"{iterations}; give one or more centroids, and 0 or more iterations."
-        )
+    k = start.shape[-2]
+    check("k_means.kmeans", "the number of centroids", k, k >= 1, "1 or more")
+    check("k_means.kmeans", "iterations", iterations, iterations >= 0, "0 or more")
 
     dtype = torch.promote_types(torch.promote_types(points.dtype, start.dtype), torch.float32)
     x = points.detach().to(dtype)
@@ -213,12 +209,10 @@ def minibatch_kmeans(
     References:
         Sculley 2010, Web-scale k-means clustering; CrOC, Sec 4.2 (unsupervised segmentation).
     """
-    if min(clusters, batch, sample) < 1 or min(steps, iterations) < 0:
-        raise ValueError(
-            f"densekit.k_means.minibatch_kmeans: clusters is {clusters}, batch {batch}, sample "
-            f"{sample}, steps {steps} and iterations {iterations}; give 1 or more for the first "
-            "three, and 0 or more for steps and iterations."
-        )
+    for name, number in {"clusters": clusters, "batch": batch, "sample": sample}.items():
+        check("k_means.minibatch_kmeans", name, number, number >= 1, "1 or more")
+    for name, number in {"steps": steps, "iterations": iterations}.items():
+        check("k_means.minibatch_kmeans", name, number, number >= 0, "0 or more")
 
     if group is not None and generator is None:
         raise ValueError(

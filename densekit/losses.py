@@ -1,4 +1,11 @@
-"""Losses on tensors: negative cosine, cross-entropy, InfoNCE, self-distillation; symmetric forms.
+"""Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and covariance.
+
+Channels come last: all losses take rows (..., d), such as (b, n, d). `map_to_rows` turns a map
+(..., d, h, w) into rows. A map that is passed as it is can be told where it has four or more axes,
+h equals w, and d is above both w and 3; then a TypeError says so.
+
+One rule says where gradients flow, for all losses: what an argument list calls `teacher` or
+`center` is detached by the loss, and everything else gets its gradient.
 
 A loss is the mean over the valid entries. When no entry is valid it is zero, but still connected to
 the graph. Half precision is converted to float32. This module knows no geometry.
@@ -6,7 +13,7 @@ the graph. Half precision is converted to float32. This module knows no geometry
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd import Function
@@ -14,24 +21,40 @@ from densekit.bank import Negatives
 from densekit.distributed import Group, all_sum
 from densekit.numerics import (
     broadcasts,
+    check,
+    check_temperature,
     fit_valid,
     full_precision,
     l2_normalize,
     masked_mean,
     widened,
 )
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Scalar, Tensor, typed
 
 __all__ = [
+    "VarianceCovariance",
     "cross_entropy_similarity",
     "info_nce",
     "negative_cosine",
     "self_distillation",
     "symmetric_loss",
     "update_center",
+    "variance_covariance",
 ]
 
 Reduction = Literal["mean", "none"]
+
+
+class VarianceCovariance(NamedTuple):
+    """VICReg's two terms against collapse, not weighted; both are 0 for fewer than two rows.
+
+    Attributes:
+        variance: Mean over the channels of `max(0, target - std)`: every channel has a spread.
+        covariance: Sum of the squared covariances of different channels, divided by d.
+    """
+
+    variance: Float[Tensor, "*batch"]
+    covariance: Float[Tensor, "*batch"]
 
 
 @typed
@@ -44,10 +67,13 @@ def negative_cosine(
 ) -> Float[Tensor, "*reduced"]:
     """Compute the negative cosine similarity `-p z / (|p| |z|)`; the teacher is detached.
 
+    Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
+
     Args:
         student: Predictions p; the gradient flows to them only.
         teacher: Projections z; they are detached (the paper's stop-gradient).
-        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all. One value
+            for each image of rows (b, n, d) is `valid[:, None]`.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -55,7 +81,7 @@ def negative_cosine(
         The loss in [-1, 1], in at least float32; the cosine of a zero vector is 0.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or rows look like maps.
 
     Examples:
         >>> p = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -65,6 +91,7 @@ def negative_cosine(
     References:
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
+    _refuse_maps("negative_cosine", "student", student)
     valid = fit_valid("losses.negative_cosine", valid, student.shape[:-1])
     student = _valid_rows(student, valid)
     teacher = _valid_rows(teacher, valid)
@@ -82,6 +109,8 @@ def cross_entropy_similarity(
 ) -> Float[Tensor, "*reduced"]:
     """Compute the cross-entropy `-softmax(z) . log softmax(p)`; the teacher z is detached.
 
+    Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
+
     The d channels are pseudo-categories. The paper prints its Eq 3 with student and teacher
     exchanged; this function computes the direction that its published code uses.
 
@@ -92,7 +121,8 @@ def cross_entropy_similarity(
     Args:
         student: Logits p; the gradient flows to them only. Minus infinity excludes a category.
         teacher: Logits z; they are detached. Minus infinity excludes a category.
-        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
+        valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all. One value
+            for each image of rows (b, n, d) is `valid[:, None]`.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -100,7 +130,7 @@ def cross_entropy_similarity(
         The loss, not negative, in at least float32, in nats.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or rows look like maps.
 
     Examples:
         >>> logits = torch.zeros(3, 4)
@@ -110,6 +140,7 @@ def cross_entropy_similarity(
     References:
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
+    _refuse_maps("cross_entropy_similarity", "student", student)
     valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
     student = _valid_rows(student, valid)
     teacher = _valid_rows(teacher, valid)
@@ -126,10 +157,12 @@ def info_nce(
     negatives: Float[Tensor, "*shared m d"] | Negatives | None = None,
     valid: Bool[Tensor, "*valid"] | None = None,
     *,
-    temperature: float,
+    temperature: Scalar,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
     """Compute InfoNCE: contrast each query's own key with negative keys.
+
+    Channels come last: queries and keys are rows (..., n, d). For maps use `map_to_rows`.
 
     The loss is `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with
     its key k and the negatives k_j, on L2-normalized vectors. If `negatives` are given, only they
@@ -137,7 +170,12 @@ def info_nce(
     cell or patch of one view, its key is the same position in the other view, and the negatives
     come from a bank: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
 
-    The gradient flows to queries, keys and negatives, so detach the outputs of a momentum encoder.
+    The gradient flows to queries, keys and negatives, since none of them is called a teacher. So
+    compute the keys of a momentum encoder under `torch.no_grad()`, or detach them.
+    Negatives must not contain the query's own key: with it the loss is at least log 2. So push keys
+    into a bank after the loss. One row without negatives has nothing to be told from: its loss is
+    exactly 0.
+
     With given negatives, neither the loss nor its gradient stores an array of queries times
     negatives; a forward derivative of the gradient, as in `torch.func.hessian`, does.
 
@@ -150,9 +188,10 @@ def info_nce(
         negatives: m negatives, shared by all sets or broadcast to them; or `Negatives`, which
             contain their `valid`, as `bank_negatives` returns them. Without any valid negative the
             loss is zero.
-        valid: Entries to use, of shape `*batch n`; an axis may have size 1. The others are not
-            used as queries, nor are their keys used as negatives.
-        temperature: Divisor of the cosine.
+        valid: Entries to use, of shape `*batch n`; an axis may have size 1. One value for each
+            image is `valid[:, None]`. The other entries are not used as queries, nor are their keys
+            used as negatives.
+        temperature: Divisor of the cosine; as a tensor it gets a gradient, and is not checked.
         reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
             not valid).
 
@@ -160,7 +199,7 @@ def info_nce(
         The loss, not negative, in at least float32, in nats.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or rows look like maps.
         ValueError: The temperature is not positive.
 
     Examples:
@@ -172,10 +211,8 @@ def info_nce(
         DenseSiam, Eq 6 (negatives of the same set, temperature 0.1, mean); MoCo, Eq 1, and DUPR, Eq
         1, 5 and 6 (given negatives).
     """
-    if not temperature > 0:
-        raise ValueError(
-            f"densekit.losses.info_nce: temperature is {temperature}; give one above 0."
-        )
+    check_temperature("losses.info_nce", temperature)
+    _refuse_maps("info_nce", "query", query)
 
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
     if others is not None:
@@ -204,7 +241,7 @@ def _check_negatives(others: Tensor, query: Tensor) -> None:
 
 
 def _info_nce_in_set(
-    query: Tensor, key: Tensor, valid: Tensor | None, temperature: float
+    query: Tensor, key: Tensor, valid: Tensor | None, temperature: Scalar
 ) -> Tensor:
     """Compute the loss of each query, where the other valid keys of its set are the negatives."""
     logits = query @ key.mT / temperature
@@ -216,7 +253,7 @@ def _info_nce_in_set(
 
 
 def _info_nce_of_negatives(
-    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: float
+    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: Scalar
 ) -> Tensor:
     """Compute the loss of each query with the negatives `others`, those that `use` allows."""
     positive = (query * key).sum(-1) / temperature
@@ -240,11 +277,13 @@ def self_distillation(
     center: Float[Tensor, " d"],
     valid: Bool[Tensor, "*valid"] | None = None,
     *,
-    student_temperature: float = 0.1,
-    teacher_temperature: float = 0.07,
+    student_temperature: Scalar = 0.1,
+    teacher_temperature: Scalar = 0.07,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
     """Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
+
+    Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
 
     `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and `H = -sum_l P_t
     log P_s`; the teacher is detached. A category whose teacher probability is 0 adds nothing.
@@ -258,8 +297,9 @@ def self_distillation(
             ([`update_center`][densekit.losses.update_center]). Centering prevents one output from
             dominating; sharpening prevents uniform outputs.
         valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
-        student_temperature: Divisor of the student's logits.
-        teacher_temperature: Divisor of the teacher's logits; it is smaller than the student's.
+        student_temperature: Divisor of the student's logits; it may be a tensor.
+        teacher_temperature: Divisor of the teacher's logits; it is smaller than the student's. It
+            may be a tensor, which is detached.
         reduction: "mean" over the valid entries, or "none" for one value for each entry (0 where
             not valid).
 
@@ -267,7 +307,7 @@ def self_distillation(
         The loss, not negative, in at least float32, in nats.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or rows look like maps.
         ValueError: A temperature is not positive.
 
     Examples:
@@ -278,17 +318,16 @@ def self_distillation(
     References:
         CrOC, Eq 3 to 6; DINO, Eq 1 to 4.
     """
-    if not (student_temperature > 0 and teacher_temperature > 0):
-        raise ValueError(
-            f"densekit.losses.self_distillation: the temperatures are {student_temperature} and "
-            f"{teacher_temperature}; give two above 0."
-        )
+    where = "losses.self_distillation"
+    check_temperature(where, student_temperature, "student_temperature")
+    check_temperature(where, teacher_temperature, "teacher_temperature")
+    _refuse_maps("self_distillation", "student", student)
 
     valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
     logits = widened(teacher.detach())
     # The logit of an excluded category is minus infinity, and so is its running mean.
     centered = torch.where(logits == -torch.inf, logits, logits - center)
-    sharp = centered / teacher_temperature
+    sharp = centered / teacher_temperature  # detached with the teacher, by the loss below
     return cross_entropy_similarity(
         widened(student) / student_temperature, sharp, valid, reduction=reduction
     )
@@ -305,9 +344,11 @@ def update_center(
 ) -> Float[Tensor, " d"]:
     """Update the running mean of the teacher's logits: `m center + (1 - m) mean(teacher)`.
 
+    Channels come last: `teacher` has rows (..., d). For maps use `map_to_rows`.
+
     Args:
-        center: The previous mean; zeros at the start.
-        teacher: Logits of this step, of all views; no gradient flows.
+        center: The previous mean; zeros at the start. No gradient flows.
+        teacher: Logits of this step, of all views. No gradient flows.
         valid: Entries to use, of shape `*batch`; an axis may have size 1. By default all.
         momentum: Weight of the previous mean.
         group: Processes that share the mean. Every valid entry counts once, also when the processes
@@ -319,7 +360,7 @@ def update_center(
         one is infinite or NaN.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or rows look like maps.
         ValueError: The momentum is outside [0, 1].
 
     Examples:
@@ -335,6 +376,8 @@ def update_center(
             "previous mean from 0 to 1."
         )
 
+    _refuse_maps("update_center", "teacher", teacher)
+    center = center.detach()
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
     used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
@@ -361,6 +404,9 @@ def symmetric_loss(
 ) -> Float[Tensor, "*reduced"]:
     """Average a loss over both directions: view 1 with view 2, and view 2 with view 1.
 
+    The loss decides which side is detached: `negative_cosine` detaches the teachers, and `info_nce`
+    detaches neither its queries nor its keys.
+
     Args:
         loss: A function of student and teacher, such as `negative_cosine`.
         students: Predictions of view 1 and view 2.
@@ -382,14 +428,82 @@ def symmetric_loss(
     References:
         DenseSiam, Eq 1 and 5; SimSiam, Eq 2.
     """
-    if not len(students) == len(teachers) == 2:
-        raise ValueError(
-            f"densekit.losses.symmetric_loss: there are {len(students)} students and "
-            f"{len(teachers)} teachers; give two of each, for view 1 and view 2."
-        )
+    for name, pair in {"students": students, "teachers": teachers}.items():
+        count = len(pair)
+        check("losses.symmetric_loss", f"the number of {name}", count, count == 2, "2")
 
     forth = loss(students[0], teachers[1], *args, **kwargs)
     return (forth + loss(students[1], teachers[0], *args, **kwargs)) / 2
+
+
+@typed
+def variance_covariance(
+    rows: Float[Tensor, "*batch n d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    target: float = 1.0,
+    epsilon: float = 1e-4,
+    group: Group = None,
+) -> VarianceCovariance:
+    """Compute VICReg's variance and covariance: channels keep a spread, and do not repeat others.
+
+    Channels come last: n rows (..., n, d) of a set. For maps use `map_to_rows`. VICReg's third
+    term, the distance of the two views, is `torch.nn.functional.mse_loss`.
+
+    With the covariance matrix `C = sum_i (z_i - m)(z_i - m)^T / (n - 1)` of the rows z_i about
+    their mean m, the terms are `sum_j max(0, target - sqrt(C_jj + epsilon)) / d` and `sum_(i != j)
+    C_ij^2 / d`. Add them for each view, in the paper with the weights 25 and 1.
+
+    Args:
+        rows: n rows in each set, not normalized. Statistics are over the rows of one set: flatten
+            the axes of all rows that belong together, such as (b, n, d) to (b n, d), or exchange
+            them for statistics of each position.
+        valid: Rows to use, of shape `*batch n`; an axis may have size 1. By default all. One value
+            for each image is `valid[:, None]`.
+        target: Standard deviation below which a channel is pulled apart.
+        epsilon: Term under the root, which bounds the gradient of a channel that has collapsed.
+        group: Processes over which the rows of every set are distributed, each with any number of
+            rows. The terms are those of all rows, and so are the averaged gradients. None means
+            that this process has all rows.
+
+    Returns:
+        The two terms of each set, in at least float32; both 0 for fewer than two valid rows.
+
+    Raises:
+        TypeError: `valid` does not fit, or rows look like maps.
+        ValueError: The target is negative, or epsilon is not above 0.
+
+    Examples:
+        >>> terms = variance_covariance(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        >>> terms.variance.round(decimals=2), terms.covariance.round(decimals=2)
+        (tensor(0.), tensor(4.))
+
+    References:
+        VICReg, Eq 1 to 4.
+    """
+    where = "losses.variance_covariance"
+    check(where, "target", target, target >= 0, "0 or more")
+    check(where, "epsilon", epsilon, epsilon > 0, "one above 0")
+    _refuse_maps("variance_covariance", "rows", rows)
+
+    valid = fit_valid(where, valid, rows.shape[:-1])
+    rows = widened(_valid_rows(rows, valid))
+    ones = torch.ones_like(rows[..., :1])
+    total = _valid_rows(torch.cat([rows, ones], -1), valid).sum(-2, keepdim=True)
+    total = all_sum(total, group)  # sums and number in one message
+    count = total[..., -1:]
+    mean = total[..., :-1] / count.clamp(min=1)
+    centered = _valid_rows(rows - mean, valid)
+    with full_precision(rows):
+        products = all_sum(centered.mT @ centered, group)
+    covariance = products / (count - 1).clamp(min=1)
+
+    width = max(rows.shape[-1], 1)
+    own = torch.eye(rows.shape[-1], dtype=torch.bool, device=rows.device)
+    spread = (covariance.diagonal(dim1=-2, dim2=-1) + epsilon).sqrt()
+    variance = (target - spread).relu().sum(-1) / width
+    others = torch.where(own, 0.0, covariance).square().sum((-2, -1)) / width
+    return VarianceCovariance(torch.where(count[..., 0, 0] > 1, variance, 0.0), others)
 
 
 class _LogSumExp(Function):
@@ -473,6 +587,21 @@ def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
     parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
     return [_append(rows, last) for rows, last in parts if last.shape[-1]]
+
+
+def _refuse_maps(function: str, name: str, x: Tensor) -> None:
+    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels.
+
+    Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
+    many rows as channels, and more heads than those; up to 3 heads or views are never refused.
+    """
+    if torch.compiler.is_compiling() or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
+        return
+    if x.shape[-3] > max(x.shape[-1], 3):
+        raise TypeError(
+            f"densekit.losses.{function}: argument '{name}' should have its channels last, but its "
+            f"shape {tuple(x.shape)} looks like that of maps (..., d, h, w); use `map_to_rows(x)`."
+        )
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

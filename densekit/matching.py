@@ -2,13 +2,20 @@
 
 `gridsample_pairs` samples two views at the same places, so its rows are matched already. The
 functions here match what two maps hold: their cells, or regions that both views contain.
+
+* DenseCL: `match_by_feature` of the encoder's cells.
+* PixPro: `positive_pairs`, all cells that are near to each other.
+* VICRegL: `match_by_place` and `match_by_feature(metric="euclidean")`, the `best` matches of each.
+* ReSim: `candidate_regions`, pooled with `roi_align`.
+
+Take the matched cells with `take_rows(map_to_rows(maps), indices)`, and give `valid` to the loss.
 """
 
 import math
 from typing import Literal, NamedTuple
 
 import torch
-from densekit.numerics import full_precision, l2_normalize, widened
+from densekit.numerics import check, full_precision, l2_normalize, widened
 from densekit.numerics import take_rows as _take_rows
 from densekit.typing import Bool, Float, Int, Integer, Shaped, Size, Tensor, typed
 from densekit.views import (
@@ -114,7 +121,9 @@ def match_by_place(
     """
     _check("match_by_place", max_distance, best)
     size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
-    x, y = (gap.min(-1) for gap in _gaps(view1, view2, size1, size2))
+    gap_x, gap_y = _gaps(view1, view2, size1, size2)
+    x = gap_x.min(-1)
+    y = gap_y.min(-1)
     distance = torch.hypot(x.values[..., None, :], y.values[..., :, None]).flatten(-2)
     indices = (y.indices[..., :, None] * size2[1] + x.indices[..., None, :]).flatten(-2)
     distance = distance / unit[..., None]
@@ -286,11 +295,10 @@ def candidate_regions(
         App A, Table A1 (candidate regions).
     """
     h, w = (size, size) if isinstance(size, int) else size
-    if min(window, stride) < 1 or min(h, w) < window:
-        raise ValueError(
-            f"densekit.matching.candidate_regions: size is {size}, window {window} and stride "
-            f"{stride}; give a window and a stride of 1 or more, and a view that holds the window."
-        )
+    where = "matching.candidate_regions"
+    check(where, "window", window, window >= 1, "1 or more")
+    check(where, "stride", stride, stride >= 1, "1 or more")
+    check(where, "size", size, min(h, w) >= window, f"{window} or more, to hold a window")
     dtype = view1.box.dtype
     view1 = _widened(view1)
     view2 = _widened(view2)
@@ -347,12 +355,10 @@ def take_rows(
 
 
 def _check(function: str, max_distance: float | None, best: int | None) -> None:
-    limit = 0 if max_distance is None else max_distance
-    if not limit >= 0 or (best is not None and best < 0):
-        raise ValueError(
-            f"densekit.matching.{function}: max_distance is {max_distance} and best {best}; give 0 "
-            "or more, or None."
-        )
+    near = max_distance is None or max_distance >= 0
+    check(f"matching.{function}", "max_distance", max_distance, near, "0 or more, or None")
+    few = best is None or best >= 0
+    check(f"matching.{function}", "best", best, few, "0 or more, or None")
 
 
 def _matches(
@@ -400,7 +406,10 @@ def _gaps(view1: View, view2: View, size1: Size, size2: Size) -> tuple[Tensor, T
     for view, size in ((view1, size1), (view2, size2)):
         centers = coordinate_map(_widened(view), size).detach()
         places.append((centers[..., 0, :, 0], centers[..., :, 0, 1]))
-    return tuple((a[..., :, None] - b[..., None, :]).abs() for a, b in zip(*places, strict=True))
+    (x1, y1), (x2, y2) = places
+    gap_x = x1[..., :, None] - x2[..., None, :]
+    gap_y = y1[..., :, None] - y2[..., None, :]
+    return gap_x.abs(), gap_y.abs()
 
 
 def _widened(view: View) -> View:

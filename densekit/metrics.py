@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from densekit.numerics import block_rows, widened
+from densekit.numerics import block_rows, check, widened
 from densekit.typing import Bool, Float, Integer, Shaped, Tensor, typed
 
 __all__ = [
@@ -113,11 +113,8 @@ def confusion_matrix(
         Long et al. 2015 (FCN), Sec 5.
     """
     clusters = classes if clusters is None else clusters
-    if min(classes, clusters) < 1:
-        raise ValueError(
-            f"densekit.metrics.confusion_matrix: classes is {classes} and clusters is {clusters}; "
-            "give one or more."
-        )
+    check("metrics.confusion_matrix", "classes", classes, classes >= 1, "one or more")
+    check("metrics.confusion_matrix", "clusters", clusters, clusters >= 1, "one or more")
 
     labels = labels.long().flatten()
     predictions = predictions.long().flatten()
@@ -491,11 +488,9 @@ def bootstrap(
         Efron and Tibshirani 1993, Sec 13.3 (percentile interval).
     """
     n = len(states)
-    if not n or draws < 1 or not 0 < level < 1:
-        raise ValueError(
-            f"densekit.metrics.bootstrap: there are {n} images, draws is {draws} and level is "
-            f"{level}; give one or more images and draws, and a level between 0 and 1."
-        )
+    check("metrics.bootstrap", "the number of images", n, n >= 1, "one or more")
+    check("metrics.bootstrap", "draws", draws, draws >= 1, "one or more")
+    check("metrics.bootstrap", "level", level, 0 < level < 1, "a number between 0 and 1")
 
     states = _summands(states)
     total = states.sum(0, keepdim=True)

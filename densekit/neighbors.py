@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import Accuracy, accuracy
-from densekit.numerics import full_precision, l2_normalize
-from densekit.typing import Float, Integer, Tensor, typed
+from densekit.numerics import check, check_temperature, full_precision, l2_normalize
+from densekit.typing import Float, Integer, Scalar, Tensor, typed
 
 __all__ = ["Neighbors", "knn_votes", "nearest_maps", "nearest_rows", "object_knn"]
 
@@ -33,7 +33,7 @@ def knn_votes(
     *,
     classes: int,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: Scalar = 0.07,
     chunk: int | None = None,
 ) -> Float[Tensor, "n classes"]:
     """Classify each row by a vote of its nearest neighbors in a gallery.
@@ -69,11 +69,9 @@ def knn_votes(
         Wu et al. 2018, Sec 3.4 (weighted vote); D3SSL, Sec 5.3.
     """
     chunk = max(1, _NUMBERS // max(1, len(gallery))) if chunk is None else chunk
-    if min(classes, k, chunk) < 1 or not temperature > 0:
-        raise ValueError(
-            f"densekit.neighbors.knn_votes: classes is {classes}, k {k}, chunk {chunk} and "
-            f"temperature {temperature}; give at least 1, and a temperature above 0."
-        )
+    for name, number in {"classes": classes, "k": k, "chunk": chunk}.items():
+        check("neighbors.knn_votes", name, number, number >= 1, "1 or more")
+    check_temperature("neighbors.knn_votes", temperature)
 
     known = l2_normalize(gallery)
     known_labels = gallery_labels.long()
@@ -109,7 +107,7 @@ def object_knn(
     *,
     classes: int,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: Scalar = 0.07,
     chunk: int | None = None,
 ) -> Accuracy:
     """Classify objects by their nearest neighbors in a gallery, and score the classification.

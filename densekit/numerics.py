@@ -13,7 +13,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Shaped, Size, Tensor, typed
+from densekit.typing import Bool, Float, Scalar, Shaped, Size, Tensor, typed
 
 __all__ = ["l2_normalize", "map_to_rows", "masked_mean", "rows_to_map", "widen"]
 
@@ -131,12 +131,14 @@ def map_to_rows(maps: Shaped[Tensor, "*batch d h w"]) -> Shaped[Tensor, "*batch 
 
 
 @typed
-def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor, "*batch d h w"]:
+def rows_to_map(
+    rows: Shaped[Tensor, "*batch n d"], size: int | Size
+) -> Shaped[Tensor, "*batch d h w"]:
     """Turn one row for each cell into maps: the inverse of `map_to_rows`.
 
     Args:
         rows: Rows of any dtype, in the order of the cells: row by row.
-        size: Size `(h, w)` of the maps, with `n = h w`.
+        size: Size `(h, w)` of the maps, with `n = h w`; a number K means K x K.
 
     Returns:
         Maps, channels first. They are a view of the rows where their memory allows it.
@@ -149,13 +151,13 @@ def rows_to_map(rows: Shaped[Tensor, "*batch n d"], size: Size) -> Shaped[Tensor
         tensor([[[0, 1, 2],
                  [3, 4, 5]]])
     """
-    h, w = size
+    h, w = (size, size) if isinstance(size, int) else size
     if h < 0 or w < 0 or h * w != rows.shape[-2]:
         raise ValueError(
             f"densekit.numerics.rows_to_map: size is {size}, but there are {rows.shape[-2]} rows; "
             "give the (h, w) of a map that has as many cells."
         )
-    return rows.mT.unflatten(-1, size)
+    return rows.mT.unflatten(-1, (h, w))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -255,6 +257,24 @@ def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
             f"densekit.{function}: argument '{argument}' has shape {tuple(images.shape)}, whose "
             "channels seem to come last; give images (*batch, c, h, w): `images.movedim(-1, -3)`."
         )
+
+
+def check(where: str, name: str, value: Any, fits: bool, wanted: str) -> None:
+    """Raise an error that names one argument, its value and what to give, unless it fits."""
+    if not fits:
+        raise ValueError(f"densekit.{where}: {name} is {value}; give {wanted}.")
+
+
+def check_temperature(where: str, value: Scalar, name: str = "temperature") -> None:
+    """Raise an error for a temperature that is not above 0; the value of a tensor is not read."""
+    check(where, name, value, isinstance(value, Tensor) or value > 0, "one above 0")
+
+
+def check_cells(where: str, name: str, size: Sequence[int]) -> None:
+    """Raise an error for a map without a cell."""
+    h, w = size
+    if h < 1 or w < 1:
+        raise ValueError(f"densekit.{where}: {name} is {h} x {w}; give a map with cells.")
 
 
 def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:

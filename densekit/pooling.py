@@ -5,8 +5,19 @@ from typing import NamedTuple
 
 import torch
 from einops import einsum
-from densekit.boxes import box_area, boxes_valid, clip_boxes
-from densekit.numerics import full_precision, interpolation_weights, safe_divide, widened
+from densekit.boxes import (
+    box_area,
+    boxes_valid,
+    clip_boxes,
+)
+from densekit.numerics import (
+    check,
+    check_cells,
+    full_precision,
+    interpolation_weights,
+    safe_divide,
+    widened,
+)
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = ["RoIFeatures", "assign_levels", "pool_masks", "roi_align"]
@@ -124,11 +135,9 @@ def roi_align(
     """
     bins = (size, size) if isinstance(size, int) else size
     h, w = features.shape[-2:]
-    if min(bins) < 1 or sampling_ratio < 0 or h * w == 0:
-        raise ValueError(
-            f"densekit.pooling.roi_align: size is {size}, sampling_ratio {sampling_ratio} and the "
-            f"map {h} x {w}; give at least one bin, 0 or more points, and a map with cells."
-        )
+    check("pooling.roi_align", "size", size, min(bins) >= 1, "at least one bin")
+    check("pooling.roi_align", "sampling_ratio", sampling_ratio, sampling_ratio >= 0, "0 or more")
+    check_cells("pooling.roi_align", "the map", (h, w))
 
     usable = boxes_valid(boxes) & boxes_valid(clip_boxes(boxes, (1, 1)))
     valid = usable if valid is None else valid & usable
@@ -172,11 +181,9 @@ def assign_levels(
         FPN, Eq 1.
     """
     low, high = levels
-    if low > high or not canonical_size > 0:
-        raise ValueError(
-            f"densekit.pooling.assign_levels: levels are {levels} and canonical_size "
-            f"{canonical_size}; give lowest <= highest and a size above 0."
-        )
+    large = canonical_size > 0
+    check("pooling.assign_levels", "levels", levels, low <= high, "(lowest, highest)")
+    check("pooling.assign_levels", "canonical_size", canonical_size, large, "one above 0")
 
     ratio = box_area(boxes).detach().sqrt() / canonical_size
     return (canonical_level + ratio.log2() + 1e-6).floor().clamp(low, high).long()

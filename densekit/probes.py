@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import confusion_matrix, mean_iou
-from densekit.numerics import block_rows, full_precision, map_to_rows, widened
+from densekit.numerics import block_rows, check, check_cells, full_precision, map_to_rows, widened
 from densekit.sampling import grid_points, gridsample
 from densekit.scenes import SCENE_CLASSES, sample_scenes
 from densekit.schedules import cosine_schedule
@@ -100,11 +100,8 @@ def fit_linear_probe(
     References:
         CrOC, Sec 4.2 (linear segmentation); Hastie et al. 2009, Sec 3.4.1 and 4.2.
     """
-    if classes < 1 or not penalty > 0:
-        raise ValueError(
-            f"densekit.probes.fit_linear_probe: classes is {classes} and penalty {penalty}; "
-            "give at least one class and a penalty above 0."
-        )
+    check("probes.fit_linear_probe", "classes", classes, classes >= 1, "1 or more")
+    check("probes.fit_linear_probe", "penalty", penalty, penalty > 0, "one above 0")
 
     labels = labels.long()
     size = block_rows(max(features.shape[1], classes))
@@ -284,11 +281,10 @@ def train_linear_probe(
         CrOC, Sec 4.2 and Appendix C.
     """
     n, _, h, w = features.shape
-    if min(classes, n * h * w, epochs, batch) < 1:
-        raise ValueError(
-            f"densekit.probes.train_linear_probe: classes is {classes}, epochs {epochs}, batch "
-            f"{batch} and there are {n} maps of {h} x {w} cells; give one or more of each."
-        )
+    numbers = {"classes": classes, "epochs": epochs, "batch": batch, "the number of maps": n}
+    for name, number in numbers.items():
+        check("probes.train_linear_probe", name, number, number >= 1, "1 or more")
+    check_cells("probes.train_linear_probe", "a map", (h, w))
     x = features.detach()
     y = labels.long()
     y = torch.where(_counted(y, classes, ignore), y, _IGNORE)
@@ -361,11 +357,8 @@ def fit_svm(
     References:
         DUPR, Table 1b; Fan et al. 2008 (LIBLINEAR), Eq 2.
     """
-    if not cost > 0 or iterations < 1:
-        raise ValueError(
-            f"densekit.probes.fit_svm: cost is {cost} and iterations is {iterations}; give a cost "
-            "above 0 and one iteration or more."
-        )
+    check("probes.fit_svm", "cost", cost, cost > 0, "one above 0")
+    check("probes.fit_svm", "iterations", iterations, iterations >= 1, "1 or more")
     with _gradients(features):
         used = features.isfinite().all(-1, keepdim=True)
         x = torch.where(used, features.detach(), 0.0).double()
@@ -463,10 +456,9 @@ def segmentation_counts(
     """
     clusters = scores.shape[1]
     sizes = {"classes": clusters if classes is None else classes, "clusters": clusters}
-    if min(sizes.values()) < 1:
-        raise ValueError(
-            f"densekit.probes.segmentation_counts: {sizes} are the sizes; give one or more of each."
-        )
+    where = "probes.segmentation_counts"
+    check(where, "the number of scores", clusters, clusters >= 1, "1 or more")
+    check(where, "classes", classes, sizes["classes"] >= 1, "1 or more")
 
     counts = []
     # One image at a time: the resized scores of all may not fit the memory.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from densekit.boxes import box_area, boxes_valid
 from densekit.numerics import (
+    check,
     full_precision,
     readable,
     safe_divide,
@@ -77,11 +78,9 @@ def sample_jittered_boxes(
     References:
         SoCo, Sec 3.2 (box jitter by 10 %); D3SSL, Sec 4.1 and Table 5.
     """
-    if not (0 <= center < math.inf and 0 <= size < 1):
-        raise ValueError(
-            f"densekit.regions.sample_jittered_boxes: center is {center} and size {size}; "
-            "give a center of 0 or more, and a size from 0 to below 1."
-        )
+    where = "regions.sample_jittered_boxes"
+    check(where, "center", center, 0 <= center < math.inf, "0 or more")
+    check(where, "size", size, 0 <= size < 1, "a number from 0 to below 1")
     draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator) - 1
     wide = widened(boxes)
     extent = wide[..., 2:] - wide[..., :2]
@@ -309,11 +308,11 @@ def sample_surrounding_boxes(
     References:
         D3SSL, Sec 4.1, 2) (proposal-based random mask).
     """
-    if not (0 <= ratio[0] <= ratio[1] < math.inf and 0 < aspect[0] <= aspect[1] < math.inf):
-        raise ValueError(
-            f"densekit.regions.sample_surrounding_boxes: ratio is {ratio} and aspect {aspect}; "
-            "give 0 <= smallest <= largest, and an aspect above 0."
-        )
+    where = "regions.sample_surrounding_boxes"
+    fits = 0 <= ratio[0] <= ratio[1] < math.inf
+    check(where, "ratio", ratio, fits, "0 <= smallest <= largest")
+    fits = 0 < aspect[0] <= aspect[1] < math.inf
+    check(where, "aspect", aspect, fits, "0 < smallest <= largest")
 
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     wide = widened(boxes)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 from densekit.numerics import (
+    check,
+    check_cells,
     full_precision,
     interpolation_weights,
     map_to_rows,
@@ -86,7 +88,6 @@ def grid_points(
     References:
         DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
     """
-    size = (size, size) if isinstance(size, int) else size
     flip = torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
     view = View(boxes, flip, flip)
     return coordinate_map(view, size).flatten(-3, -2)
@@ -354,13 +355,12 @@ def patch_pairs(
         DUPR, Sec 3.2, Eq 3 and 4, Table 2a (S = 14 on C4 and 7 on C5).
     """
     bins = (size, size) if isinstance(size, int) else size
-    cells = (*features1.shape[-2:], *features2.shape[-2:])
-    if min(bins) < 1 or sampling_ratio < 0 or min(cells) == 0:
-        raise ValueError(
-            f"densekit.sampling.patch_pairs: size is {size}, sampling_ratio {sampling_ratio} and "
-            f"the maps {cells[0]} x {cells[1]} and {cells[2]} x {cells[3]}; give at least one "
-            "patch, 0 or more points, and maps with cells."
-        )
+    where = "sampling.patch_pairs"
+    check(where, "size", size, min(bins) >= 1, "at least one patch")
+    check(where, "sampling_ratio", sampling_ratio, sampling_ratio >= 0, "0 or more")
+    check_cells(where, "the first map", features1.shape[-2:])
+    check_cells(where, "the second map", features2.shape[-2:])
+
     overlap = intersect_views(view1, view2)
     corners = overlap.box.unflatten(-1, (2, 2))
 

@@ -103,10 +103,11 @@ def warmup_cosine(
     References:
         Goyal et al. 2017, Sec 2.2; Loshchilov and Hutter 2017, Eq 5.
     """
+    _check_length("warmup_cosine", steps)
     if not 0 <= warmup <= steps:
         raise ValueError(
-            f"densekit.schedules.warmup_cosine: warmup is {warmup} and steps is {steps}; "
-            "give a warmup from 0 to steps."
+            f"densekit.schedules.warmup_cosine: warmup is {warmup}; give 0 to {steps}, the number "
+            "of all steps."
         )
     if step < warmup:
         return linear_schedule(step, warmup, start=start, end=peak)
@@ -120,11 +121,15 @@ def _mean(one: float, other: float, share: float) -> float:
     return share * one + (1 - share) * other if share else float(other)
 
 
-def _progress(name: str, step: float, steps: float) -> float:
+def _check_length(name: str, steps: float) -> None:
     if not steps >= 0:
         raise ValueError(
             f"densekit.schedules.{name}: steps is {steps}; give a length of 0 or more."
         )
+
+
+def _progress(name: str, step: float, steps: float) -> float:
+    _check_length(name, steps)
     if step <= 0 < steps:
         return 0.0
     return 1.0 if step >= steps or not steps else step / steps

@@ -26,10 +26,14 @@ from jaxtyping import (
 )
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Integer", "Shaped", "Size", "Tensor", "typed"]
+__all__ = ["Bool", "Float", "Int", "Integer", "Scalar", "Shaped", "Size", "Tensor", "typed"]
 
 Size = tuple[int, int]
 """A size in pixels or cells, height first: `(h, w)`."""
+
+Scalar = float | Float[Tensor, ""]
+"""A number, or a tensor of no axes, such as a temperature that is learned. Only the value of a
+number is checked: to read that of a tensor would make a GPU wait, and would break a graph."""
 
 _ENABLED = os.environ.get("DENSEKIT_TYPECHECK", "1") != "0"
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is accepted where a float is expected
@@ -57,6 +61,7 @@ def typed(function: _Function) -> _Function:
         TypeError: (when called) The type, dtype, rank or axis sizes of an argument or of the result
             do not match its annotation. The message names the function, the argument, what was
             expected with the axis sizes known so far, and what was given.
+        RuntimeError: (when called) The arguments are on different devices.
 
     Examples:
         >>> @typed
@@ -82,6 +87,11 @@ def typed(function: _Function) -> _Function:
             if message is None:  # the arguments fit: the error is in the result or the function
                 raise
             raise TypeError(message) from None
+        except RuntimeError as error:
+            message = _explain_devices(function, signature, error, args, kwargs)
+            if message is None:
+                raise
+            raise RuntimeError(message) from error
 
     return typing.cast("_Function", wrapper)
 
@@ -137,7 +147,10 @@ def _with_fields(hint: Any) -> Any:
         return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
     if typing.get_origin(hint) is Sequence:
         item = _with_fields(typing.get_args(hint)[0])
-        return Annotated[Sequence, Is[lambda items: all(_fits(x, item) for x in items)]]
+        return Annotated[
+            Sequence,
+            Is[lambda items: not _is_record(type(items)) and all(_fits(x, item) for x in items)],
+        ]
     if not _is_record(hint):
         return hint
     fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
@@ -168,21 +181,68 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as reason:
-        return f"{where}: {reason}."
+        return f"{where}: {_explain_call(reason, signature, kwargs)}."
     if not isinstance(error, TypeCheckError):
         return None
 
     bound.apply_defaults()
     sizes: dict[str, Any] = {}
+    before = []
     with jaxtyped("context"):
-        for label, value, hint in _parts(bound):
-            if not _fits(value, _with_fields(hint)):
-                return (
-                    f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                    f"{_describe_sizes(sizes)}, but {_describe(value)} was given."
-                    f"{_advice(value, hint)}"
-                )
-            sizes |= _sizes(value, hint)
+        for part in _parts(bound):
+            label, value, hint = part
+            if _fits(value, _with_fields(hint)):
+                sizes |= _sizes(value, hint)
+                before.append(part)
+                continue
+
+            short = _lacks_axes(part, before)
+            if short is not None:
+                sizes = {"batch": _leading_axes(value, hint)}
+                label, value, hint = short
+            known = sizes if _array_hint(hint) is not None else {}
+            return (
+                f"{where}: argument '{label}' should be {_describe_hint(hint)}"
+                f"{_describe_sizes(known)}, but {_describe(value)} was given."
+                f"{_advice(value, hint, known, signature)}"
+            )
+    return None
+
+
+def _explain_call(reason: TypeError, signature: inspect.Signature, kwargs: dict) -> str:
+    """Say why arguments cannot be matched with the parameters."""
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if unknown and "unexpected keyword" not in str(reason):  # a wrong name is also a missing one
+        return f"got an unexpected keyword argument '{unknown[0]}', and is {reason}"
+
+    parameters = signature.parameters.values()
+    names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
+    if "missing" in str(reason):
+        names = [name for name in names if f"'{name}'" in str(reason)]
+    elif "too many positional" not in str(reason):
+        names = []
+    by_name = f"; give {', '.join(f'`{name}=`' for name in names)} by name" if names else ""
+    return f"{reason}{by_name}"
+
+
+def _explain_devices(function, signature, error, args, kwargs) -> str | None:
+    """Name two arguments on different devices, if an error is about that; otherwise None."""
+    if not re.search("(same|expected|different) device", str(error)):
+        return None
+
+    bound = signature.bind(*args, **kwargs)
+    placed = [
+        (label, value.device)
+        for label, value, _ in _parts(bound)
+        if isinstance(value, Tensor) and value.ndim
+    ]
+    for label, device in placed:
+        first, its_device = placed[0]
+        if device != its_device:
+            return (
+                f"{function.__module__}.{function.__qualname__}: argument '{first}' is on "
+                f"{its_device} and '{label}' is on {device}; move them to one device."
+            )
     return None
 
 
@@ -195,6 +255,30 @@ def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
                 yield f"{name}.{field}", getattr(value, field), field_hint
         elif hint is not inspect.Parameter.empty:
             yield name, value, hint
+
+
+def _lacks_axes(part: tuple, before: list[tuple]) -> tuple | None:
+    """Return an earlier argument of another kind that has fewer batch axes than this one.
+
+    Such as tokens (b, n, d) before views (b,), where maps (b, d, h, w) are wanted: taken for one
+    map they fit, and only the views, which are right, do not fit any more.
+    """
+    axes = _leading_axes(*part[1:])
+    for earlier in before:
+        its_axes = _leading_axes(*earlier[1:])
+        if axes is not None and its_axes is not None and len(its_axes) < len(axes):
+            same_kind = _array_hint(earlier[2]).dim_str == _array_hint(part[2]).dim_str
+            return None if same_kind else earlier
+    return None
+
+
+def _leading_axes(value: Any, hint: Any) -> tuple[int, ...] | None:
+    """Return the sizes that a tensor has in place of `*batch`, where its hint begins so."""
+    hint = _array_hint(hint)
+    if not (isinstance(value, Tensor) and hint and hint.dim_str.startswith("*batch")):
+        return None
+    fixed = len(hint.dim_str.split()) - 1
+    return tuple(value.shape[: value.ndim - fixed]) if value.ndim >= fixed else None
 
 
 def _sizes(value: Any, hint: Any) -> dict[str, Any]:
@@ -239,20 +323,111 @@ def _describe_hint(hint: Any) -> str:
         return "None"
     if _is_array(hint):
         return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
-    name = hint.__name__ if type(hint) is type else str(hint)
+    name = hint.__name__ if inspect.isclass(hint) else str(hint)
     return re.sub(r"typing\.|collections\.abc\.|torch\.(?=Tensor)|\bjax(?=[A-Z])", "", name)
 
 
 def _describe(value: Any) -> str:
+    """Describe what was given in a few words, however much it contains."""
+    kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
-    return f"{value!r} of type {type(value).__name__}"
+    if _is_numpy(value):
+        return f"a numpy array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, list | tuple) and not (len(value) <= 4 and _are_numbers(value)):
+        if _is_record(type(value)):
+            return f"a {kind} of ({', '.join(map(_describe, value))})"
+        short = value[:2]
+        items = [f"a {type(x).__name__}" if isinstance(x, tuple) else _describe(x) for x in short]
+        if len(value) > 2:
+            items.append(f"... {len(value)} in all")
+        return f"a {kind} of ({', '.join(items)})"
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{text} of type {kind}"
 
 
-def _advice(value: Any, hint: Any) -> str:
-    integers = isinstance(value, Tensor) and not value.is_floating_point()
-    if integers and "Float[" in _describe_hint(hint):
-        return " Convert it first: `x.float()`, and `/ 255` for an image."
+def _is_numpy(value: Any) -> bool:
+    """Return whether a value is a numpy array, without an import of numpy."""
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+def _are_numbers(value: Any) -> bool:
+    return all(isinstance(item, int | float) for item in value)
+
+
+# ---- advice: what to do, where a mistake is a common one ----------------------------------------
+
+
+def _advice(value: Any, hint: Any, sizes: dict[str, Any], signature: inspect.Signature) -> str:
+    """Say how to make a value fit, if it is a common mistake; otherwise say nothing."""
+    if isinstance(value, Tensor):
+        advice = _advice_on_dtype(value, hint, signature) or _advice_on_axes(value, hint, sizes)
+    else:
+        advice = _advice_on_type(value, hint)
+    return f" {advice}" if advice else ""
+
+
+def _advice_on_dtype(x: Tensor, hint: Any, signature: inspect.Signature) -> str:
+    wanted = _describe_hint(hint)
+    if x.dtype == torch.bool and "Bool[" not in wanted and "valid" in signature.parameters:
+        return "If it says which entries to use, pass it as `valid=`."
+    if "Float[" in wanted and not x.is_floating_point():
+        if "c h w" in wanted:
+            return "Convert it first: `x.float()`, and `/ 255` for an image."
+        return "Convert it first: `x.float()`."
+    if "Bool[" in wanted and x.dtype != torch.bool:
+        return "Convert it first: `x.bool()`."
+    if "Int" in wanted and "Float[" not in wanted and x.is_floating_point():
+        return "Convert it first: `x.long()`."
     return ""
+
+
+def _advice_on_axes(x: Tensor, hint: Any, sizes: dict[str, Any]) -> str:
+    hint = _array_hint(hint)
+    if hint is None or not hint.dim_str.startswith("*batch"):
+        return ""
+    axes = hint.dim_str.split()[1:]
+    if axes[-1:] == ["d"] and x.ndim > 2 and x.shape[-3] == sizes.get("d", x.shape[-1]):
+        return "For a map (..., d, h, w) use `map_to_rows(x)`, whose channels come last."
+    expected = len(axes) + len(sizes.get("batch", ()))
+    if x.ndim == expected or ("batch" not in sizes and x.ndim > expected):
+        return ""
+    advice = f"It has {x.ndim} axes instead of {expected}."
+    if len(axes) > 2 and axes[-3] == "d" and axes[-2].startswith("h") and x.ndim == expected - 1:
+        return f"{advice} Maps are wanted: for rows (..., n, d) use `rows_to_map(x, size)`."
+    return advice
+
+
+def _advice_on_type(value: Any, hint: Any) -> str:
+    wanted = _describe_hint(hint)
+    record = hint if _is_record(hint) else None
+    if _is_numpy(value):
+        return "Use `torch.from_numpy(x)`."
+    if type(value).__module__.startswith("PIL."):
+        return "Convert it to a tensor first, such as with torchvision's `to_tensor`."
+    if type(value).__name__ == "Bank" and "Negatives" in wanted:
+        return "Use `bank_negatives(bank)`."
+    if isinstance(value, int) and "tuple[int, int]" in wanted:
+        return f"Give `(h, w)`, such as `({value}, {value})`."
+    if _is_record(type(value)) or not isinstance(value, list | tuple) or not value:
+        return ""
+
+    if record is not None and all(isinstance(item, record) for item in value):
+        name = "stack_views" if wanted == "View" else "stack"
+        return f"Stack them first: `{name}(x)`."
+    if record is not None and len(value) == len(record._fields):
+        return f"Use `{wanted}(*x)`."
+    if isinstance(value, list) and "tuple[" in wanted:
+        return "Use a tuple: `tuple(x)`."
+    if _array_hint(hint) is not None and all(isinstance(item, Tensor) for item in value):
+        return "Stack them first: `torch.stack(x)`."
+    if _array_hint(hint) is not None and isinstance(value, list):
+        return "Use `torch.tensor(x)`."
+    return ""
+
+
+def _array_hint(hint: Any) -> Any:
+    """Return the hint of a tensor, or that member of a union; None if there is none."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(filter(_is_array, members), None)

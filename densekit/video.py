@@ -5,13 +5,15 @@ import math
 import torch
 from densekit.numerics import (
     block_rows,
+    check,
+    check_temperature,
     full_precision,
     l2_normalize,
     map_to_rows,
     rows_to_map,
     widened,
 )
-from densekit.typing import Bool, Float, Tensor, typed
+from densekit.typing import Bool, Float, Scalar, Tensor, typed
 
 __all__ = ["boundary_f_measure", "propagate_labels", "propagate_video", "region_similarity"]
 
@@ -24,7 +26,7 @@ def propagate_labels(
     *,
     radius: int = 12,
     k: int = 5,
-    temperature: float = 0.1,
+    temperature: Scalar = 0.1,
     chunk: int = 1024,
 ) -> Float[Tensor, "c h w"]:
     """Propagate labels from earlier frames of a video to the next frame, by nearest neighbors.
@@ -63,12 +65,10 @@ def propagate_labels(
         Caron et al. 2021 (DINO), Sec 4.2.2; Jabri et al. 2020; CrOC, Appendix D.
     """
     t, _, h, w = context.shape
-    if min(t, k, chunk) < 1 or radius < 0 or not temperature > 0:
-        raise ValueError(
-            f"densekit.video.propagate_labels: there are {t} frames, k is {k}, chunk {chunk}, "
-            f"radius {radius} and temperature {temperature}; give 1 or more frames, a k and a "
-            "chunk of 1 or more, a radius of 0 or more, and a temperature above 0."
-        )
+    for name, number in {"the number of frames": t, "k": k, "chunk": chunk}.items():
+        check("video.propagate_labels", name, number, number >= 1, "1 or more")
+    check("video.propagate_labels", "radius", radius, radius >= 0, "0 or more")
+    check_temperature("video.propagate_labels", temperature)
 
     own = map_to_rows(features)
     known = map_to_rows(context).flatten(0, 1)
@@ -93,7 +93,7 @@ def propagate_labels(
 
 
 def _nearest_labels(
-    rows: Tensor, known: Tensor, labels: Tensor, excluded: Tensor, k: int, temperature: float
+    rows: Tensor, known: Tensor, labels: Tensor, excluded: Tensor, k: int, temperature: Scalar
 ) -> Tensor:
     """Average the labels of the k known cells that are nearest to each row; zeros without any."""
     best = (rows @ known.mT).masked_fill(excluded, -torch.inf).topk(min(k, len(known)))
@@ -111,7 +111,7 @@ def propagate_video(
     context: int = 7,
     radius: int = 12,
     k: int = 5,
-    temperature: float = 0.1,
+    temperature: Scalar = 0.1,
 ) -> Float[Tensor, "t c h w"]:
     """Propagate the labels of a video's first frame through all other frames.
 
@@ -142,11 +142,9 @@ def propagate_video(
     References:
         Caron et al. 2021 (DINO), Sec 4.2.2 (7 frames, radius 12, the 5 nearest); CrOC, Appendix D.
     """
-    if not len(features) or context < 0:
-        raise ValueError(
-            f"densekit.video.propagate_video: there are {len(features)} frames and context is "
-            f"{context}; give one or more frames, and a context of 0 or more."
-        )
+    count = len(features)
+    check("video.propagate_video", "the number of frames", count, count >= 1, "1 or more")
+    check("video.propagate_video", "context", context, context >= 0, "0 or more")
 
     options = {"radius": radius, "k": k, "temperature": temperature}
     labels = [widened(first)]

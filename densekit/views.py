@@ -15,6 +15,7 @@ import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
 from densekit.numerics import (
     broadcasts,
+    check,
     full_precision,
     readable,
     refuse_channels_last,
@@ -184,7 +185,7 @@ class Overlap(NamedTuple):
 @typed
 def full_view(
     size: Size | Int[Tensor, "*sizes 2"],
-    batch: tuple[int, ...] = (),
+    batch: int | tuple[int, ...] = (),
     *,
     device: torch.device | str | None = None,
 ) -> View:
@@ -192,7 +193,7 @@ def full_view(
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
-        batch: Leading axes of the result, in front of those of `size`.
+        batch: Leading axes of the result, in front of those of `size`; a number is one axis.
         device: Device of the result; by default the device of the sizes.
 
     Returns:
@@ -214,6 +215,7 @@ def full_view(
         )
     height, width = _height_and_width(size, device)
     corner = torch.zeros_like(width)
+    batch = (batch,) if isinstance(batch, int) else batch
     box = torch.stack([corner, corner, width, height], -1)
     box = box.expand(*batch, *box.shape).contiguous()
     flip = torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device)
@@ -446,7 +448,7 @@ def views_to(view: View, device: torch.device | str, *, non_blocking: bool = Fal
 @typed
 def sample_views(
     size: Size | Int[Tensor, "*sizes 2"],
-    batch: tuple[int, ...] = (),
+    batch: int | tuple[int, ...] = (),
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -464,7 +466,7 @@ def sample_views(
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
-        batch: Leading axes of the result, in front of those of `size`.
+        batch: Leading axes of the result, in front of those of `size`; a number is one axis.
         scale: Smallest and largest share of the image's area.
         ratio: Smallest and largest width divided by height.
         flip: Probability that a view is mirrored left to right.
@@ -505,6 +507,7 @@ def sample_views(
     height, width = _height_and_width(size, device)
 
     # For each view: ten areas, ten ratios, the position (x, y), the flip.
+    batch = (batch,) if isinstance(batch, int) else batch
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
 
@@ -543,7 +546,7 @@ def sample_views(
 @typed
 def sample_view_pairs(
     size: Size | Int[Tensor, "*sizes 2"],
-    batch: tuple[int, ...] = (),
+    batch: int | tuple[int, ...] = (),
     *,
     min_overlap: float = 0.0,
     attempts: int = 10,
@@ -562,7 +565,7 @@ def sample_view_pairs(
 
     Args:
         size: Size `(h, w)` of the image in pixels, or one size for each image.
-        batch: Leading axes of the result, in front of those of `size`.
+        batch: Leading axes of the result, in front of those of `size`; a number is one axis.
         min_overlap: Smallest allowed intersection over union of the two crops.
         attempts: Number of pairs that are sampled for each image when `min_overlap` is above 0.
         scale: As in `sample_views`.
@@ -586,12 +589,11 @@ def sample_view_pairs(
     References:
         DenseSiam, Sec 3.2 and App A.
     """
-    if not (0 <= min_overlap <= 1 and attempts >= 1):
-        raise ValueError(
-            f"densekit.views.sample_view_pairs: min_overlap is {min_overlap} and attempts "
-            f"{attempts}; give an overlap in [0, 1] and at least one attempt."
-        )
+    fits = 0 <= min_overlap <= 1
+    check("views.sample_view_pairs", "min_overlap", min_overlap, fits, "an overlap in [0, 1]")
+    check("views.sample_view_pairs", "attempts", attempts, attempts >= 1, "1 or more")
 
+    batch = (batch,) if isinstance(batch, int) else batch
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
         size,
@@ -955,12 +957,12 @@ def intersect_views(view1: View, view2: View) -> Overlap:
 
 
 @typed
-def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
+def coordinate_map(view: View, size: int | Size) -> Float[Tensor, "*batch h w 2"]:
     """Compute the image coordinates of the cell centers of a view's h x w map.
 
     Args:
         view: One view for each batch entry.
-        size: Size `(h, w)` of the map in cells.
+        size: Size `(h, w)` of the map in cells; a number K means K x K.
 
     Returns:
         `(x, y)` of each cell's center in the image frame, in pixels. Where the view's box is not
@@ -978,8 +980,8 @@ def coordinate_map(view: View, size: Size) -> Float[Tensor, "*batch h w 2"]:
     References:
         DenseSiam, Fig 3; PixPro (its distance between pixels).
     """
-    h, w = size
-    if min(size) <= 0:
+    h, w = (size, size) if isinstance(size, int) else size
+    if min(h, w) <= 0:
         raise ValueError(f"densekit.views.coordinate_map: size is {size}; give a positive (h, w).")
 
     dtype = torch.promote_types(view.box.dtype, torch.float32)

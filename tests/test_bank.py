@@ -366,14 +366,12 @@ def test_processes_that_push_gathered_keys_hold_one_bank_in_rank_order(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "dim", "dtype"),
-    [(0, 2, torch.float32), (-1, 2, torch.float32), (2, 0, torch.float32), (2, 2, torch.int64)],
+    ("name", "value"), [("size", 0), ("size", -1), ("dim", 0), ("dtype", torch.int64)]
 )
-def test_a_bank_without_rows_or_numbers_is_refused(size, dim, dtype):
-    match = f"bank.init_bank: size is {size}, dim {dim} and dtype {dtype}"
+def test_a_bank_without_rows_or_numbers_is_refused(name, value):
     for random in (False, True):
-        with pytest.raises(ValueError, match=match):
-            init_bank(size, dim, dtype=dtype, random=random)
+        with pytest.raises(ValueError, match=f"bank.init_bank: {name} is {value}; give "):
+            init_bank(**{"size": 2, "dim": 2, "random": random, name: value})
 
 
 def test_keys_that_do_not_fit_are_refused():

@@ -21,6 +21,7 @@ from densekit import (
     sinkhorn,
     sinkhorn_merge,
     split_assignments,
+    swav_codes,
 )
 
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
@@ -308,10 +309,97 @@ def test_rows_spread_over_processes_have_the_plan_of_one(bounds):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.parametrize("options", [{"reg": 0.0}, {"reg": -1.0}, {"reg": math.nan}, {}])
-def test_transport_without_strength_or_iterations_is_refused(options):
-    options = {"reg": 0.1, "iterations": 0 if not options else 3} | options
-    found = re.escape(f"reg is {options['reg']} and iterations is {options['iterations']}")
+# ---- SwAV's codes --------------------------------------------------------------------------------
+
+
+def swavs_program(scores, epsilon, iterations):
+    """SwAV's pseudo-code as the paper tells it, in plain float64: prototypes in rows."""
+    plan = (scores.double() / epsilon).exp().T
+    plan = plan / plan.sum()
+    prototypes, samples = plan.shape
+    for _ in range(iterations):
+        plan = plan / plan.sum(1, keepdim=True) / prototypes
+        plan = plan / plan.sum(0, keepdim=True) / samples
+    return (plan * samples).T
+
+
+@given(st.data())
+def test_codes_are_those_of_swavs_program(data):
+    n, k = data.draw(st.integers(1, 9), label="n"), data.draw(st.integers(1, 6), label="k")
+    scores = data.draw(tensors((n, k), low=-1, high=1), label="scores")
+    options = {
+        "epsilon": data.draw(st.floats(0.02, 2), label="epsilon"),
+        "iterations": data.draw(st.integers(1, 6), label="iterations"),
+    }
+    got = swav_codes(scores, **options)
+    torch.testing.assert_close(got, swavs_program(scores, **options), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.sum(-1), torch.ones(n, dtype=torch.float64), **CLOSE)
+    options["reg"] = options.pop("epsilon")
+    other_side = n * sinkhorn(-scores.mT, **options).mT
+    torch.testing.assert_close(other_side, got, rtol=1e-9, atol=1e-12)
+    assert torch.equal(swav_codes(scores), swav_codes(scores, epsilon=0.05, iterations=3))
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), generators())
+def test_codes_see_no_shift_of_a_prototype_or_of_all(n, k, iterations, generator):
+    scores = uniform(generator, n, k, low=-1)
+    shifts = uniform(generator, k, low=-50), uniform(generator, 1, low=-50)
+    want = swav_codes(scores, iterations=iterations)
+    for shift in shifts:
+        got = swav_codes(scores + shift, iterations=iterations)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(1, 6), st.integers(2, 4), generators(), st.floats(1, 1e4))
+def test_codes_of_any_scores_are_finite_and_use_the_prototypes(n, k, generator, size):
+    scores = size * uniform(generator, n, k, low=-1, dtype=torch.float32)
+    got = swav_codes(scores)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.sum(-1), torch.ones(n))
+    far = torch.cat([scores, torch.full((n, 1), -torch.inf)], -1)  # nobody may use it
+    torch.testing.assert_close(swav_codes(far)[:, :k], got)
+    assert (swav_codes(far)[:, k] == 0).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 4), generators())
+def test_codes_of_the_samples_that_are_left_in_are_those_of_these_alone(n, k, generator):
+    scores, valid = uniform(generator, n, k, low=-1), flips(generator, n)
+    got = swav_codes(scores.masked_fill(~valid[:, None], -torch.inf))
+    torch.testing.assert_close(got[valid], swav_codes(scores[valid]), **CLOSE)
+    assert (got[~valid] == 0).all()
+
+
+def codes_of_a_part(rank, group, problems, bounds):
+    return [swav_codes(x[..., slice(*bounds[rank : rank + 2]), :], group=group) for x in problems]
+
+
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9), (0, 1, 4, 4, 9)])
+def test_codes_on_several_processes_are_those_of_one(bounds):
+    scores = uniform(seeded(), 2, 9, 4, low=-1)
+    left = torch.where(torch.arange(9)[:, None] < 3, -torch.inf, scores[0])
+    dead = torch.where(torch.arange(4) < 1, -torch.inf, scores[0])
+    problems = [scores, scores[0] * 100, left, dead]
+    parts = on_processes(len(bounds) - 1, codes_of_a_part, problems, bounds)
+    for number, x in enumerate(problems):
+        got = torch.cat([codes[number] for codes in parts], -2)
+        torch.testing.assert_close(got, swav_codes(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(swav_codes(scores[0]), swavs_program(scores[0], 0.05, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epsilon", 0.0), ("epsilon", math.nan), ("iterations", 0)]
+)
+def test_codes_without_smoothness_or_iterations_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"clustering.swav_codes: {name} is {value}; give "):
+        swav_codes(torch.zeros(2, 2), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("reg", 0.0), ("reg", -1.0), ("reg", math.nan), ("iterations", 0)]
+)
+def test_transport_without_strength_or_iterations_is_refused(name, value):
+    options = {"reg": 0.1, "iterations": 3, name: value}
+    found = re.escape(f"{name} is {value}; give ")
     with pytest.raises(ValueError, match=f"clustering.sinkhorn: {found}"):
         sinkhorn(torch.zeros(2, 2), **options)
     problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(2)
@@ -1021,8 +1109,8 @@ def test_the_steps_are_compared_by_the_cost_that_is_asked_for():
 @pytest.mark.parametrize(("count", "most"), [(1, None), (0, None), (3, 1), (1, 5), (3, -2)])
 def test_fewer_than_two_clusters_are_refused(count, most):
     problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(count)
-    said = f"sinkhorn_merge: there are {count} start tokens and max_clusters is {most};"
-    with pytest.raises(ValueError, match=said):
+    said = f"number of start tokens is {count}" if count < 2 else f"max_clusters is {most}"
+    with pytest.raises(ValueError, match=f"sinkhorn_merge: (the )?{said}; give 2"):
         sinkhorn_merge(*problem, max_clusters=most)
 
 

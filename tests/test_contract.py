@@ -239,6 +239,14 @@ def rows_of_a_map(batch, n, dtype, generator):
     return (rows(batch, 12, dtype, generator, n),)
 
 
+def rows_and_valid(batch, n, dtype, generator):
+    return rows(batch, n, dtype, generator), flips(generator, *batch, n)
+
+
+def rows_and_prototypes(batch, n, dtype, generator):
+    return (uniform(generator, *batch, n, n + 1, low=-1).to(dtype),)
+
+
 def rows_and_columns(batch, n, dtype, generator):
     return tuple(rows(batch, count, dtype, generator) for count in (n, n + 1))
 
@@ -659,6 +667,13 @@ TABLE = [
     ),
     row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
     row("info_nce", masked_negatives, (0, 1, 2), temperature=0.5, reduction="none"),
+    row("variance_covariance", one_set, (0,)),
+    row(
+        "variance_covariance",
+        rows_and_valid,
+        (0,),
+        call=lambda x, valid: dk.variance_covariance(x, valid, target=2.0, epsilon=0.1),
+    ),
     row(
         "init_bank",
         nothing,
@@ -696,6 +711,7 @@ TABLE = [
         without=DETACHED | {"batched": "the mean over all the axes together is what it is for"},
     ),
     row("sinkhorn", costs_and_marginals, (0, 1, 2), reg=0.5, iterations=3, close=4),
+    row("swav_codes", rows_and_prototypes, epsilon=0.5, without=DETACHED, close=4),
     row("positional_cost", two_point_sets, (0, 1), close=4),
     row("sample_tokens", weights_to_draw, count=2, without=DRAWS | SYMBOLIC | DETACHED),
     row("sinkhorn_merge", clustering, without=DETACHED, close=8),

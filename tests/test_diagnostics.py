@@ -373,7 +373,7 @@ def test_zero_padding_and_a_wide_kernel_show_as_bias():
     assert layer_bias(narrow, objects, [""]).mean_cosine.item() == pytest.approx(1, abs=1e-5)
     assert layer_bias(narrow, objects, [""]).coupling_rate.item() == pytest.approx(1, abs=1e-5)
     assert layer_bias(wide, objects, [""]).mean_cosine < 0.95
-    with pytest.raises(ValueError, match="two or more objects"):
+    with pytest.raises(ValueError, match="the number of objects is 1; give 2 or more"):
         layer_bias(narrow, objects[:1], [""])
 
 
@@ -530,7 +530,7 @@ def test_the_diagnostics_refuse_what_does_not_fit():
         coupling_rate(maps, maps[:, :2], place, place)
     with pytest.raises(TypeError, match="coupling_rate: argument 'box_b'"):
         coupling_rate(maps, maps, place, place[:1])
-    with pytest.raises(ValueError, match="the map 0 x 4"):
+    with pytest.raises(ValueError, match="the map is 0 x 4"):
         mean_cosine_similarity(maps[:, :, :0])
 
 

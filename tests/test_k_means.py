@@ -185,8 +185,8 @@ def test_no_points_leave_the_centroids_where_they_are():
 
 @pytest.mark.parametrize(("count", "iterations"), [(0, 5), (2, -1)])
 def test_kmeans_without_centroids_or_with_negative_iterations_is_refused(count, iterations):
-    said = f"kmeans: there are {count} centroids and iterations is {iterations};"
-    with pytest.raises(ValueError, match=said):
+    said = "iterations is -1" if count else "the number of centroids is 0"
+    with pytest.raises(ValueError, match=f"kmeans: {said};"):
         kmeans(torch.zeros(3, 2), torch.zeros(count, 2), iterations=iterations)
 
 
@@ -237,9 +237,8 @@ def test_centroids_are_drawn_by_their_squared_distance():
 
 @pytest.mark.parametrize(("n", "count"), [(3, -1), (0, 2)])
 def test_centroids_that_cannot_be_drawn_are_refused(n, count):
-    with pytest.raises(
-        ValueError, match=f"kmeans_plus_plus: count is {count} and there are {n} points"
-    ):
+    said = f"the number of points is {n}" if count > 0 else f"count is {count}"
+    with pytest.raises(ValueError, match=f"kmeans_plus_plus: {said}; give"):
         kmeans_plus_plus(torch.zeros(n, 2), count)
     assert kmeans_plus_plus(torch.zeros(0, 2), 0).shape == (0, 2)
 
@@ -522,8 +521,9 @@ def test_batches_far_from_the_origin_find_the_same_clusters():
     [{"clusters": 0}, {"steps": -1}, {"batch": 0}, {"sample": 0}, {"iterations": -1}, {"n": 0}],
 )
 def test_batches_that_make_no_sense_are_refused(options):
+    ((name, value),) = options.items()
     options = {"clusters": 2, "n": 3} | options
     points = torch.zeros(options.pop("n"), 2)
-    found = "clusters is" if len(points) else "there is no point"
+    found = f"{name} is {value}; give" if len(points) else "there is no point"
     with pytest.raises(ValueError, match=rf"minibatch_kmeans: {found}"):
         minibatch_kmeans(points, **options)

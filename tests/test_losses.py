@@ -1,5 +1,6 @@
 """Losses against closed forms, torch's own, and the authors' numbers; and what `valid` promises."""
 
+import inspect
 import math
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,25 @@ from hypothesis import strategies as st
 from processes import on_processes
 from strategies import BATCHES, batches, flips, generators, tensors, uniform, valid_rows
 from torch.utils._pytree import tree_leaves
+import densekit
 from densekit import (
     Negatives,
+    affinity_matrix,
     cross_entropy_similarity,
     gridsample_pairs,
     info_nce,
+    knn_votes,
+    map_to_rows,
     negative_cosine,
+    object_knn,
     pool_masks,
+    propagate_labels,
+    propagate_video,
     sample_view_pairs,
     self_distillation,
     symmetric_loss,
     update_center,
+    variance_covariance,
 )
 
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
@@ -686,7 +695,7 @@ def test_the_symmetric_loss_hands_positional_arguments_on():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_symmetric_loss_wants_two_of_each(count):
-    with pytest.raises(ValueError, match=f"{count} students and 2 teachers"):
+    with pytest.raises(ValueError, match=f"the number of students is {count}; give 2"):
         symmetric_loss(negative_cosine, (torch.eye(2),) * count, (torch.eye(2),) * 2)
 
 
@@ -722,6 +731,150 @@ def test_negatives_that_do_not_fit_are_refused():
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match=f"densekit.losses.info_nce: temperature is {temperature}"):
         info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
+
+
+# ------------------------------------------------------------------------- maps are not rows
+
+
+def center_of(teacher, _):
+    return update_center(teacher.new_zeros(teacher.shape[-1]), teacher)
+
+
+def terms_of(rows, _):
+    return variance_covariance(rows)
+
+
+ON_ROWS = [*LOSSES, center_of, terms_of]
+on_rows = pytest.mark.parametrize("loss", ON_ROWS, ids=lambda f: f.__name__)
+
+
+@on_rows
+@given(
+    batch=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    side=st.integers(1, 5),
+    data=st.data(),
+)
+def test_what_looks_like_a_map_is_refused_and_its_rows_are_not(loss, batch, side, data):
+    channels = data.draw(st.integers(max(side, 3) + 1, 8), label="channels")
+    maps = data.draw(tensors((*batch, channels, side, side)), label="maps")
+    with pytest.raises(
+        TypeError, match=r"channels last.*\(\.\.\., d, h, w\); use `map_to_rows"
+    ) as caught:
+        loss(maps, maps)
+    assert str(tuple(maps.shape)) in str(caught.value)
+    loss(map_to_rows(maps), map_to_rows(maps))
+
+
+@on_rows
+@given(data=st.data())
+def test_rows_are_never_taken_for_maps(loss, data):
+    """Up to one leading axis; up to 3 heads or views; no more heads than channels; n not d."""
+    n, d = (data.draw(st.integers(1, 6), label=name) for name in "nd")
+    most = 8 if n != d else max(d, 3)
+    heads = data.draw(st.integers(1, most), label="heads")
+    few = data.draw(st.sampled_from([(n, d), (9, n, d), (2, heads, n, d), (2, 3, heads, n, d)]))
+    rows = data.draw(tensors(few), label="rows")
+    loss(rows, rows)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 7, 7), (8, 2048, 7, 7), (2, 384, 14, 14), (4, 512, 1, 1)]
+)
+def test_maps_of_networks_are_refused(shape):
+    maps = torch.zeros(()).expand(shape)
+    for loss in ON_ROWS:
+        with pytest.raises(TypeError, match="looks like that of maps"):
+            loss(maps, maps)
+
+
+# ------------------------------------------------------------ which side gets which gradient
+
+SHAPES = {
+    **dict.fromkeys(("student", "teacher", "query", "key", "rows"), (4, 3)),
+    "negatives": (5, 3),
+    "center": (3,),
+    **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), ()),
+}
+OTHERS = {"valid", "reduction", "momentum", "group", "target", "epsilon"}
+ALL_LOSSES = [
+    getattr(densekit, name)
+    for name in densekit.losses.__all__
+    if name not in {"VarianceCovariance", "symmetric_loss"}  # a record; as its loss does
+]
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda f: f.__name__)
+def test_the_name_of_an_argument_says_whether_it_is_detached(loss):
+    names = inspect.signature(loss).parameters.keys() - OTHERS
+    leaves = {
+        name: (uniform(seeded(i), *SHAPES[name]) + 0.1).requires_grad_()
+        for i, name in enumerate(sorted(names))
+    }
+    total = sum(x.sum() for x in tree_leaves(loss(**leaves)))
+    detached = {name for name in names if name.startswith(("teacher", "center"))}
+    if loss is update_center:  # it has no other arguments
+        assert detached == names
+        assert not total.requires_grad
+        return
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        assert (grad is None) == (name in detached), name
+        assert grad is None or (grad != 0).any(), name
+
+
+# ---------------------------------------------------------------- temperatures that are tensors
+
+X, Y = (uniform(seeded(i), 6, 4, low=-1) for i in range(2))
+LABELS = torch.arange(6) % 2
+MAPS = uniform(seeded(2), 3, 2, 2, 2, low=-1)
+SHARES = uniform(seeded(3), 3, 2, 2, 2)
+WITH_TEMPERATURE = {
+    "info_nce": lambda t: info_nce(X, Y, temperature=t),
+    "info_nce of negatives": lambda t: info_nce(X, Y, Y.flip(0), temperature=t),
+    "self_distillation": lambda t: self_distillation(X, Y, X[0], student_temperature=t),
+    "affinity_matrix": lambda t: affinity_matrix(X, Y, temperature=t)[0],
+    "knn_votes": lambda t: knn_votes(X, Y, LABELS, classes=2, k=3, temperature=t)[0],
+    "object_knn": lambda t: object_knn(X, LABELS, Y, LABELS, classes=2, k=3, temperature=t).macro,
+    "propagate_labels": lambda t: propagate_labels(MAPS[0], MAPS[1:], SHARES[1:], temperature=t),
+    "propagate_video": lambda t: propagate_video(MAPS, SHARES[0], temperature=t)[1],
+}
+
+
+def test_every_function_with_a_temperature_is_in_the_table():
+    functions = {name for name in densekit.__all__ if inspect.isfunction(getattr(densekit, name))}
+    takes = {
+        name
+        for name in functions
+        if any("temperature" in x for x in inspect.signature(getattr(densekit, name)).parameters)
+    }
+    assert takes == {name.split()[0] for name in WITH_TEMPERATURE}
+
+
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_may_be_a_tensor_and_is_learned(name, dtype):
+    call = WITH_TEMPERATURE[name]
+    temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    got, want = call(temperature), call(temperature.item())
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    if name != "object_knn":  # counts
+        close = {"atol": 1e-6, "rtol": 1e-4}
+        assert torch.autograd.gradcheck(
+            call, temperature.detach().double().requires_grad_(), **close
+        )
+        assert torch.autograd.grad(got.sum(), temperature)[0].isfinite()
+
+
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
+def test_the_value_of_a_temperature_is_not_read(name):
+    """Under vmap nobody can read it, and a compiled graph has no break at it."""
+    call = WITH_TEMPERATURE[name]
+    several = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(call)(several), torch.stack([call(t) for t in several]))
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(several[0]), call(several[0]))
 
 
 # --------------------------------------------------------------------- the authors' numbers
@@ -975,3 +1128,121 @@ def test_the_ends_of_the_center_are_exact_whatever_the_values(dtype):
 def test_a_momentum_of_the_center_outside_the_unit_range_is_refused(momentum):
     with pytest.raises(ValueError, match=f"update_center: momentum is {momentum}"):
         update_center(torch.zeros(2), torch.eye(2), momentum=momentum)
+
+
+# ------------------------------------------------------------------- variance and covariance
+
+
+def terms_of_one_set(rows, target=1.0, epsilon=1e-4):
+    """VICReg's two terms of the rows (n, d) of one set, by torch's own statistics."""
+    n, d = rows.shape
+    if n < 2:
+        return [rows.sum() * 0] * 2
+    covariance = torch.atleast_2d(torch.cov(rows.T))
+    variance = (target - (rows.var(0) + epsilon).sqrt()).clamp(min=0).mean()
+    return [variance, (covariance - torch.diag(covariance.diagonal())).square().sum() / d]
+
+
+@given(pairs(), st.floats(0, 3), st.floats(1e-6, 1))
+def test_variance_and_covariance_are_those_of_torchs_statistics(pair, target, epsilon):
+    rows, _, valid = pair
+    options = {"target": target, "epsilon": epsilon}
+    got = variance_covariance(rows, valid, **options)
+    sets = math.prod(rows.shape[:-2])
+    flat, mask = rows.reshape(sets, *rows.shape[-2:]), valid.reshape(sets, rows.shape[-2])
+    want = [terms_of_one_set(x[keep], **options) for x, keep in zip(flat, mask, strict=True)]
+    for i, term in enumerate(got):
+        assert term.shape == rows.shape[:-2]
+        wanted = torch.stack([terms[i] for terms in want]) if want else term.flatten()
+        torch.testing.assert_close(term.flatten(), wanted, rtol=1e-10, atol=1e-10)
+
+
+@given(st.integers(2, 6), st.integers(1, 4), generators())
+def test_constant_rows_have_the_largest_variance_term_and_no_covariance(n, d, generator):
+    rows = uniform(generator, 1, d, low=-9).expand(n, d).clone().requires_grad_()
+    got = variance_covariance(rows)
+    torch.testing.assert_close(got.variance.item(), 1 - 1e-4**0.5)
+    assert got.covariance < 1e-20
+    for grad in torch.autograd.grad(got.variance, rows):
+        assert grad.isfinite().all()
+
+
+@given(st.integers(2, 5), st.integers(2, 4), st.integers(2, 3), generators())
+def test_copies_change_the_terms_as_they_change_the_number_of_rows(n, d, copies, generator):
+    rows = uniform(generator, n, d, low=-1)
+    once = variance_covariance(rows)
+    many = variance_covariance(rows.repeat(copies, 1))
+    grown = copies * (n - 1) / (copies * n - 1)  # of the covariances, which divide by n - 1
+    torch.testing.assert_close(many.covariance, once.covariance * grown**2, **CLOSE)
+    want = variance_covariance(rows * grown**0.5)
+    torch.testing.assert_close(many.variance, want.variance, **CLOSE)
+    # A channel that repeats another one is what the covariance finds.
+    twice = variance_covariance(torch.cat([rows, rows], 1))
+    assert twice.covariance > once.covariance
+    torch.testing.assert_close(twice.variance, once.variance, **CLOSE)
+
+
+@given(pairs(), st.floats(-100, 100))
+def test_a_shift_of_all_rows_changes_neither_term(pair, shift):
+    rows, _, valid = pair
+    for got, want in zip(
+        variance_covariance(rows + shift, valid), variance_covariance(rows, valid), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@given(pairs())
+def test_rows_that_are_not_valid_reach_neither_term_nor_gradient(pair):
+    rows, _, valid = pair
+    bad = torch.where(valid[..., None], rows, torch.nan).requires_grad_()
+    got, want = variance_covariance(bad, valid), variance_covariance(rows, valid)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    (grad,) = torch.autograd.grad(sum(x.sum() for x in got), bad)
+    assert grad.isfinite().all()
+    assert (grad[~valid] == 0).all()
+
+
+def terms_of_a_part(rank, group, problems, bounds):
+    results = []
+    for rows, valid in problems:
+        part = slice(*bounds[rank : rank + 2])
+        leaf = rows[..., part, :].clone().requires_grad_()
+        terms = variance_covariance(leaf, None if valid is None else valid[..., part], group=group)
+        total = terms.variance.sum() + 3 * terms.covariance.sum()
+        (grad,) = torch.autograd.grad(total, leaf)
+        results.append((*(x.detach() for x in terms), grad / group.size()))
+    return results
+
+
+@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9), (0, 1, 3, 3, 9)])
+def test_terms_and_gradients_of_several_processes_are_those_of_one(bounds):
+    rows = uniform(seeded(), 2, 9, 3, low=-1)
+    problems = [(rows, None), (rows, flips(seeded(1), 2, 9)), (rows[0], torch.arange(9) < 2)]
+    parts = on_processes(len(bounds) - 1, terms_of_a_part, problems, bounds)
+    for i, (x, valid) in enumerate(problems):
+        leaf = x.clone().requires_grad_()
+        want = variance_covariance(leaf, valid)
+        total = want.variance.sum() + 3 * want.covariance.sum()
+        (grad,) = torch.autograd.grad(total, leaf)
+        for part in parts:
+            torch.testing.assert_close(part[i][:2], tuple(want), **CLOSE)
+        got = torch.cat([part[i][2] for part in parts], -2)
+        torch.testing.assert_close(got, grad, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "value"), [("target", -1.0), ("epsilon", 0.0)])
+def test_a_spread_that_makes_no_sense_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"variance_covariance: {name} is {value}; give"):
+        variance_covariance(torch.eye(2), **{name: value})
+
+
+def test_one_row_without_negatives_has_no_loss():
+    row = uniform(seeded(), 3, 1, 4)
+    assert in_set(row, row.flip(0)) == 0
+
+
+def test_a_query_that_finds_its_own_key_among_the_negatives_has_a_loss_of_log_two():
+    query = torch.eye(8, dtype=torch.float64)
+    assert info_nce(query[:4], query[:4], query[4:], temperature=0.1) < 1e-3
+    assert info_nce(query[:4], query[:4], query, temperature=0.1) > math.log(2)

@@ -27,12 +27,18 @@ from densekit import (
     candidate_regions,
     coordinate_map,
     full_view,
+    info_nce,
     intersect_views,
+    l2_normalize,
+    map_to_rows,
+    masked_mean,
     match_by_feature,
     match_by_place,
     matching,
+    negative_cosine,
     positive_pairs,
     roi_align,
+    sample_view_pairs,
     sample_views,
     take_rows,
 )
@@ -129,7 +135,7 @@ def test_a_limit_beyond_everything_is_no_limit(pair, size1, size2):
 
 @given(views(), sizes(1, 5), generators())
 def test_a_view_and_its_mirror_image_match_cell_by_cell(view, size, generator):
-    mirrored = View(view.box, flips(generator, *view.flip.shape) ^ view.flip)
+    mirrored = View(view.box, flips(generator, *view.flip.shape) ^ view.flip, *view[2:])
     got = match_by_place(view, mirrored, size)
     own = torch.arange(size[0] * size[1]).view(size)
     same = (view.flip == mirrored.flip)[..., None, None]
@@ -146,8 +152,8 @@ def test_degenerate_views_match_nothing_and_leave_other_images_alone(data, size)
     good = data.draw(overlapping_views((2,)), label="good")
     bad = data.draw(degenerate_boxes((2,)), label="bad")
     for broken in (0, 1):
-        both = [View(torch.cat([v.box, v.box]), torch.cat([v.flip, v.flip])) for v in good]
-        both[broken] = View(torch.cat([good[broken].box, bad]), both[broken].flip)
+        both = [View(*(torch.cat([field, field]) for field in view)) for view in good]
+        both[broken] = View(torch.cat([good[broken].box, bad]), *both[broken][1:])
         got, want = match_by_place(*both, size), match_by_place(*good, size)
         assert not got.valid[2:].any()
         assert (got.distance[2:] == torch.inf).all()
@@ -315,6 +321,55 @@ def test_rows_of_any_dtype_are_taken():
         assert got.sum(-1).tolist() == [3, 0]
 
 
+# ------------------------------------------------------------------ methods, in a few lines
+
+
+def densecl(maps, views, valid):
+    rows1, rows2 = map(map_to_rows, maps)
+    found = match_by_feature(rows1, rows2)
+    use = found.valid & valid[:, None]
+    return info_nce(rows1, take_rows(rows2, found.indices2), valid=use, temperature=0.2)
+
+
+def pixpro(maps, views, valid):
+    rows1, rows2 = (l2_normalize(map_to_rows(x)) for x in maps)
+    near = positive_pairs(*views, (3, 4), (4, 2), valid)
+    return -masked_mean(rows1 @ rows2.mT, near)
+
+
+def vicregl(maps, views, valid):
+    rows1, rows2 = map(map_to_rows, maps)
+    found = match_by_place(*views, (3, 4), (4, 2), valid, max_distance=None, best=5)
+    one, other = take_rows(rows1, found.indices1), take_rows(rows2, found.indices2)
+    return masked_mean((one - other).square().mean(-1), found.valid)
+
+
+def resim(maps, views, valid):
+    regions = candidate_regions(*views, 8, valid, window=2, stride=2)
+    boxes = regions.boxes1, regions.boxes2
+    pooled = [roi_align(x, at, 1, regions.valid) for x, at in zip(maps, boxes, strict=True)]
+    rows1, rows2 = (x.features.flatten(-3) for x in pooled)
+    return negative_cosine(rows1, rows2, pooled[0].valid & pooled[1].valid)
+
+
+@pytest.mark.parametrize("method", [densecl, pixpro, vicregl, resim])
+def test_a_pair_of_views_that_overlap_too_little_changes_no_method(method):
+    pairs = sample_view_pairs(
+        (48, 64), (12,), scale=(0.1, 0.6), min_overlap=0.3, attempts=1, generator=seeded()
+    )
+    assert 0 < pairs.valid.sum() < 12
+    maps = [uniform(seeded(i), 12, 5, *size) for i, size in enumerate(((3, 4), (4, 2)))]
+    maps = [x.requires_grad_() for x in maps]
+    views = pairs.view1, pairs.view2
+    total = method(maps, views, pairs.valid)
+    kept = [x[pairs.valid] for x in maps]
+    some = [View(*(field[pairs.valid] for field in view)) for view in views]
+    torch.testing.assert_close(total, method(kept, some, pairs.valid[pairs.valid]), **CLOSE)
+    (grad,) = torch.autograd.grad(total, maps[:1])
+    assert (grad[~pairs.valid] == 0).all()
+    assert grad.any()
+
+
 # ---------------------------------------------------------------------------------- errors
 
 
@@ -330,7 +385,7 @@ def test_what_makes_no_sense_is_refused():
         for limit in (-0.1, float("nan")):
             with pytest.raises(ValueError, match=r"densekit.matching.*: max_distance is .*give 0"):
                 call(max_distance=limit)
-    with pytest.raises(ValueError, match=r"match_by_feature: .* best -1; give 0 or more, or None"):
+    with pytest.raises(ValueError, match=r"match_by_feature: best is -1; give 0 or more, or None"):
         match_by_feature(rows, rows, best=-1)
     with pytest.raises(TypeError, match=r"match_by_feature: argument 'metric'"):
         match_by_feature(rows, rows, metric="dot")
@@ -339,7 +394,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(TypeError, match=r"match_by_place: argument 'view2.box'"):
         match_by_place(view, full_view((8, 8), (2,)), 2)
     for size, window, stride in ((8, 9, 1), ((8, 4), 5, 1), (8, 0, 1), (8, 2, 0)):
-        with pytest.raises(ValueError, match=r"candidate_regions: size is .* holds the window"):
+        with pytest.raises(ValueError, match=r"candidate_regions: (size|window|stride) is"):
             candidate_regions(view, view, size, window=window, stride=stride)
     with pytest.raises(TypeError, match=r"take_rows: argument 'indices'"):
         take_rows(rows, torch.zeros(2))

@@ -280,6 +280,10 @@ def test_maps_of_any_dtype_become_rows(dtype):
     assert map_to_rows(maps).dtype == rows_to_map(map_to_rows(maps), (4, 5)).dtype == dtype
 
 
+def test_a_number_is_a_square_map():
+    assert torch.equal(rows_to_map(torch.eye(9), 3), rows_to_map(torch.eye(9), (3, 3)))
+
+
 @pytest.mark.parametrize("size", [(2, 3), (5, 2), (12, 0), (-3, -4), (1, 1)])
 def test_rows_that_fill_no_map_of_this_size_are_refused(size):
     with pytest.raises(ValueError, match=r"rows_to_map: size is \(.*but there are 12 rows; give"):

@@ -329,10 +329,10 @@ def test_a_box_without_bins_is_refused(size):
 
 
 def test_a_negative_ratio_and_a_map_without_cells_are_refused():
-    with pytest.raises(ValueError, match=r"densekit.pooling.roi_align: .*sampling_ratio -1"):
+    with pytest.raises(ValueError, match=r"densekit.pooling.roi_align: sampling_ratio is -1"):
         roi_align(torch.zeros(1, 2, 2), torch.zeros(1, 4), 2, sampling_ratio=-1)
     for h, w in ((0, 2), (2, 0)):
-        with pytest.raises(ValueError, match=f"densekit.pooling.roi_align: .*map {h} x {w}"):
+        with pytest.raises(ValueError, match=f"densekit.pooling.roi_align: the map is {h} x {w}"):
             roi_align(torch.zeros(1, h, w), torch.zeros(1, 4), 2)
 
 
@@ -409,7 +409,8 @@ def test_levels_change_at_half_and_twice_the_canonical_size():
 
 @pytest.mark.parametrize("options", [{"levels": (3, 2)}, {"canonical_size": 0.0}])
 def test_levels_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match=r"densekit.pooling.assign_levels: levels are .* above 0"):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"densekit.pooling.assign_levels: {name} is .*; give"):
         assign_levels(torch.zeros(2, 4), **options)
 
 

@@ -635,10 +635,10 @@ def test_no_patches_are_refused(size):
 
 def test_patches_of_what_does_not_fit_are_refused():
     view, maps = full_view((4, 4), (2,)), torch.zeros(2, 3, 5, 5)
-    with pytest.raises(ValueError, match=r"patch_pairs: .*sampling_ratio -1"):
+    with pytest.raises(ValueError, match=r"patch_pairs: sampling_ratio is -1; give"):
         patch_pairs(maps, maps, view, view, sampling_ratio=-1)
     for pair in ((maps, maps[..., :0]), (maps[..., :0, :], maps)):
-        with pytest.raises(ValueError, match=r"densekit.sampling.patch_pairs: .*maps with cells"):
+        with pytest.raises(ValueError, match=r"patch_pairs: the .* map is .* with cells"):
             patch_pairs(*pair, view, view)
     with pytest.raises(TypeError, match=r"'features2' should be .* d=3.*\(2, 4, 5, 5\)"):
         patch_pairs(maps, torch.zeros(2, 4, 5, 5), view, view)

@@ -189,7 +189,8 @@ def test_a_negative_length_is_refused(schedule):
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, -1), (10, 11), (-1, 0)])
 def test_a_warmup_that_does_not_fit_is_refused(steps, warmup):
-    with pytest.raises(ValueError, match=f"warmup is {warmup} and steps is {steps}"):
+    found = "steps is -1; give" if steps < 0 else f"warmup is {warmup}; give 0 to {steps}"
+    with pytest.raises(ValueError, match=f"warmup_cosine: {found}"):
         warmup_cosine(0, steps, peak=1.0, warmup=warmup)
 
 

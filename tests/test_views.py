@@ -34,7 +34,7 @@ from strategies import (
     views,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision import ops
@@ -693,7 +693,8 @@ def test_more_attempts_reach_more():
 
 @pytest.mark.parametrize("options", [{"min_overlap": 1.5}, {"min_overlap": -0.1}, {"attempts": 0}])
 def test_pairs_refuse_what_makes_no_sense(options):
-    with pytest.raises(ValueError, match=r"densekit.views.sample_view_pairs: min_overlap is"):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"views.sample_view_pairs: {name} is {value}; give"):
         sample_view_pairs((8, 8), **options)
 
 
@@ -712,6 +713,17 @@ def test_full_view_is_the_whole_image():
     image = torch.rand(1, 2, 3, 5)
     assert torch.equal(crop_views(image, full_view((3, 5), (1,)), (3, 5)), image)
     assert full_view((3, 5)).box.tolist() == [0, 0, 5, 3]
+
+
+def test_a_number_is_a_batch_of_one_axis_and_a_square_map():
+    for function in (full_view, sample_views, sample_view_pairs):
+        options = {} if function is full_view else {"generator": seeded()}
+        got = function((5, 7), 3, **options)
+        options = {} if function is full_view else {"generator": seeded()}
+        want = function((5, 7), (3,), **options)
+        assert all(map(torch.equal, tree_leaves(got), tree_leaves(want)))
+    view = full_view((5, 7), 3)
+    assert torch.equal(coordinate_map(view, 4), coordinate_map(view, (4, 4)))
 
 
 @given(batches(), batches(), generators())
