@@ -8,6 +8,7 @@
 This module is no command: `from downstream.encoders import load_encoder`.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -77,11 +78,7 @@ class Encoder(nn.Module):
         normalized = (images - mean) / std
 
         if self.by_timm:
-            count = min(4, len(self.network.feature_info))
-            maps = self.network.forward_intermediates(
-                normalized, indices=count, norm=True, intermediates_only=True
-            )
-            return list(maps)
+            return level_maps(self.network, normalized)
         names = RESNET_LEVELS if hasattr(self.network, "layer4") else ["features"]
         return list(dk.layer_features(self.network, normalized, names).values())
 
@@ -111,9 +108,61 @@ def is_resnet(architecture: str) -> bool:
     return isinstance(network, timm.models.ResNet)
 
 
+def has_levels(architecture: str) -> bool:
+    """Whether timm makes a network of this name whose last four feature maps become coarser.
+
+    Convolutional networks and hierarchical transformers have such levels; a plain ViT has not.
+    """
+    if not timm.is_model(architecture):
+        return False
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(architecture, num_classes=0)
+            maps = level_maps(network, torch.zeros(2, 3, 224, 224))
+    except Exception:  # a network without levels, or one that takes other images
+        return False
+    sides = [x.shape[-1] for x in maps]
+    return len(sides) == 4 and sides == sorted(set(sides), reverse=True)
+
+
+def level_maps(network: Any, images: Tensor, levels: int = 4) -> list[Tensor]:
+    """The maps (b, d, h, w) of the last levels of a network of timm, the coarsest one last."""
+    count = min(levels, len(network.feature_info))
+    maps = network.forward_intermediates(images, indices=count, norm=True, intermediates_only=True)
+    return list(maps)
+
+
+@torch.enable_grad()
+def drop_head(network: Any) -> None:
+    """Remove the parts that no feature map needs, such as the normalization of a classifier.
+
+    Without its classes ConvNeXt keeps `head.norm`, and EfficientNet its last convolution. Their
+    weights would get no gradient, and DistributedDataParallel would wait for them for ever.
+    """
+    probe = copy.deepcopy(network).to("meta").requires_grad_()
+    height, width = network.pretrained_cfg["input_size"][1:]
+    maps = level_maps(probe, torch.zeros(2, 3, height, width, device="meta"))
+    names, weights = zip(*probe.named_parameters(), strict=True)
+    total = sum(x.sum() for x in maps)
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    unused = {name for name, x in zip(names, gradients, strict=True) if x is None}
+
+    for part, module in network.named_children():
+        own = {f"{part}.{name}" for name, _ in module.named_parameters()}
+        if own and own <= unused:
+            setattr(network, part, nn.Identity())
+            unused -= own
+    # A few networks have such weights deep inside, which stay as they are.
+    for name in unused:
+        network.get_parameter(name).requires_grad_(requires_grad=False)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 def build(architecture: str, *, pretrained: bool = False) -> Any:
-    """A network of timm without its head, with the options that our recipes give it."""
+    """A network of timm without its head, with the options that our recipes give it.
+
+    `level_maps` gives its feature maps. Its own `forward` may need the head, so do not call it.
+    """
     name, options = TINY.get(architecture, (str(architecture), {}))
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:3]) or "resnet50"
@@ -123,11 +172,14 @@ def build(architecture: str, *, pretrained: bool = False) -> Any:
     if home in ("timm.models.vision_transformer", "timm.models.deit"):
         options = {**options, "dynamic_img_size": True}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        if hasattr(network, "forward_intermediates"):
+            drop_head(network)
     except Exception as error:  # a wrong tag, a download or a file raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = "has no weights to load here" if pretrained else "cannot be made"
         raise harness.UserError(f"timm's {name} {problem}: {reason}.") from error
+    return network
 
 
 def load_encoder(name: str, *, seed: int = 0) -> Encoder:

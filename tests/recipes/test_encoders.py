@@ -73,11 +73,45 @@ def test_a_name_does_not_make_a_resnet(name):
     assert not encoders.is_resnet(name)
 
 
+# ---- networks with levels ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("resnet18", "fc"),
+        ("convnext_atto", "head"),
+        ("efficientnet_b0", "conv_head"),
+        ("vgg11", "pre_logits"),
+        ("rexnet_100", None),
+    ],
+)
+def test_a_network_has_no_weight_that_its_maps_do_not_need(name, head):
+    assert encoders.has_levels(name)
+    with torch.device("meta"):
+        network = encoders.build(name)
+        maps = encoders.level_maps(network, torch.zeros(2, 3, 64, 64))
+    assert [x.shape[-1] for x in maps] == [16, 8, 4, 2]
+    trained = [x for x in network.parameters() if x.requires_grad]
+    gradients = torch.autograd.grad(sum(x.sum() for x in maps), trained, allow_unused=True)
+    assert all(x is not None for x in gradients)
+    if head:
+        assert not list(getattr(network, head).parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "tiny", "no_such_network", ""])
+def test_what_has_no_levels_is_told(name):
+    assert not encoders.has_levels(name)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("architecture", "called"),
-    [("tiny", "tiny"), ("tiny-vit", "tiny"), ("resnet18", "resnet18")],
+    [
+        ("tiny", "tiny"),
+        ("tiny-vit", "tiny"),
+        ("resnet18", "resnet18"),
+        ("convnext_atto", "convnext_atto"),
+    ],
 )
 def test_a_checkpoint_computes_what_its_network_does(checkpoint, architecture, called):
     path, network = checkpoint(architecture, called)
