@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
+from api_pages import first_sentence, page
 from files import ROOT, project_files
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -278,9 +279,23 @@ def nav():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_has_a_page(module):
-    page = ROOT / "docs" / "api" / f"{module}.md"
-    assert f"::: densekit.{module}" in page.read_text().splitlines()
+    path = ROOT / "docs" / "api" / f"{module}.md"
+    assert path.read_text() == page(module), "run python tests/api_pages.py"
     assert f"api/{module}.md" in nav()
+
+
+def test_the_help_of_the_package_lists_the_modules():
+    text = " ".join(densekit.__doc__.split())
+    assert [x for x in MODULES if f" {x}: {first_sentence(MODULES[x])} " not in text] == []
+
+
+def test_the_page_of_the_minimal_recipe_shows_its_code():
+    source = (ROOT / "recipes" / "minimal.py").read_text()
+    text = (ROOT / "docs" / "recipes" / "minimal.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
+    assert len(blocks) > 5
+    lacking = [x for x in blocks if x not in source and textwrap.indent(x, "    ") not in source]
+    assert lacking == []
 
 
 def test_torchrun_is_told_where_its_own_options_end():

@@ -125,6 +125,15 @@ def has_levels(architecture: str) -> bool:
     return len(sides) == 4 and sides == sorted(set(sides), reverse=True)
 
 
+def check_levels(architecture: str) -> None:
+    """A UserError, unless `--arch` names a network with levels, or our small one."""
+    harness.check(
+        architecture == "tiny" or has_levels(architecture),
+        f"--arch is {architecture}: give a network of timm with four levels of feature maps, such "
+        "as resnet50 or convnext_tiny, or tiny.",
+    )
+
+
 def level_maps(network: Any, images: Tensor, levels: int = 4) -> list[Tensor]:
     """The maps (b, d, h, w) of the last levels of a network of timm, the coarsest one last."""
     count = min(levels, len(network.feature_info))

@@ -1,0 +1,220 @@
+"""A complete method in one short file: the views of an image agree at the same points.
+
+    python recipes/minimal.py                   # on procedural scenes: a minute on a CPU
+    python recipes/minimal.py --data FOLDER     # on your images
+    torchrun --nproc-per-node 8 -- recipes/minimal.py --data FOLDER
+
+Run the same command again to resume. The method is SimSiam, but at points instead of whole images.
+Copy this file to write a method of your own: docs/recipes/minimal.md goes through it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+# ==== configuration ===============================================================================
+@dataclass(frozen=True)
+class Config:
+    data: Path | None = None  # Folder of images, also in its subfolders; it can run without.
+    run: Path = Path("runs/minimal")  # Run folder.
+    arch: str = "tiny"  # A network of timm with several levels, such as resnet50, or tiny.
+    size: int = 64  # Side of the square views, in pixels.
+    grid: int = 7  # Points that are compared along each side of the shared region.
+    batch: int = 32  # Images per step, over all processes.
+    epochs: int = 4
+    lr: float = 0.2  # Learning rate.
+    seed: int = 0
+    workers: int = 1  # Loader processes of each training process.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 20  # Steps between two rows of the log.
+    save_every: int = 1000  # Steps between two checkpoints.
+
+
+def read_options() -> Config:
+    """Read the command line."""
+    return tyro.cli(Config, description=__doc__)
+
+
+if __name__ == "__main__":
+    # The options are read before torch is imported, so that --help answers at once. `import
+    # minimal` runs this file a second time, as a module, and that time also the part below. The
+    # script itself ends at sys.exit.
+    config = read_options()
+    import harness
+    import minimal
+
+    sys.exit(harness.main(minimal.train, config))
+
+import harness
+import torch
+from downstream import encoders
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
+from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
+import densekit as dk
+
+
+def check_options(config: Config) -> None:
+    """Raise a UserError of one sentence for a wrong option, before any data is read."""
+    harness.check_training(config)
+    harness.check(config.size >= 8, f"--size is {config.size}: give 8 pixels or more.")
+    harness.check(config.grid >= 1, f"--grid is {config.grid}: give 1 or more.")
+    encoders.check_levels(config.arch)
+
+
+# ==== views =======================================================================================
+augment = transforms.Compose(
+    [
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.Normalize(MEAN, STD),
+    ]
+)
+
+
+class TwoViews:
+    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
+
+    def __init__(self, source, config: Config):
+        self.source = source
+        self.config = config
+        self.epoch = 0  # `harness.batches` sets it
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: list[int]):
+        images, unreadable = harness.read_batch(self.source, indices)
+        # The first index tells this batch from the others of the epoch.
+        key = (self.config.seed, self.epoch, indices[0])
+
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        pairs = dk.sample_view_pairs(sizes, min_overlap=0.1, generator=harness.generator(*key))
+        views = [pairs.view1, pairs.view2]
+        pixels = [image / 255 for image in images]
+        augmented = []
+        with harness.seeded(*key, harness.COLORS):
+            for view in views:
+                crops = dk.crop_views(pixels, view, self.config.size)
+                augmented.append(torch.stack([augment(crop) for crop in crops]))
+        return augmented, views, pairs.valid, unreadable
+
+
+# ==== model =======================================================================================
+class Minimal(nn.Module):
+    """An encoder, a projector and a predictor, which act on each cell of a feature map."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.grid = config.grid
+        self.encoder = encoders.build(config.arch)
+        channels = self.encoder.feature_info[-1]["num_chs"]
+        self.projector = nn.Sequential(
+            nn.Conv2d(channels, 256, kernel_size=1, bias=False),
+            nn.BatchNorm2d(256),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, kernel_size=1, bias=False),
+            nn.BatchNorm2d(256, affine=False),
+        )
+        self.predictor = nn.Sequential(
+            nn.Conv2d(256, 64, kernel_size=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 256, kernel_size=1),
+        )
+
+    # ==== loss ====================================================================================
+    def forward(self, images: list[Tensor], views: list[dk.View], valid: Tensor) -> Tensor:
+        """The loss of a batch of this process."""
+        maps = [encoders.level_maps(self.encoder, x, levels=1)[0] for x in images]
+        projections = [self.projector(x) for x in maps]
+        predictions = [self.predictor(x) for x in projections]
+
+        # The same points of each image, where its two views overlap enough.
+        points = dk.grid_pairs(*views, self.grid, valid=valid)
+        places = [points.points1, points.points2]
+        teachers = [dk.gridsample(x, place) for x, place in zip(projections, places, strict=True)]
+        students = [dk.gridsample(x, place) for x, place in zip(predictions, places, strict=True)]
+        losses = dk.symmetric_loss(
+            dk.negative_cosine, students, teachers, points.valid, reduction="none"
+        )
+        # The mean is over the valid points of all processes.
+        return dk.masked_mean(losses, points.valid, group=torch.distributed.group.WORLD)
+
+
+# ==== evaluation ==================================================================================
+def probe(model: Minimal) -> float:
+    """How well a linear layer on the frozen features segments procedural scenes, as mIoU."""
+    normalize = transforms.Normalize(MEAN, STD)
+    device = encoders.device_of(model)
+
+    def features(scenes: Tensor) -> Tensor:
+        return encoders.level_maps(model.encoder, normalize(scenes).to(device), levels=1)[0]
+
+    model.eval()
+    score = dk.probe_scenes(features)
+    model.train()
+    return float(score.miou)
+
+
+# ==== loop ========================================================================================
+def train(config: Config) -> None:
+    check_options(config)
+    group = harness.process_group(config.device)
+    with group as world, harness.Run(config.run, config, world) as run:
+        source = harness.image_source(config.data, scenes=2048)
+        dataset = TwoViews(source, config)
+        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+
+        torch.manual_seed(config.seed)
+        model = Minimal(config).to(world.device)
+        ddp = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
+        step = run.resume(model, optimizer)
+        if step == 0 and world.is_main:
+            run.log(step, probe_miou=probe(model))
+        run.wait()
+
+        batches = harness.batches(
+            dataset,
+            config.batch,
+            world,
+            seed=config.seed,
+            start=step,
+            stop=steps,
+            workers=config.workers,
+        )
+        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
+        for images, views, valid, unreadable in harness.progress(
+            batches, start=step, stop=steps, world=world
+        ):
+            lr = dk.cosine_schedule(step, steps, start=config.lr, end=0.0)
+            optimizer.param_groups[0]["lr"] = lr
+            loss = ddp(images, views, valid)
+            optimizer.zero_grad()
+            loss.backward()
+            # The run ends here when a value is not finite, before the weights are touched.
+            values = run.reduce(step, {"loss": loss})
+            optimizer.step()
+            step += 1
+
+            run.note_unreadable(unreadable)
+            if step % config.log_every == 0:
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+            due = step % config.save_every == 0 or step == steps
+            stop = run.stop_requested()
+            if due and world.is_main:
+                run.log(step, probe_miou=probe(model))
+            if due or stop:
+                run.save(step, model, optimizer, encoder=model.encoder, facts=facts)
+            if stop:
+                return
+
+        if world.is_main:
+            for row in run.rows("probe_miou"):
+                print(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")
