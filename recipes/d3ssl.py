@@ -108,7 +108,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream.encoders import is_resnet
+from downstream import encoders
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -130,7 +130,7 @@ def check_options(config: Config) -> None:
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
     harness.check(
-        config.arch == "tiny" or is_resnet(config.arch),
+        config.arch == "tiny" or encoders.is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
@@ -359,22 +359,6 @@ def soco_jitter(boxes: Tensor, side: int, config: Config) -> Tensor:
 
 
 # ==== model =======================================================================================
-def build_encoder(arch: str) -> Any:
-    """A ResNet without its head. Its weights have torchvision's names."""
-    if arch == "tiny":
-        return timm.create_model(
-            "resnet18",
-            layers=(1, 1, 1, 1),
-            channels=(16, 32, 64, 64),
-            stem_type="deep",
-            stem_width=8,
-            output_stride=8,
-            num_classes=0,
-            global_pool="",
-        )
-    return timm.create_model(arch, num_classes=0, global_pool="")
-
-
 def embed(network: Any, view: Input, bins: int) -> Tensor:
     """The outputs of the head for each region, (b, K, d) (Eq 1); only valid ones have a meaning."""
     encoder = network["encoder"]
@@ -412,7 +396,7 @@ class D3SSL(nn.Module):
         super().__init__()
         self.config = config
         hidden, outputs = config.head
-        encoder = build_encoder(config.arch)
+        encoder = encoders.build(config.arch)
         head = nn.Sequential(
             nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )

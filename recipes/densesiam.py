@@ -108,7 +108,8 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream.encoders import is_resnet
+from downstream import encoders
+from downstream.encoders import last_map
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -126,10 +127,7 @@ def check_options(config: Config) -> None:
     harness.check(
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
-    harness.check(
-        config.arch == "tiny" or is_resnet(config.arch),
-        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
-    )
+    encoders.check_levels(config.arch)
     harness.check(
         config.hidden >= 4,
         f"--hidden is {config.hidden}: give 4 or more, since the predictor narrows to a quarter.",
@@ -248,22 +246,6 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
-def build_encoder(arch: str) -> nn.Module:
-    """A network that returns its last feature map; a ResNet's weights have torchvision's names."""
-    if arch == "tiny":
-        return timm.create_model(
-            "resnet18",
-            layers=(1, 1, 1, 1),
-            channels=(16, 32, 64, 64),
-            stem_type="deep",
-            stem_width=8,
-            output_stride=8,
-            num_classes=0,
-            global_pool="",
-        )
-    return timm.create_model(arch, num_classes=0, global_pool="")
-
-
 conv1x1 = partial(nn.Conv2d, kernel_size=1)
 
 
@@ -351,8 +333,8 @@ class DenseSiam(nn.Module):
         super().__init__()
         self.loss = config.loss
         self.view_size = config.views.size
-        self.encoder = build_encoder(config.arch)
-        channels = self.encoder.num_features
+        self.encoder = encoders.build(config.arch)
+        channels = self.encoder.feature_info[-1]["num_chs"]
         hidden = config.hidden
         regions = config.categories
 
@@ -370,7 +352,7 @@ class DenseSiam(nn.Module):
         self, images: list[Tensor], views: list[dk.View], with_region: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
-        maps = [self.encoder(x) for x in images]
+        maps = [last_map(self.encoder, x) for x in images]
         loss, terms = self.global_loss(maps, views)
         if not has_dense_heads(self.loss):
             return loss, terms
@@ -591,7 +573,7 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
-            return model.encoder(normalize(scenes).to(device))
+            return last_map(model.encoder, normalize(scenes).to(device))
 
         score = dk.probe_scenes(features)
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
@@ -601,7 +583,7 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
 def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Path) -> None:
     """A row per image: for each of its views the matched points, pseudo-categories, PCA colors."""
     pixels = torch.cat(images)
-    maps = model.encoder(pixels)
+    maps = last_map(model.encoder, pixels)
     palette = torch.rand(2**14, 3, generator=harness.generator(0))
 
     panels = [harness.unnormalize(pixels, MEAN, STD)]

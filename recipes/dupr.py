@@ -99,7 +99,8 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream.encoders import is_resnet
+from downstream import encoders
+from downstream.encoders import last_map, level_maps
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -115,10 +116,7 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    harness.check(
-        config.arch == "tiny" or is_resnet(config.arch),
-        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
-    )
+    encoders.check_levels(config.arch)
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
 
     typed_alpha = harness.as_typed(config.alpha)
@@ -283,28 +281,6 @@ def list_losses(config: Config) -> list[LevelLoss]:
     return [loss for loss in losses if loss.weight]
 
 
-def build_encoder(arch: str) -> Any:
-    """A ResNet without its head. Its weights have torchvision's names."""
-    if arch == "tiny":
-        return timm.create_model(
-            "resnet18",
-            layers=(1, 1, 1, 1),
-            channels=(16, 32, 64, 64),
-            stem_type="deep",
-            stem_width=8,
-            output_stride=8,
-            num_classes=0,
-            global_pool="",
-        )
-    return timm.create_model(arch, num_classes=0, global_pool="")
-
-
-def level_maps(encoder: Any, images: Tensor) -> list[Tensor]:
-    """The feature maps C2 to C5 of a ResNet."""
-    # timm's map 0 is that of the stem.
-    return encoder.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True)
-
-
 def pool_cells(maps: Tensor) -> Tensor:
     """Mean over all cells: one row of features for each image, (b, 1, d)."""
     cells = dk.map_to_rows(maps)  # (b, cells, d)
@@ -318,10 +294,10 @@ class DUPR(nn.Module):
         super().__init__()
         self.config = config
         self.losses = list_losses(config)
-        encoder = build_encoder(config.arch)
+        encoder = encoders.build(config.arch)
         heads = nn.ModuleDict()
         for loss in self.losses:
-            channels = encoder.feature_info[loss.level_index + 1]["num_chs"]  # 0 is the stem
+            channels = encoder.feature_info[loss.level_index - 4]["num_chs"]
             # The paper's 1 x 1 convolutions are linear layers on the features of each patch.
             heads[loss.name] = nn.Sequential(
                 nn.Linear(channels, channels),
@@ -474,7 +450,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
-            return encoder(normalize(scenes).to(device))
+            return last_map(encoder, normalize(scenes).to(device))
 
         score = dk.probe_scenes(features)
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)

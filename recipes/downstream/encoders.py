@@ -141,6 +141,12 @@ def level_maps(network: Any, images: Tensor, levels: int = 4) -> list[Tensor]:
     return list(maps)
 
 
+def last_map(network: Any, images: Tensor) -> Tensor:
+    """The coarsest map (b, d, h, w) of a network of timm."""
+    (coarsest,) = level_maps(network, images, levels=1)
+    return coarsest
+
+
 @torch.enable_grad()
 def drop_head(network: Any) -> None:
     """Remove the parts that no feature map needs, such as the normalization of a classifier.
