@@ -54,6 +54,13 @@ class Config:
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 200  # Steps between two checkpoints, each with a picture and the scores.
+    keep: tuple[int, ...] = ()  # Epochs whose checkpoints and encoders stay, such as 100 200.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
+    # Seconds that processes wait for each other in a step; None is torch's limit.
+    collective_timeout: float | None = None
 
 
 PRESETS = {
@@ -161,6 +168,7 @@ def check_options(config: Config) -> None:
 def open_split(config: Config, split: str, list_file: Path | None) -> Any:
     """The labeled images of a split: all of them, or those that a list names, in its order."""
     images = image_sets.open_images(config.data, config.layout, split, config.mapping)
+    images.value_range = config.value_range
     if list_file is None:
         return Subset(images, range(len(images)))
 
@@ -482,8 +490,10 @@ def draw(matching: Matching, path: Path) -> None:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam-segment", config)
-    with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+    group = harness.process_group(config.device, config.collective_timeout)
+    with group as world, harness.Run(folder, config, world) as run:
         device = world.device
+        patience = harness.Patience(config.warn_after, config.give_up_after)
         source = open_split(config, config.train_split, config.train_list)
         dataset = TwoViews(source, config)
         val = open_split(config, config.val_split, config.val_list)
@@ -491,7 +501,8 @@ def train(config: Config) -> None:
         things = 0
         if config.mapping:
             things = image_sets.read_json(config.mapping).get("things", 0)
-        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
+        steps = config.epochs * steps_per_epoch
         lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
@@ -509,6 +520,16 @@ def train(config: Config) -> None:
         if step == 0:
             evaluate(model, val, things, run, step)
 
+        encoder: Any = model.encoder
+        facts = {
+            "architecture": encoder.architecture,
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "method": "densesiam-segment",
+            "classes": classes,
+        }
+        kept = harness.kept_epochs(config, steps_per_epoch)
+
         training_batches = harness.batches(
             dataset,
             config.batch,
@@ -517,6 +538,7 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view in bar:
@@ -535,26 +557,23 @@ def train(config: Config) -> None:
             if step % config.log_every == 0:
                 run.log(step, **values)
 
-            due = step % config.save_every == 0 or step == steps
+            due = step % config.save_every == 0 or step in kept or step == steps
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, things, run, step)
             if due or stop:
-                run.save(step, model, optimizer)
+                run.save(
+                    step,
+                    model,
+                    optimizer,
+                    encoder=encoder.network,
+                    facts=facts,
+                    epoch=kept.get(step),
+                )
             if stop:
                 return
 
         if world.is_main:
-            encoder: Any = model.encoder
-            facts = {
-                "architecture": encoder.architecture,
-                "mean": encoder.mean,
-                "std": encoder.std,
-                "method": "densesiam-segment",
-                "step": step,
-                "classes": classes,
-            }
-            harness.save_encoder(folder / "encoder.safetensors", encoder.network, **facts)
-            harness.save_encoder(folder / "segmenter.safetensors", model, **facts)
+            harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
                 print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

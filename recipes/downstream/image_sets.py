@@ -49,10 +49,10 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be used ({' '.join(reason.split())}).") from None
 
 
-def read_frame(path: Path) -> Tensor:
+def read_frame(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:
     """An upright RGB image, uint8 (3, H, W)."""
     with reading(path):
-        return harness.read_image(path)
+        return harness.read_image(path, value_range)
 
 
 def read_json(path: Path) -> Any:
@@ -61,9 +61,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file."""
+    """The lines of a text file, without spaces around them; no empty ones."""
     with reading(path):
-        return [line.strip() for line in path.read_text().strip().split("\n")]
+        lines = [line.strip(" \t") for line in harness.read_list(path)]
+    return [line for line in lines if line]
 
 
 def read_mask(path: Path) -> Tensor:
@@ -160,6 +161,7 @@ class ImageSet:
     table: dict[int, int] = field(default_factory=dict)  # numbers in a PNG that are no classes
     draw: Callable[[str], Tensor] | None = None  # makes the label map where it is no plain PNG
     layout: str = ""
+    value_range: tuple[float, float] | None = None  # of images whose file does not tell it
 
     def __post_init__(self) -> None:
         self.names = list(self.images)
@@ -179,7 +181,7 @@ class ImageSet:
     def __getitem__(self, index: int) -> Labeled:
         name = self.names[index]
         source = self.images[name]
-        image = source if isinstance(source, Tensor) else read_frame(source)
+        image = source if isinstance(source, Tensor) else read_frame(source, self.value_range)
         labels = self.read_labels(name, image)
         boxes, box_classes = self.read_boxes(name)
         return Labeled(image, labels, boxes, box_classes, name)

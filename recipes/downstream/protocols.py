@@ -340,7 +340,7 @@ def encode_frames(encoder: Encoder, item: image_sets.Video, config: Any) -> Tens
     maps = []
     for number in range(0, len(item.frames), config.batch):
         paths = item.frames[number : number + config.batch]
-        pixels = [image_sets.read_frame(path) / 255 for path in paths]
+        pixels = [image_sets.read_frame(path, config.value_range) / 255 for path in paths]
         frames = [transforms.resize(x, config.size, antialias=True) for x in pixels]
         maps.append(encoder(torch.stack(frames).to(device_of(encoder))).float())
     return torch.cat(maps)
