@@ -455,10 +455,10 @@ def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
                 entries = _entries(folder / parent, listed, watch)
                 for entry in sorted(entries, key=lambda x: x.name, reverse=True):
                     name = f"{parent}{entry.name}"
-                    if entry.is_symlink() and os.path.isdir(entry.path):
-                        linked.append(f"{name}/")
-                    elif entry.is_dir():
+                    if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{name}/")
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        linked.append(f"{name}/")
                     elif _is_image(entry):
                         names.append(name)
             waiting = linked

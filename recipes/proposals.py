@@ -442,6 +442,8 @@ def propose(config: Config) -> None:
     settings = {"schema": SCHEMA, **asdict(config)}
     for name in ("data", "out", "workers", "warn_after", "give_up_after"):
         del settings[name]
+    if config.value_range is None:
+        del settings["value_range"]  # so that files of earlier versions, without it, fit
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
     results = read_earlier(out, partial, settings)

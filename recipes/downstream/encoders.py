@@ -174,7 +174,8 @@ def read_checkpoint(path: Path) -> Encoder:
     try:
         facts = json.loads(side_car.read_text())
         weights, own_facts = read_weights(path)
-        if own_facts and own_facts.get("step") != facts.get("step"):
+        own_step = own_facts.get("step")
+        if own_step is not None and facts.get("step", own_step) != own_step:
             facts = own_facts  # a run is just replacing both files
         architecture = facts["architecture"]
         color_order = facts["color_order"]
