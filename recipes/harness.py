@@ -228,26 +228,28 @@ class Watch:
 
             is_late = waited >= warn_after
             if is_late and not has_warned:
-                print(
+                say(
                     f"warning: {self._sentence} for {warn_after:g} seconds; after "
-                    f"{give_up_after:g} the run ends (--give-up-after).",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{give_up_after:g} the run ends (--give-up-after)."
                 )
             has_warned = is_late
             pause = (give_up_after if is_late else min(warn_after, give_up_after)) - waited
 
     def _give_up(self) -> None:
-        print(
+        say(
             f"error: {self._sentence} for {self._patience.give_up_after:g} seconds "
-            "(--give-up-after): a disk may not answer, or a loader process may be stopped.",
-            file=sys.stderr,
-            flush=True,
+            "(--give-up-after): a disk may not answer, or a loader process may be stopped."
         )
         sys.stdout.flush()
         for child in multiprocessing.active_children():  # a stopped one would stay
             child.kill()
         os._exit(2)
+
+
+def say(sentence: str) -> None:
+    """A line on the standard error, which a progress bar makes way for."""
+    tqdm.write(sentence, file=sys.stderr)
+    sys.stderr.flush()
 
 
 _has_said = mmap.mmap(-1, 1)  # one byte, which processes that are forked off share
@@ -258,7 +260,7 @@ def say_once(sentence: str) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and not _has_said[0]:
         _has_said[0] = 1
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        say(f"warning: {sentence}")
 
 
 # ---- processes and randomness ----------------------------------------------------------------
@@ -368,7 +370,7 @@ NO_DATA = 42113  # GDAL's: the value of pixels without data, as text
 WHITE_IS_ZERO = 0
 UNSIGNED = 1
 SIGNED = 2
-HUGE = 3.4e38  # floats above it are marks, such as of pixels without data
+HUGE = 1e19  # floats above it are marks, such as of pixels without data
 
 
 def _tag(tags: Any, number: int, default: Any) -> Any:
@@ -480,7 +482,7 @@ def _entries(folder: Path, listed: set, watch: Watch) -> list[os.DirEntry]:
                 if not entry.name.startswith("."):
                     entries.append(entry)
     except OSError as error:
-        print(f"warning: {folder} is left out: {error.strerror}.", file=sys.stderr)
+        say(f"warning: {folder} is left out: {error.strerror}.")
     return entries
 
 

@@ -1365,7 +1365,7 @@ def test_the_bits_and_the_sign_of_a_file_are_the_range(
 def test_what_is_no_number_changes_no_other_pixel(data):
     """NaN, infinities, floats' largest values and GDAL's mark of pixels without data."""
     no_data = data.draw(st.sampled_from([None, -9999.0, 1e6, "nan", "nothing"]))
-    marks = [np.nan, np.inf, -np.inf, *np.float32([-3.4028235e38, 3.4028235e38])]
+    marks = [np.nan, np.inf, -np.inf, *np.float32([-3.4028235e38, 3.4028235e38, 9.96921e36])]
     if isinstance(no_data, float):
         marks.append(no_data)
     numbers = st.floats(-100, 100, width=32)
