@@ -448,6 +448,7 @@ def match(
         sixth = 6 * index // len(val)  # the picture shows one image of each sixth of the set
         examples[sixth] = (sample.image, sample.labels, found.cpu())
 
+    run.wait()  # for processes whose images take longer
     torch.distributed.all_reduce(confusion)
     return Matching(confusion, dk.match_clusters(confusion), list(examples.values()))
 

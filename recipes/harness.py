@@ -889,17 +889,24 @@ class Run(ExitStack):
         if self.world.is_main:
             if encoder is not None:
                 save_encoder(temporary / ENCODER, encoder, **(facts or {}), step=step)
-                # The weights hold the facts, too, and come last: where a reader finds the side-car
-                # of another step, those of the weights count.
-                for file in (SIDE_CAR, ENCODER):
-                    write(self.folder / file, (temporary / file).read_bytes())
             for old in folder.parent.glob(f"step-{step:08d}*"):  # the same step again
                 _remove(old)
             temporary.replace(folder)
+            self._publish_encoder(folder)
             passing = [x for x in folder.parent.glob("step-*") if "-epoch-" not in x.name]
             for old in sorted(passing)[:-2]:
                 _remove(old)
         dist.barrier()
+
+    def _publish_encoder(self, checkpoint: Path) -> None:
+        """Put the encoder of a checkpoint, if it has one, into the run folder.
+
+        The weights hold the facts, too, and come last: where a reader finds a side-car of another
+        step, the facts in the weights count.
+        """
+        for file in (SIDE_CAR, ENCODER):
+            if (checkpoint / file).exists():
+                write(self.folder / file, (checkpoint / file).read_bytes())
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> int:
         """Load the newest checkpoint in place, extras too, and return its step; 0 without one."""
@@ -912,6 +919,8 @@ class Run(ExitStack):
             state["optimizer"] = ()
             dcp.load(state, checkpoint_id=newest)
             optimizer.load_state_dict(state["optimizer"][0])
+            if self.world.is_main:
+                self._publish_encoder(newest)  # which a kill may have prevented
         if self.world.is_main:
             self._open_log(last_row)
         return step
