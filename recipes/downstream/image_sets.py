@@ -61,10 +61,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a text file, without spaces around them; no empty ones."""
+    """The lines of a text file."""
     with reading(path):
-        lines = [line.strip(" \t") for line in harness.read_list(path)]
-    return [line for line in lines if line]
+        return [line.strip() for line in path.read_text().strip().split("\n")]
 
 
 def read_mask(path: Path) -> Tensor:

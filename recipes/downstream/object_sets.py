@@ -79,11 +79,10 @@ def read_voc(data: Path, splits: tuple[str, ...]) -> dict:
     for split in splits:
         year = Path(split).parent
         listing = data / year / f"ImageSets/Main/{Path(split).name}.txt"
-        for line in harness.read_list(listing):
-            name = line.replace("\t", " ").strip(" ").split(" ")[0]  # a number may follow
-            if not name:
+        for line in listing.read_text().split("\n"):
+            if not line.strip():
                 continue
-            file = data / year / f"Annotations/{name}.xml"
+            file = data / year / f"Annotations/{line.split()[0]}.xml"
             height, width, objects = read_voc_annotation(file)
             rows.append((f"{year}/JPEGImages/{file.stem}.jpg", height, width, objects))
             classes |= {x[0] for x in objects}
