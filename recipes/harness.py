@@ -260,7 +260,8 @@ def say_once(sentence: str) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and not _has_said[0]:
         _has_said[0] = 1
-        say(f"warning: {sentence}")
+        # Not `say`: a fork may have copied the lock of the progress bar while it was held.
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 # ---- processes and randomness ----------------------------------------------------------------
