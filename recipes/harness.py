@@ -178,6 +178,9 @@ def check_views(views: Any) -> None:
 LONGEST_WAIT = 10**8  # seconds, three years; more does not fit into what waits for processes
 
 
+STOPPED = 5.0  # seconds that this process oversleeps, from which on it was stopped, as by Ctrl-Z
+
+
 class Patience(NamedTuple):
     """How long to wait for what does not come, in seconds: --warn-after and --give-up-after."""
 
@@ -221,8 +224,14 @@ class Watch:
         warn_after, give_up_after = self._patience
         has_warned = False
         pause = 0.0
-        while not self._ended.wait(min(pause, LONGEST_WAIT)):
-            waited = time.monotonic() - self._since
+        looked = self._since
+        while not self._ended.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + STOPPED:
+                self.progress()
+            looked = now
+
+            waited = now - self._since
             if waited >= give_up_after:
                 self._give_up()
 
@@ -233,7 +242,7 @@ class Watch:
                     f"{give_up_after:g} the run ends (--give-up-after)."
                 )
             has_warned = is_late
-            pause = (give_up_after if is_late else min(warn_after, give_up_after)) - waited
+            pause = min(1.0, warn_after / 4, give_up_after / 4)
 
     def _give_up(self) -> None:
         say(

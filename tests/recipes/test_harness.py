@@ -1164,13 +1164,36 @@ def test_a_batch_that_does_not_come_is_warned_of_and_not_waited_for(trouble, wor
 
 def test_slow_is_not_stuck(capfd):
     """What goes on is neither warned of nor ended, however long it takes; inf waits for ever."""
-    with harness.Watch("Nothing has come", harness.Patience(0.4, 0.8)) as watch:
-        for _ in range(12):
-            time.sleep(0.1)
-            watch.progress()
-    for forever in (np.inf, 1e300):
-        with harness.Watch("Nothing has come", harness.Patience(forever, forever)):
-            time.sleep(0.01)
+
+    def go_on():
+        with harness.Watch("Nothing has come", harness.Patience(1.2, 1.4)) as watch:
+            for _ in range(15):
+                time.sleep(0.1)
+                watch.progress()
+        for forever in (np.inf, 1e300):
+            with harness.Watch("Nothing has come", harness.Patience(forever, forever)):
+                time.sleep(0.01)
+
+    assert in_a_fork(go_on) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_was_stopped_itself_has_not_waited(monkeypatch, capfd):
+    """After Ctrl-Z and `fg`, a run goes on."""
+    monkeypatch.setattr(harness, "STOPPED", 0.5)
+
+    def wait_a_little():
+        with harness.Watch("Nothing has come", harness.Patience(0.9, 1.0)):
+            time.sleep(0.6)
+
+    process = multiprocessing.get_context("fork").Process(target=wait_a_little)
+    process.start()
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.2)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(30)
+    assert process.exitcode == 0
     assert capfd.readouterr().err == ""
 
 
