@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +76,7 @@ def typed(function: _Function) -> _Function:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
-            return checked(*args, **kwargs)
+            return _plainly(checked)(*args, **kwargs)
         except TypeError as error:
             message = _explain(function, signature, error, args, kwargs)
             if message is None:  # the arguments fit: the error is in the result or the function
@@ -83,6 +84,19 @@ def typed(function: _Function) -> _Function:
             raise TypeError(message) from None
 
     return typing.cast("_Function", wrapper)
+
+
+def _plainly(checked: Callable) -> Callable:
+    """Keep the compiler out of the checks, where a graph that broke has come back to Python.
+
+    Importing the compiler takes long, so it is asked only if someone else has imported it.
+    """
+    return _disabled(checked) if "torch._dynamo" in sys.modules else checked
+
+
+@functools.cache
+def _disabled(checked: Callable) -> Callable:
+    return torch.compiler.disable(checked)
 
 
 # ---- records: jaxtyping does not look at the fields of a NamedTuple, so the hint does ---------
