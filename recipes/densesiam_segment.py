@@ -547,7 +547,6 @@ def match(
 
     if unreadable:
         run.note_unreadable(unreadable)
-    run.wait()  # for processes whose images take longer
     torch.distributed.all_reduce(confusion)
     harness.check(confusion.sum() > 0, "No scored image is readable and has a labeled pixel.")
     return Matching(confusion, dk.match_clusters(confusion), list(examples.values()))
