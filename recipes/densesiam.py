@@ -72,6 +72,13 @@ class Config:
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
+    keep: tuple[int, ...] = ()  # Epochs whose checkpoints and encoders stay, such as 100 200.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
+    # Seconds that processes wait for each other in a step; None is torch's limit.
+    collective_timeout: float | None = None
     views: Views = field(default_factory=Views)
     loss: Loss = field(default_factory=Loss)
 
@@ -626,10 +633,14 @@ def method_of(loss_config: Loss) -> str:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam", config)
-    with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+    group = harness.process_group(config.device, config.collective_timeout)
+    with group as world, harness.Run(folder, config, world) as run:
         device = world.device
+        patience = harness.Patience(config.warn_after, config.give_up_after)
         scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
-        source = harness.image_source(config.data, scenes=scenes)
+        source = harness.image_source(
+            config.data, scenes=scenes, value_range=config.value_range, patience=patience
+        )
         dataset = TwoViews(source, config)
         steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
         steps = config.epochs * steps_per_epoch
@@ -657,13 +668,23 @@ def train(config: Config) -> None:
         step = run.resume(model, optimizer)
 
         batches = partial(
-            harness.batches, dataset, world=world, seed=config.seed, workers=config.workers
+            harness.batches,
+            dataset,
+            world=world,
+            seed=config.seed,
+            workers=config.workers,
+            patience=patience,
         )
         # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
         if step == 0 and world.is_main:
             evaluate(model, preview, config, run, step)
+        run.wait()
+
+        method = method_of(config.loss)
+        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
@@ -690,26 +711,23 @@ def train(config: Config) -> None:
             if step % config.log_every == 0:
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
-            due = step % config.save_every == 0 or step == steps
+            due = step % config.save_every == 0 or step in kept or step == steps
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)
             if due or stop:
-                run.save(step, model, optimizer)
+                run.save(
+                    step,
+                    model,
+                    optimizer,
+                    encoder=model.encoder,
+                    facts=facts,
+                    epoch=kept.get(step),
+                )
             if stop:
                 return
 
         if world.is_main:
-            method = method_of(config.loss)
-            harness.save_encoder(
-                folder / "encoder.safetensors",
-                model.encoder,
-                architecture=config.arch,
-                mean=MEAN,
-                std=STD,
-                method=method,
-                step=step,
-            )
             line = (
                 "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
             )

@@ -58,6 +58,13 @@ class Config:
     precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 200  # Steps between two checkpoints, each with a picture and the scores.
+    keep: tuple[int, ...] = ()  # Epochs whose checkpoints and encoders stay, such as 100 200.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
+    # Seconds that processes wait for each other in a step; None is torch's limit.
+    collective_timeout: float | None = None
 
 
 PRESETS = {
@@ -177,6 +184,7 @@ def open_split(config: Config, split: str, list_file: Path | None, *, labels: bo
     images = image_sets.open_images(
         config.data, config.layout, split, config.mapping, labels=labels
     )
+    images.value_range = config.value_range
     if list_file is None:
         return Subset(images, range(len(images)))
 
@@ -199,7 +207,7 @@ def open_training(config: Config) -> Any:
     if config.data is None:  # procedural scenes
         return [(image, ()) for image in images]
     files = [os.path.relpath(image, config.data) for image in images]
-    return harness.FolderImages(config.data, files)
+    return harness.FolderImages(config.data, files, value_range=config.value_range)
 
 
 def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str]:
@@ -589,13 +597,16 @@ def draw(matching: Matching, path: Path) -> None:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam-segment", config)
-    with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+    group = harness.process_group(config.device, config.collective_timeout)
+    with group as world, harness.Run(folder, config, world) as run:
         device = world.device
+        patience = harness.Patience(config.warn_after, config.give_up_after)
         source = open_training(config)
         dataset = TwoViews(source, config)
         val = open_split(config, config.val_split, config.val_list)
         classes = val.dataset.classes
-        steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
+        steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
+        steps = config.epochs * steps_per_epoch
         lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
@@ -614,6 +625,17 @@ def train(config: Config) -> None:
         if step == 0:
             evaluate(model, val, run, step)
 
+        encoder: Any = model.encoder
+        facts = {
+            "architecture": encoder.architecture,
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "method": "densesiam-segment",
+            "weights": config.weights,
+            "classes": classes,
+        }
+        kept = harness.kept_epochs(config, steps_per_epoch)
+
         training_batches = harness.batches(
             dataset,
             config.batch,
@@ -622,6 +644,7 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view, unreadable in bar:
@@ -643,27 +666,23 @@ def train(config: Config) -> None:
             if step % config.log_every == 0:
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
-            due = step % config.save_every == 0 or step == steps
+            due = step % config.save_every == 0 or step in kept or step == steps
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)
             if due or stop:
-                run.save(step, model, optimizer)
+                run.save(
+                    step,
+                    model,
+                    optimizer,
+                    encoder=encoder.network,
+                    facts=facts,
+                    epoch=kept.get(step),
+                )
             if stop:
                 return
 
         if world.is_main:
-            encoder: Any = model.encoder
-            facts = {
-                "architecture": encoder.architecture,
-                "mean": encoder.mean,
-                "std": encoder.std,
-                "method": "densesiam-segment",
-                "weights": config.weights,
-                "step": step,
-                "classes": classes,
-            }
-            harness.save_encoder(folder / "encoder.safetensors", encoder.network, **facts)
-            harness.save_encoder(folder / "segmenter.safetensors", model, **facts)
+            harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
                 print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

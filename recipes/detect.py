@@ -57,6 +57,12 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 4000  # Steps between two checkpoints, each with a picture and the AP.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
+    # Seconds that processes wait for each other in a step; None is torch's limit.
+    collective_timeout: float | None = None
 
 
 PRESETS = {
@@ -200,6 +206,9 @@ def load(config: Config) -> tuple[Objects, Objects]:
     classes = object_classes(found)
     train_set = Objects(found, classes, config, train=True)
     val_set = Objects(val_found, classes, config, train=False)
+    if config.data is not None:
+        train_set.images.value_range = config.value_range
+        val_set.images.value_range = config.value_range
     return train_set, val_set
 
 
@@ -450,7 +459,9 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     unreadable = []
     model.eval()
     share = range(world.rank, len(data), world.size)
-    for index in tqdm(share, "test", leave=False, disable=not world.is_main, ncols=100):
+    for index in tqdm(
+        share, "test", leave=False, disable=not world.is_main, ncols=harness.bar_width()
+    ):
         images, targets, skipped = data[[index]]
         unreadable += skipped
         if skipped:  # this is the next readable image, which is tested anyway
@@ -459,6 +470,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
         found += coco_rows(output, targets[0]["image_id"])
     model.train()
 
+    run.wait()  # for processes whose images take longer
     parts: list[Any] = [None] * world.size
     torch.distributed.all_gather_object(parts, (found, unreadable))
     if not world.is_main:
@@ -557,8 +569,10 @@ def learning_rate(step: int, config: Config) -> float:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("detect", config, config.detector)
-    with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
+    group = harness.process_group(config.device, config.collective_timeout)
+    with group as world, harness.Run(folder, config, world) as run:
         device = world.device
+        patience = harness.Patience(config.warn_after, config.give_up_after)
         dataset, val = load(config)
         steps = config.steps
 
@@ -584,6 +598,7 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, targets, unreadable in bar:

@@ -43,6 +43,10 @@ class Config:
     draws: int = 1000  # Draws of the bootstrap over the images.
     batch: int = 32  # Images that are encoded at a time.
     workers: int = 2  # Processes that read images; 0 reads in the main process.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
 
 
@@ -146,6 +150,8 @@ def check_numbers(config: Config) -> None:
     harness.check(config.draws >= 1, f"--draws is {config.draws}: give 1 or more.")
     harness.check(config.batch >= 1, f"--batch is {config.batch}: give 1 image or more.")
     harness.check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
+    harness.check_value_range(config.value_range)
+    harness.check_patience(config)
 
 
 def check_data(config: Config, protocols: list[str]) -> None:
@@ -241,11 +247,14 @@ def load_batches(samples: Samples, config: Config, title: str) -> Iterable[list[
     loader = DataLoader(
         samples,
         batch_sampler=[part.tolist() for part in parts],
-        collate_fn=list,
+        collate_fn=harness.share_batch,
         num_workers=config.workers,
+        worker_init_fn=harness.start_worker,
         multiprocessing_context=context,
     )
-    return tqdm(loader, desc=title, unit="batch", leave=False)
+    patience = harness.Patience(config.warn_after, config.give_up_after)
+    loaded = harness.load(loader, patience)
+    return tqdm(loaded, desc=title, total=count, unit="batch", leave=False)
 
 
 def open_samples(config: Config) -> tuple[Samples, Samples]:
@@ -262,6 +271,7 @@ def open_split(option: str, split: str, config: Config) -> Samples:
         images = image_sets.open_images(config.data, config.layout, split, config.mapping)
     except image_sets.UnknownNameError as error:
         raise harness.UserError(f"{option} is {split}: {error}") from error
+    images.value_range = config.value_range
     return Samples(images, config)
 
 

@@ -1,22 +1,27 @@
 """What no method owns: processes, seeds, images, the run folder, checkpoints, the way out.
 
-A run folder holds config.json, metrics.jsonl, tensorboard/, pictures/, unreadable.txt and the two
-newest checkpoints, checkpoints/step-*.
+A run folder holds config.json, metrics.jsonl, tensorboard/, pictures/, unreadable.txt, the encoder
+of the newest checkpoint, and in checkpoints/ the two newest and those of the epochs to keep.
 """
 
+import codecs
 import copy
 import dataclasses
 import gc
-import glob
 import hashlib
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +34,16 @@ import torch.distributed.checkpoint.state_dict as dsd
 from PIL import Image, ImageOps
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 import densekit as dk
 
 # These options may change when a run resumes: they say where and how it runs, not what it computes.
-MAY_CHANGE = ("run", "workers", "device", "log_every", "save_every")
+MAY_CHANGE = (
+    *("run", "workers", "device", "log_every", "save_every", "keep"),
+    *("warn_after", "give_up_after", "collective_timeout"),
+)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -66,6 +74,12 @@ def main(function: Callable[[Any], None], config: Any) -> int:
     except KeyboardInterrupt:
         sentence = "interrupted"
         code = 130
+    except RuntimeError as error:
+        # torch says so by a signal, which may come in the midst of anything.
+        if not is_of_dead_worker(error):
+            raise
+        sentence = loader_failure(error)
+        code = 2
     else:
         return 0
 
@@ -98,10 +112,48 @@ def check_training(config: Any) -> None:
     check(config.log_every >= 1, f"--log-every is {config.log_every}: give 1 step or more.")
     check(config.save_every >= 1, f"--save-every is {config.save_every}: give 1 step or more.")
     check(0 <= config.seed < 2**63, f"--seed is {config.seed}: give a number from 0 to 2^63 - 1.")
+    if hasattr(config, "value_range"):
+        check_value_range(config.value_range)
+    if hasattr(config, "warn_after"):
+        check_patience(config)
+    if hasattr(config, "collective_timeout"):
+        timeout = config.collective_timeout
+        check(
+            timeout is None or 0 < timeout <= LONGEST_WAIT,
+            f"--collective-timeout is {timeout}: give seconds above 0, up to {LONGEST_WAIT}.",
+        )
     if hasattr(config, "epochs"):
         check(config.epochs >= 1, f"--epochs is {config.epochs}: give 1 or more.")
+    if hasattr(config, "keep"):
+        check(
+            all(1 <= epoch <= config.epochs for epoch in config.keep),
+            f"--keep is {as_typed(config.keep)}: give epochs from 1 to {config.epochs}, the last.",
+        )
     if hasattr(config, "views"):
         check_view_options(config.views)
+
+
+def check_patience(config: Any) -> None:
+    """Check how long to wait; each wrong option is a UserError of its own."""
+    check(
+        config.warn_after > 0,
+        f"--warn-after is {config.warn_after}: give seconds above 0, or inf for never.",
+    )
+    check(
+        config.give_up_after > 0,
+        f"--give-up-after is {config.give_up_after}: give seconds above 0, or inf for never.",
+    )
+
+
+def check_value_range(value_range: tuple[float, float] | None) -> None:
+    """Check the range of the images whose files do not tell it."""
+    if value_range is None:
+        return
+    low, high = value_range
+    check(
+        -math.inf < low < high < math.inf,
+        f"--value-range is {as_typed(value_range)}: give two finite numbers, the lower first.",
+    )
 
 
 def check_view_options(views: Any) -> None:
@@ -120,6 +172,105 @@ def check_view_options(views: Any) -> None:
         f"--views.blur is {as_typed(views.blur)}: give two standard deviations in pixels, 0 or "
         "more, the first below the second.",
     )
+
+
+# ---- patience --------------------------------------------------------------------------------
+LONGEST_WAIT = 10**8  # seconds, three years; more does not fit into what waits for processes
+
+
+STOPPED = 5.0  # seconds that this process oversleeps, from which on it was stopped, as by Ctrl-Z
+
+
+class Patience(NamedTuple):
+    """How long to wait for what does not come, in seconds: --warn-after and --give-up-after."""
+
+    warn_after: float = 60.0
+    give_up_after: float = 600.0
+
+
+PATIENCE = Patience()
+
+
+class Watch:
+    """Warns on the standard error where nothing happens in a `with`, and later ends the process.
+
+    `progress` says that something has happened. A thread looks on, and ends the process by itself:
+    nothing else can while the main thread waits for a disk that does not answer.
+
+    Args:
+        sentence: What has not happened, such as "No batch has come".
+        patience: After how long to warn, and to end.
+    """
+
+    def __init__(self, sentence: str, patience: Patience):
+        self._sentence = sentence
+        self._patience = patience
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.progress()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def progress(self) -> None:
+        self._since = time.monotonic()
+
+    def _look_on(self) -> None:
+        warn_after, give_up_after = self._patience
+        has_warned = False
+        pause = 0.0
+        looked = self._since
+        while not self._ended.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + STOPPED:
+                self.progress()
+            looked = now
+
+            waited = now - self._since
+            if waited >= give_up_after:
+                self._give_up()
+
+            is_late = waited >= warn_after
+            if is_late and not has_warned:
+                say(
+                    f"warning: {self._sentence} for {warn_after:g} seconds; after "
+                    f"{give_up_after:g} the run ends (--give-up-after)."
+                )
+            has_warned = is_late
+            pause = min(1.0, warn_after / 4, give_up_after / 4)
+
+    def _give_up(self) -> None:
+        say(
+            f"error: {self._sentence} for {self._patience.give_up_after:g} seconds "
+            "(--give-up-after): a disk may not answer, or a loader process may be stopped."
+        )
+        sys.stdout.flush()
+        for child in multiprocessing.active_children():  # a stopped one would stay
+            child.kill()
+        os._exit(2)
+
+
+def say(sentence: str) -> None:
+    """A line on the standard error, which a progress bar makes way for."""
+    tqdm.write(sentence, file=sys.stderr)
+    sys.stderr.flush()
+
+
+_has_said = mmap.mmap(-1, 1)  # one byte, which processes that are forked off share
+
+
+def say_once(sentence: str) -> None:
+    """A warning on the standard error, once for this process and those that are forked off it."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main and not _has_said[0]:
+        _has_said[0] = 1
+        # Not `say`: a fork may have copied the lock of the progress bar while it was held.
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 # ---- processes and randomness ----------------------------------------------------------------
@@ -147,8 +298,11 @@ def uses_cuda(device: str) -> bool:
 
 
 @contextmanager
-def process_group(device: str = "auto") -> Iterator[World]:
-    """Join the group that torchrun describes in the environment, or make a group of one."""
+def process_group(device: str = "auto", collective_timeout: float | None = None) -> Iterator[World]:
+    """Join the group that torchrun describes in the environment, or make a group of one.
+
+    A collective operation may take `collective_timeout` seconds, by default as long as torch says.
+    """
     use_cuda = uses_cuda(device)
     if use_cuda:
         if not torch.cuda.is_available():
@@ -162,6 +316,8 @@ def process_group(device: str = "auto") -> Iterator[World]:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core for the loader
 
+    if collective_timeout is not None:
+        options["timeout"] = timedelta(seconds=collective_timeout)
     started_by_torchrun = "RANK" in os.environ
     if not started_by_torchrun:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -195,12 +351,20 @@ def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
 
 
 # ---- images ----------------------------------------------------------------------------------
-def read_image(path: str | Path) -> Tensor:
-    """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white."""
+def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
+    """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white.
+
+    Values of more than 8 bits are scaled from the range that the file tells. Where it tells none,
+    as one of floats, it is `value_range`, by default a guess from the values.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is no regular file")  # a pipe would be waited for
     with Image.open(path) as file:
+        tags = getattr(file, "tag_v2", {})  # of a TIFF
         image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # 16 bit or float: `convert("RGB")` would clip the values
-            image = _as_8_bit(image)
+        is_signed_byte = image.mode == "L" and _tag(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
+        if image.mode[0] in "IF" or is_signed_byte:  # `convert("RGB")` would clip the values
+            image = _as_8_bit(image, tags, path, value_range)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -208,34 +372,164 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _as_8_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit or float image, scaled from its range to 0 ... 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    usual_high = 1.0 if image.mode == "F" else 65535.0
-    low = min(0.0, values.min())
-    high = max(usual_high, values.max())
-    values = (values - low) / (high - low) * 255
-    return Image.fromarray(values.round().astype(np.uint8))
+# Tags of a TIFF, and values of two of them.
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+SAMPLE_FORMAT = 339
+NO_DATA = 42113  # GDAL's: the value of pixels without data, as text
+WHITE_IS_ZERO = 0
+UNSIGNED = 1
+SIGNED = 2
+HUGE = 1e19  # floats above it are marks, such as of pixels without data
+
+
+def _tag(tags: Any, number: int, default: Any) -> Any:
+    """The value of a tag, for the first channel."""
+    value = tags.get(number, default)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _as_8_bit(
+    image: Image.Image, tags: Any, path: str | Path, value_range: tuple[float, float] | None
+) -> Image.Image:
+    """An image of floats, of signed values or of more than 8 bits, scaled to 0 ... 255."""
+    values = np.asarray(image)
+    bits = _tag(tags, BITS_PER_SAMPLE, 16)  # Pillow scales other formats to 16
+    is_signed = _tag(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
+    if is_signed and bits == 8:
+        values = values.view(np.int8)
+    if not is_signed and bits == 32 and image.mode[0] == "I":
+        values = values.view(np.uint32)
+    values = values.astype(np.float64)
+
+    has_data = np.abs(values) < HUGE  # NaN has none
+    no_data = _as_number(_tag(tags, NO_DATA, ""))
+    has_data &= values != no_data
+    values[values == no_data] = np.nan
+    lowest = min(0.0, values.min(where=has_data, initial=0.0))
+    highest = values.max(where=has_data, initial=0.0)
+
+    tells_range = bits <= 16 and image.mode[0] != "F"
+    if tells_range:
+        low = lowest
+        high = 2.0 ** (bits - is_signed) - 1
+    elif value_range is not None:
+        low, high = value_range
+    else:
+        low = lowest
+        usual = [1.0] if image.mode == "F" else [255.0, 65535.0]
+        high = min([x for x in usual if x >= highest], default=highest)
+        say_once(
+            f"{path} does not tell the range of its values: {low:g} to {high:g} is taken for it, "
+            "and for each image of this kind its own range; give all one with --value-range."
+        )
+
+    shares = np.clip((values - low) / (high - low), 0, 1)
+    shares = np.nan_to_num(shares, nan=0.0)
+    if _tag(tags, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+        shares = 1 - shares
+    return Image.fromarray((shares * 255).round().astype(np.uint8))
+
+
+def _as_number(text: Any) -> float:
+    """The number that a tag holds as text; NaN where it holds none."""
+    try:
+        return float(str(text).strip("\0 "))
+    except ValueError:
+        return math.nan
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones. Only a newline ends a line."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = os.fsencode(content.decode("utf-16"))
+    content = content.removeprefix(codecs.BOM_UTF8)
+    lines = [os.fsdecode(line.removesuffix(b"\r")) for line in content.split(b"\n")]
+    return [line for line in lines if line]
+
+
+def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
+    """The paths of the image files below a folder, relative to it, sorted; no hidden ones.
+
+    Links are followed, but each folder is listed once: a link to one around it would go in circles.
+    Of several paths to a folder, the one with the fewest links counts.
+    """
+    names = []
+    listed = set()
+    waiting = [""]
+    with Watch(f"Listing the images below {folder} has not gone on", patience) as watch:
+        while waiting:
+            linked = []
+            waiting.sort(reverse=True)  # the last one is the next
+            while waiting:
+                parent = waiting.pop()
+                entries = _entries(folder / parent, listed, watch)
+                for entry in sorted(entries, key=lambda x: x.name, reverse=True):
+                    name = f"{parent}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{name}/")
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        linked.append(f"{name}/")
+                    elif _is_image(entry):
+                        names.append(name)
+            waiting = linked
+    return sorted(names)
+
+
+def _entries(folder: Path, listed: set, watch: Watch) -> list[os.DirEntry]:
+    """What lies in a folder, without hidden names; nothing, if it is listed already."""
+    entries = []
+    try:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in listed:
+            return []
+        listed.add(identity)
+        with os.scandir(folder) as found:
+            for entry in found:
+                watch.progress()
+                if not entry.name.startswith("."):
+                    entries.append(entry)
+    except OSError as error:
+        say(f"warning: {folder} is left out: {error.strerror}.")
+    return entries
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its name; it is a regular file, or a link that leads nowhere, which reading will name."""
+    if not entry.name.lower().endswith(EXTENSIONS):
+        return False
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 class FolderImages:
     """Every image file below a folder, sorted, no hidden ones; or those of a .txt list; or `names`.
 
     `source[i]` is an image, uint8 (3, H, W), and a "path: reason" of each unreadable file that was
-    passed over before it.
+    passed over before it. `value_range` is that of images whose file does not tell it.
     """
 
-    def __init__(self, folder: str | Path, names: Any = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Any = None,
+        *,
+        value_range: tuple[float, float] | None = None,
+        patience: Patience = PATIENCE,
+    ):
         self.folder = Path(folder)
+        self.value_range = value_range
         if self.folder.suffix == ".txt" and self.folder.is_file():
-            names = names or os.fsdecode(self.folder.read_bytes()).splitlines()
+            names = names or read_list(self.folder)
             self.folder = self.folder.parent
         elif not self.folder.is_dir():
             raise UserError(f"The image folder {folder} does not exist or is not a folder.")
 
         if names is None:
-            files = glob.glob("**/*", root_dir=folder, recursive=True)
-            names = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+            names = list_images(self.folder, patience)
         names = [name for name in names if name]
         if not names:
             raise UserError(f"No image file ({' '.join(EXTENSIONS)}) lies below {folder}.")
@@ -251,7 +545,7 @@ class FolderImages:
         while len(unreadable) < len(self):
             path = self.folder / os.fsdecode(name)
             try:
-                return read_image(path), tuple(unreadable)
+                return read_image(path, self.value_range), tuple(unreadable)
             except Exception as error:  # broken bytes raise nearly anything
                 reason = str(error) or type(error).__name__
                 unreadable.append(" ".join(f"{path}: {reason}".split()))
@@ -270,10 +564,16 @@ class SceneImages(list):
             self.extend((image, ()) for image in (drawn.images * 255).round().byte())
 
 
-def image_source(data: Path | None, *, scenes: int) -> Any:
+def image_source(
+    data: Path | None,
+    *,
+    scenes: int,
+    value_range: tuple[float, float] | None = None,
+    patience: Patience = PATIENCE,
+) -> Any:
     """The images below a folder or in a .txt list; without either, `scenes` procedural scenes."""
     if data is not None:
-        return FolderImages(data)
+        return FolderImages(data, value_range=value_range, patience=patience)
     if not scenes:
         raise UserError("This preset trains on your images: name their folder with --data.")
     return SceneImages(scenes)
@@ -310,13 +610,71 @@ def batches_per_epoch(images: int, batch: int, world: World) -> int:
     return images // batch
 
 
-def _start_worker(_: int) -> None:
+def is_of_dead_worker(error: RuntimeError) -> bool:
+    """Whether torch says by this error that a loader process has died."""
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def loader_failure(error: RuntimeError) -> str:
+    """A dead loader process, or a lack of shared memory, in one sentence."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"The loader has failed ({reason}): the memory or /dev/shm may be too small, give more of "
+        "it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
+    )
+
+
+def start_worker(_: int) -> None:
+    """What every loader process does first: the `worker_init_fn` of a DataLoader."""
     gc.freeze()  # a dead process group, collected here, would wait for threads that a fork lacks
     os.setpgrp()  # a signal to all, as torchrun sends it, is for the main process to heed
 
 
+def share_batch(items: Any) -> Any:
+    """Move a batch to shared memory, in a loader process: the end of a DataLoader's `collate_fn`.
+
+    torch would do so too, but in a thread whose errors get lost: where /dev/shm is too small, the
+    main process would wait for ever.
+    """
+    if get_worker_info() is not None:
+        try:
+            tree_map_only(Tensor, Tensor.share_memory_, items)
+        except RuntimeError as error:
+            raise UserError(loader_failure(error)) from error
+    return items
+
+
+def _convert_batch(items: Any) -> Any:
+    return share_batch(default_convert(items))
+
+
+def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
+    """The batches of a DataLoader; a dead process of it is a UserError, and a slow one is named."""
+    iterator = iter(loader)
+    end = object()
+    while True:
+        try:
+            with Watch("No batch of images has come", patience):
+                items = next(iterator, end)
+        except RuntimeError as error:
+            if not is_of_dead_worker(error):
+                raise
+            raise UserError(loader_failure(error)) from error
+        if items is end:
+            return
+        yield items
+
+
 def batches(
-    dataset: Any, batch: int, world: World, *, seed: int, start: int, stop: int, workers: int = 0
+    dataset: Any,
+    batch: int,
+    world: World,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int = 0,
+    patience: Patience = PATIENCE,
 ) -> Iterator[Any]:
     """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
 
@@ -332,6 +690,7 @@ def batches(
         start: The first step.
         stop: The step before which to end.
         workers: Loader processes of this process; 0 loads in the process itself.
+        patience: How long to wait for a batch.
     """
     per_epoch = batches_per_epoch(len(dataset), batch, world)
     while start < stop:
@@ -346,11 +705,12 @@ def batches(
             sampler=own,
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
+            collate_fn=_convert_batch,
             pin_memory=world.device.type == "cuda",
             generator=generator(seed, epoch),
         )
-        for items in loader:
+        for items in load(loader, patience):
             yield tree_map_only(Tensor, lambda x: x.to(world.device, non_blocking=True), items)
         start += len(own)
 
@@ -358,7 +718,17 @@ def batches(
 def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:
     """A progress bar of at most 100 columns around the batches, on the main process."""
     hidden = not world.is_main
-    return tqdm(items, total=stop, initial=start, disable=hidden, unit="step", ncols=100)
+    columns = bar_width()
+    return tqdm(items, total=stop, initial=start, disable=hidden, unit="step", ncols=columns)
+
+
+def bar_width() -> int:
+    """The columns of the terminal, at most 100, which is also the answer where there is none."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # a file, or what stands in for one
+        columns = 0
+    return min(100, columns or 100)
 
 
 def show(bar: tqdm, values: dict[str, float], names: Sequence[str] = ()) -> None:
@@ -383,6 +753,13 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: it is there whole or not at all."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.replace(hidden)
+    shutil.rmtree(hidden)
 
 
 def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
@@ -415,12 +792,25 @@ def _tensors(state: Any) -> Any:
     return {name: _tensors(value) for name, value in fields.items()}
 
 
+ENCODER = "encoder.safetensors"
+SIDE_CAR = "encoder.json"
+PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes a signal on
+
+
+def kept_epochs(config: Any, steps_per_epoch: int) -> dict[int, int]:
+    """The epochs of --keep, by the step that ends each of them."""
+    return {epoch * steps_per_epoch: epoch for epoch in config.keep}
+
+
 class Run(ExitStack):
     """A folder, its log and its checkpoints, for a `with`; all processes call it alike.
 
     A folder with a run of the same `config` (a dataclass, but for the fields in `ignore`) goes on,
     and so does one whose run never got to `resume`; any other is a UserError. Call `resume` first,
     then `log` and `save`.
+
+    SIGTERM, SIGINT and SIGUSR1 ask a run to stop once it has made a step; before, and a second
+    time, SIGTERM and SIGINT end it at once.
     """
 
     def __init__(self, folder: Path, config: Any, world: World, ignore: Sequence = MAY_CHANGE):
@@ -429,6 +819,11 @@ class Run(ExitStack):
         self.world = world
         self.unreadable = 0
         self._stop = False
+        self._listens = False
+        self._patient_group = None
+        if world.size > 1:
+            longest = timedelta(seconds=LONGEST_WAIT)
+            self._patient_group = dist.new_group(backend="gloo", timeout=longest)
 
         problem, checkpoints = self._prepare(config, ignore) if world.is_main else ("", [])
         answer = [problem, checkpoints]
@@ -438,9 +833,6 @@ class Run(ExitStack):
             raise UserError(f"The run folder {folder} {problem}: choose another with --run.")
 
         self.note_unreadable(())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            before = signal.signal(number, self._on_signal)
-            self.callback(signal.signal, number, before)
 
     def _prepare(self, config: Any, ignore: Sequence) -> tuple[str, list[Path]]:
         """What speaks against this folder, and the checkpoints in it; it is made where missing."""
@@ -463,10 +855,39 @@ class Run(ExitStack):
             shutil.rmtree(leftover)
         return "", sorted(self.folder.glob("checkpoints/step-*"))
 
-    def save(self, step: int, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> None:
-        """Save the state after `step` steps; extras are modules, tensors, NamedTuples or dicts."""
-        folder = self.folder / "checkpoints" / f"step-{step:08d}"
-        temporary = folder.with_name(f".{folder.name}")
+    def wait(self) -> None:
+        """Wait for all processes, however long: one of them may evaluate the model meanwhile."""
+        if self._patient_group is not None:
+            dist.barrier(self._patient_group)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        *,
+        encoder: nn.Module | None = None,
+        facts: dict[str, Any] | None = None,
+        epoch: int | None = None,
+        **extra: Any,
+    ) -> None:
+        """Save the state after `step` steps, and the encoder.
+
+        Args:
+            step: The number of steps that the model has made.
+            model: The model.
+            optimizer: Its optimizer.
+            encoder: What `save_encoder` saves, beside the checkpoint and in the run folder.
+            facts: What `save_encoder` needs to know of it, but for the step.
+            epoch: The epoch that ends here, if its checkpoint is to be kept: see `kept_epochs`.
+            extra: Other modules, tensors, NamedTuples or dicts of the state.
+        """
+        self.wait()
+        name = f"step-{step:08d}"
+        if epoch is not None:
+            name += f"-epoch-{epoch}"
+        folder = self.folder / "checkpoints" / name
+        temporary = folder.with_name(f".{name}")
         state = _tensors({"model": model, "extra": extra})
         # In a tuple it is one object to DCP: an optimizer without moments yet may load it.
         state["optimizer"] = (tree_map_only(Tensor, Tensor.cpu, optimizer.state_dict()),)
@@ -476,11 +897,26 @@ class Run(ExitStack):
 
         self._checkpoints = [folder]
         if self.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # the same step again
+            if encoder is not None:
+                save_encoder(temporary / ENCODER, encoder, **(facts or {}), step=step)
+            for old in folder.parent.glob(f"step-{step:08d}*"):  # the same step again
+                _remove(old)
             temporary.replace(folder)
-            for old in sorted(self.folder.glob("checkpoints/step-*"))[:-2]:
-                shutil.rmtree(old)
+            self._publish_encoder(folder)
+            passing = [x for x in folder.parent.glob("step-*") if "-epoch-" not in x.name]
+            for old in sorted(passing)[:-2]:
+                _remove(old)
         dist.barrier()
+
+    def _publish_encoder(self, checkpoint: Path) -> None:
+        """Put the encoder of a checkpoint, if it has one, into the run folder.
+
+        The weights hold the facts, too, and come last: where a reader finds a side-car of another
+        step, the facts in the weights count.
+        """
+        for file in (SIDE_CAR, ENCODER):
+            if (checkpoint / file).exists():
+                write(self.folder / file, (checkpoint / file).read_bytes())
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> int:
         """Load the newest checkpoint in place, extras too, and return its step; 0 without one."""
@@ -488,11 +924,13 @@ class Run(ExitStack):
         last_row = -1  # a run without a checkpoint begins anew, and so does its log
         if self._checkpoints:
             newest = self._checkpoints[-1]
-            step = last_row = int(newest.name.removeprefix("step-"))
+            step = last_row = int(newest.name.split("-")[1])  # of step-00000040-epoch-2
             state = _tensors({"model": model, "extra": extra})
             state["optimizer"] = ()
             dcp.load(state, checkpoint_id=newest)
             optimizer.load_state_dict(state["optimizer"][0])
+            if self.world.is_main:
+                self._publish_encoder(newest)  # which a kill may have prevented
         if self.world.is_main:
             self._open_log(last_row)
         return step
@@ -524,6 +962,7 @@ class Run(ExitStack):
 
     def reduce(self, step: int, terms: dict[str, Tensor]) -> dict[str, float]:
         """The mean of each term over the processes; on all of them alike a NonFiniteError."""
+        self._listen()
         total = torch.stack([term.detach().double() for term in terms.values()])
         dist.all_reduce(total)  # NaN and inf survive a sum
         numbers = (total / self.world.size).tolist()
@@ -537,12 +976,33 @@ class Run(ExitStack):
             raise NonFiniteError(f"Not finite at step {step}: {', '.join(bad)}; {kept}.")
         return means
 
-    def _on_signal(self, *_: object) -> None:
+    def _listen(self) -> None:
+        """From the first step on, heed signals; before it there is nothing to save."""
+        if self._listens:
+            return
+        self._listens = True
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            before = signal.signal(number, self._on_signal)
+            self.callback(signal.signal, number, before)
+
+    def _on_signal(self, number: int, _: object) -> None:
         self._stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C from now on is at once
+        if number == signal.SIGTERM:
+            # torchrun passes on the signal that a scheduler has sent to every process already.
+            is_passed_on = "TORCHELASTIC_RUN_ID" in os.environ
+            self._terminated = time.monotonic()
+            next_handler = self._on_next_sigterm if is_passed_on else signal.SIG_DFL
+            signal.signal(signal.SIGTERM, next_handler)
+
+    def _on_next_sigterm(self, number: int, _: object) -> None:
+        if time.monotonic() - self._terminated > PASSED_ON_WITHIN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def stop_requested(self) -> bool:
         """Whether SIGTERM, SIGINT or SIGUSR1 reached any process; all processes ask together."""
+        self._listen()
         flag = torch.tensor(int(self._stop), device=self.world.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
@@ -578,7 +1038,10 @@ def save_encoder(
     method: str,
     **more: Any,
 ) -> None:
-    """Save the weights as safetensors (plain keys, float32) with a JSON side-car."""
+    """Save the weights as safetensors (plain keys, float32) with a JSON side-car.
+
+    The weights hold the content of the side-car too, as metadata.
+    """
     plain = copy.deepcopy(encoder).to(memory_format=torch.contiguous_format).cpu().float()
     facts = {
         "architecture": architecture,
@@ -589,5 +1052,6 @@ def save_encoder(
         "densekit": dk.__version__,
         **more,
     }
-    write(path, safetensors.torch.save(_tensors(plain)))
+    metadata = {"format": "pt", "facts": json.dumps(facts)}
     write(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+    write(path, safetensors.torch.save(_tensors(plain), metadata))

@@ -42,6 +42,10 @@ class Config:
     scale: tuple[float, float] = (0.3, 0.8)  # Range of the root of a box's share of the image.
     most: int = 0  # Number of boxes to keep of each image, the largest ones; 0: all.
     workers: int = os.cpu_count() or 1  # Processes that search.
+    # Range of values that is mapped to black ... white, for images whose file tells none.
+    value_range: tuple[float, float] | None = None
+    warn_after: float = 60.0  # Seconds without a new result or listed file, then a warning.
+    give_up_after: float = 600.0  # Seconds without a new result or listed file, then the end.
 
 
 def read_options() -> Config:
@@ -80,6 +84,8 @@ def check_options(config: Config) -> None:
     )
     harness.check(config.most >= 0, f"--most is {config.most}: give 0 boxes or more.")
     harness.check(config.workers >= 1, f"--workers is {config.workers}: give 1 process or more.")
+    harness.check_value_range(config.value_range)
+    harness.check_patience(config)
 
 
 # ==== one image ===================================================================================
@@ -121,7 +127,7 @@ def search(path: Path, config: Config) -> Found | str:
     cv2.setNumThreads(1)
     finder = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     try:
-        image = harness.read_image(path)
+        image = harness.read_image(path, config.value_range)
         height, width = image.shape[-2:]
         shrunk_width, shrunk_height = shrunk_size(width, height, config.longest)
         bgr = np.ascontiguousarray(image.flip(0).permute(1, 2, 0).numpy())
@@ -183,6 +189,7 @@ def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple
 
     Only a few images are under way at any time, so that results do not pile up.
     """
+    patience = harness.Patience(config.warn_after, config.give_up_after)
     pool = start_pool(config.workers)
     remaining = iter(names)
     pending: dict[Future, str] = {}
@@ -195,7 +202,8 @@ def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple
             if not pending:
                 break
 
-            done = wait(pending, return_when=FIRST_COMPLETED).done
+            with harness.Watch("No image has been searched", patience):
+                done = wait(pending, return_when=FIRST_COMPLETED).done
             # A dead worker fails every pending search: the results that came before it count.
             for future in sorted(done, key=has_failed):
                 result = future.result()
@@ -346,8 +354,15 @@ def check_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None
 class ImagesWithProposals(harness.FolderImages):
     """The images of a folder or list that have proposals, `boxes[i]` of each, in [0, 1]."""
 
-    def __init__(self, data: Path, path: Path):
-        super().__init__(data)
+    def __init__(
+        self,
+        data: Path,
+        path: Path,
+        *,
+        value_range: tuple[float, float] | None = None,
+        patience: harness.Patience = harness.PATIENCE,
+    ):
+        super().__init__(data, patience=patience)
         known = read_proposals(path)
         counts = np.diff(known.offsets)
         rows = {name: row for row, name in enumerate(known.names) if counts[row] > 0}
@@ -358,7 +373,7 @@ class ImagesWithProposals(harness.FolderImages):
             raise UserError(f"{path} has no proposal of any image of {data}.")
         if len(names) < len(listed) and os.environ.get("RANK", "0") == "0":
             print(f"{len(names)} of {len(listed)} images have proposals; the others are left out.")
-        super().__init__(data, names)
+        super().__init__(data, names, value_range=value_range)
 
         widths_and_heights = np.tile(known.sizes[:, ::-1], 2)
         boxes = torch.from_numpy(known.boxes / widths_and_heights.repeat(counts, axis=0)).float()
@@ -392,7 +407,14 @@ class SceneProposals(list):
             self.boxes.extend(x[keep] for x, keep in zip(proposals, large, strict=True))
 
 
-def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
+def image_source(
+    data: Path | None,
+    path: Path | None,
+    *,
+    scenes: int,
+    value_range: tuple[float, float] | None = None,
+    patience: harness.Patience = harness.PATIENCE,
+) -> Any:
     """Images and the proposals `boxes[i]` of each, in [0, 1]; without a folder, `scenes` scenes."""
     if data is None and path is not None:
         raise UserError("--proposals belong to images: name their folder with --data.")
@@ -400,7 +422,8 @@ def image_source(data: Path | None, path: Path | None, *, scenes: int) -> Any:
         raise UserError("This preset trains on your images: name their folder with --data.")
     if data is None:
         return SceneProposals(scenes)
-    return ImagesWithProposals(data, path or default_path(data))
+    path = path or default_path(data)
+    return ImagesWithProposals(data, path, value_range=value_range, patience=patience)
 
 
 def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
@@ -420,7 +443,8 @@ def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
 def propose(config: Config) -> None:
     """Search all images that no earlier run has searched, and write the file."""
     check_options(config)
-    images = harness.FolderImages(config.data)
+    patience = harness.Patience(config.warn_after, config.give_up_after)
+    images = harness.FolderImages(config.data, patience=patience)
     names = [os.fsdecode(name) for name in images.names.tolist()]
     names = list(dict.fromkeys(names))  # a list may name an image twice
     out = config.out or default_path(config.data)
@@ -432,8 +456,10 @@ def propose(config: Config) -> None:
     partial = out.with_name(f"{out.name}.partial")
 
     settings = {"schema": SCHEMA, **asdict(config)}
-    for name in ("data", "out", "workers"):
+    for name in ("data", "out", "workers", "warn_after", "give_up_after"):
         del settings[name]
+    if config.value_range is None:
+        del settings["value_range"]  # so that files of earlier versions, without it, fit
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
     results = read_earlier(out, partial, settings)

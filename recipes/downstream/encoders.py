@@ -1,6 +1,7 @@
 """The frozen encoder that a command names: one of ours, or one of timm's or torchvision's.
 
-    runs/croc-coco/encoder.safetensors    what a recipe saved, with its side-car .json
+    runs/croc-coco                        a run, which may go on: its newest encoder.safetensors
+    runs/croc-coco/checkpoints/NAME       the encoder of one of its checkpoints
     timm:vit_small_patch16_224            weights that timm downloads
     torchvision:resnet50                  weights that torchvision downloads
     random:resnet18                       no training; also random:tiny and random:tiny-vit
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import safetensors.torch
+import safetensors
 import timm
 import torch
 import torchvision
@@ -227,10 +228,26 @@ def build_torchvision(architecture: str) -> Any:
     return network
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and the facts in its metadata; none, in the files of others."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return weights, json.loads(metadata.get("facts", "{}"))
+
+
 def read_checkpoint(path: Path) -> Encoder:
-    """What `harness.save_encoder` wrote: encoder.safetensors, with encoder.json beside it."""
+    """What `harness.save_encoder` wrote: encoder.safetensors, with encoder.json beside it.
+
+    A run folder has them from its first checkpoint on, and each of its checkpoints has its own.
+    """
     if path.is_dir():
-        path = path / "encoder.safetensors"
+        folder = path
+        path = folder / harness.ENCODER
+        if (folder / "config.json").is_file() and not path.exists():
+            raise harness.UserError(
+                f"{folder} has no encoder yet: the first checkpoint of the run will bring it."
+            )
     side_car = path.with_suffix(".json")
     for file in (path, side_car):
         if not file.is_file():
@@ -240,7 +257,10 @@ def read_checkpoint(path: Path) -> Encoder:
             )
     try:
         facts = json.loads(side_car.read_text())
-        weights = safetensors.torch.load_file(path)
+        weights, own_facts = read_weights(path)
+        own_step = own_facts.get("step")
+        if own_step is not None and facts.get("step", own_step) != own_step:
+            facts = own_facts  # a run is just replacing both files
         architecture = facts["architecture"]
         color_order = facts["color_order"]
         mean = [float(x) for x in facts["mean"]]

@@ -66,6 +66,7 @@ class ImageSet:
         names: The name of each image, in order.
         images: The file of each image, or the image itself, by its name.
         labels: The file of each label map, by the name of the image; None where there is none.
+        value_range: Of the values of images whose file does not tell it.
     """
 
     def __init__(self, found: LabeledSet):
@@ -78,6 +79,7 @@ class ImageSet:
         self.names = [record.name for record in found.records]
         self.images = {record.name: record.image for record in found.records}
         self.labels = {record.name: record.label_file for record in found.records}
+        self.value_range: tuple[float, float] | None = None
         self.numbers: dict[str, list[int]] | None = None  # by name, once `find` needs them
 
         self.label_type = torch.uint8
@@ -108,7 +110,7 @@ class ImageSet:
     def read_image(self, index: int) -> Tensor:
         """The image alone."""
         source = self.records[index].image
-        return source if isinstance(source, Tensor) else read_frame(source)
+        return source if isinstance(source, Tensor) else read_frame(source, self.value_range)
 
     def read_labels(self, index: int) -> Tensor | None:
         """The label map alone; None where the image has none. No pixel of the image is decoded."""

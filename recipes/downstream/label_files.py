@@ -35,10 +35,10 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be used ({' '.join(reason.split())}).") from None
 
 
-def read_frame(path: Path) -> Tensor:
+def read_frame(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:
     """An upright RGB image, uint8 (3, H, W)."""
     with reading(path):
-        return harness.read_image(path)
+        return harness.read_image(path, value_range)
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -73,8 +73,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_list(path: Path) -> list[str]:
     """The lines of a text file that are not empty; only a newline ends a line."""
     with reading(path):
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        lines = [line.strip(" \t\r") for line in text.split("\n")]
+        lines = [line.strip(" \t\r") for line in harness.read_list(path)]
         return [line for line in lines if line]
 
 

@@ -355,7 +355,7 @@ def encode_frames(encoder: Encoder, item: Video, config: Any) -> Tensor:
     maps = []
     for number in range(0, len(item.frames), config.batch):
         paths = item.frames[number : number + config.batch]
-        pixels = [read_frame(path) / 255 for path in paths]
+        pixels = [read_frame(path, config.value_range) / 255 for path in paths]
         frames = [transforms.resize(x, config.size, antialias=True) for x in pixels]
         maps.append(encoder(torch.stack(frames).to(device_of(encoder))).float())
     return torch.cat(maps)

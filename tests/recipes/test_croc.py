@@ -433,7 +433,9 @@ def test_the_schedules_reach_the_optimizer_and_the_teacher(tmp_path, monkeypatch
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     monkeypatch.setattr(dk, "ema_update", follow)
     source = croc.harness.image_source
-    monkeypatch.setattr(croc.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(
+        croc.harness, "image_source", lambda data, scenes, **_: source(data, scenes=16)
+    )
     monkeypatch.setattr(croc, "evaluate", lambda *arguments: None)
     config = replace(
         SMALL, run=tmp_path, epochs=4, warmup=1.0, lr=0.32, weight_decay=(0.04, 0.4), momentum=0.9
@@ -463,7 +465,9 @@ def test_a_clip_of_zero_clips_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     source = croc.harness.image_source
-    monkeypatch.setattr(croc.harness, "image_source", lambda data, scenes: source(data, scenes=8))
+    monkeypatch.setattr(
+        croc.harness, "image_source", lambda data, scenes, **_: source(data, scenes=8)
+    )
     monkeypatch.setattr(croc, "evaluate", lambda *arguments: None)
     for clip in (0.0, math.inf, 0.01):
         croc.train(replace(SMALL, run=tmp_path / str(clip), epochs=1, clip=clip))

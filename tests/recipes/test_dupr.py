@@ -392,7 +392,9 @@ def test_an_image_has_as_many_patches_as_its_keys_at_every_level_with_a_patch_lo
 
 def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):
     source = dupr.harness.image_source
-    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=15))
+    monkeypatch.setattr(
+        dupr.harness, "image_source", lambda data, scenes, **_: source(data, scenes=15)
+    )
     with pytest.raises(dupr.harness.UserError, match=r"--bank is 16.*15"):
         dupr.train(replace(SMALL, run=tmp_path))
 
@@ -403,7 +405,9 @@ def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):
 )
 def test_the_method_is_said_beside_the_weights(tmp_path, monkeypatch, capsys, alpha, beta, method):
     source = dupr.harness.image_source
-    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(
+        dupr.harness, "image_source", lambda data, scenes, **_: source(data, scenes=16)
+    )
     monkeypatch.setattr(dupr, "evaluate", lambda *arguments: None)
     dupr.train(replace(SMALL, run=tmp_path, epochs=1, alpha=alpha, beta=beta))
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
@@ -447,7 +451,9 @@ def test_the_key_encoder_follows_before_each_step_and_keeps_its_statistics(tmp_p
 
     monkeypatch.setattr(dk, "ema_update", follow)
     source = dupr.harness.image_source
-    monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=16))
+    monkeypatch.setattr(
+        dupr.harness, "image_source", lambda data, scenes, **_: source(data, scenes=16)
+    )
     monkeypatch.setattr(dupr, "evaluate", lambda *arguments: None)
     dupr.train(replace(SMALL, run=tmp_path))
     assert calls == [{"momentum": SMALL.momentum, "buffers": "keep"}] * 4

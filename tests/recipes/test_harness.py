@@ -1,14 +1,24 @@
 """The harness, with real files, real processes (two of them, over gloo) and real signals."""
 
+import codecs
 import contextlib
 import copy
 import dataclasses
+import fcntl
+import functools
 import json
 import multiprocessing
 import os
+import pty
+import re
+import resource
 import signal
 import socket
+import struct
 import sys
+import tempfile
+import termios
+import time
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,6 +31,7 @@ import pytest
 import torch
 import torch._dynamo  # in the parent, or DDP in each forked process imports it for 20 s
 import torch.distributed as dist
+from downstream import encoders
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -63,10 +74,11 @@ def on_processes(size, folder, function, *args):
 
 
 def in_a_fork(function, *args):
-    """The exit code of a process of its own that calls `function(*args)`."""
+    """The exit code of a process of its own that calls `function(*args)`; it may not hang."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
-    process.join()
+    process.join(60)
+    process.kill()
     return process.exitcode
 
 
@@ -258,6 +270,95 @@ def checkpoints(folder):
 def test_only_the_newest_two_checkpoints_are_kept(tmp_path, world):
     train(world, tmp_path / "run", Config())
     assert checkpoints(tmp_path / "run") == ["step-00000011", "step-00000012"]
+
+
+class Labeled(nn.Module):
+    """An encoder whose weights tell their step."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = encoders.build("tiny")
+
+    def mark(self, step):
+        nn.init.constant_(self.network.layer1[0].bn1.bias, step)
+
+
+FACTS = {"architecture": "tiny", "mean": [0.5] * 3, "std": [0.2] * 3, "method": "none"}
+
+
+def steps_read(name):
+    """The step in the facts of an encoder, and the one in its weights."""
+    encoder = encoders.load_encoder(str(name))
+    return encoder.facts["step"], int(encoder.network.layer1[0].bn1.bias[0])
+
+
+def test_an_encoder_comes_with_each_checkpoint_and_epochs_are_kept(tmp_path, world):
+    """Steps 10 to 70, ten in an epoch; the newest two stay, and epochs 2 and 4."""
+    folder = tmp_path / "run"
+    net, optimizer = build("sgd", 0.1)
+    model = Labeled()
+    kept = harness.kept_epochs(SimpleNamespace(keep=(2, 4)), 10)
+    with harness.Run(folder, Config(), world) as run:
+        run.resume(net, optimizer)
+        with pytest.raises(harness.UserError, match=r"no encoder yet: the first checkpoint .*\.$"):
+            encoders.load_encoder(str(folder))
+        for step in range(10, 80, 10):
+            model.mark(step)
+            options = {"encoder": model.network, "facts": FACTS, "epoch": kept.get(step)}
+            run.save(step, net, optimizer, **options)
+            assert steps_read(folder) == steps_read(folder / "encoder.safetensors") == (step, step)
+    names = checkpoints(folder)
+    assert names == [
+        "step-00000020-epoch-2", "step-00000040-epoch-4", "step-00000060", "step-00000070",
+    ]  # fmt: skip
+    for name in names:
+        step = int(name.split("-")[1])
+        assert steps_read(folder / "checkpoints" / name) == (step, step)
+
+    for newer in ("step-00000070", "step-00000060"):
+        harness.shutil.rmtree(folder / "checkpoints" / newer)
+    with harness.Run(folder, Config(), world) as run:
+        assert run.resume(net, optimizer) == 40  # a kept one may be the newest
+        run.save(40, net, optimizer)  # under another name, since it is not kept now
+    assert checkpoints(folder) == ["step-00000020-epoch-2", "step-00000040"]
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_save_that_is_killed_anywhere_leaves_an_encoder_whose_facts_fit(
+    tmp_path, world, monkeypatch, written
+):
+    """A checkpoint writes four files besides those of torch: two of its own, two of the run."""
+    net, optimizer = build("sgd", 0.1)
+    model = Labeled()
+    write, count = harness.write, iter(range(9))
+
+    def dying(path, content):
+        if next(count) == written:
+            raise KilledError
+        write(path, content)
+
+    with harness.Run(tmp_path, Config(), world) as run:
+        run.resume(net, optimizer)
+        for step in (1, 2):
+            model.mark(step)
+            if step == 2:
+                monkeypatch.setattr(harness, "write", dying)
+            with pytest.raises(KilledError) if step == 2 else contextlib.nullcontext():
+                run.save(step, net, optimizer, encoder=model.network, facts=FACTS)
+    assert steps_read(tmp_path) == (1, 1)
+    monkeypatch.undo()
+    with harness.Run(tmp_path, Config(), world) as run:
+        step = run.resume(net, optimizer)
+    assert steps_read(tmp_path) == (step, step)
+
+
+def test_facts_that_were_mended_by_hand_count(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    harness.save_encoder(path, Labeled().network, **FACTS, step=3)
+    mended = {**facts(path), "mean": [0.1, 0.2, 0.3]}
+    for side_car in (mended, {name: x for name, x in mended.items() if name != "step"}):
+        path.with_suffix(".json").write_text(json.dumps(side_car))
+        assert encoders.load_encoder(str(path)).mean == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -575,6 +676,7 @@ def test_second_interrupt_is_at_once_and_handlers_are_restored(tmp_path, world):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with harness.Run(tmp_path / "run", Config(), world) as run:
+        assert not run.stop_requested()  # the first step is made
         os.kill(os.getpid(), signal.SIGINT)
         assert run.stop_requested()
         with pytest.raises(KeyboardInterrupt):
@@ -582,9 +684,45 @@ def test_second_interrupt_is_at_once_and_handlers_are_restored(tmp_path, world):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def ended_by_signals(folder, numbers, pause, steps):
+    """A run that gets these signals after some steps, and would else end by itself with 7."""
+    with harness.process_group("cpu") as world, harness.Run(folder, Config(), world) as run:
+        for step in range(steps):
+            run.reduce(step, {"loss": torch.ones(())})
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+    os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "steps", "code"),
+    [
+        ([signal.SIGTERM], 0, -signal.SIGTERM),
+        ([signal.SIGUSR1], 0, -signal.SIGUSR1),
+        ([signal.SIGTERM], 1, 7),
+        ([signal.SIGUSR1] * 3, 1, 7),
+        ([signal.SIGINT, signal.SIGTERM], 1, 7),
+        ([signal.SIGTERM, signal.SIGTERM], 1, -signal.SIGTERM),
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 2, -signal.SIGTERM),
+    ],
+)
+def test_a_second_sigterm_or_one_before_the_first_step_ends_at_once(tmp_path, numbers, steps, code):
+    assert in_a_fork(ended_by_signals, tmp_path / "run", numbers, 0, steps) == code
+
+
+def test_a_signal_that_torchrun_passes_on_is_the_same_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    twice = [signal.SIGTERM] * 2
+    assert in_a_fork(ended_by_signals, tmp_path / "run", twice, 0, 1) == 7
+    monkeypatch.setattr(harness, "PASSED_ON_WITHIN", 0.01)
+    assert in_a_fork(ended_by_signals, tmp_path / "run", twice, 0.1, 1) == -signal.SIGTERM
+
+
 def signaled_with_workers(world, folder, number):
     os.setpgrp()  # the signal must not reach the tests
     with harness.Run(folder, Config(), world) as run:
+        run.stop_requested()  # as after each step
         loader = harness.batches(Noise(128), 2, world, seed=0, start=0, stop=64, workers=2)
         seen = 0
         for _ in loader:
@@ -654,6 +792,25 @@ def test_error_on_one_process_does_not_hang(tmp_path):
         on_processes(2, tmp_path, leave_by_error)
 
 
+def evaluate_slowly(world, folder):
+    net, optimizer = build("sgd", 0.1)
+    with harness.Run(folder, Config(), world) as run:
+        run.resume(net, optimizer)
+        if world.is_main:
+            time.sleep(2.5)
+        run.save(1, net, optimizer)
+        if world.is_main:
+            time.sleep(2.5)
+        with pytest.raises(RuntimeError):
+            dist.barrier()  # what is no evaluation counts
+
+
+def test_processes_that_wait_for_an_evaluation_do_not_run_out_of_time(tmp_path, monkeypatch):
+    impatient = functools.partial(harness.process_group, collective_timeout=2.0)
+    monkeypatch.setattr(harness, "process_group", impatient)
+    on_processes(2, tmp_path, evaluate_slowly, tmp_path / "run")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path):
     with harness.process_group() as world, harness.Run(tmp_path / "run", Config(), world) as run:
@@ -718,13 +875,16 @@ def test_values_as_they_are_typed(value, typed):
 
 VIEWS = SimpleNamespace(size=48, scale=(0.2, 1.0), hue=0.1, blur=(0.1, 2.0))
 TRAINING = SimpleNamespace(
-    batch=8, lr=0.1, workers=0, log_every=1, save_every=1, seed=0, epochs=1, views=VIEWS
-)
+    batch=8, lr=0.1, workers=0, log_every=1, save_every=1, seed=0, epochs=3, views=VIEWS,
+    keep=(1, 3), value_range=None, warn_after=60.0, give_up_after=600.0, collective_timeout=None,
+)  # fmt: skip
 
 
 def test_what_is_allowed_passes():
     harness.check_training(TRAINING)
-    others = {name: x for name, x in vars(TRAINING).items() if name not in ("epochs", "views")}
+    others = {
+        name: x for name, x in vars(TRAINING).items() if name not in ("epochs", "keep", "views")
+    }
     harness.check_training(SimpleNamespace(**others))  # a recipe that counts steps, without views
     edges = {"hue": 0.0, "scale": (1.0, 1.0), "size": 1, "blur": (0.0, 0.1)}
     harness.check_view_options(SimpleNamespace(**edges))
@@ -746,6 +906,17 @@ nan = float("nan")
         ("seed", -1, "--seed is -1: give"),
         ("seed", 2**63, f"--seed is {2**63}: give"),
         ("epochs", 0, "--epochs is 0: give"),
+        ("keep", (1, 0), "--keep is 1 0: give epochs from 1 to 3"),
+        ("keep", (4,), "--keep is 4: give epochs from 1 to 3"),
+        ("value_range", (1.0, 1.0), "--value-range is 1.0 1.0: give"),
+        ("value_range", (0.0, nan), "--value-range is 0.0 nan: give"),
+        ("value_range", (-float("inf"), 0.0), "--value-range is -inf 0.0: give"),
+        ("warn_after", 0.0, "--warn-after is 0.0: give"),
+        ("warn_after", nan, "--warn-after is nan: give"),
+        ("give_up_after", 0.0, "--give-up-after is 0.0: give"),
+        ("give_up_after", nan, "--give-up-after is nan: give"),
+        ("collective_timeout", 0.0, "--collective-timeout is 0.0: give"),
+        ("collective_timeout", 1e9, "--collective-timeout is 1000000000.0: give"),
         ("views.size", 0, "--views.size is 0: give"),
         ("views.scale", (1.0, 0.2), "--views.scale is 1.0 0.2: give"),
         ("views.scale", (0.0, 0.2), "--views.scale is 0.0 0.2: give"),
@@ -937,6 +1108,95 @@ def test_tensors_of_a_batch_come_in_their_records():
     assert tensors[0].shape == (3,)
 
 
+class Troubled(Indices):
+    """The third batch does not come: its loader process is in trouble."""
+
+    def __init__(self, trouble):
+        super().__init__(16)
+        self.trouble = trouble
+
+    def __getitem__(self, indices):
+        batch = torch.zeros(len(indices), 1000)
+        if 0 in indices:
+            getattr(self, self.trouble)()
+        return batch
+
+    def killed(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def waits(self):
+        time.sleep(60)
+
+    def lacks_shared_memory(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def train_in_trouble(trouble, workers, patience):
+    def read(_):
+        options = {"seed": 0, "start": 0, "stop": 8, "workers": workers, "patience": patience}
+        for _ in harness.batches(Troubled(trouble), 2, ALONE, **options):
+            pass
+
+    sys.exit(harness.main(read, None))
+
+
+@pytest.mark.parametrize("trouble", ["killed", "lacks_shared_memory"])
+def test_a_loader_process_in_trouble_is_one_sentence(trouble, capfd):
+    assert in_a_fork(train_in_trouble, trouble, 1, harness.PATIENCE) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: The loader has failed (")
+    assert "/dev/shm" in error
+    assert "--workers 0" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("trouble", "workers"), [("stopped", 1), ("waits", 1), ("waits", 0)])
+def test_a_batch_that_does_not_come_is_warned_of_and_not_waited_for(trouble, workers, capfd):
+    patience = harness.Patience(warn_after=0.5, give_up_after=1.5)
+    assert in_a_fork(train_in_trouble, trouble, workers, patience) == 2
+    warning, error = capfd.readouterr().err.splitlines()
+    assert warning.startswith("warning: No batch of images has come for 0.5 seconds; after 1.5 ")
+    assert error.startswith("error: No batch of images has come for 1.5 seconds (--give-up-after)")
+
+
+def test_slow_is_not_stuck(capfd):
+    """What goes on is neither warned of nor ended, however long it takes; inf waits for ever."""
+
+    def go_on():
+        with harness.Watch("Nothing has come", harness.Patience(1.2, 1.4)) as watch:
+            for _ in range(15):
+                time.sleep(0.1)
+                watch.progress()
+        for forever in (np.inf, 1e300):
+            with harness.Watch("Nothing has come", harness.Patience(forever, forever)):
+                time.sleep(0.01)
+
+    assert in_a_fork(go_on) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_was_stopped_itself_has_not_waited(monkeypatch, capfd):
+    """After Ctrl-Z and `fg`, a run goes on."""
+    monkeypatch.setattr(harness, "STOPPED", 0.5)
+
+    def wait_a_little():
+        with harness.Watch("Nothing has come", harness.Patience(0.9, 1.0)):
+            time.sleep(0.6)
+
+    process = multiprocessing.get_context("fork").Process(target=wait_a_little)
+    process.start()
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(1.2)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(30)
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_batch_larger_than_the_data():
     match = "--batch is 6: give at most 5, the number of images"
     with pytest.raises(harness.UserError, match=match):
@@ -966,6 +1226,25 @@ def test_the_progress_bar_has_a_hundred_columns(capsys, names):
     assert "200000/200000" in lines[-1]
     assert "loss=123" in lines[-1]
     assert ("short=1.5" in lines[-1]) == ("short" in names)
+
+
+@pytest.mark.parametrize(("terminal", "columns"), [(60, 60), (150, 100), (0, 100)])
+def test_the_progress_bar_fits_the_terminal(terminal, columns):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, terminal, 0, 0))
+
+    def show():
+        os.dup2(slave, 2)
+        sys.stderr = os.fdopen(2, "w")
+        bar = harness.progress(range(1), start=0, stop=1, world=ALONE)
+        for _ in bar:
+            harness.show(bar, LONG | {"loss": 0.5}, list(LONG))
+
+    assert in_a_fork(show) == 0
+    lines = re.split(r"[\r\n]+", os.read(master, 10**5).decode())
+    os.close(slave)
+    os.close(master)
+    assert max(len(line) for line in lines) == columns
 
 
 def test_the_progress_bar_shows_three_named_terms(capsys):
@@ -1039,7 +1318,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
         (np.float32([[0, 0.5, 1]]), [0, 128, 255]),
         (np.float32([[0, 10, 20]]), [0, 128, 255]),
         (np.float32([[-1, 0, 1]]), [0, 128, 255]),
-        (np.float32([[np.nan, 0.2, np.inf]]), [0, 0, 255]),
+        (np.float32([[np.nan, 0.2, np.inf]]), [0, 51, 255]),
         (np.int32([[0, 257, 65535]]), [0, 1, 255]),
         (np.int32([[0, 65535, 131070]]), [0, 128, 255]),
     ],
@@ -1047,6 +1326,134 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
 def test_float_and_wide_integer_tiffs(tmp_path, values, expected):
     Image.fromarray(values).save(tmp_path / "wide.tiff")
     np.testing.assert_array_equal(read(tmp_path / "wide.tiff")[0, :, 0], expected)
+
+
+NUMPY_KINDS = {1: "u", 2: "i", 3: "f"}  # of TIFF's SampleFormat
+
+
+def write_tiff(path, values, *, bits, sample_format, photometric=1, no_data=None):
+    """A gray TIFF of one strip; values of 12 bits are packed, two in three bytes."""
+    height, width = values.shape
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(np.uint32)
+        packed = pairs[:, 0] << 12 | pairs[:, 1]
+        data = b"".join(int(x).to_bytes(3, "big") for x in packed)
+    else:
+        data = values.astype(f"<{NUMPY_KINDS[sample_format]}{bits // 8}").tobytes()
+    text = f"{no_data}\0".encode()
+    long, short, ascii_ = 4, 3, 2
+    tags = [
+        (256, long, 1, width), (257, long, 1, height), (258, short, 1, bits), (259, short, 1, 1),
+        (262, short, 1, photometric), (273, long, 1, 8), (277, short, 1, 1),
+        (278, long, 1, height), (279, long, 1, len(data)), (339, short, 1, sample_format),
+    ]  # fmt: skip
+    if no_data is not None:
+        tags.append((42113, ascii_, len(text), 8 + len(data)))
+    where = 8 + len(data) + len(text)
+    rows = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = struct.pack("<2sHI", b"II", 42, where)
+    directory = struct.pack("<H", len(tags)) + rows + struct.pack("<I", 0)
+    path.write_bytes(header + data + text + directory)
+
+
+@pytest.fixture
+def unsaid():
+    """As in a process that has said nothing yet."""
+    harness._has_said[0] = 0
+    yield
+    harness._has_said[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "photometric", "lowest"),
+    [
+        (8, 1, 1, 0), (8, 1, 0, 0), (8, 2, 1, -128), (8, 2, 1, 0), (12, 1, 1, 0), (16, 1, 1, 0),
+        (16, 1, 0, 0), (16, 2, 1, -(2**15)), (16, 2, 1, 0),
+    ],
+)  # fmt: skip
+def test_the_bits_and_the_sign_of_a_file_are_the_range(
+    tmp_path, capfd, unsaid, bits, sample_format, photometric, lowest
+):
+    high = 2 ** (bits - (sample_format == 2)) - 1
+    values = np.linspace(lowest, high, 64).round().reshape(4, 16)
+    path = tmp_path / "a.tif"
+    write_tiff(path, values, bits=bits, sample_format=sample_format, photometric=photometric)
+    expected = (values - lowest) / (high - lowest) * 255
+    if photometric == 0:  # white is zero
+        expected = 255 - expected
+    found = harness.read_image(path, value_range=(0.0, 9.0))[0]  # which is for other files
+    np.testing.assert_array_less(abs(found.numpy() - expected), 0.51)
+    assert capfd.readouterr().err == ""
+
+
+@given(st.data())
+def test_what_is_no_number_changes_no_other_pixel(data):
+    """NaN, infinities, floats' largest values and GDAL's mark of pixels without data."""
+    no_data = data.draw(st.sampled_from([None, -9999.0, 1e6, "nan", "nothing"]))
+    marks = [np.nan, np.inf, -np.inf, *np.float32([-3.4028235e38, 3.4028235e38, 9.96921e36])]
+    if isinstance(no_data, float):
+        marks.append(no_data)
+    numbers = st.floats(-100, 100, width=32)
+    clean = np.array(data.draw(st.lists(numbers, min_size=2, max_size=12)))
+    places = data.draw(st.lists(st.integers(0, len(clean) - 1), min_size=1, unique=True))
+    dirty = clean.copy()
+    for place in places:
+        clean[place] = 0.0
+        dirty[place] = data.draw(st.sampled_from(marks))
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for name, values in (("clean.tif", clean), ("dirty.tif", dirty)):
+            path = Path(folder, name)
+            write_tiff(path, values[None], bits=32, sample_format=3, no_data=no_data)
+            found.append(harness.read_image(path)[0, 0].numpy())
+    rest = np.setdiff1d(np.arange(len(clean)), places)
+    np.testing.assert_array_equal(found[0][rest], found[1][rest])
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format"), [(32, 1), (32, 2), (32, 3)], ids=["uint32", "int32", "float32"]
+)
+def test_a_range_that_no_file_tells_is_an_option_or_a_guess(
+    tmp_path, capfd, unsaid, bits, sample_format
+):
+    path = tmp_path / "a.tif"
+    values = np.array([[0, 50, 100, 200, 255, 300]])
+    write_tiff(path, values, bits=bits, sample_format=sample_format)
+    found = harness.read_image(path, value_range=(50, 255))[0, 0]
+    assert found.tolist() == [0, 0, 62, 187, 255, 255]
+    assert capfd.readouterr().err == ""
+    write_tiff(path, values.clip(0, 255), bits=bits, sample_format=sample_format)
+    assert harness.read_image(path)[0, 0].tolist() == values.clip(0, 255)[0].tolist()
+    message = capfd.readouterr().err
+    assert message.startswith(f"warning: {path} does not tell the range of its values: 0 to 255 ")
+    assert "--value-range" in message
+    assert message.count("\n") == 1
+
+
+def test_large_unsigned_values_stay_unsigned(tmp_path):
+    values = np.array([[0, 2**31, 2**32 - 1]])
+    write_tiff(tmp_path / "a.tif", values, bits=32, sample_format=1)
+    assert harness.read_image(tmp_path / "a.tif")[0, 0].tolist() == [0, 128, 255]
+
+
+def test_a_guess_is_said_once_by_all_loader_processes(tmp_path, capfd, unsaid):
+    for number in range(8):
+        write_tiff(tmp_path / f"{number}.tif", np.ones((2, 2)), bits=32, sample_format=3)
+
+    def read(**options):
+        source = harness.FolderImages(tmp_path, **options)
+
+        class Images(Indices):
+            def __getitem__(self, indices):
+                return torch.stack([source[i][0] for i in indices])
+
+        loader = harness.batches(Images(8), 2, ALONE, seed=0, start=0, stop=4, workers=2)
+        return {int(x) for batch in loader for x in batch.unique()}
+
+    assert read(value_range=(0.0, 2.0)) == {128}
+    assert capfd.readouterr().err == ""
+    assert read() == {255}
+    assert capfd.readouterr().err.count("does not tell the range") == 1
 
 
 def test_transparency_is_composited_on_white(tmp_path):
@@ -1101,6 +1508,92 @@ def test_any_tree_in_sorted_order(tmp_path):
     assert len(harness.FolderImages(str(tmp_path / "tree"))) == 6
 
 
+@given(st.data())
+def test_each_folder_is_listed_once_whatever_links_lead_to_it(data):
+    """Trees of a few folders, inside and outside, with an image each and links to any of them."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root, "data"), Path(root, "elsewhere")]
+        for folder in folders:
+            folder.mkdir()
+        for _ in range(data.draw(st.integers(0, 5))):
+            parent = data.draw(st.sampled_from(folders))
+            folder = parent / data.draw(st.sampled_from(["a", "b", "c"]))
+            if not folder.exists():
+                folder.mkdir()
+                folders.append(folder)
+        for folder in folders:
+            (folder / "image.jpg").touch()
+        reached = {x for x in folders if folders[0] in (x, *x.parents)}
+        links = {}
+        for number in range(data.draw(st.integers(0, 5))):
+            link = data.draw(st.sampled_from(folders)) / f"link{number}"
+            links[link] = data.draw(st.sampled_from([*folders, Path(root)]))
+            link.symlink_to(links[link])
+        while True:  # until no link leads to another folder
+            ends = [end for link, end in links.items() if link.parent in reached]
+            more = {x for x in [*folders, Path(root)] for end in ends if end in (x, *x.parents)}
+            if more <= reached:
+                break
+            reached |= more
+
+        names = harness.list_images(folders[0])
+        real = [Path(folders[0], name).resolve().parent for name in names]
+        assert sorted(real) == sorted(x.resolve() for x in reached if (x / "image.jpg").exists())
+        assert names == sorted(names)
+        own = [str(x.relative_to(folders[0]) / "image.jpg") for x in folders if folders[0] in
+               (x, *x.parents)]  # fmt: skip
+        assert set(own) <= set(names)  # by their own paths, not by those of links
+
+
+def test_only_regular_files_are_images(tmp_path):
+    save_png(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket.jpg"))
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "piped.jpg").symlink_to(tmp_path / "pipe.jpg")
+    (tmp_path / "itself.jpg").symlink_to(tmp_path / "itself.jpg")
+
+    def read():
+        names = [os.fsdecode(x) for x in harness.FolderImages(tmp_path).names]
+        assert names == ["a.png", "itself.jpg"]
+        for name in ("pipe.jpg", "piped.jpg", "device.jpg", "socket.jpg", "itself.jpg"):
+            source = harness.FolderImages(tmp_path, [name, "a.png"])
+            ((reason,), named) = source[0][1], str(tmp_path / name)
+            assert reason.startswith(f"{named}: ")
+
+    assert in_a_fork(read) == 0
+
+
+def test_a_listing_that_does_not_go_on_is_not_waited_for(tmp_path, capfd, monkeypatch):
+    save_png(tmp_path / "a.png")
+    monkeypatch.setattr(os, "scandir", lambda _: time.sleep(60))
+    patience = harness.Patience(warn_after=0.2, give_up_after=0.6)
+    assert in_a_fork(lambda: harness.FolderImages(tmp_path, patience=patience)) == 2
+    warning, error = capfd.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: Listing the images below {tmp_path} has not gone on for ")
+    assert error.startswith(f"error: Listing the images below {tmp_path} has not gone on for 0.6 ")
+
+
+NAMES = st.text(
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\n\0\ufeff"), min_size=1
+)
+
+
+@given(st.lists(NAMES), st.sampled_from([b"", codecs.BOM_UTF8]), st.sampled_from(["\n", "\r\n"]))
+def test_a_newline_alone_ends_a_name_of_a_list(names, mark, newline):
+    names = [*names, "line\u2028separator.png", "next\u0085line.png", "form\x0cfeed.png"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "list.txt")
+        path.write_bytes(mark + newline.join(names).encode())
+        assert harness.read_list(path) == names
+        path.write_bytes(mark + newline.join(["", *names, "", ""]).encode())
+        assert harness.read_list(path) == names
+        assert [os.fsdecode(x) for x in harness.FolderImages(path).names] == names
+        path.write_bytes(newline.join(names).encode("utf-16"))  # as some editors write it
+        assert harness.read_list(path) == names
+
+
 def test_a_list_or_names_choose_the_images_and_their_order(tmp_path):
     for seed, name in enumerate(("a.png", "b/c.png", os.fsdecode(b"d\xff.png"))):
         save_png(tmp_path / name, seed=seed)
@@ -1129,33 +1622,33 @@ def broken(tmp_path):
     (folder / "4-empty.jpg").touch()
     (folder / "5-text.jpg").write_text("no image\n" * 20)
     (folder / "6-dangling.jpg").symlink_to(folder / "nowhere.jpg")
-    (folder / "7-folder.jpg").mkdir()
+    (folder / "7-folder.jpg").mkdir()  # no file, so nobody takes it for an image
     (folder / os.fsdecode(b"8-\xff.jpg")).write_bytes(b"\xff\xd8\xff\xe0")
     return folder
 
 
 def test_unreadable_files_are_replaced_and_named(broken):
     source = harness.FolderImages(broken)
-    assert len(source) == 10
+    assert len(source) == 9
     image, unreadable = source[1]
     assert torch.equal(image, source[2][0])
     assert len(unreadable) == 1
     assert unreadable[0].startswith(f"{broken / '1-truncated.jpg'}: ")
     image, unreadable = source[3]
-    assert torch.equal(image, source[9][0])
-    assert [name.split(": ")[0].rsplit("/", 1)[1][0] for name in unreadable] == [*"345678"]
+    assert torch.equal(image, source[8][0])
+    assert [name.split(": ")[0].rsplit("/", 1)[1][0] for name in unreadable] == [*"34568"]
     assert all(len(name.split(": ", 1)[1]) > 3 and "\n" not in name for name in unreadable)
     (broken / "9.png").write_bytes(b"")  # the last one wraps to the first
-    assert torch.equal(source[9][0], source[0][0])
+    assert torch.equal(source[8][0], source[0][0])
 
 
 def test_a_batch_of_images_and_all_that_was_passed_over(broken):
     source = harness.FolderImages(broken)
     images, unreadable = harness.read_batch(source, [0, 1, 3])
-    for image, index in zip(images, (0, 2, 9), strict=True):
+    for image, index in zip(images, (0, 2, 8), strict=True):
         assert torch.equal(image, source[index][0])
     assert unreadable == [*source[1][1], *source[3][1]]
-    assert len(unreadable) == 7
+    assert len(unreadable) == 6
     assert harness.read_batch(harness.SceneImages(2), [1])[1] == []
 
 
@@ -1222,10 +1715,10 @@ def note(world, folder, broken):
 @pytest.mark.parametrize("size", [1, 2])
 def test_unreadable_files_are_counted_and_named_once(tmp_path, broken, size):
     folder = tmp_path / "run"
-    assert on_processes(size, tmp_path, note, folder, broken) == [(0, 7)] * size
-    assert on_processes(1, tmp_path, note, folder, broken) == [(7, 7)]  # resumed
+    assert on_processes(size, tmp_path, note, folder, broken) == [(0, 6)] * size
+    assert on_processes(1, tmp_path, note, folder, broken) == [(6, 6)]  # resumed
     lines = (folder / "unreadable.txt").read_bytes().splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 6
     assert lines[0].startswith(bytes(broken / "1-truncated.jpg"))
     assert any(b"8-\xff.jpg" in line for line in lines)
 

@@ -31,6 +31,18 @@ NEEDED = {  # without which these commands do not start
     "openimages_mini": test_openimages_mini.NEEDED,
     "proposals": test_proposals.NEEDED,
 }
+SHARED = [  # the options that several commands have in the same words
+    (["--keep", "0"], "--keep is 0"),
+    (["--value-range", "2", "1"], "--value-range is 2.0 1.0"),
+    (["--value-range", "0", "inf"], "--value-range is 0.0 inf"),
+    (["--warn-after", "0"], "--warn-after is 0.0"),
+    (["--give-up-after", "nan"], "--give-up-after is nan"),
+    (["--collective-timeout", "0"], "--collective-timeout is 0.0"),
+]
+for name in COMMANDS:
+    known = {x.name for x in dataclasses.fields(MODULES[name].Config)}
+    own = [x for x in SHARED if x[0][0].removeprefix("--").replace("-", "_") in known]
+    WRONG[name] = [*WRONG[name], *(([*NEEDED[name], *words], start) for words, start in own)]
 CASES = [
     pytest.param(name, arguments, start, id=f"{name} {' '.join(arguments)}")
     for name in COMMANDS
@@ -155,6 +167,8 @@ def test_no_number_may_be_negative_or_nan(options, name):
             wrong = value
             if isinstance(before, tuple):  # in the last place, and an empty one gets a place
                 wrong = (*before[:-1], value)
+            elif before is None and "tuple" in str(kind):  # a pair that is not given
+                wrong = (value, value)
             sentence = answer(name, put(config, option, wrong))
             assert sentence.startswith(f"{option} is {harness.as_typed(wrong)}: "), sentence
 

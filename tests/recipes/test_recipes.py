@@ -20,6 +20,7 @@ import proposals
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
+from downstream.encoders import load_encoder
 from files import project_files
 from PIL import Image
 from safetensors.torch import load_file
@@ -150,7 +151,7 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
     name, recipe, tmp_path, folder, monkeypatch
 ):
     train = recipe.module.train
-    config = replace(recipe.small, data=folder, epochs=3)  # 2 batches an epoch, 6 steps
+    config = replace(recipe.small, data=folder, epochs=3, keep=(1,))  # 2 batches an epoch, 6 steps
     train(replace(config, run=tmp_path / "whole"))
     whole = rows(tmp_path / "whole")
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
@@ -158,13 +159,22 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
         path.name for path in (tmp_path / "whole").iterdir()
     }
     pictures = sorted((tmp_path / "whole" / "pictures").glob("step-*"))
-    assert [path.stem[-1] for path in pictures] == ["0", "3", "6"]
+    assert [path.stem[-1] for path in pictures] == ["0", "2", "3", "6"]
     with Image.open(pictures[-1]) as picture:  # six rows
         assert picture.size == (recipe.panels * 226 + 2, 6 * 226 + 2)
     sidecar = json.loads((tmp_path / "whole" / "encoder.json").read_text())
     assert (sidecar["architecture"], sidecar["method"]) == ("tiny", name)
     assert (sidecar["step"], sidecar["color_order"]) == (6, "RGB")
-    recipe.encoder().load_state_dict(load_file(tmp_path / "whole" / "encoder.safetensors"))
+    saved = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == [
+        "step-00000002-epoch-1", "step-00000003", "step-00000006",
+    ]  # fmt: skip
+    for path in (*saved, tmp_path / "whole"):
+        recipe.encoder().load_state_dict(load_file(path / "encoder.safetensors"))
+    assert not same_weights(*[load_file(path / "encoder.safetensors") for path in saved[:2]])
+    assert same_weights(
+        *[load_file(x / "encoder.safetensors") for x in (saved[2], saved[2].parents[1])]
+    )
 
     asked = iter([False, True])  # stopped after the second step... and again after the third
     with monkeypatch.context() as patch:
@@ -172,11 +182,16 @@ def test_a_run_leaves_everything_and_resumes_in_the_middle_of_an_epoch(
         train(replace(config, run=tmp_path / "halted"))
         train(replace(config, run=tmp_path / "halted"))
     assert len(rows(tmp_path / "halted")) == 3
-    assert not (tmp_path / "halted" / "encoder.json").exists()
+    encoder = load_encoder(str(tmp_path / "halted"))  # of the run that has not ended
+    assert (encoder.facts["method"], encoder.facts["step"]) == (name, 3)
     train(replace(config, run=tmp_path / "halted", workers=1))
     assert rows(tmp_path / "halted") == whole
     train(replace(config, run=tmp_path / "halted"))  # finished: nothing more happens
     assert rows(tmp_path / "halted") == whole
+
+
+def same_weights(first, second):
+    return all(torch.equal(first[name], second[name]) for name in {**first, **second})
 
 
 @pytest.fixture(scope="module")
