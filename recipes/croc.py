@@ -122,6 +122,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+from downstream import encoders
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
@@ -279,20 +280,16 @@ class TwoViews:
 # ==== model =======================================================================================
 def build_encoder(arch: str, drop_path: float) -> Any:
     """A plain ViT of timm, whose last block `encode` can take apart."""
-    options: Any = {"dynamic_img_size": True, "drop_path_rate": drop_path, "num_classes": 0}
-    if arch == "tiny":
-        shape = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
-        return timm.create_model("vit_tiny_patch16_224", **shape, **options)
-
+    name = "tiny-vit" if arch == "tiny" else arch
     sentence = (
         f"--arch is {arch}: give a plain ViT of timm, such as vit_small_patch16_224, or tiny."
     )
     try:
-        encoder: Any = timm.create_model(arch, **options)
+        encoder = encoders.build(name, drop_path_rate=drop_path)
         attention = encoder.blocks[-1].attn
         has_plain_attention = type(attention) is Attention and type(attention.q_norm) is nn.Identity
         has_plain_tokens = encoder.num_prefix_tokens == 1 and encoder.has_class_token
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, harness.UserError) as error:
         # timm does not know the network, or the network has no such parts.
         raise harness.UserError(sentence) from error
     harness.check(has_plain_attention and has_plain_tokens, sentence)

@@ -113,7 +113,6 @@ if __name__ == "__main__":
     sys.exit(harness.main(d3ssl.train, config))
 
 import harness
-import timm
 import torch
 from downstream import encoders
 from einops import rearrange

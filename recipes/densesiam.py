@@ -58,7 +58,7 @@ class Config:
     preset: Literal["demo", "paper", "simsiam"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
     categories: int = 512  # Channels of PixSim: its pseudo-categories, the regions of RegionSim.
     batch: int = 512  # Images per step, over all processes.

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -35,7 +35,7 @@ class Config:
     preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/dupr-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
     outputs: int = 128  # Outputs of every head.
     # Weights of the image losses, at C2 to C5.
     alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)

@@ -174,12 +174,13 @@ def drop_head(network: Any) -> None:
 
 
 # ---- loading -------------------------------------------------------------------------------------
-def build(architecture: str, *, pretrained: bool = False) -> Any:
-    """A network of timm without its head, with the options that our recipes give it.
+def build(architecture: str, *, pretrained: bool = False, **more: Any) -> Any:
+    """A network of timm without its head, with the options that our recipes give it, and `more`.
 
     `level_maps` gives its feature maps. Its own `forward` may need the head, so do not call it.
     """
     name, options = TINY.get(architecture, (str(architecture), {}))
+    options = {**options, **more}
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:6]}*")[:3]) or "resnet50"
         raise harness.UserError(f"There is no model {name} in timm: try {near}.")

@@ -20,6 +20,7 @@ import timm
 import torch
 import torchvision
 from d3ssl import D3SSL, PRESETS, Input, TwoViews, Views, augment
+from downstream import encoders
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -699,7 +700,7 @@ def test_images_without_proposals_are_left_out(folder):
 def test_the_encoder_is_timms():
     torch.manual_seed(0)
     plain = timm.create_model("resnet50", num_classes=0, global_pool="").eval()
-    encoder = d3ssl.build_encoder("resnet50").eval()
+    encoder = encoders.build("resnet50").eval()
     encoder.load_state_dict(plain.state_dict())
     torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
     model = SimpleNamespace(encoder=encoder, head=nn.Identity())

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torchvision
 from densesiam import PRESETS, DenseSiam, Loss, Views
+from downstream import encoders
+from downstream.encoders import last_map
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +30,7 @@ SMALL = replace(
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
     (["--arch", "resnet5"], "--arch is resnet5"),
-    (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
+    (["--arch", "vit_tiny_patch16_224"], "--arch is vit_tiny_patch16_224"),  # one level alone
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--hidden", "3"], "--hidden is 3"),
     (["--categories", "1"], "--categories is 1"),
@@ -101,7 +103,7 @@ def test_the_losses_are_those_of_the_paper(distance):
     model.train()
     loss, terms = model(images, views, True)
 
-    maps = [model.encoder(x) for x in images]
+    maps = [last_map(model.encoder, x) for x in images]
     z = [model.projector(f.mean((2, 3))) for f in maps]
     p = [model.predictor(x) for x in z]
     sim = (
@@ -160,7 +162,7 @@ def test_the_gradients_of_pixsim_stop_at_the_teacher():
     found = torch.autograd.grad(terms["dense"], parameters)
 
     with torch.no_grad():
-        maps = [model.encoder(x) for x in images]
+        maps = [last_map(model.encoder, x) for x in images]
     zs = [model.dense_projector(f) for f in maps]
     ps = [model.dense_predictor(x) for x in zs]
     zs, ps = (list(dk.gridsample_pairs(*x, *views, 3)[:2]) for x in (zs, ps))
@@ -259,7 +261,7 @@ def test_the_points_are_sampled_when_the_order_says(order):
     images, views = double(batch())
     loss, terms = model(images, views, True)
     pairs = dk.grid_pairs(*views, 3)
-    maps = [model.encoder(x) for x in images]
+    maps = [last_map(model.encoder, x) for x in images]
 
     if order == "sample_project_predict":
         z = [by_rows(model.dense_projector, x) for x in at_points(maps, pairs)]
@@ -302,7 +304,7 @@ def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates,
     images, views = double(batch())
     drawn, sample = [], dk.sample_points
     monkeypatch.setattr(dk, "sample_points", lambda *x: drawn.append(sample(*x)) or drawn[-1])
-    projected = [model.dense_projector(model.encoder(x)) for x in images]
+    projected = [model.dense_projector(last_map(model.encoder, x)) for x in images]
     predicted = [model.dense_predictor(x) for x in projected]
     pairs = model.hard_pairs(projected, predicted, views)
 
@@ -343,7 +345,7 @@ def test_cells_are_compared_as_densecl_and_pixpro_do(name, distance):
     model = make(correspondence=name, region=0.0, distance=distance)
     images, views = double(batch())
     loss, terms = model(images, views, False)
-    maps = [model.encoder(x) for x in images]
+    maps = [last_map(model.encoder, x) for x in images]
     z = [model.dense_projector(x) for x in maps]
     p = [model.dense_predictor(x).flatten(2).mT for x in z]
     z = [x.flatten(2).mT for x in z]
@@ -383,7 +385,7 @@ def test_the_global_branch_on_the_overlap_pools_what_both_views_show():
     model = make(pooled="overlap", dense=0.0, region=0.0)
     images, views = double(batch())
     loss, terms = model(images, views, False)
-    maps = [model.encoder(x) for x in images]
+    maps = [last_map(model.encoder, x) for x in images]
     pooled = [x.mean(1) for x in at_points(maps, dk.grid_pairs(*views, 3))]
     z = [model.projector(x) for x in pooled]
     p = [model.predictor(x) for x in z]
@@ -509,11 +511,11 @@ def test_the_rows_of_the_tables_are_commands(monkeypatch):
 
 
 def test_the_encoder_has_torchvisions_layout():
-    encoder = densesiam.build_encoder("resnet50")
+    encoder = encoders.build("resnet50")
     torchvision.models.resnet50().load_state_dict(
         {**encoder.state_dict(), "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     )
-    assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, 2048, 7, 7)
+    assert last_map(encoder, torch.rand(1, 3, 224, 224)).shape == (1, 2048, 7, 7)
 
 
 def test_the_presets_are_the_papers():

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from downstream import encoders
 from dupr import DUPR, PRESETS, Views
 from PIL import Image
 from processes import on_processes
@@ -317,7 +318,7 @@ def test_a_norm_without_effect_is_said(capsys):
         dupr.warn_of_norm(replace(SMALL, norm=norm, arch=arch), network, world)
         return capsys.readouterr().err
 
-    normed = dupr.build_encoder("tiny")
+    normed = encoders.build("tiny")
     for norm in ("shuffled", "sync"):
         alone = said(norm, 1, normed)
         assert alone.startswith(f"warning: --norm {norm} has no effect: there is one process")
@@ -353,11 +354,11 @@ def test_the_keys_are_shuffled_over_the_processes(norm):
 
 
 def test_the_encoder_is_timms():
-    encoder = dupr.build_encoder("resnet50").eval()
+    encoder = encoders.build("resnet50").eval()
     plain = timm.create_model("resnet50", num_classes=0, global_pool="").eval()
     plain.load_state_dict(encoder.state_dict())
     x = torch.rand(1, 3, 64, 64)
-    maps = dupr.level_maps(encoder, x)
+    maps = encoders.level_maps(encoder, x)
     assert [f.shape[1] for f in maps] == [256, 512, 1024, 2048]
     torch.testing.assert_close(maps[-1], plain(x))
     torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)

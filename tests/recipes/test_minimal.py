@@ -1,9 +1,7 @@
 """The complete method in one short file."""
 
-import subprocess
-import sys
+import json
 from dataclasses import replace
-from pathlib import Path
 
 import harness
 import minimal
@@ -39,7 +37,8 @@ def small(monkeypatch, tmp_path):
 
 
 def losses(run):
-    rows = [harness.json.loads(line) for line in (run / "metrics.jsonl").open()]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     return [row["loss"] for row in rows if "loss" in row]
 
 
@@ -67,8 +66,9 @@ def test_a_pair_of_views_that_is_not_valid_changes_nothing(small):
         model = minimal.Minimal(small).eval()
         images, views, valid, _ = minimal.TwoViews(harness.image_source(None), small)[[0, 1, 2, 3]]
         assert valid.all()
-        expected = model([x[:3] for x in images], [x.__class__(*(y[:3] for y in x)) for x in views],
-                         valid[:3])
+        expected = model(
+            [x[:3] for x in images], [x.__class__(*(y[:3] for y in x)) for x in views], valid[:3]
+        )
         images[0][3] = torch.nan
         found = model(images, views, torch.tensor([True, True, True, False]))
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)

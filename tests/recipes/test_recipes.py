@@ -20,6 +20,7 @@ import proposals
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
+from downstream import encoders
 from downstream.encoders import load_encoder
 from files import project_files
 from PIL import Image
@@ -45,19 +46,19 @@ RECIPES = {
         module=d3ssl, model=d3ssl.D3SSL, small=D3SSL, preset="paper", wrong="resnet5", panels=5,
         filter="bilinear", source=partial(proposals.image_source, path=None),
         baseline=("decoupling", {"depositioning": 0.0}),
-        encoder=lambda: d3ssl.build_encoder("tiny"),
+        encoder=lambda: encoders.build("tiny"),
     ),
     "densesiam": SimpleNamespace(
         module=densesiam, model=densesiam.DenseSiam, small=DENSESIAM, preset="paper",
         wrong="resnet5", panels=6, filter="bilinear",
         baseline=("simsiam", {"loss": densesiam.PRESETS["simsiam"].loss}),
-        encoder=lambda: densesiam.build_encoder("tiny"),
+        encoder=lambda: encoders.build("tiny"),
     ),
     "dupr": SimpleNamespace(
         module=dupr, model=dupr.DUPR, small=DUPR, preset="paper", wrong="resnet5", panels=4,
         filter="bilinear",
         baseline=("mocov2", {x: getattr(dupr.PRESETS["mocov2"], x) for x in ("alpha", "beta")}),
-        encoder=lambda: dupr.build_encoder("tiny"),
+        encoder=lambda: encoders.build("tiny"),
     ),
 }  # fmt: skip
 
