@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _MOST = 8  # iterations of one kernel: marginals of unequal sums let the factors drift apart
+_HEAVIEST = 1e30  # a larger weight is the same in any dtype, but would overflow in float32
 _SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
@@ -46,7 +47,8 @@ class MergedClusters(NamedTuple):
         centroids: Mean of the L2-normalized tokens of each cluster, weighted by the plan; zero
             where not in use.
         clusters: The chosen number of clusters K.
-        costs: Transport cost of every step, from the number of start tokens down to 2 clusters.
+        costs: The cost that is compared, of every step, from the number of start tokens down to 2
+            clusters.
         merges: The two columns that were merged after each step except the last. The merged column
             becomes the last one, and the others keep their order.
     """
@@ -129,6 +131,9 @@ def sinkhorn(
     cost = widened(cost)
     if not cost.shape[-1] or (group is None and not cost.shape[-2]):
         return cost
+
+    finfo = torch.finfo(cost.dtype)
+    reg = min(max(reg, finfo.tiny), finfo.max)  # 0 / 0 and inf / inf would be NaN
 
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
@@ -305,6 +310,7 @@ def sinkhorn_merge(
     similarity: Literal["cosine", "dot"] = "cosine",
     merge: Literal["average", "mass"] = "average",
     cost_range: Literal["problem", "batch"] = "problem",
+    choose_by: Literal["cost", "semantic"] = "cost",
 ) -> MergedClusters:
     """Cluster tokens by transport, merge centroids down to two, and keep the step of lowest cost.
 
@@ -313,7 +319,7 @@ def sinkhorn_merge(
     weights of the tokens to those of the centroids ([`sinkhorn`][densekit.clustering.sinkhorn]),
     moves each centroid to the mean of its tokens, and merges the two most similar centroids. K
     decreases by one in every step, independent of the data, so shapes are static. The result is the
-    step whose plan has the lowest cost `<Q, T>`.
+    step whose plan has the lowest cost `<Q, T>`; `choose_by` says which cost T that is.
 
     Concatenate both views along n, and give each attention head an entry of `*batch`: one call then
     clusters all of them. The result of a problem does not depend on the others, except with
@@ -329,7 +335,8 @@ def sinkhorn_merge(
             ([`sample_tokens`][densekit.clustering.sample_tokens]).
         reg: Strength of the entropy, `1 / lambda`; the cost has range 1.
         iterations: Number of Sinkhorn iterations in every step.
-        position_weight: Weight of the positional cost, lambda_pos.
+        position_weight: Weight of the positional cost, lambda_pos, 0 or more. Infinity means the
+            positional cost alone (Table 4); the tokens then only decide which centroids merge.
         max_clusters: Largest K that may be chosen; by default the number of start tokens. The
             smallest is 2.
         similarity: Similarity of centroids: their "cosine" (the paper), or the "dot" product of the
@@ -341,13 +348,17 @@ def sinkhorn_merge(
         cost_range: The range of the cost is that of each "problem" alone, or that of the whole
             "batch" (the program), in which an image's clusters depend on the other images. Under
             `vmap` the batch is what the function sees: one problem.
+        choose_by: The cost that the steps are compared by. "cost" is `<Q, T>` with the cost of the
+            transport, positions included, whose range is brought to [0, 1] in every step (the
+            program). "semantic" is `<Q, -Z C^T>`, without positions and in cosines (Eq 13). The two
+            often choose another K.
 
     Returns:
         Assignments, centroids, K, costs and merges, in at least float32.
 
     Raises:
         ValueError: There are fewer than two start tokens, `max_clusters` is below 2, `reg` is not
-            above 0, or `iterations` is below 1.
+            above 0, `iterations` is below 1, or `position_weight` is negative or NaN.
 
     Examples:
         >>> tokens = torch.eye(2).repeat_interleave(4, 0)
@@ -364,13 +375,21 @@ def sinkhorn_merge(
     most = k if max_clusters is None else min(k, max_clusters)
     check("clustering.sinkhorn_merge", "the number of start tokens", k, k >= 2, "2 or more")
     check("clustering.sinkhorn_merge", "max_clusters", max_clusters, most >= 2, "2 or more")
+    enough = position_weight >= 0
+    wanted = "0 or more, or infinity for the positional cost alone"
+    check("clustering.sinkhorn_merge", "position_weight", position_weight, enough, wanted)
 
     tokens = widened(tokens.detach())
     positions = widened(positions.detach())
     weights = widened(weights.detach())
     start = start.long()  # torch 2.6 gathers by int64 alone
     options = (reg, iterations, position_weight, most)
-    variants = (similarity == "cosine", merge == "mass", cost_range == "batch")
+    variants = (
+        similarity == "cosine",
+        merge == "mass",
+        cost_range == "batch",
+        choose_by == "semantic",
+    )
 
     with full_precision(tokens):
         return _merge(tokens, positions, weights, start, *options, *variants)
@@ -388,6 +407,7 @@ def _merge(
     cosine,
     by_mass,
     batch_range,
+    by_semantic,
 ):
     """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster."""
     d = tokens.shape[-1]
@@ -409,10 +429,13 @@ def _merge(
     centers = []
     merges = []
     for left in range(k, 1, -1):
-        cost = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
+        semantic = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
+        cost = semantic
         if position_weight:  # Eq 18
             far = positional_cost(clusters[..., d:-1], positions)
-            cost = torch.add(cost, far, alpha=position_weight)
+            cost = far
+            if position_weight < math.inf:
+                cost = torch.add(semantic, far, alpha=min(position_weight, _HEAVIEST))
         every = batch_range and cost.numel() > 0
         axes = tuple(range(cost.ndim)) if every else (-2, -1)
         cost = _unit_range(cost, axes)
@@ -425,7 +448,7 @@ def _merge(
 
         plans.append(plan)
         centers.append(means[..., :d])
-        costs.append((plan * cost).sum((-2, -1)))  # Eq 13
+        costs.append((plan * (semantic if by_semantic else cost)).sum((-2, -1)))  # Eq 13
 
         if not by_mass:
             means = torch.cat([means[..., :-1], share[..., None]], -1)

@@ -44,7 +44,21 @@ class Config:
     # Weight of a token: the attention of [CLS] to it, or its cosine to [CLS].
     token_weights: Literal["attention", "cosine"] = "attention"
     start: int = 12  # Number of tokens that the clusters start from, K_start.
-    position: float = 4.0  # Weight of the positional cost, lambda_pos.
+    # Largest number of clusters; by default that of the start tokens.
+    max_clusters: int | None = None
+    position: float = 4.0  # Weight of the positional cost, lambda_pos; inf is this cost alone.
+    # The cost has the range of each image and head alone (problem), or that of the whole batch.
+    cost_range: Literal["problem", "batch"] = "problem"
+    # Similarity of the clusters that are merged: cosine, or dot product of the mean tokens.
+    similarity: Literal["cosine", "dot"] = "cosine"
+    # What a merged cluster is: the average of both, or their average by mass.
+    merge: Literal["average", "mass"] = "average"
+    # Cost by which the number of clusters is chosen: that of the transport, or Eq 13's (semantic).
+    choose_by: Literal["cost", "semantic"] = "cost"
+    # Assignments are normalized for each token (rows), or for each cluster and view (columns).
+    normalize: Literal["rows", "columns"] = "rows"
+    # Tokens of a centroid: the cluster's own (hard), or all by their assignments (soft, Eq 2).
+    pooling: Literal["hard", "soft"] = "hard"
     # Temperature of the teacher at the start and at the end, and the epochs between them.
     teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)
     batch: int = 256  # Images per step, over all processes.
@@ -54,7 +68,7 @@ class Config:
     weight_decay: tuple[float, float] = (0.04, 0.4)  # Weight decay at the start and at the end.
     momentum: float = 0.996  # Momentum of the teacher at the start; it rises to 1.
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
-    clip: float = 3.0  # Largest gradient norm of each parameter.
+    clip: float = 3.0  # Largest gradient norm of each parameter; 0 clips nothing.
     freeze: float = 1.0  # Epochs in which the last layers of the head stay as they are.
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
@@ -141,9 +155,13 @@ def check_options(config: Config) -> None:
         2 <= config.start <= tokens,
         f"--start is {config.start}: give a number from 2 to {tokens}, the tokens of both views.",
     )
+    most = config.max_clusters
     harness.check(
-        0 <= config.position < math.inf,
-        f"--position is {config.position}: give a finite number, 0 or more.",
+        most is None or most >= 2, f"--max-clusters is {most}: give 2 or more, or leave it out."
+    )
+    harness.check(
+        config.position >= 0,
+        f"--position is {config.position}: give 0 or more; inf is the positional cost alone.",
     )
     start, end, ramp_epochs = config.teacher_temperature
     harness.check(
@@ -163,13 +181,15 @@ def check_options(config: Config) -> None:
         "more.",
     )
     momentum = config.momentum
-    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
+    harness.check(
+        0 <= momentum < 1, f"--momentum is {momentum}: give a number from 0 to less than 1."
+    )
     harness.check(
         0 <= config.drop_path < 1,
         f"--drop-path is {config.drop_path}: give a share from 0 to less than 1.",
     )
     harness.check(
-        config.clip > 0, f"--clip is {config.clip}: give a norm above 0; inf clips nothing."
+        config.clip >= 0, f"--clip is {config.clip}: give a norm above 0, or 0 to clip nothing."
     )
     harness.check(
         0 <= config.freeze < math.inf,
@@ -322,8 +342,9 @@ def join_views(x: Tensor) -> Tensor:
 
 def pool_clusters(tokens: Tensor, masks: Tensor) -> Tensor:
     """Mean token of each cluster, brought to the mean length of the batch's [CLS] tokens."""
-    # Both kinds of rows pass through one MLP, and need one scale.
-    length = tokens[:, 0].detach().norm(dim=-1).mean()
+    # Both kinds of rows pass through one MLP, and need one scale. Each process has as many images.
+    own_length = tokens[:, 0].detach().norm(dim=-1).mean()
+    length = dk.all_mean(own_length, torch.distributed.group.WORLD)
     centroids = dk.pool_masks(tokens[:, 1:], masks, average=True)
     return dk.l2_normalize(centroids) * length
 
@@ -351,7 +372,9 @@ class CrOC(nn.Module):
         self.student = nn.ModuleDict({"encoder": encoder, "mlp": mlp, "last": last})
         self.teacher = copy.deepcopy(self.student)
         self.teacher.requires_grad_(False)
-        self.teacher.eval()  # the teacher drops no paths
+        for module in self.teacher.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0  # only the student drops paths
 
     def project(self, network: nn.ModuleDict, rows: Tensor, kind: str) -> Tensor:
         """Cosine of each row's embedding and each prototype; `kind` is "image" or "cluster"."""
@@ -368,13 +391,14 @@ class CrOC(nn.Module):
 
         Each attention head has clusters of its own.
         """
+        config = self.config
         choices = {"queries": queries, "keys": keys, "values": values, "last": tokens[:, None]}
-        chosen = choices[self.config.tokens]  # (2b, heads, tokens, d)
-        if self.config.token_weights == "cosine":
+        chosen = choices[config.tokens]  # (2b, heads, tokens, d)
+        if config.token_weights == "cosine":
             weights = cosine_weights(chosen)
         else:
             weights = attention_weights(queries, keys)
-            if self.config.tokens == "last":  # these are clustered once, not for each head
+            if config.tokens == "last":  # these are clustered once, not for each head
                 weights = weights.mean(1, keepdim=True)
 
         # z, r and their positions in Eq 8 are of both views.
@@ -384,9 +408,24 @@ class CrOC(nn.Module):
         view_positions = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
         positions = repeat(torch.cat(view_positions, 1), "b n xy -> b heads n xy", heads=z.shape[1])
 
-        start = dk.sample_tokens(r, self.config.start)
-        found = dk.sinkhorn_merge(z, positions, r, start, position_weight=self.config.position)
-        pruned = dk.prune_clusters(dk.split_assignments(found.assignments))
+        start = dk.sample_tokens(r, config.start)
+        found = dk.sinkhorn_merge(
+            z,
+            positions,
+            r,
+            start,
+            position_weight=config.position,
+            max_clusters=config.max_clusters,
+            similarity=config.similarity,
+            merge=config.merge,
+            cost_range=config.cost_range,
+            choose_by=config.choose_by,
+        )
+        soft = dk.split_assignments(found.assignments, normalize=config.normalize)
+        pruned = dk.prune_clusters(soft)
+        if config.pooling == "soft":  # each token also keeps its part in the other clusters
+            kept = torch.where(pruned.valid[..., None, None, :], soft, 0.0)
+            pruned = pruned._replace(assignments=kept)
         return found.clusters, pruned
 
     # ==== loss ====================================================================================
@@ -425,25 +464,29 @@ class CrOC(nn.Module):
         The rows of view 1 come first, then equally many of view 2. Afterwards the center moves
         towards the mean of the teacher's outputs.
         """
+        group = torch.distributed.group.WORLD
         student_outputs = self.project(self.student, student_rows, kind)
         teacher_outputs = self.project(self.teacher, teacher_rows, kind)
         center = self.get_buffer(kind)
-        loss = dk.symmetric_loss(
+        row_losses = dk.symmetric_loss(
             dk.self_distillation,
             student_outputs.tensor_split(2),
             teacher_outputs.tensor_split(2),
             center=center,
             student_temperature=0.1,
             teacher_temperature=temperature,
+            reduction="none",
         )
+        # The means are over the rows of all processes, which may have different numbers of them.
+        loss = dk.masked_mean(row_losses, group=group)
 
         # The loss is a sum: the entropy of the teacher, and the divergence of the student from the
         # teacher. The cross-entropy of a distribution with itself is its entropy.
         sharpened = (teacher_outputs - center) / temperature
-        entropy = dk.cross_entropy_similarity(sharpened, sharpened)
+        row_entropies = dk.cross_entropy_similarity(sharpened, sharpened, reduction="none")
+        entropy = dk.masked_mean(row_entropies, group=group)
         terms = {kind: loss, f"{kind}_entropy": entropy, f"{kind}_kl": loss.detach() - entropy}
 
-        group = torch.distributed.group.WORLD
         center.copy_(dk.update_center(center, teacher_outputs, momentum=0.9, group=group))
         return loss, terms
 
@@ -480,8 +523,9 @@ def draw(model: CrOC, images: list[Tensor], views: list[dk.View], path: Path) ->
     # A random color for each cluster, the same at every step; there are at most as many clusters
     # as start tokens. The tokens of pruned clusters are black.
     palette = torch.rand(model.config.start, 3, generator=harness.generator(1493))
-    kept = pruned.assignments.sum(-1, keepdim=True).cpu() > 0
-    colors = palette[pruned.labels.cpu()] * kept
+    own_cluster = pruned.labels.clamp(min=0)  # without any assignment the label is -1
+    kept = pruned.assignments.gather(-1, own_cluster[..., None]) > 0
+    colors = palette[own_cluster.cpu()] * kept.cpu()
     head_maps = rearrange(colors, "b heads v (h w) c -> heads (v b) c h w", h=grid_side(tokens))
 
     panels = [harness.unnormalize(pixels, MEAN, STD), *head_maps[:3], dk.pca_colors(maps)]
@@ -511,6 +555,7 @@ def train(config: Config) -> None:
         ddp = nn.parallel.DistributedDataParallel(model)
 
         parameters = list(model.student.parameters())
+        largest_norm = config.clip or math.inf  # an infinite norm clips nothing
         decayed = [x for x in parameters if x.ndim >= 2]
         not_decayed = [x for x in parameters if x.ndim < 2]  # biases and norms
         optimizer = torch.optim.AdamW([{"params": decayed}, {"params": not_decayed}], peak_lr)
@@ -545,7 +590,7 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             # Each parameter is clipped by itself, as in DINO.
-            norms = [nn.utils.clip_grad_norm_(x, config.clip) for x in parameters]
+            norms = [nn.utils.clip_grad_norm_(x, largest_norm) for x in parameters]
             grad_norm = torch.stack(norms).norm()
             # The run ends here when a value is not finite, before the weights are touched.
             values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})

@@ -42,6 +42,8 @@ class Config:
     # Weights of the patch losses, at C2 to C5.
     beta: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     patches: tuple[int, int, int, int] = (14, 14, 14, 7)  # S x S patches, at C2 to C5.
+    # Smallest IoU of the two views of an image in the patch losses; up to 10 pairs are drawn.
+    min_overlap: float = 0.0
     bank: int = 65536  # Number of keys in the bank of each loss.
     keys: int = 4  # Number of patches of an image that enter the bank of a patch loss.
     temperature: float = 0.2  # Divisor of the cosines in InfoNCE.
@@ -139,6 +141,10 @@ def check_options(config: Config) -> None:
         min(config.patches) >= 1,
         f"--patches is {harness.as_typed(config.patches)}: give four numbers, 1 or more.",
     )
+    harness.check(
+        0 <= config.min_overlap < 1,
+        f"--min-overlap is {config.min_overlap}: give an IoU from 0 to less than 1.",
+    )
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
     harness.check(config.keys >= 1, f"--keys is {config.keys}: give 1 or more.")
     for loss in list_losses(config):
@@ -161,7 +167,25 @@ def check_options(config: Config) -> None:
         0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
     )
     momentum = config.momentum
-    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
+    harness.check(
+        0 <= momentum < 1, f"--momentum is {momentum}: give a number from 0 to less than 1."
+    )
+
+
+def warn_of_norm(config: Config, model: nn.Module, world: harness.World) -> None:
+    """Say, once, where --norm changes nothing."""
+    has_batch_norm = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in model.modules())
+    if not has_batch_norm:
+        reason = f"{config.arch} has no batch normalization"
+    elif world.size == 1:
+        reason = (
+            "there is one process, so a key has batch statistics of the same images as its query, "
+            "which may recognize it by them; torchrun starts several"
+        )
+    else:
+        return
+    if world.is_main:
+        print(f"warning: --norm {config.norm} has no effect: {reason}.", file=sys.stderr)
 
 
 # ==== views =======================================================================================
@@ -197,6 +221,7 @@ class TwoViews:
         self.source = source
         self.seed = config.seed
         self.view_config = config.views
+        self.min_overlap = config.min_overlap
         self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
@@ -210,7 +235,12 @@ class TwoViews:
 
         sizes = torch.tensor([image.shape[-2:] for image in images])
         generator = harness.generator(*batch_key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
+        pairs = dk.sample_view_pairs(
+            sizes,
+            min_overlap=self.min_overlap,
+            scale=self.view_config.scale,
+            generator=generator,
+        )
         views = [pairs.view1, pairs.view2]
 
         pixels = [image / 255 for image in images]
@@ -346,6 +376,9 @@ class DUPR(nn.Module):
         group = torch.distributed.group.WORLD
         query_maps = level_maps(self.student["encoder"], images[0])
         key_maps = self.encode_keys(images[1], order)
+        # A pair of views that shares less than it should has no patch loss.
+        iou = dk.box_iou(views[0].box, views[1].box)
+        overlap = dk.intersect_views(*views).valid & (iou >= config.min_overlap)
 
         total_loss = torch.zeros((), device=images[0].device)
         terms = {}
@@ -358,7 +391,7 @@ class DUPR(nn.Module):
                 pairs = dk.patch_pairs(query_map, key_map, *views, loss.side)
                 query_rows = pairs.features1
                 key_rows = pairs.features2
-                valid = pairs.valid
+                valid = overlap
                 filled_name = "patch_filled"
                 keys_per_image = config.keys
             else:
@@ -394,8 +427,8 @@ class DUPR(nn.Module):
             all_valid = dk.all_gather(valid[:, :1], group)
             new_banks[loss.name] = dk.push_to_bank(bank, all_keys, all_valid)
 
-        # The share of the pairs of views that overlap.
-        terms["overlap"] = dk.intersect_views(*views).valid.double().mean()
+        # The share of the pairs of views that overlap enough.
+        terms["overlap"] = overlap.double().mean()
         return total_loss, terms, new_banks
 
 
@@ -544,6 +577,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
+        warn_of_norm(config, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(

@@ -237,6 +237,20 @@ def test_wild_costs_are_finite_and_fill_the_columns(name, reg):
     assert torch.autograd.grad((plan * torch.arange(k)).sum(), cost)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reg", [1e-320, 1e-100, 1e100, math.inf])
+def test_a_strength_beyond_the_range_of_the_dtype_is_its_end(reg, dtype):
+    cost = uniform(seeded(), 5, 4, dtype=dtype)
+    cost[1, 2] = torch.inf
+    plan = sinkhorn(cost, reg=reg, iterations=3)
+    assert plan.isfinite().all()
+    torch.testing.assert_close(plan.sum(0), torch.full((4,), 0.25, dtype=dtype))
+    assert plan[1, 2] == 0
+    tokens, weights = uniform(seeded(), 6, 3, dtype=dtype), torch.ones(6, dtype=dtype)
+    found = sinkhorn_merge(tokens, tokens[:, :2], weights, torch.arange(4), reg=reg)
+    assert found.assignments.sum().item() == pytest.approx(1)
+
+
 @halves
 def test_half_precision_costs_are_widened(dtype):
     cost = (torch.randn(8, 6, generator=seeded()) * 20).to(dtype)
@@ -676,7 +690,9 @@ def test_centroids_of_the_authors_program(name, dtype, atol, features, key):
         np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=atol)
 
 
-def slow_merge(tokens, positions, weights, start, *, reg, iterations, position_weight):
+def slow_merge(
+    tokens, positions, weights, start, *, reg, iterations, position_weight, choose_by="cost"
+):
     """One problem of tokens with weights above 0, as the paper has it, number by number."""
     n, d = tokens.shape
     z = np.array([[x / math.sqrt(sum(y * y for y in token)) for x in token] for token in tokens])
@@ -688,13 +704,15 @@ def slow_merge(tokens, positions, weights, start, *, reg, iterations, position_w
     costs, merges, steps = [], [], []
     while True:
         k = y.shape[1]
-        t = np.zeros((n, k))
+        semantic = np.zeros((n, k))
         distance = np.array([[math.dist(positions[i], e[j]) for j in range(k)] for i in range(n)])
         for i in range(n):
             for j in range(k):
                 length = math.sqrt(sum(x * x for x in c[j]))
-                semantic = -sum(z[i, m] * c[j, m] for m in range(d)) / length  # Eq 9
-                t[i, j] = semantic + position_weight * distance[i, j] / distance.max()  # 17, 18
+                semantic[i, j] = -sum(z[i, m] * c[j, m] for m in range(d)) / length  # Eq 9
+        t = distance / distance.max()  # Eq 17
+        if position_weight < math.inf:
+            t = semantic + position_weight * t  # Eq 18
         t = (t - t.min()) / (t.max() - t.min())
         share = y.T @ r
         marginal = np.exp(share) / np.exp(share).sum()  # Eq 10
@@ -704,7 +722,7 @@ def slow_merge(tokens, positions, weights, start, *, reg, iterations, position_w
                 q[i] *= r[i] / q[i].sum()
             for j in range(k):
                 q[:, j] *= marginal[j] / q[:, j].sum()
-        costs.append((q * t).sum())  # Eq 13
+        costs.append((q * (semantic if choose_by == "semantic" else t)).sum())  # Eq 13
         a = q / q.sum(0)
         c, e = a.T @ z, a.T @ positions
         steps.append((q, c))
@@ -767,10 +785,14 @@ def test_merging_is_the_papers(problem):
     problems(()),
     st.sampled_from([1.0, 0.2, 1 / 30, 0.0333, 0.01, 0.004]),
     st.integers(1, 7),
-    st.sampled_from([0.0, 0.5, 4.0]),
+    st.sampled_from([0.0, 0.5, 4.0, math.inf]),
+    st.sampled_from(["cost", "semantic"]),
 )
-def test_merging_is_the_papers_for_other_options(problem, reg, iterations, position_weight):
+def test_merging_is_the_papers_for_other_options(
+    problem, reg, iterations, position_weight, choose_by
+):
     options = {"reg": reg, "iterations": iterations, "position_weight": position_weight}
+    options["choose_by"] = choose_by
     assert_slow(problem, sinkhorn_merge(*problem, **options), **options)
 
 
@@ -787,8 +809,14 @@ def test_sharp_plans_of_single_precision_are_those_of_double(reg, problem):
 # -------------------------------------------------------------------------- merging: promises
 
 
-VARIANTS = [{}, {"similarity": "dot", "merge": "mass"}, {"reg": 0.02}]
-variants = pytest.mark.parametrize("options", VARIANTS, ids=["paper", "program", "logarithms"])
+VARIANTS = [
+    {},
+    {"similarity": "dot", "merge": "mass"},
+    {"reg": 0.02},
+    {"position_weight": math.inf, "choose_by": "semantic"},
+]
+VARIANT_NAMES = ["paper", "program", "logarithms", "positions"]
+variants = pytest.mark.parametrize("options", VARIANTS, ids=VARIANT_NAMES)
 
 
 @variants
@@ -984,7 +1012,7 @@ def test_blobs_are_found_exactly_from_a_token_of_each(options):
     tokens, labels = tokens[order], labels[order]
     start = torch.stack([(labels == blob).nonzero()[0, 0] for blob in (2, 0, 3, 1)])
     anywhere = 100 * uniform(seeded(2), 40, 2, dtype=torch.float32)
-    options = {"position_weight": 0.0, **options}
+    options = {**options, "position_weight": 0.0}
     found = sinkhorn_merge(tokens, anywhere, torch.ones(40), start, **options)
     assert found.clusters == 4
     assert torch.equal(labels[start][found.assignments.argmax(-1)], labels)
@@ -1011,6 +1039,73 @@ def test_positions_tell_tokens_apart_that_look_alike():
     assert found.assignments.argmax(-1).tolist() == [0] * 4 + [1] * 4
 
 
+@given(problem=problems(), data=st.data())
+def test_with_positions_alone_tokens_decide_about_merges_only(problem, data):
+    tokens, positions, weights, start = problem
+    others = data.draw(tensors(tokens.shape, -1.0, 1.0), label="other tokens")
+    got, want = (
+        sinkhorn_merge(x, positions, weights, start, position_weight=math.inf)
+        for x in (tokens, others)
+    )
+    torch.testing.assert_close(got.costs[..., 0], want.costs[..., 0], **CLOSE)
+    two = start[..., :2]  # which never merge
+    got, want = (
+        sinkhorn_merge(x, positions, weights, two, position_weight=math.inf)
+        for x in (tokens, others)
+    )
+    torch.testing.assert_close(got.assignments, want.assignments, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [1e6, 1e20, 1e38, 1e300])
+@given(generator=generators())
+def test_a_growing_weight_of_positions_has_them_alone_as_its_limit(dtype, weight, generator):
+    problem = [
+        uniform(generator, 3, 12, 4, low=-1).to(dtype),
+        uniform(generator, 3, 12, 2, high=224.0).to(dtype),
+        uniform(generator, 3, 12, low=0.05).to(dtype),
+        torch.arange(2).expand(3, 2),
+    ]
+    got = sinkhorn_merge(*problem, position_weight=weight)
+    want = sinkhorn_merge(*problem, position_weight=math.inf)
+    assert_same(got[:4], want[:4], rtol=0, atol=1e-4)
+
+
+def test_equal_tokens_are_told_apart_by_positions_alone():
+    """Two groups in two corners: each is a cluster, and both views have it."""
+    corner = uniform(seeded(0), 8, 2) + 50 * (torch.arange(8) % 2)[:, None]
+    tokens, weights = torch.ones(16, 3).double(), torch.ones(16).double()
+    positions = torch.cat([corner, corner])
+    start = torch.tensor([0, 1, 2, 3])
+    found = sinkhorn_merge(tokens, positions, weights, start, position_weight=math.inf)
+    hard = prune_clusters(split_assignments(found.assignments))
+    assert hard.valid.sum() == found.clusters
+    near, far = (set(hard.labels[:, i::2].flatten().tolist()) for i in range(2))
+    assert not near & far
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, -math.inf])
+def test_a_weight_of_positions_that_is_no_weight_is_refused(weight):
+    problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(2)
+    with pytest.raises(ValueError, match=f"sinkhorn_merge: position_weight is {weight};"):
+        sinkhorn_merge(*problem, position_weight=weight)
+
+
+def test_the_steps_are_compared_by_the_cost_that_is_asked_for():
+    """Eq 13 and the program often choose another K, of the same steps."""
+    problem = (
+        uniform(seeded(0), 200, 24, 8, low=-1),
+        uniform(seeded(1), 200, 24, 2, high=224.0),
+        uniform(seeded(2), 200, 24, low=0.05),
+        torch.rand(200, 24, generator=seeded(3)).argsort(-1)[:, :8],
+    )
+    by_cost = sinkhorn_merge(*problem, choose_by="cost")
+    by_semantic = sinkhorn_merge(*problem, choose_by="semantic")
+    assert_same(by_cost, sinkhorn_merge(*problem))
+    assert torch.equal(by_cost.merges, by_semantic.merges)
+    assert (by_cost.clusters != by_semantic.clusters).double().mean() > 0.2
+
+
 @pytest.mark.parametrize(("count", "most"), [(1, None), (0, None), (3, 1), (1, 5), (3, -2)])
 def test_fewer_than_two_clusters_are_refused(count, most):
     problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(count)
@@ -1021,7 +1116,7 @@ def test_fewer_than_two_clusters_are_refused(count, most):
 
 def test_variants_of_another_name_are_refused():
     problem = torch.eye(3), torch.zeros(3, 2), torch.ones(3), torch.arange(2)
-    for option in ("similarity", "merge", "cost_range"):
+    for option in ("similarity", "merge", "cost_range", "choose_by"):
         with pytest.raises(TypeError, match=f"sinkhorn_merge: argument '{option}'"):
             sinkhorn_merge(*problem, **{option: "other"})
 

@@ -655,6 +655,8 @@ TABLE = [
         clustering,
         similarity="dot",
         merge="mass",
+        choose_by="semantic",
+        position_weight=torch.inf,
         max_clusters=3,
         reg=0.02,
         iterations=2,  # a longer loop has a larger graph, and the first row shows it

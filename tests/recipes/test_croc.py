@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import croc
+import numpy as np
 import pytest
 import timm
 import torch
 from croc import PRESETS, CrOC, Views
+from processes import on_processes
+from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 import densekit as dk
 
@@ -28,7 +32,9 @@ WRONG = [
     (["--start", "1"], "--start is 1"),
     (["--start", "129"], "--start is 129"),
     (["--position", "-1"], "--position is -1"),
-    (["--position", "inf"], "--position is inf"),
+    (["--position", "nan"], "--position is nan"),
+    (["--max-clusters", "1"], "--max-clusters is 1"),
+    (["--max-clusters", "-3"], "--max-clusters is -3"),
     (["--teacher-temperature", "0", "0.07", "30"], "--teacher-temperature is 0.0 0.07 30.0"),
     (["--teacher-temperature", "0.04", "nan", "30"], "--teacher-temperature is 0.04 nan 30.0"),
     (["--teacher-temperature", "0.04", "0.07", "-1"], "--teacher-temperature is 0.04 0.07 -1.0"),
@@ -40,10 +46,11 @@ WRONG = [
     (["--weight-decay", "-0.1", "0.4"], "--weight-decay is -0.1 0.4"),
     (["--weight-decay", "0.04", "nan"], "--weight-decay is 0.04 nan"),
     (["--momentum", "1.5"], "--momentum is 1.5"),
+    (["--momentum", "1"], "--momentum is 1.0: give a number from 0 to less than 1"),
     (["--momentum", "nan"], "--momentum is nan"),
     (["--drop-path", "1"], "--drop-path is 1"),
     (["--drop-path", "-0.1"], "--drop-path is -0.1"),
-    (["--clip", "0"], "--clip is 0"),
+    (["--clip", "-1"], "--clip is -1"),
     (["--clip", "nan"], "--clip is nan"),
     (["--freeze", "-1"], "--freeze is -1"),
     (["--seed", "-1"], "--seed is -1"),
@@ -60,6 +67,9 @@ WRONG = [
     (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
     (["--views.size", "36"], "--views.size is 36"),
 ]
+# Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+DATA = Path(__file__).parents[1] / "data"
 
 
 def batch(count=3, dtype=torch.float32):
@@ -74,10 +84,21 @@ def distillation(student, teacher, center, tau):
     return cross_entropy(student / 0.1, ((teacher - center) / tau).softmax(-1))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_the_losses_are_those_of_the_paper(alpha):
+def hard(plan, labels, view, cluster):
+    """The part of each token of a view in a cluster: of its own tokens alone."""
+    own = labels[view] == cluster
+    return torch.where(own, plan.view(2, 16, -1)[view, :, cluster], 0.0)
+
+
+def soft(plan, labels, view, cluster):
+    """The same, of all tokens (Eq 2)."""
+    return plan.view(2, 16, -1)[view, :, cluster]
+
+
+@pytest.mark.parametrize(("alpha", "pooling"), [(1.0, hard), (0.5, soft)])
+def test_the_losses_are_those_of_the_paper(alpha, pooling):
     torch.manual_seed(0)
-    model = CrOC(replace(SMALL, alpha=alpha)).double()
+    model = CrOC(replace(SMALL, alpha=alpha, pooling=pooling.__name__)).double()
     images, views = batch(dtype=torch.float64)
     with torch.no_grad():  # a teacher of its own, and centers that are not zero
         for parameter in model.teacher.parameters():
@@ -132,9 +153,8 @@ def test_the_losses_are_those_of_the_paper(alpha):
                 pooled = {}
                 for name, length in zip(tokens, lengths, strict=True):
                     for view in range(2):
-                        own = labels[view] == c
-                        weight = plan.view(2, 16, -1)[view, own, c, None]
-                        mean = (weight * tokens[name][view][i, 1:][own]).sum(0) / weight.sum()
+                        weight = pooling(plan, labels, view, c)[:, None]
+                        mean = (weight * tokens[name][view][i, 1:]).sum(0) / weight.sum()
                         pooled[name, view] = normalize(mean, dim=0) * length
                 rows.append(pooled)
     cluster = 0
@@ -158,6 +178,7 @@ def test_the_losses_are_those_of_the_paper(alpha):
 def test_only_the_student_learns_and_only_it_drops_paths():
     torch.manual_seed(0)
     model = CrOC(replace(SMALL, drop_path=0.5))
+    model.train()  # as a caller may do at any time
     loss, _ = model(*batch(), 0.07)
     loss.backward()
     for name, parameter in model.student.named_parameters():
@@ -190,6 +211,113 @@ def test_without_any_valid_cluster_the_loss_is_finite_and_carries_the_graph(monk
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name  # DDP waits for every one
         assert parameter.grad.isfinite().all(), name
+
+
+def sample_the_heaviest(weights, count):
+    """Start tokens that no other image, process or random number can change."""
+    return weights.topk(count).indices
+
+
+def without_some_clusters(find_clusters):
+    """Views that begin at 1000 pixels or beyond have no valid cluster."""
+
+    def find(self, *tokens_and_views):
+        counts, pruned = find_clusters(self, *tokens_and_views)
+        views = tokens_and_views[-1]
+        allowed = (views[0].box[:, 0] < 1000)[:, None, None]
+        valid = pruned.valid & allowed
+        kept = torch.where(valid[..., None, None, :], pruned.assignments, 0.0)
+        return counts, pruned._replace(assignments=kept, valid=valid)
+
+    return find
+
+
+def distributed_step(state, images, views, wrap=lambda model: model):
+    """Loss, terms, gradients and centers after a step with these images."""
+    model = CrOC(SMALL).double()
+    model.load_state_dict(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrOC, "find_clusters", without_some_clusters(CrOC.find_clusters))
+        patch.setattr(dk, "sample_tokens", sample_the_heaviest)
+        network = wrap(model)
+        loss, terms = network(images, views, 0.07)
+    loss.backward()
+    terms = {name: term.detach() for name, term in terms.items()}
+    gradients = [parameter.grad for parameter in model.student.parameters()]
+    return loss.detach(), terms, gradients, model.image, model.cluster
+
+
+def part_of_the_batch(rank, group, state, images, views):
+    own = slice(rank, None, group.size())
+    own_images = [x[own] for x in images]
+    own_views = [dk.View(view.box[own], view.flip[own]) for view in views]
+    ddp = nn.parallel.DistributedDataParallel
+    return distributed_step(state, own_images, own_views, ddp)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_have_the_loss_and_the_gradient_of_one(size):
+    """They have different numbers of valid clusters: on four of them, one has none at all."""
+    torch.manual_seed(0)
+    model, (images, views) = CrOC(SMALL).double(), batch(4, torch.float64)
+    with torch.no_grad():  # a teacher of its own, and centers that are not zero
+        for parameter in model.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter) / 50)
+    for kind in ("image", "cluster"):
+        center = model.get_buffer(kind)
+        center.copy_(torch.randn_like(center) / 10)
+    views = [dk.View(view.box.clone(), view.flip) for view in views]
+    for view in views:
+        view.box[1] += 1000
+
+    loss, terms, gradients, *centers = distributed_step(model.state_dict(), images, views)
+    assert terms["valid"] > 0
+    for own in on_processes(size, part_of_the_batch, model.state_dict(), images, views):
+        own_loss, own_terms, own_gradients, *own_centers = own
+        for name in ("cluster", "cluster_entropy", "cluster_kl"):
+            torch.testing.assert_close(own_terms[name], terms[name])
+        torch.testing.assert_close(own_loss, loss)
+        torch.testing.assert_close(own_gradients, gradients)
+        torch.testing.assert_close(own_centers, centers)
+
+
+def test_the_flags_of_the_authors_program_give_its_clusters_and_centroids(monkeypatch):
+    """Golden vectors: three heads, fewer clusters than start tokens."""
+    golden = dict(np.load(DATA / "croc_50_B2_H3_N49_d64_K5_ncm4_lp4_lam20_it5_cls_gauss.npz"))
+    golden = {name: torch.from_numpy(values) for name, values in golden.items()}
+    config = replace(
+        SMALL, tokens="keys", token_weights="cosine", start=5, max_clusters=4, similarity="dot",
+        merge="mass", cost_range="batch", normalize="columns",
+    )  # fmt: skip
+    keys = golden["tokens"].double().view(4, 3, 50, 64)  # (view, image), head
+    last = golden["last_tokens"].double()
+    corner, size = golden["crop_box_xywh"].split(2, -1)
+    boxes = torch.cat([corner, corner + size], -1)  # (view, image)
+    views = [dk.View(*view) for view in zip(boxes, golden["flip"], strict=True)]
+    start = golden["init_idx"].view(2, 3, 5)
+    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: start)
+    counts, pruned = CrOC(config).find_clusters(last, keys, keys, keys, views)
+    assert torch.equal(counts.flatten(), golden["chosen_K"])
+    assert torch.equal(pruned.labels.flatten(2).flatten(0, 1), golden["hard_idx"].long())
+    assert torch.equal(pruned.valid.flatten().nonzero()[:, 0], golden["valid"])
+
+    masks = pruned.assignments.permute(2, 0, 3, 1, 4).flatten(3).flatten(0, 1)
+    valid = pruned.valid.flatten(1).repeat(2, 1)
+    for kind, tokens in (("c", last), ("s", golden["student_last_tokens"].double())):
+        want = torch.cat([golden[f"{kind}1"], golden[f"{kind}2"]])
+        rows = croc.pool_clusters(tokens, masks)[valid]
+        torch.testing.assert_close(rows, want, rtol=0, atol=1e-6)  # its positions are float32
+
+
+@pytest.mark.parametrize("changes", [{"position": math.inf}, {"choose_by": "semantic"}])
+def test_the_options_of_the_clusters_leave_a_loss_and_valid_clusters(changes):
+    torch.manual_seed(0)
+    model = CrOC(replace(SMALL, **changes))
+    loss, terms = model(*batch(), 0.07)
+    loss.backward()
+    assert all(torch.as_tensor(term).isfinite() for term in terms.values())
+    assert terms["valid"] > 0
+    assert all(x.grad.isfinite().all() for x in model.student.parameters())
 
 
 def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
@@ -276,6 +404,8 @@ def test_the_presets_are_the_papers():
     assert (coco.arch, coco.head) == ("vit_small_patch16_224", (2048, 65536, 8192))
     assert (coco.alpha, coco.tokens, coco.token_weights) == (1.0, "values", "attention")
     assert (coco.start, coco.position) == (12, 4.0)
+    assert (coco.max_clusters, coco.choose_by, coco.cost_range) == (None, "cost", "problem")
+    assert (coco.similarity, coco.merge, coco.normalize) == ("cosine", "average", "rows")
     assert coco.views == Views(224, (0.25, 1.0), 0.1, (0.1, 2.0))
     imagenet = replace(coco, preset="imagenet", tokens="keys", position=3.0, batch=1024)
     assert PRESETS["imagenet"] == imagenet
@@ -320,3 +450,23 @@ def test_the_schedules_reach_the_optimizer_and_the_teacher(tmp_path, monkeypatch
     assert updates == pytest.approx(
         [1 - (1 - 0.9) * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
     )
+
+
+def test_a_clip_of_zero_clips_nothing(tmp_path, monkeypatch):
+    norms, step = {}, torch.optim.AdamW.step
+
+    def record(self, *arguments, **options):
+        parameters = [x for group in self.param_groups for x in group["params"]]
+        each = [x.grad.norm() for x in parameters if x.grad is not None]
+        norms.setdefault(clip, []).append(torch.stack(each))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    source = croc.harness.image_source
+    monkeypatch.setattr(croc.harness, "image_source", lambda data, scenes: source(data, scenes=8))
+    monkeypatch.setattr(croc, "evaluate", lambda *arguments: None)
+    for clip in (0.0, math.inf, 0.01):
+        croc.train(replace(SMALL, run=tmp_path / str(clip), epochs=1, clip=clip))
+    assert norms[0.0][0].max() > 0.02
+    torch.testing.assert_close(norms[0.0], norms[math.inf], rtol=0, atol=0)
+    assert norms[0.01][0].max() == pytest.approx(0.01, rel=1e-3)

@@ -37,12 +37,16 @@ WRONG = [
     ),
     (["--patches", "1", "1", "0", "2"], "--patches is 1 1 0 2"),
     (["--outputs", "0"], "--outputs is 0"),
+    (["--min-overlap", "1"], "--min-overlap is 1.0"),
+    (["--min-overlap", "-0.1"], "--min-overlap is -0.1"),
+    (["--min-overlap", "nan"], "--min-overlap is nan"),
     (["--bank", "0"], "--bank is 0"),
     (["--keys", "0"], "--keys is 0"),
     (["--keys", "50"], "--keys is 50: give at most 49"),  # 7 x 7
     (["--temperature", "0"], "--temperature is 0"),
     (["--temperature", "nan"], "--temperature is nan"),
     (["--momentum", "1.1"], "--momentum is 1.1"),
+    (["--momentum", "1"], "--momentum is 1.0: give a number from 0 to less than 1"),
     (["--momentum", "-0.1"], "--momentum is -0.1"),
     (["--momentum", "nan"], "--momentum is nan"),
     (["--norm", "sync", "--device", "cpu"], "--norm is sync"),
@@ -229,11 +233,12 @@ def test_the_order_of_the_shuffle_changes_nothing_on_one_process():
     torch.testing.assert_close(*results)
 
 
-def half_the_batch(rank, group, state, order):
+def part_of_the_batch(rank, group, state, order):
     model = DUPR(SMALL).double()
     model.load_state_dict(state)
     images, views = batch(torch.float64)
-    own = slice(2 * rank, 2 * rank + 2)
+    count = 4 // group.size()
+    own = slice(count * rank, count * rank + count)
     images = [x[own] for x in images]
     views = [dk.View(view.box[own], view.flip[own]) for view in views]
     norms = nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d))
@@ -247,23 +252,83 @@ def half_the_batch(rank, group, state, order):
     return loss.detach(), terms["patch4"].detach(), gradients, features
 
 
-def test_two_processes_have_the_loss_the_gradient_and_the_banks_of_one():
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_have_the_loss_the_gradient_and_the_banks_of_one(size):
     torch.manual_seed(0)
     model = different_teacher(DUPR(SMALL)).double()
     order = torch.tensor([2, 0, 3, 1])
-    halves = on_processes(2, half_the_batch, model.state_dict(), order)
+    parts = on_processes(size, part_of_the_batch, model.state_dict(), order)
     nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
     banks = filled_banks(model, 20, torch.float64)
     loss, terms, new = model(*batch(torch.float64), banks, order)
     loss.backward()
     gradients = [x.grad for x in model.student.parameters()]
-    for half_loss, patch4, half_gradients, half_banks in halves:
-        # Process 1 has one pair without overlap: only a mean over all valid pairs gives the same.
-        torch.testing.assert_close((half_loss, patch4), (loss.detach(), terms["patch4"].detach()))
-        torch.testing.assert_close(half_gradients, gradients)
-        torch.testing.assert_close(half_banks["image5"], new["image5"].features)
-        for name, rows in half_banks.items():
-            assert torch.equal(rows, halves[0][-1][name])
+    for own_loss, patch4, own_gradients, own_banks in parts:
+        # The last process has one pair without overlap, and of four processes no other: only a mean
+        # over all valid pairs gives the same.
+        torch.testing.assert_close((own_loss, patch4), (loss.detach(), terms["patch4"].detach()))
+        torch.testing.assert_close(own_gradients, gradients)
+        torch.testing.assert_close(own_banks["image5"], new["image5"].features)
+        for name, rows in own_banks.items():
+            assert torch.equal(rows, parts[0][-1][name])
+
+
+@pytest.mark.parametrize("min_overlap", [0.0, 0.3, 0.6])
+def test_views_overlap_as_much_as_asked_for(min_overlap):
+    source = dupr.harness.SceneImages(32)
+    dataset = dupr.TwoViews(source, replace(SMALL, min_overlap=min_overlap))
+    _, views, _ = dataset[list(range(32))]
+    share = dk.box_iou(views[0].box, views[1].box)
+    assert (share >= min_overlap).double().mean() > 0.9  # ten attempts find nearly all
+    if not min_overlap:  # the views of any run before there was such an option
+        sizes = torch.tensor([[64, 64]] * 32)
+        generator = dupr.harness.generator(SMALL.seed, 0, 0)
+        pairs = dk.sample_view_pairs(sizes, scale=SMALL.views.scale, generator=generator)
+        assert torch.equal(views[0].box, pairs.view1.box)
+
+
+def test_pairs_that_overlap_less_have_no_patch_loss():
+    torch.manual_seed(0)
+    images, views = batch()
+    share = dk.box_iou(views[0].box, views[1].box)
+    few = DUPR(replace(SMALL, min_overlap=0.3))
+    _, terms, banks = few(images, views, filled_banks(few, 20), torch.arange(4))
+    used = share >= 0.3
+    assert 0 < used.sum() < (share > 0).sum()
+    assert terms["overlap"] == used.double().mean()
+    assert banks["patch4"].filled == 20 + SMALL.keys * used.sum()
+    assert banks["image5"].filled == 20 + 4
+
+    # The same without them, but for the batch statistics.
+    model = DUPR(SMALL)
+    model.load_state_dict(few.state_dict())
+    for network in (model, few):
+        nn.ModuleList(x for x in network.modules() if isinstance(x, nn.BatchNorm2d)).eval()
+    _, terms, _ = few(images, views, filled_banks(few, 20), torch.arange(4))
+    own = [x[used] for x in images], [dk.View(x.box[used], x.flip[used]) for x in views]
+    _, want, _ = model(*own, filled_banks(model, 20), torch.arange(int(used.sum())))
+    torch.testing.assert_close(terms["patch4"], want["patch4"])
+
+
+def test_a_norm_without_effect_is_said(capsys):
+    def said(norm, size, network, arch="tiny"):
+        world = dupr.harness.World(0, size, torch.device("cpu"))
+        dupr.warn_of_norm(replace(SMALL, norm=norm, arch=arch), network, world)
+        return capsys.readouterr().err
+
+    normed = dupr.build_encoder("tiny")
+    for norm in ("shuffled", "sync"):
+        alone = said(norm, 1, normed)
+        assert alone.startswith(f"warning: --norm {norm} has no effect: there is one process")
+        assert alone.count("\n") == 1
+        assert said(norm, 2, normed) == ""
+        sentence = (
+            f"warning: --norm {norm} has no effect: resnet50_gn has no batch normalization.\n"
+        )
+        assert said(norm, 2, nn.GroupNorm(2, 4), "resnet50_gn") == sentence
+    other = dupr.harness.World(1, 2, torch.device("cpu"))
+    dupr.warn_of_norm(SMALL, nn.Identity(), other)
+    assert capsys.readouterr().err == ""
 
 
 def encoded(rank, group, order, norm):
@@ -335,12 +400,13 @@ def test_a_bank_larger_than_the_images_is_refused(tmp_path, monkeypatch):
     ("alpha", "beta", "method"),
     [((0, 0, 0, 1), (0, 0, 0, 0), "mocov2"), ((0, 0, 1, 1), (0, 0, 0, 0), "dupr")],
 )
-def test_the_method_is_said_beside_the_weights(tmp_path, monkeypatch, alpha, beta, method):
+def test_the_method_is_said_beside_the_weights(tmp_path, monkeypatch, capsys, alpha, beta, method):
     source = dupr.harness.image_source
     monkeypatch.setattr(dupr.harness, "image_source", lambda data, scenes: source(data, scenes=16))
     monkeypatch.setattr(dupr, "evaluate", lambda *arguments: None)
     dupr.train(replace(SMALL, run=tmp_path, epochs=1, alpha=alpha, beta=beta))
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
+    assert capsys.readouterr().err.count("warning: --norm shuffled has no effect") == 1
 
 
 def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
