@@ -375,9 +375,13 @@ def sinkhorn_merge(
     most = k if max_clusters is None else min(k, max_clusters)
     check("clustering.sinkhorn_merge", "the number of start tokens", k, k >= 2, "2 or more")
     check("clustering.sinkhorn_merge", "max_clusters", max_clusters, most >= 2, "2 or more")
-    enough = position_weight >= 0
-    wanted = "0 or more, or infinity for the positional cost alone"
-    check("clustering.sinkhorn_merge", "position_weight", position_weight, enough, wanted)
+    check(
+        "clustering.sinkhorn_merge",
+        "position_weight",
+        position_weight,
+        position_weight >= 0,
+        "0 or more, or infinity for the positional cost alone",
+    )
 
     tokens = widened(tokens.detach())
     positions = widened(positions.detach())

@@ -121,7 +121,9 @@ def match_by_place(
     """
     _check("match_by_place", max_distance, best)
     size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
-    x, y = (gap.min(-1) for gap in _gaps(view1, view2, size1, size2))
+    gap_x, gap_y = _gaps(view1, view2, size1, size2)
+    x = gap_x.min(-1)
+    y = gap_y.min(-1)
     distance = torch.hypot(x.values[..., None, :], y.values[..., :, None]).flatten(-2)
     indices = (y.indices[..., :, None] * size2[1] + x.indices[..., None, :]).flatten(-2)
     distance = distance / unit[..., None]
@@ -404,7 +406,10 @@ def _gaps(view1: View, view2: View, size1: Size, size2: Size) -> tuple[Tensor, T
     for view, size in ((view1, size1), (view2, size2)):
         centers = coordinate_map(_widened(view), size).detach()
         places.append((centers[..., 0, :, 0], centers[..., :, 0, 1]))
-    return tuple((a[..., :, None] - b[..., None, :]).abs() for a, b in zip(*places, strict=True))
+    (x1, y1), (x2, y2) = places
+    gap_x = x1[..., :, None] - x2[..., None, :]
+    gap_y = y1[..., :, None] - y2[..., None, :]
+    return gap_x.abs(), gap_y.abs()
 
 
 def _widened(view: View) -> View:

@@ -388,10 +388,10 @@ class DUPR(nn.Module):
             key_map = key_maps[loss.level_index]
             # A row is the features of one patch, or of one image.
             if loss.side:
-                pairs = dk.patch_pairs(query_map, key_map, *views, loss.side)
+                pairs = dk.patch_pairs(query_map, key_map, *views, loss.side, overlap)
                 query_rows = pairs.features1
                 key_rows = pairs.features2
-                valid = overlap
+                valid = pairs.valid
                 filled_name = "patch_filled"
                 keys_per_image = config.keys
             else:

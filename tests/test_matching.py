@@ -135,7 +135,7 @@ def test_a_limit_beyond_everything_is_no_limit(pair, size1, size2):
 
 @given(views(), sizes(1, 5), generators())
 def test_a_view_and_its_mirror_image_match_cell_by_cell(view, size, generator):
-    mirrored = View(view.box, flips(generator, *view.flip.shape) ^ view.flip)
+    mirrored = View(view.box, flips(generator, *view.flip.shape) ^ view.flip, *view[2:])
     got = match_by_place(view, mirrored, size)
     own = torch.arange(size[0] * size[1]).view(size)
     same = (view.flip == mirrored.flip)[..., None, None]
@@ -152,8 +152,8 @@ def test_degenerate_views_match_nothing_and_leave_other_images_alone(data, size)
     good = data.draw(overlapping_views((2,)), label="good")
     bad = data.draw(degenerate_boxes((2,)), label="bad")
     for broken in (0, 1):
-        both = [View(torch.cat([v.box, v.box]), torch.cat([v.flip, v.flip])) for v in good]
-        both[broken] = View(torch.cat([good[broken].box, bad]), both[broken].flip)
+        both = [View(*(torch.cat([field, field]) for field in view)) for view in good]
+        both[broken] = View(torch.cat([good[broken].box, bad]), *both[broken][1:])
         got, want = match_by_place(*both, size), match_by_place(*good, size)
         assert not got.valid[2:].any()
         assert (got.distance[2:] == torch.inf).all()
@@ -385,7 +385,7 @@ def test_what_makes_no_sense_is_refused():
         for limit in (-0.1, float("nan")):
             with pytest.raises(ValueError, match=r"densekit.matching.*: max_distance is .*give 0"):
                 call(max_distance=limit)
-    with pytest.raises(ValueError, match=r"match_by_feature: .* best -1; give 0 or more, or None"):
+    with pytest.raises(ValueError, match=r"match_by_feature: best is -1; give 0 or more, or None"):
         match_by_feature(rows, rows, best=-1)
     with pytest.raises(TypeError, match=r"match_by_feature: argument 'metric'"):
         match_by_feature(rows, rows, metric="dot")
@@ -394,7 +394,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(TypeError, match=r"match_by_place: argument 'view2.box'"):
         match_by_place(view, full_view((8, 8), (2,)), 2)
     for size, window, stride in ((8, 9, 1), ((8, 4), 5, 1), (8, 0, 1), (8, 2, 0)):
-        with pytest.raises(ValueError, match=r"candidate_regions: size is .* holds the window"):
+        with pytest.raises(ValueError, match=r"candidate_regions: (size|window|stride) is"):
             candidate_regions(view, view, size, window=window, stride=stride)
     with pytest.raises(TypeError, match=r"take_rows: argument 'indices'"):
         take_rows(rows, torch.zeros(2))
