@@ -13,6 +13,7 @@ from densekit.numerics import (
     l2_normalize,
     map_to_rows,
     masked_mean,
+    refuse_channels_last,
     rows_to_map,
     safe_divide,
     widened,
@@ -200,6 +201,7 @@ def layer_features(
         The maps by name, in the order of `layers`.
 
     Raises:
+        TypeError: The channels of the images come last.
         ValueError: A layer does not exist or did not run, or its output is neither a map nor tokens
             of such patches.
 
@@ -212,6 +214,7 @@ def layer_features(
     References:
         D3SSL, Fig 3b and 4b (its measures of each layer).
     """
+    refuse_channels_last("diagnostics.layer_features", "images", images)
     known = dict(model.named_modules())
     caught = {}
     if unknown := [name for name in layers if name not in known]:
@@ -259,7 +262,7 @@ def coupling_images(
         and B.
 
     Raises:
-        TypeError: The shapes differ.
+        TypeError: The shapes differ, or the channels come last.
 
     Examples:
         >>> coupling_images(torch.rand(3, 64, 64), torch.rand(3, 64, 64)).together.shape
@@ -268,6 +271,7 @@ def coupling_images(
     References:
         D3SSL, Sec 3.1, Fig 3a.
     """
+    refuse_channels_last("diagnostics.coupling_images", "objects_a", objects_a)
     h, w = objects_a.shape[-2:]
     top = h // 4
     left = w // 4
@@ -394,6 +398,7 @@ def layer_bias(
         The means over the objects, one number for each layer.
 
     Raises:
+        TypeError: The channels of the objects come last.
         ValueError: There are fewer than two objects, the chunk is below 1, or as in
             `layer_features`.
 

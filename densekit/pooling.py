@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from einops import einsum
-from densekit.boxes import box_area, boxes_valid
+from densekit.boxes import box_area, boxes_valid, clip_boxes
 from densekit.numerics import (
     check,
     check_cells,
@@ -24,7 +24,7 @@ class RoIFeatures(NamedTuple):
 
     Attributes:
         features: One small map for each box; zeros where not valid.
-        valid: True for a box that is to be used and encloses an area.
+        valid: True for a box that is to be used, and encloses an area, a part of it on the map.
     """
 
     features: Float[Tensor, "*batch n d bins_y bins_x"]
@@ -110,8 +110,9 @@ def roi_align(
 
     Returns:
         The pooled maps and which of them are valid. The maps have the features' dtype and are
-        channels-last in memory. A box that is reversed, empty or not finite is not valid. Features
-        and all gradients are zero where not valid.
+        channels-last in memory. A box that is reversed, empty or not finite is not valid, nor is
+        one that shares no area with the map, as most boxes in pixels do. Features and all gradients
+        are zero where not valid.
 
     Raises:
         TypeError: The leading axes, or those of `valid`, do not match.
@@ -134,7 +135,8 @@ def roi_align(
     check("pooling.roi_align", "sampling_ratio", sampling_ratio, sampling_ratio >= 0, "0 or more")
     check_cells("pooling.roi_align", "the map", (h, w))
 
-    valid = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
+    usable = boxes_valid(boxes) & boxes_valid(clip_boxes(boxes, (1, 1)))
+    valid = usable if valid is None else valid & usable
     boxes = torch.where(valid[..., None], boxes, 0.0)
     pooled = pool_bins(features, boxes, bins, sampling_ratio)
     pooled = torch.where(valid[..., None, None, None], pooled, 0.0)

@@ -88,7 +88,8 @@ def grid_points(
     References:
         DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
     """
-    view = View(boxes, torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device))
+    flip = torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
+    view = View(boxes, flip, flip)
     return coordinate_map(view, size).flatten(-3, -2)
 
 
@@ -191,8 +192,8 @@ def gridsample(
 
     Args:
         features: One feature map for each batch entry.
-        points: Points `(x, y)` in the frame of the map, in [0, 1]; NaN counts as 0, and an
-            infinite coordinate as far outside the map.
+        points: Points `(x, y)` in the frame of the map, in [0, 1] and not [-1, 1] as in
+            `grid_sample`; NaN counts as 0, and an infinite coordinate as far outside the map.
 
     Returns:
         One row of features for each point, in the features' dtype.

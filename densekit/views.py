@@ -1,52 +1,109 @@
-"""Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
+"""Views of an image: a crop box and flips, the maps between the frames, overlap, cropping.
 
 There are two frames. **Image frame**: continuous pixels of the source image, x to the right and y
 down; the pixel in row i and column j covers `[j, j+1) x [i, i+1)` and its center is `(j + 0.5, i +
 0.5)`. **View frame**: the unit square of a view; cell (i, j) of an h x w map has its center at `((j
-+ 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame.
++ 0.5)/w, (i + 0.5)/h)`. A flip maps x to 1 - x in the view frame, a vertical flip y to 1 - y.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
-from densekit.numerics import check, full_precision, readable, safe_divide, sample_uniform, widened
+from densekit.numerics import (
+    broadcasts,
+    check,
+    full_precision,
+    readable,
+    refuse_channels_last,
+    safe_divide,
+    sample_uniform,
+    widened,
+)
 from densekit.typing import Bool, Float, Int, Size, Tensor, typed
 
 __all__ = [
     "BoxesInView",
+    "MatrixViews",
     "Overlap",
+    "PairedViews",
     "View",
     "ViewPairs",
     "boxes_image_to_view",
     "boxes_in_view",
     "boxes_view_to_image",
+    "check_views",
     "coordinate_map",
     "crop_views",
     "full_view",
     "image_to_view",
+    "index_views",
     "intersect_views",
+    "pair_views",
     "sample_view_pairs",
     "sample_views",
+    "stack_views",
+    "unstack_views",
+    "view_from_matrix",
+    "view_from_relative",
+    "view_from_xywh",
     "view_to_image",
+    "view_to_matrix",
+    "views_to",
+    "views_valid",
 ]
 
 _MATRIX_CELLS = 2**20  # of the resize matrices that exist at one time
+_ROUNDING = 0.01  # pixels by which rounding may move the side of a box
+_OTHER_AXES = "has other leading axes than the argument"
+
+PixelCenters = Literal["integer", "half"]
 
 
 class View(NamedTuple):
     """A crop of an image, which may be resized to any size and may be mirrored.
 
+    `View(box, flip)` is not mirrored top to bottom. One record holds any number of views, along the
+    leading axes of its fields. As for every `NamedTuple`, a loop over it and `view[0]` give fields,
+    not views: use `unstack_views` and `index_views`.
+
     Attributes:
         box: The crop `(x1, y1, x2, y2)` in the image frame, in pixels.
         flip: True where the crop is mirrored left to right.
+        vertical_flip: True where the crop is mirrored top to bottom; by default nowhere.
     """
 
     box: Float[Tensor, "*batch 4"]
     flip: Bool[Tensor, "*batch"]
+    # A view never holds this default: `_new_view` makes zeros of it, in the shape of `flip`.
+    vertical_flip: Bool[Tensor, "*batch"] = None  # pyright: ignore[reportAssignmentType]
+
+
+def _new_view(cls: type[View], box: Any, flip: Any, vertical_flip: Any = None) -> View:
+    """Make a view; one that is given no vertical flip has none."""
+    return tuple.__new__(cls, (box, flip, _or_no_flip(vertical_flip, flip)))
+
+
+def _or_no_flip(vertical_flip: Any, flip: Any) -> Any:
+    """Return the vertical flip, or False in the shape of `flip` where it is None.
+
+    A `flip` that holds no truth values is what a tree of views may hold instead, such as the axes
+    in `torch.vmap(..., in_dims=View(0, 0))`: the vertical flip is then the same.
+    """
+    if vertical_flip is not None:
+        return vertical_flip
+    if isinstance(flip, Tensor):
+        return torch.zeros_like(flip)
+    return flip < flip if isinstance(flip, bool) or hasattr(flip, "dtype") else flip
+
+
+# The class body of a NamedTuple may not define it, and a subclass that does is no NamedTuple to
+# `torch.compile`. The compiler of torch 2.8 does not call it: there `View(box, flip)` holds None
+# inside the graph, which `_fields` reads.
+View.__new__ = _new_view  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ViewPairs(NamedTuple):
@@ -60,6 +117,36 @@ class ViewPairs(NamedTuple):
 
     view1: View
     view2: View
+    valid: Bool[Tensor, "*batch"]
+
+
+class PairedViews(NamedTuple):
+    """Pairs of views of each image, out of several.
+
+    Attributes:
+        view1: The first view of each pair.
+        view2: The second view.
+        index1: Which of the views the first one is.
+        index2: Which of the views the second one is.
+        valid: True where the two views overlap by at least the requested amount.
+    """
+
+    view1: View
+    view2: View
+    index1: Int[Tensor, " p"]
+    index2: Int[Tensor, " p"]
+    valid: Bool[Tensor, "*batch"]
+
+
+class MatrixViews(NamedTuple):
+    """Views that were read from matrices.
+
+    Attributes:
+        view: The views; the boxes are zeros where not valid.
+        valid: True where a view does what the matrix does.
+    """
+
+    view: View
     valid: Bool[Tensor, "*batch"]
 
 
@@ -116,8 +203,8 @@ def full_view(
         ValueError: A size given as a tuple is not positive. Sizes in a tensor are not checked.
 
     Examples:
-        >>> full_view((480, 640))
-        View(box=tensor([  0.,   0., 640., 480.]), flip=tensor(False))
+        >>> full_view((480, 640)).box
+        tensor([  0.,   0., 640., 480.])
 
     References:
         D3SSL, Sec 4.1 (its first view is the whole image).
@@ -131,7 +218,231 @@ def full_view(
     batch = (batch,) if isinstance(batch, int) else batch
     box = torch.stack([corner, corner, width, height], -1)
     box = box.expand(*batch, *box.shape).contiguous()
-    return View(box, torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device))
+    flip = torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device)
+    return View(box, flip, flip.clone())
+
+
+@typed
+def view_from_xywh(
+    boxes: Float[Tensor, "*batch 4"],
+    flip: Bool[Tensor, "*batch"] | None = None,
+    vertical_flip: Bool[Tensor, "*batch"] | None = None,
+) -> View:
+    """Make views from crops that are given as a corner and a size.
+
+    Args:
+        boxes: Crops `(x, y, width, height)` in the image frame, in pixels.
+        flip: True where the crop is mirrored left to right; by default nowhere.
+        vertical_flip: True where the crop is mirrored top to bottom; by default nowhere.
+
+    Returns:
+        The views. Their boxes are not valid where a width or height is not positive.
+
+    Raises:
+        TypeError: The shapes do not match.
+
+    Examples:
+        >>> view_from_xywh(torch.tensor([10.0, 20.0, 30.0, 40.0])).box
+        tensor([10., 20., 40., 60.])
+    """
+    corner, extent = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    return _view(torch.cat([corner, corner + extent], -1), flip, vertical_flip)
+
+
+@typed
+def view_from_relative(
+    boxes: Float[Tensor, "*batch 4"],
+    size: Size | Int[Tensor, "*sizes 2"],
+    flip: Bool[Tensor, "*batch"] | None = None,
+    vertical_flip: Bool[Tensor, "*batch"] | None = None,
+) -> View:
+    """Make views from crops in [0, 1], in units of the image's width and height.
+
+    Args:
+        boxes: Crops `(x1, y1, x2, y2)`, where x is divided by the width and y by the height of the
+            image.
+        size: Size `(h, w)` of the image in pixels, or one size for each image.
+        flip: True where the crop is mirrored left to right; by default nowhere.
+        vertical_flip: True where the crop is mirrored top to bottom; by default nowhere.
+
+    Returns:
+        The views, whose boxes are in pixels, in at least float32.
+
+    Raises:
+        TypeError: The shapes do not match.
+        ValueError: A size given as a tuple is not positive. Sizes in a tensor are not checked.
+
+    Examples:
+        >>> view_from_relative(torch.tensor([0.0, 0.5, 0.25, 1.0]), (480, 640)).box
+        tensor([  0., 240., 160., 480.])
+    """
+    boxes = widened(boxes)
+    sides = _sides("view_from_relative", size, boxes)
+    return _view(boxes * torch.cat([sides, sides], -1), flip, vertical_flip)
+
+
+@typed
+def views_valid(view: View, size: Size | Int[Tensor, "*sizes 2"]) -> Bool[Tensor, "*batch"]:
+    """Find the views that are crops of an image of this size.
+
+    Such a view has a valid box that is at least one pixel wide and high and lies inside the image;
+    each side may be off by 0.01 pixels, which rounding may cause. A box inside [0, 1] x [0, 1] is
+    not valid: it is in the view frame, where pixels are wanted (unless the image is one pixel). No
+    function of densekit requires this: `crop_views` paints what lies outside the image black.
+
+    Args:
+        view: Any views.
+        size: Size `(h, w)` of the images in pixels, or one size for each image, whose axes are the
+            last of the view's.
+
+    Returns:
+        True where the view crops its image.
+
+    Raises:
+        TypeError: The sizes do not fit the views.
+        ValueError: A size given as a tuple is not positive.
+
+    Examples:
+        >>> boxes = torch.tensor([[0.0, 0.0, 640.0, 480.0], [0.1, 0.2, 0.7, 0.9]])
+        >>> views_valid(View(boxes, torch.tensor([False, True])), (480, 640))
+        tensor([ True, False])
+    """
+    return _crops_image(widened(view.box), _sides("views_valid", size, view.box))
+
+
+@typed
+def check_views(view: View, size: Size | Int[Tensor, "*sizes 2"]) -> None:
+    """Raise an error if a view is no crop of an image of this size, and say what it may be instead.
+
+    Call it once, at the first step of a program: it reads the values of tensors, so a GPU must
+    finish its work first. In a compiled graph it does nothing. Use `views_valid` to find such views
+    without an error.
+
+    Args:
+        view: Any views.
+        size: Size `(h, w)` of the images in pixels, or one size for each image, whose axes are the
+            last of the view's.
+
+    Raises:
+        TypeError: The sizes do not fit the views.
+        ValueError: A view is not valid, in the sense of `views_valid`; the message names the first
+            one. Or a size given as a tuple is not positive.
+
+    Examples:
+        >>> check_views(sample_views((480, 640), (8,)), (480, 640))
+    """
+    if torch.compiler.is_compiling():
+        return
+    boxes = widened(view.box)
+    sides = _sides("check_views", size, boxes).expand(*boxes.shape[:-1], 2)
+    good = _crops_image(boxes, sides)
+    if good.all():
+        return
+
+    first = tuple((~good).nonzero()[0].tolist())
+    which = f"the view at {list(first)}" if first else "the view"
+    numbers = ", ".join(f"{number:g}" for number in boxes[first].tolist())
+    width, height = sides[first].long().tolist()
+    raise ValueError(
+        f"densekit.views.check_views: {which} has the box ({numbers}) and its image the size (h, "
+        f"w) = ({height}, {width}); {_advice(boxes, sides, first)}."
+    )
+
+
+@typed
+def stack_views(views: Sequence[View]) -> Annotated[View, _OTHER_AXES]:
+    """Stack views along a new first axis.
+
+    Args:
+        views: Views of the same shape.
+
+    Returns:
+        The views as one record, `(len(views), *batch)`.
+
+    Raises:
+        TypeError: The shapes of the views differ.
+        ValueError: There are no views.
+
+    Examples:
+        >>> large = sample_views((480, 640), (2, 8), scale=(0.3, 1.0))
+        >>> small = sample_views((480, 640), (4, 8), scale=(0.05, 0.3))
+        >>> stack_views([*unstack_views(large), *unstack_views(small)]).box.shape
+        torch.Size([6, 8, 4])
+    """
+    if not len(views):
+        raise ValueError("densekit.views.stack_views: there are no views; give one or more.")
+    return View(*(torch.stack(fields) for fields in zip(*map(_fields, views), strict=True)))
+
+
+@typed
+def unstack_views(view: View) -> tuple[View, ...]:
+    """Split views along their first axis: the inverse of `stack_views`.
+
+    Args:
+        view: Views with at least one leading axis.
+
+    Returns:
+        One view for each entry of the first axis.
+
+    Raises:
+        TypeError: The view has no leading axis.
+
+    Examples:
+        >>> view1, view2 = unstack_views(sample_views((480, 640), (2, 8)))
+        >>> view1.box.shape
+        torch.Size([8, 4])
+    """
+    if not view.flip.ndim:
+        raise TypeError(
+            "densekit.views.unstack_views: argument 'view' is a single view; give views with a "
+            "leading axis."
+        )
+    return tuple(View(*fields) for fields in zip(*(x.unbind() for x in _fields(view)), strict=True))
+
+
+@typed
+def index_views(view: View, index: Any) -> Annotated[View, _OTHER_AXES]:
+    """Take views by an index into their leading axes.
+
+    Args:
+        view: Any views.
+        index: All that a tensor takes between brackets: a number, a slice, a tensor of indices or
+            of truth values, or a tuple of these.
+
+    Returns:
+        The views at the index, with the axes that `view.flip[index]` has.
+
+    Raises:
+        IndexError: The views have no such entry.
+
+    Examples:
+        >>> view = sample_views((480, 640), (2, 8))
+        >>> index_views(view, 0).box.shape, index_views(view, (1, slice(3))).box.shape
+        (torch.Size([8, 4]), torch.Size([3, 4]))
+    """
+    box, *flips = _fields(view)
+    index = index if isinstance(index, tuple) else (index,)
+    # The last axis of a box is none of the view's.
+    return View(box[(*index, slice(None))], *(flip[index] for flip in flips))
+
+
+@typed
+def views_to(view: View, device: torch.device | str, *, non_blocking: bool = False) -> View:
+    """Move views to a device.
+
+    Args:
+        view: Any views.
+        device: Where to.
+        non_blocking: Do not wait for the copy, if the views are in pinned memory.
+
+    Returns:
+        The views on the device.
+
+    Examples:
+        >>> views_to(full_view((480, 640)), "meta").box.device
+        device(type='meta')
+    """
+    return View(*(x.to(device, non_blocking=non_blocking) for x in _fields(view)))
 
 
 @typed
@@ -142,6 +453,7 @@ def sample_views(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> View:
     """Sample random views as RandomResizedCrop and RandomHorizontalFlip do.
@@ -157,15 +469,17 @@ def sample_views(
         batch: Leading axes of the result, in front of those of `size`; a number is one axis.
         scale: Smallest and largest share of the image's area.
         ratio: Smallest and largest width divided by height.
-        flip: Probability that a view is mirrored.
+        flip: Probability that a view is mirrored left to right.
+        vertical_flip: Probability that a view is mirrored top to bottom, for images without an
+            upright, such as aerial and medical images. It changes no box and no other flip.
         generator: Source of the random numbers; the views are on its device.
 
     Returns:
         Views of shape `(*batch, *sizes)` in the image frame.
 
     Raises:
-        ValueError: `scale`, `ratio` or `flip` is out of its range, or a size given as a tuple is
-            not positive. Sizes in a tensor are not checked.
+        ValueError: `scale`, `ratio` or the probability of a flip is out of its range, or a size
+            given as a tuple is not positive. Sizes in a tensor are not checked.
 
     Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
@@ -181,10 +495,12 @@ def sample_views(
                 f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < smallest <= "
                 "largest."
             )
-    if not 0 <= flip <= 1:
-        raise ValueError(
-            f"densekit.views.sample_views: flip is {flip}; give a probability in [0, 1]."
-        )
+    for name, probability in {"flip": flip, "vertical_flip": vertical_flip}.items():
+        if not 0 <= probability <= 1:
+            raise ValueError(
+                f"densekit.views.sample_views: {name} is {probability}; give a probability in "
+                "[0, 1]."
+            )
     if isinstance(size, tuple) and min(size) <= 0:
         raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
     device = None if generator is None else generator.device
@@ -216,7 +532,15 @@ def sample_views(
     y = (draws[..., 21] * (room_y + 1)).floor().minimum(room_y)
     x = torch.where(found, x, (room_x / 2).floor())
     y = torch.where(found, y, (room_y / 2).floor())
-    return View(torch.stack([x, y, x + w, y + h], -1), draws[..., 22] < flip)
+    box = torch.stack([x, y, x + w, y + h], -1)
+
+    # Drawn last, and only if asked: no other number of the generator changes.
+    flips = draws[..., 22] < flip
+    vertical_flips = torch.zeros_like(flips)
+    if vertical_flip > 0:
+        draws = sample_uniform(flips.shape, height, generator=generator)
+        vertical_flips = draws < vertical_flip
+    return View(box, flips, vertical_flips)
 
 
 @typed
@@ -229,6 +553,7 @@ def sample_view_pairs(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    vertical_flip: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> ViewPairs:
     """Sample two views of each image that overlap by at least `min_overlap`.
@@ -246,6 +571,7 @@ def sample_view_pairs(
         scale: As in `sample_views`.
         ratio: As in `sample_views`.
         flip: As in `sample_views`; the two views are mirrored independently.
+        vertical_flip: As in `sample_views`.
         generator: Source of the random numbers; the views are on its device.
 
     Returns:
@@ -270,19 +596,169 @@ def sample_view_pairs(
     batch = (batch,) if isinstance(batch, int) else batch
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
-        size, (2, attempts, *batch), scale=scale, ratio=ratio, flip=flip, generator=generator
+        size,
+        (2, attempts, *batch),
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        vertical_flip=vertical_flip,
+        generator=generator,
     )
     boxes1, boxes2 = drawn.box.unbind(0)
-    flips1, flips2 = drawn.flip.unbind(0)
     iou = box_iou(boxes1, boxes2)
     enough = iou >= min_overlap
     best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))[None]
-    take = best[..., None].expand(1, *boxes1.shape[1:])
 
-    view1 = View(boxes1.gather(0, take)[0], flips1.gather(0, best)[0])
-    view2 = View(boxes2.gather(0, take)[0], flips2.gather(0, best)[0])
+    view1, view2 = (
+        View(
+            box.gather(0, best[..., None].expand(1, *box.shape[1:]))[0],
+            flips.gather(0, best)[0],
+            vertical_flips.gather(0, best)[0],
+        )
+        for box, flips, vertical_flips in zip(*drawn, strict=True)
+    )
     share = iou.gather(0, best)[0]
     return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
+
+
+@typed
+def pair_views(
+    views: View, anchors: int | None = None, *, min_overlap: float = 0.0
+) -> Annotated[PairedViews, _OTHER_AXES]:
+    """Make pairs out of several views of each image, for losses between all of them.
+
+    Take the features of pair p by `maps[index1[p]]` and `maps[index2[p]]`, or of all pairs at once
+    where the maps `(v, *batch, d, h, w)` have one size.
+
+    Args:
+        views: v views of each image, `(v, *batch)`, such as those of `stack_views`.
+        anchors: Without it, each two views are one pair: `v (v - 1) / 2` pairs `(i, j)` with i < j.
+            With it, the first view of a pair is one of the first `anchors` views and the second any
+            other one: `anchors (v - 1)` pairs. So the first of a pair is a large view, which the
+            teacher sees, and the second any view, which the student sees.
+        min_overlap: Smallest intersection over union of a pair that is valid.
+
+    Returns:
+        p pairs of views of each image, `(p, *batch)`, and the indices of their views. `valid` is
+        False where the two views share no area or overlap by less than `min_overlap`.
+
+    Raises:
+        TypeError: The views have no leading axis.
+        ValueError: `anchors` is not within [1, v], or `min_overlap` is outside [0, 1].
+
+    Examples:
+        >>> pairs = pair_views(sample_views((480, 640), (6, 8)), anchors=2)
+        >>> pairs.valid.shape, pairs.index2
+        (torch.Size([10, 8]), tensor([1, 2, 3, 4, 5, 0, 2, 3, 4, 5]))
+
+    References:
+        DINO, Eq 3 (two large and several small views).
+    """
+    if not views.flip.ndim:
+        raise TypeError(
+            "densekit.views.pair_views: argument 'views' is a single view; give v views along the "
+            "first axis."
+        )
+    count = len(views.flip)
+    if anchors is not None and not 1 <= anchors <= count:
+        raise ValueError(
+            f"densekit.views.pair_views: anchors is {anchors} and there are {count} views; give a "
+            "number from 1 to that of the views, or None."
+        )
+    if not 0 <= min_overlap <= 1:
+        raise ValueError(
+            f"densekit.views.pair_views: min_overlap is {min_overlap}; give an overlap in [0, 1]."
+        )
+
+    pairs = list(itertools.combinations(range(count), 2))
+    if anchors is not None:
+        pairs = [(i, j) for i, j in itertools.product(range(anchors), range(count)) if i != j]
+    index = torch.tensor(pairs, dtype=torch.int64, device=views.box.device).reshape(-1, 2)
+    index1, index2 = index.unbind(-1)
+    view1, view2 = index_views(views, index1), index_views(views, index2)
+    iou = box_iou(view1.box, view2.box)
+    return PairedViews(view1, view2, index1, index2, (iou >= min_overlap) & (iou > 0))
+
+
+@typed
+def view_from_matrix(
+    matrix: Float[Tensor, "*batch 3 3"], size: int | Size, *, pixel_centers: PixelCenters
+) -> MatrixViews:
+    """Read views from 3 x 3 matrices that map the pixels of an image to the pixels of a view.
+
+    A view holds what crops, resizes and mirrors. It does not hold a rotation (but one by 180
+    degrees, which is both flips), a shear or a perspective: there `valid` is False. If a matrix
+    maps the view to the image, as the inverse maps of warping functions do, pass
+    `torch.linalg.inv(matrix)`.
+
+    Args:
+        matrix: The map of `(x, y, 1)` in the image to `(x, y, 1)` in the view, up to a factor; x
+            and y are in pixels.
+        size: Size `(h, w)` of the views in pixels; a number means square views.
+        pixel_centers: Where the center of the pixel in row i and column j is. It is at `(j, i)`
+            with "integer", as in OpenCV, scikit-image, SciPy and albumentations, and at
+            `(j + 0.5, i + 0.5)` with "half", as in PIL and in the image frame. The wrong one moves
+            crops by fractions of a pixel.
+
+    Returns:
+        The views, in at least float32, and `valid`. It is False where no view puts the corners of
+        the crop where the matrix puts them, within 0.01 pixels of the view; the boxes are zeros
+        there.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> halve = torch.tensor([[0.5, 0.0, -5.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+        >>> view_from_matrix(halve, (24, 32), pixel_centers="half").view.box
+        tensor([10.,  0., 74., 48.])
+    """
+    sides = _view_sides("view_from_matrix", size, matrix)
+    matrix = _move_centers(widened(matrix), 0.5 if pixel_centers == "integer" else 0.0)
+    valid = _maps_corners(matrix.detach(), sides)
+
+    start, stop, flips = _ends(torch.where(valid[..., None, None], matrix, _unit(matrix)), sides)
+    box = torch.cat([start.minimum(stop), start.maximum(stop)], -1)
+    flip, vertical_flip = (flips & valid[..., None]).unbind(-1)
+    return MatrixViews(View(torch.where(valid[..., None], box, 0.0), flip, vertical_flip), valid)
+
+
+@typed
+def view_to_matrix(
+    view: View, size: int | Size, *, pixel_centers: PixelCenters
+) -> Float[Tensor, "*batch 3 3"]:
+    """Write views as 3 x 3 matrices that map the pixels of the image to the pixels of the view.
+
+    `torch.linalg.inv` of a matrix is the map from view to image that warping functions want.
+
+    Args:
+        view: Any views.
+        size: Size `(h, w)` of the views in pixels; a number means square views.
+        pixel_centers: Where the center of a pixel is, as in `view_from_matrix`.
+
+    Returns:
+        One matrix for each view, in at least float32. It is zero where the view's box is not valid,
+        and `view_from_matrix` says that it is not valid.
+
+    Raises:
+        ValueError: The size is not positive.
+
+    Examples:
+        >>> view = View(torch.tensor([10.0, 0.0, 74.0, 48.0]), torch.tensor(False))
+        >>> view_to_matrix(view, (24, 32), pixel_centers="half")
+        tensor([[ 0.5000,  0.0000, -5.0000],
+                [ 0.0000,  0.5000,  0.0000],
+                [ 0.0000,  0.0000,  1.0000]])
+    """
+    box, *flips = _fields(view)
+    origin, extent = _affine(View(widened(box), *flips))
+    scale = _view_sides("view_to_matrix", size, origin) / extent
+    first = torch.cat([torch.diag_embed(scale), (-origin * scale)[..., None]], -1)
+    last = _unit(first)[2].expand(*first.shape[:-2], 1, 3)
+
+    matrix = torch.cat([first, last], -2)
+    matrix = _move_centers(matrix, -0.5 if pixel_centers == "integer" else 0.0)
+    return torch.where(boxes_valid(box)[..., None, None], matrix, 0.0)
 
 
 @typed
@@ -552,9 +1028,10 @@ def crop_views(
 
     Raises:
         ValueError: The size is not positive.
-        TypeError: The images are integers (divide by 255 first), or their number is not the number
-            of views; or a list contains something else than images `(c, h, w)` of one dtype, device
-            and number of channels.
+        TypeError: The images are integers (divide by 255 first), or their channels come last: the
+            last axis is 1, 3 or 4 and the third from the end is above 4 (use `movedim(-1, -3)`). Or
+            their number is not the number of views, or a list contains something else than images
+            `(c, h, w)` of one dtype, device and number of channels.
 
     Examples:
         >>> images = torch.rand(2, 3, 40, 60)
@@ -569,6 +1046,7 @@ def crop_views(
 
     cubic = interpolation == "bicubic"
     if isinstance(images, Tensor):
+        refuse_channels_last("views.crop_views", "images", images)
         if view.flip.numel() and readable(images, *view):
             single = [images[index] for index in itertools.product(*map(range, view.flip.shape))]
             return _crop_each(single, view, (out_h, out_w), cubic)
@@ -582,8 +1060,7 @@ def crop_views(
     for shape in {image.shape for image in images}:
         rows = [row for row, image in enumerate(images) if image.shape == shape]
         same = torch.stack([images[row] for row in rows])
-        views = View(view.box[rows], view.flip[rows])
-        found = _crop_together(same, views, (out_h, out_w), cubic)
+        found = _crop_together(same, index_views(view, rows), (out_h, out_w), cubic)
         for row, crop in zip(rows, found, strict=True):
             crops[row] = crop
     return torch.stack(crops)
@@ -600,13 +1077,130 @@ def _height_and_width(
     return height, width
 
 
+def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
+    """Return width and height, `(2)` or one pair for each image, in the boxes' dtype."""
+    if not isinstance(size, Tensor):
+        if min(size) <= 0:
+            raise ValueError(
+                f"densekit.views.{function}: size is {size}; give a positive (h, w) in pixels."
+            )
+        return widened(boxes).new_tensor(size[::-1])
+    if not broadcasts(size.shape[:-1], boxes.shape[:-1]):
+        raise TypeError(
+            f"densekit.views.{function}: argument 'size' has shape {tuple(size.shape)}, and the "
+            f"views have {tuple(boxes.shape[:-1])}; give one size, or one for each image."
+        )
+    return size.flip(-1).to(widened(boxes))
+
+
+def _view_sides(function: str, size: int | Size, like: Tensor) -> Tensor:
+    """Return width and height of views, `(2)`."""
+    h, w = (size, size) if isinstance(size, int) else size
+    if min(h, w) <= 0:
+        raise ValueError(
+            f"densekit.views.{function}: size is {size}; give a positive size in pixels."
+        )
+    return widened(like).new_tensor([w, h])
+
+
+def _view(box: Tensor, flip: Tensor | None, vertical_flip: Tensor | None) -> View:
+    """Make a view that is mirrored nowhere where a flip is None."""
+    if flip is None:
+        flip = torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device)
+    return View(box, flip, _or_no_flip(vertical_flip, flip))
+
+
+def _fields(view: View) -> tuple[Tensor, Tensor, Tensor]:
+    return view.box, view.flip, _or_no_flip(view.vertical_flip, view.flip)
+
+
+def _crops_image(boxes: Tensor, sides: Tensor) -> Tensor:
+    """Return what `views_valid` does."""
+    low, high = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    inside = ((low >= -_ROUNDING) & (high <= sides + _ROUNDING)).all(-1)
+    large = (high - low >= 1 - _ROUNDING).all(-1)
+    relative = _in_unit_square(boxes) & (sides > 1).any(-1)
+    return boxes_valid(boxes) & inside & large & ~relative
+
+
+def _in_unit_square(boxes: Tensor) -> Tensor:
+    return ((boxes >= 0) & (boxes <= 1)).all(-1)
+
+
+def _advice(boxes: Tensor, sides: Tensor, first: tuple[int, ...]) -> str:
+    """Say what is wrong with the views, of which the one at `first` is no crop of its image."""
+    low, high = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    reversed_ = (high <= low).any(-1)
+    if _in_unit_square(boxes).all():
+        return "boxes in [0, 1] become views by `view_from_relative(boxes, size)`"
+    if reversed_.any() and _crops_image(torch.cat([low, low + high], -1), sides).all():
+        return "boxes (x, y, width, height) become views by `view_from_xywh(boxes)`"
+    if _crops_image(boxes, sides.flip(-1)).all():
+        return "all boxes fit the size (w, h), so give sizes as (h, w)"
+    if not boxes[first].isfinite().all():
+        return "give boxes of finite numbers"
+    if reversed_[first]:
+        return "the box is reversed or empty: give (x1, y1, x2, y2) with x1 < x2 and y1 < y2"
+    if (high - low)[first].min() < 1 - _ROUNDING:
+        return "the box is smaller than a pixel: give boxes in pixels of the image"
+    return "the box reaches outside the image: give boxes in pixels of the image that is cropped"
+
+
+def _move_centers(matrix: Tensor, shift: float) -> Tensor:
+    """Change the matrix for pixel coordinates that are larger by `shift`, on both of its sides."""
+    x, y, offset = matrix.unbind(-1)
+    matrix = torch.stack([x, y, offset - shift * (x + y)], -1)
+    x, y, factor = matrix.unbind(-2)
+    return torch.stack([x + shift * factor, y + shift * factor, factor], -2)
+
+
+def _unit(like: Tensor) -> Tensor:
+    return torch.eye(3, dtype=like.dtype, device=like.device)
+
+
+def _ends(matrix: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the image points of the view's corners (0, 0) and (w, h), and which axes are mirrored.
+
+    This reads the scales and the offset of the matrix alone.
+    """
+    factor = matrix[..., 2, 2, None]
+    scale = matrix[..., :2, :2].diagonal(dim1=-2, dim2=-1) / factor
+    offset = matrix[..., :2, 2] / factor
+    return (0 - offset) / scale, (sides - offset) / scale, scale < 0
+
+
+def _maps_corners(matrix: Tensor, sides: Tensor) -> Tensor:
+    """Return whether the matrix maps the four corners of a box to those of the view."""
+    start, stop, _ = _ends(matrix, sides)
+    corners, wanted = _corners(start, stop), _corners(torch.zeros_like(sides), sides)
+    with full_precision(matrix):
+        placed = torch.nn.functional.pad(corners, (0, 1), value=1.0) @ matrix.mT
+    off = (placed[..., :2] / placed[..., 2:] - wanted).abs()
+    box = torch.cat([start.minimum(stop), start.maximum(stop)], -1)
+    return (off <= _ROUNDING).all(-1).all(-1) & boxes_valid(box)
+
+
+def _corners(start: Tensor, stop: Tensor) -> Tensor:
+    """Return the four corners of a box from two opposite ones, `(*batch, 4, 2)`."""
+    (x1, y1), (x2, y2) = start.unbind(-1), stop.unbind(-1)
+    corners = [(x1, y1), (x2, y1), (x1, y2), (x2, y2)]
+    return torch.stack([torch.stack(corner, -1) for corner in corners], -2)
+
+
 def _affine(view: View) -> tuple[Tensor, Tensor]:
     """Return origin and signed extent of image = origin + extent * view; identity if not valid."""
     valid = boxes_valid(view.box)[..., None]
-    x1, y1, x2, y2 = view.box.unbind(-1)
-    origin = torch.stack([torch.where(view.flip, x2, x1), y1], -1)
-    extent = torch.stack([torch.where(view.flip, x1 - x2, x2 - x1), y2 - y1], -1)
+    flips = _flips(view)
+    low, high = view.box.unflatten(-1, (2, 2)).unbind(-2)
+    origin = torch.where(flips, high, low)
+    extent = torch.where(flips, low - high, high - low)
     return torch.where(valid, origin, 0.0), torch.where(valid, extent, 1.0)
+
+
+def _flips(view: View) -> Tensor:
+    """Return the flips of x and y, `(*batch, 2)`."""
+    _, *flips = _fields(view)
+    return torch.stack(flips, -1)
 
 
 def _image_to_view(view: View, points: Tensor) -> Tensor:
@@ -621,10 +1215,10 @@ def _view_to_image(view: View, points: Tensor) -> Tensor:
 
 def _map_boxes(map_points, view: View, boxes: Tensor) -> Tensor:
     corners = map_points(view, boxes.unflatten(-1, (2, 2)).flatten(-3, -2)).unflatten(-2, (-1, 2))
-    x, y = corners.unbind(-1)
-    # A flip swaps left and right; sorting instead would make a reversed box look valid.
-    x = torch.where(view.flip[..., None, None], x.flip(-1), x)
-    return torch.stack([x, y], -1).flatten(-2)
+    # A flip swaps left and right, or top and bottom; sorting instead would make a reversed box look
+    # valid.
+    flips = _flips(view)[..., None, None, :]
+    return torch.where(flips, corners.flip(-2), corners).flatten(-2)
 
 
 def _check_list(images: Sequence[Tensor], view: View) -> None:
@@ -647,6 +1241,7 @@ def _check_list(images: Sequence[Tensor], view: View) -> None:
                 f"{image.dtype}; give floating-point images (c, h, w). Convert integers first: "
                 "`x.float() / 255`."
             )
+        refuse_channels_last("views.crop_views", f"images[{row}]", image)
         for name, found, first in (
             ("number of channels", len(image), len(images[0])),
             ("dtype", image.dtype, images[0].dtype),
@@ -665,9 +1260,11 @@ def _crop_together(images: Tensor, view: View, size: Size, cubic: bool) -> Tenso
     This suits accelerators, transforms and graphs: no value of a box is read.
     """
     x1, y1, x2, y2 = _boxes_to_crop(view).unbind(-1)
+    flip_x, flip_y = _flips(view)[..., None, None].unbind(-3)
     columns = _resize_matrix(x1, x2, images.shape[-1], size[1], cubic)
-    columns = torch.where(view.flip[..., None, None], columns.flip(-2), columns)
+    columns = torch.where(flip_x, columns.flip(-2), columns)
     rows = _resize_matrix(y1, y2, images.shape[-2], size[0], cubic)
+    rows = torch.where(flip_y, rows.flip(-2), rows)
 
     dtype = torch.promote_types(images.dtype, torch.float32)
     with full_precision(images):
@@ -683,7 +1280,7 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
     boxes, the crop is a product with dense matrices, as long as the crop's sides.
     """
     boxes = _boxes_to_crop(view).reshape(-1, 4)
-    flips = view.flip.reshape(-1).tolist()
+    flips = _flips(view).reshape(-1, 2).tolist()
     moved = torch.is_grad_enabled() and any(x.requires_grad for x in (*images, boxes))
     dtype = torch.promote_types(images[0].dtype, torch.float32)
     mode = "bicubic" if cubic else "bilinear"
@@ -705,7 +1302,9 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
 
             touched = image[None, :, y, x].to(dtype)
             crop = torch.nn.functional.interpolate(touched, size, mode=mode, antialias=True)[0]
-            crops[row] = crop.flip(-1) if flips[row] else crop
+            flip_x, flip_y = flips[row]
+            crop = crop.flip(-1) if flip_x else crop
+            crops[row] = crop.flip(-2) if flip_y else crop
 
         # The matrices of some images are made in one go: few operations, and bounded memory.
         longest = max((span.stop - span.start for pair in spans for span in pair), default=0)
@@ -717,7 +1316,9 @@ def _crop_each(images: Sequence[Tensor], view: View, size: Size, cubic: bool) ->
             rows = _short_matrices(y1, y2, [pair[0] for pair in pairs], size[0], cubic)
             columns = _short_matrices(x1, x2, [pair[1] for pair in pairs], size[1], cubic)
             for row, (y, x), down, across in zip(group, pairs, rows, columns, strict=True):
-                across = across.flip(-2) if flips[row] else across
+                flip_x, flip_y = flips[row]
+                across = across.flip(-2) if flip_x else across
+                down = down.flip(-2) if flip_y else down
                 wide = images[row][:, y, x].to(dtype) @ across.to(dtype).mT
                 crops[row] = down.to(dtype) @ wide
 

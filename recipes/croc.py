@@ -251,6 +251,8 @@ class TwoViews:
         generator = harness.generator(*batch_key)
         pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
         views = [pairs.view1, pairs.view2]
+        if self.epoch == 0:
+            dk.check_views(dk.stack_views(views), sizes)
 
         pixels = [image / 255 for image in images]
         crops = []

@@ -228,6 +228,8 @@ class TwoViews:
         flip = torch.rand(len(sizes), generator=generator) < 0.5
         view1 = dk.View(whole_image, flip)
         views = [view1, view2]
+        if self.epoch == 0:
+            dk.check_views(dk.stack_views(views), sizes)
 
         shares = nn.utils.rnn.pad_sequence(proposals, batch_first=True)
         in_pixels = shares * width_height.repeat(1, 2)[:, None]

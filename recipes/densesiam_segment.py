@@ -234,7 +234,9 @@ class TwoViews:
         squares = torch.stack([self.square(self.source[index].image) for index in indices]) / 255
         view = self.sample_crops(indices)
 
-        in_pixels = dk.View(view.box * self.config.image, view.flip)
+        in_pixels = view._replace(box=view.box * self.config.image)
+        if self.epoch == 0:
+            dk.check_views(in_pixels, (self.config.image, self.config.image))
         near = dk.crop_views(squares, in_pixels, self.config.size)
         whole = resize(squares, [self.config.size])
         crops = [near, whole]

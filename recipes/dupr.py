@@ -242,6 +242,8 @@ class TwoViews:
             generator=generator,
         )
         views = [pairs.view1, pairs.view2]
+        if self.epoch == 0:
+            dk.check_views(dk.stack_views(views), sizes)
 
         pixels = [image / 255 for image in images]
         crops = []
@@ -454,7 +456,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     images, views, _ = preview
     # All pictures are drawn on the CPU.
     maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
-    views = [dk.View(view.box.cpu(), view.flip.cpu()) for view in views]
+    views = [dk.views_to(view, "cpu") for view in views]
 
     path = run.picture_path(step)
     matches = match(maps, views, config.patches[LEVEL_INDEX])

@@ -101,10 +101,10 @@ def check_training(config: Any) -> None:
     if hasattr(config, "epochs"):
         check(config.epochs >= 1, f"--epochs is {config.epochs}: give 1 or more.")
     if hasattr(config, "views"):
-        check_views(config.views)
+        check_view_options(config.views)
 
 
-def check_views(views: Any) -> None:
+def check_view_options(views: Any) -> None:
     """Check the options of the augmented views; each wrong one is a UserError of its own."""
     check(views.size >= 1, f"--views.size is {views.size}: give 1 pixel or more.")
     low, high = views.scale

@@ -84,7 +84,7 @@ def views(draw, batch=None, size=None, whole_pixels=None):
     batch = draw(batches()) if batch is None else batch
     size = draw(sizes()) if size is None else size
     box = draw(boxes(batch, size, whole_pixels))
-    return View(box, flips(draw(generators()), *batch))
+    return View(box, *flips(draw(generators()), 2, *batch))
 
 
 @st.composite
@@ -101,7 +101,7 @@ def overlapping_views(draw, batch=None, size=None, whole_pixels=None):
         # Some sides stay where they are: the views touch the shared box from inside.
         room = torch.where(flips(generator, *batch, 4), 0.0, room)
         room = room.trunc() if whole_pixels else room
-        grown.append(View(shared + room, flips(generator, *batch)))
+        grown.append(View(shared + room, *flips(generator, 2, *batch)))
     return tuple(grown)
 
 
@@ -117,7 +117,7 @@ def disjoint_views(draw, batch=None):
     second[..., axis] = line
     if not draw(st.booleans()):  # else both fill their side and touch
         first, second = (boxes_within(generator, side, whole_pixels) for side in (first, second))
-    pair = [View(box, flips(generator, *batch)) for box in (first, second)]
+    pair = [View(box, *flips(generator, 2, *batch)) for box in (first, second)]
     return tuple(reversed(pair)) if draw(st.booleans()) else tuple(pair)
 
 
@@ -182,11 +182,21 @@ def feature_pairs(draw):
 
 @st.composite
 def rois(draw, batch, n=None, low=-0.6, high=1.6, largest=2.0):
-    """Boxes in the frame of a map; some leave it, by more than half a cell too."""
+    """Boxes in the frame of a map; some leave it, by more than half a cell too, but not whole."""
     n = draw(st.integers(0, 4)) if n is None else n
     draws = uniform(draw(generators()), 2, *batch, n, 2)
     extent = 0.05 + draws[0] * (min(largest, high - low) - 0.05)
-    start = low + draws[1] * (high - low - extent)
+    first, last = (0.01 - extent).clamp(min=low), (high - extent).clamp(max=0.99)
+    start = first + draws[1] * (last - first)
+    return torch.cat([start, start + extent], -1)
+
+
+@st.composite
+def boxes_around(draw, batch):
+    """Boxes in, across and beside an image of at most 8 x 8 pixels."""
+    draws = uniform(draw(generators()), 2, *batch, draw(st.integers(0, 4)), 2)
+    extent = 0.05 + draws[0] * 19.95
+    start = -9 + draws[1] * (26 - extent)
     return torch.cat([start, start + extent], -1)
 
 

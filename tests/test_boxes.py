@@ -10,13 +10,13 @@ from scipy import stats
 from strategies import (
     batches,
     boxes,
+    boxes_around,
     boxes_within,
     degenerate_boxes,
     disjoint_views,
     generators,
     image_box,
     overlapping_views,
-    rois,
     sizes,
     valid_rows,
 )
@@ -259,7 +259,7 @@ def test_the_share_of_an_image_does_not_overflow_in_half_precision(dtype):
 
 @given(st.data(), sizes())
 def test_clipped_boxes_are_torchvisions(data, size):
-    around = data.draw(rois(data.draw(batches()), low=-9.0, high=17.0, largest=20.0), label="boxes")
+    around = data.draw(boxes_around(data.draw(batches())), label="boxes")
     got = clip_boxes(around, size)
     want = ops.clip_boxes_to_image(around.reshape(-1, 4), size)
     assert torch.equal(got.reshape(-1, 4), want)
@@ -268,7 +268,7 @@ def test_clipped_boxes_are_torchvisions(data, size):
 
 @given(st.data(), sizes())
 def test_clipping_keeps_what_the_image_contains(data, size):
-    around = data.draw(rois(data.draw(batches()), low=-9.0, high=17.0, largest=20.0), label="boxes")
+    around = data.draw(boxes_around(data.draw(batches())), label="boxes")
     whole = image_box(size).expand_as(around)
     got = clip_boxes(around, size)
     shared = box_containment(around, whole)

@@ -75,7 +75,8 @@ def box(batch, dtype, generator):
 
 
 def view(batch, dtype, generator):
-    return View(box(batch, dtype, generator), flips(generator, *batch))
+    corners, flip = box(batch, dtype, generator), flips(generator, *batch)
+    return View(corners, flip, flips(generator, *batch))
 
 
 def at_least_float32(dtype):
@@ -127,7 +128,8 @@ def paste(batch, n, dtype, generator):
 
 
 def two_objects(batch, n, dtype, generator):
-    return tuple(maps(batch, n, dtype, generator, (5, 4)) for _ in range(2))
+    # 4 columns of more than 4 channels would be an image whose channels come last.
+    return tuple(maps(batch, n, dtype, generator, (4, 5)) for _ in range(2))
 
 
 def two_maps_two_boxes(batch, n, dtype, generator):
@@ -154,6 +156,31 @@ def one_view(batch, n, dtype, generator):
 
 def two_views(batch, n, dtype, generator):
     return tuple(view(batch, dtype, generator) for _ in range(2))
+
+
+def three_views(batch, n, dtype, generator):
+    return (view((*batch, 3), dtype, generator),)
+
+
+def boxes_and_flips(batch, n, dtype, generator):
+    return box(batch, dtype, generator), *flips(generator, 2, *batch)
+
+
+def view_and_size(batch, n, dtype, generator):
+    return view(batch, dtype, generator), torch.randint(6, 10, (*batch, 2), generator=generator)
+
+
+def boxes_and_size(batch, n, dtype, generator):
+    boxes = box(batch, dtype, generator) / 8
+    return boxes, torch.randint(6, 10, (*batch, 2), generator=generator)
+
+
+def matrices_of_views(batch, n, dtype, generator):
+    scale = uniform(generator, *batch, 2, low=0.5) * (1 - 2 * flips(generator, *batch, 2).double())
+    offset = uniform(generator, *batch, 2, 1, high=8)
+    first = torch.cat([torch.diag_embed(scale), offset], -1)
+    last = torch.tensor([[0.0, 0.0, 1.0]]).expand(*batch, 1, 3)
+    return (torch.cat([first, last], -2).to(dtype),)
 
 
 def view_and_points(batch, n, dtype, generator):
@@ -441,6 +468,7 @@ MASKS = {
     "gradcheck gradgradcheck": "masks have no gradient",
     "bfloat16 float16": "takes true or false",
 }
+RAISES = {" ".join(COLUMNS): "reads values, and raises or gives nothing: tests/test_views.py"}
 RECORDS = {" ".join(COLUMNS): "gives Python numbers and text: tests/test_metrics.py"}
 TRAINS = {
     "vmap": "it takes its own backward passes, where the losses of all copies would be needed",
@@ -480,6 +508,31 @@ def every_second(confusion):
 
 def scores_of_a_group(confusion):
     return dk.group_scores(confusion, every_second(confusion))
+
+
+def moved_axis(view, to_front):
+    """The last axis of some views in front, or the first one behind."""
+    sources = {"box": -2, "flip": -1, "vertical_flip": -1}
+    moves = [(k, 0) if to_front else (0, k) for k in sources.values()]
+    return View(*(x.movedim(*move) for x, move in zip(view, moves, strict=True)))
+
+
+def stacked(view1, view2):
+    return moved_axis(dk.stack_views([view1, view2]), to_front=False)
+
+
+def unstacked(views):
+    return dk.unstack_views(moved_axis(views, to_front=True))
+
+
+def paired(views):
+    pairs = dk.pair_views(moved_axis(views, to_front=True), anchors=2)
+    both = [moved_axis(view, to_front=False) for view in (pairs.view1, pairs.view2)]
+    return *both, pairs.valid.movedim(0, -1)
+
+
+def sent(view):
+    return dk.views_to(view, view.box.device)
 
 
 def center(teacher):
@@ -541,6 +594,18 @@ TABLE = [
         },
     ),
     row("full_view", image_sizes, without=SIZES),
+    row("view_from_xywh", boxes_and_flips, (0,)),
+    row("view_from_relative", boxes_and_size, (0,)),
+    row("view_from_relative", one_box, (0,), size=(7, 9)),
+    row("views_valid", view_and_size, without=TRUTH),
+    row("check_views", nothing, without=RAISES),
+    row("stack_views", two_views, (0, 1), call=stacked),
+    row("unstack_views", three_views, (0,), call=unstacked),
+    row("index_views", three_views, (0,), index=(..., slice(None, None, 2))),
+    row("views_to", one_view, (0,), call=sent),
+    row("pair_views", three_views, (0,), call=paired),
+    row("view_from_matrix", matrices_of_views, (0,), size=(6, 5), pixel_centers="integer"),
+    row("view_to_matrix", one_view, (0,), size=(6, 5), pixel_centers="half"),
     row("sample_views", image_sizes, without=VIEWS_DRAWN),
     row(
         "sample_view_pairs",

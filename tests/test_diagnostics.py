@@ -320,6 +320,16 @@ def test_of_a_layer_that_runs_twice_the_last_output_counts():
     torch.testing.assert_close(layer_features(net, x, ["0"])["0"], net(x))
 
 
+def test_images_whose_channels_come_last_are_refused():
+    images = torch.zeros(2, 8, 12, 3)
+    with pytest.raises(TypeError, match=r"layer_features: argument 'images'.*channels seem to"):
+        layer_features(small_net(), images, ["block"])
+    with pytest.raises(TypeError, match=r"coupling_images: argument 'objects_a'.*channels seem"):
+        coupling_images(images, images)
+    with pytest.raises(TypeError, match=r"channels seem to come last"):
+        layer_bias(small_net(), images, ["block"])
+
+
 def test_layers_that_cannot_be_read_are_named():
     x = torch.rand(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"no layer 'blok'.*'block'"):

@@ -28,8 +28,8 @@ NOT_FLAT = {"typing"}  # imported by its own name: no part of a training program
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "numerics": {
         *("block_rows", "broadcasts", "check", "check_cells", "check_temperature", "fit_valid"),
-        *("full_precision", "interpolation_weights", "readable", "safe_divide", "sample_uniform"),
-        *("take_rows", "widened"),
+        *("full_precision", "interpolation_weights", "readable", "refuse_channels_last"),
+        *("safe_divide", "sample_uniform", "take_rows", "widened"),
     },
     "pooling": {"pool_bins"},
 }

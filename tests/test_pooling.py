@@ -173,6 +173,42 @@ def test_degenerate_boxes_give_zeros_and_no_gradient_and_leave_the_others_alone(
     assert all((grad == 0).all() for grad in grads)
 
 
+@st.composite
+def boxes_beside(draw, batch):
+    """Boxes that share no area with their map: left, right, above or below; some touch it."""
+    regions = draw(rois(batch, 4))
+    low, high = regions[..., :2], regions[..., 2:]
+    beyond = uniform(draw(generators()), *batch, 4, 2).where(draw(valid_rows((*batch, 4, 2))), 0.0)
+    start = torch.stack([1 + beyond, -beyond - (high - low)])
+    axis, side = (draw(valid_rows((*batch, 4))) for _ in range(2))
+    start = torch.where(side[..., None], start[0], start[1])
+    moved = torch.stack([axis, ~axis], -1)
+    start = torch.where(moved, start, low)
+    stop = start + (high - low)
+    # A box that ends at 0 ends there, whatever its width is rounded to.
+    stop = torch.where(moved & ~side[..., None], stop.clamp(max=0), stop)
+    return torch.cat([start, stop], -1)
+
+
+@given(st.data(), ratios())
+def test_boxes_beside_the_map_are_not_valid(data, ratio):
+    batch = data.draw(batches(), label="batch")
+    leaves = [data.draw(feature_maps(batch)), data.draw(boxes_beside(batch))]
+    leaves = [x.requires_grad_() for x in leaves]
+    got = roi_align(*leaves, 2, sampling_ratio=ratio)
+    assert not got.valid.any()
+    assert (got.features == 0).all()
+    for grad in torch.autograd.grad(got.features.sum(), leaves):
+        assert (grad == 0).all()
+
+
+def test_boxes_in_pixels_are_not_valid():
+    pixels = torch.tensor([[32.0, 48.0, 160.0, 200.0], [1.0, 0.0, 99.0, 80.0]])
+    got = roi_align(torch.ones(4, 7, 7), pixels, 2)
+    assert got.valid.tolist() == [False, False]
+    assert roi_align(torch.ones(4, 7, 7), pixels / 224, 2).valid.all()
+
+
 @given(st.data(), ratios())
 def test_a_nan_reaches_no_other_image_and_no_box_that_is_not_valid(data, ratio):
     maps = data.draw(feature_maps((2,)), label="features")
@@ -237,7 +273,7 @@ def test_a_bin_far_outside_is_zero_and_one_near_the_map_repeats_its_edge():
     maps = torch.ones(1, 1, 4)
     # One point a bin, in cells from the left edge: -0.6, -0.4, 4.4, 4.6.
     centers = torch.tensor([-0.6, -0.4, 4.4, 4.6]) / 4
-    regions = torch.stack([centers - 0.1, torch.zeros(4), centers + 0.1, torch.ones(4)], -1)
+    regions = torch.stack([centers - 0.2, torch.zeros(4), centers + 0.2, torch.ones(4)], -1)
     got = roi_align(maps, regions, 1, sampling_ratio=1)
     assert got.features.flatten().tolist() == [0, 1, 1, 0]
     assert got.valid.all()

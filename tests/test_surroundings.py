@@ -59,6 +59,11 @@ def scores(confusion):
     return dk.as_dict(table), dk.as_table(table)
 
 
+def checked(view):
+    dk.check_views(view, (301, 299))
+    return view
+
+
 # Functions whose rows in the contract hold no call: they take modules or numbers.
 MORE = [
     row("ema_update", two_trees, momentum=0.5, inplace=False),
@@ -79,6 +84,7 @@ MORE = [
     # Sizes that bfloat16 cannot hold.
     row("full_view", numbers, size=(1001, 1003)),
     row("init_bank", numbers, size=3, dim=2, random=True),
+    row("check_views", lambda *a: large_crops(*a)[1:], call=checked),
     row("crop_views", lambda *a: large_crops(*a), size=(301, 299)),
     row("boxes_to_mask", lambda *a: (large_crops(*a)[1].box[:, None],), size=(301, 299)),
     row("coordinate_map", lambda *a: large_crops(*a)[1:], size=(301, 2)),
@@ -92,6 +98,7 @@ def large_crops(batch, n, dtype, generator):
 
 
 WITHOUT_CALL = {
+    "check_views",
     "ema_update",
     "layer_features",
     "layer_bias",
@@ -116,6 +123,7 @@ EXCEPT = {
     "cosine_schedule": {("meta", "fake"): VALUES},
     "linear_schedule": {("meta", "fake"): VALUES},
     "warmup_cosine": {("meta", "fake"): VALUES},
+    "check_views": {("meta", "fake"): "it reads values"},
     "minibatch_kmeans": {("meta", "fake"): "it draws a seed, a Python number"},
     "match_clusters": {("meta", "fake"): "the assignment is scipy's"},
     "train_linear_probe": {("fake",): TRAINS},

@@ -1,14 +1,21 @@
 """Frames, overlap, sampling and cropping of views, against torchvision where it has the same."""
 
+import copy
+import itertools
 import math
+import pickle
 from functools import partial
-from itertools import combinations
+from unittest import mock
 
+import cv2
+import numpy as np
 import pytest
+import skimage.transform
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from PIL import Image
+from scipy import ndimage, stats
 from strategies import (
     batches,
     boxes,
@@ -27,7 +34,9 @@ from strategies import (
     views,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision import ops
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
@@ -40,24 +49,112 @@ from densekit import (
     boxes_in_view,
     boxes_valid,
     boxes_view_to_image,
+    check_views,
     coordinate_map,
     crop_views,
     full_view,
     grid_points,
     gridsample,
     image_to_view,
+    index_views,
     intersect_views,
+    pair_views,
     sample_view_pairs,
     sample_views,
+    stack_views,
+    unstack_views,
+    view_from_matrix,
+    view_from_relative,
+    view_from_xywh,
     view_to_image,
+    view_to_matrix,
+    views_to,
+    views_valid,
 )
 
 CLOSE = {"rtol": 0, "atol": 1e-12}  # float64 coordinates of at most 8: 1000 roundings or so
 UNIT = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+AXES = st.sampled_from([-1, -2])  # left to right, top to bottom
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------ the record
+
+
+@given(views())
+def test_a_view_of_two_fields_is_not_mirrored_top_to_bottom(view):
+    for short in (View(view.box, view.flip), View(box=view.box, flip=view.flip)):
+        assert short.vertical_flip.dtype == torch.bool
+        assert short.vertical_flip.shape == view.flip.shape
+        assert not short.vertical_flip.any()
+    assert View(view.box, view.flip, view.vertical_flip).vertical_flip is view.vertical_flip
+
+
+def test_a_view_that_is_read_by_numpy_is_not_mirrored_top_to_bottom_either():
+    samples = [View(np.arange(4.0), flip) for flip in (np.array(True), True, np.bool_(True))]
+    for sample in samples:
+        assert not sample.vertical_flip
+    assert not default_collate(samples[:1]).vertical_flip.any()
+    assert not View(np.zeros((2, 4)), np.array([True, False])).vertical_flip.any()
+
+
+def carried_by_a_loader(view):
+    loader = DataLoader([View(*x) for x in zip(*view, strict=True)], batch_size=4)
+    return next(iter(loader))
+
+
+def mapped_by_vmap(view):
+    axes = View(0, 0)  # as a tree of axes
+    return torch.vmap(lambda x: x, in_dims=(axes,), out_dims=axes)(view)
+
+
+def pinned(view):
+    with mock.patch.object(torch.Tensor, "pin_memory", lambda x, *_: x):  # it wants a GPU
+        return pin_memory(view)
+
+
+def exported(view):
+    class Mirror(torch.nn.Module):
+        def forward(self, view):
+            return view._replace(vertical_flip=~view.vertical_flip)
+
+    program = torch.export.export(Mirror(), (view,)).module()
+    return program(program(view))
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [
+        lambda view: tree_map(torch.clone, view),
+        lambda view: view._replace(box=view.box),
+        lambda view: View._make(view),
+        lambda view: pickle.loads(pickle.dumps(view)),
+        copy.deepcopy,
+        carried_by_a_loader,
+        mapped_by_vmap,
+        pinned,
+        exported,
+    ],
+)
+def test_a_view_stays_whole_wherever_records_are_carried(carry):
+    view = View(uniform(seeded(), 4, 4), *flips(seeded(1), 2, 4))
+    got = carry(view)
+    assert type(got) is View
+    assert all(map(torch.equal, got, view))
+
+
+def test_views_are_made_inside_a_compiled_graph():
+    def halves(view):
+        left = View(view.box * torch.tensor([1, 1, 0.5, 1]), view.flip)
+        return coordinate_map(left, (2, 3)), tree_map(lambda x: x[0], view)
+
+    view = View(boxes_within(seeded(), image_box((8, 8), (4,))), *flips(seeded(1), 2, 4))
+    got = torch.compile(halves, fullgraph=True, backend="aot_eager")(view)
+    torch.testing.assert_close(got, halves(view))
+    assert type(got[1]) is View
 
 
 # ---------------------------------------------------------------------------------- frames
@@ -86,14 +183,29 @@ def test_points_of_a_crop_fill_the_unit_square(data):
     assert ((inside >= -1e-12) & (inside <= 1 + 1e-12)).all()
 
 
-@given(st.data())
-def test_a_flip_maps_x_to_one_minus_x(data):
+def mirrored(view, axis):
+    """The same crop with the other flip along x (axis -1) or y (axis -2)."""
+    if axis == -1:
+        return view._replace(flip=~view.flip)
+    return view._replace(vertical_flip=~view.vertical_flip)
+
+
+def mirrored_boxes(boxes, axis):
+    """Boxes in the frame of a view, in that of the mirrored view."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    parts = (1 - x2, y1, 1 - x1, y2) if axis == -1 else (x1, 1 - y2, x2, 1 - y1)
+    return torch.stack(parts, -1)
+
+
+@given(st.data(), AXES)
+def test_a_flip_maps_x_or_y_to_one_minus_it(data, axis):
     view = data.draw(views(), label="view")
     points = data.draw(points_in(image_box((8, 8), view.flip.shape)), label="points")
-    x, y = image_to_view(view, points).unbind(-1)
-    flipped_x, flipped_y = image_to_view(View(view.box, ~view.flip), points).unbind(-1)
-    torch.testing.assert_close(flipped_x, 1 - x, rtol=0, atol=1e-11)
-    assert torch.equal(flipped_y, y)
+    moved, kept = (0, 1) if axis == -1 else (1, 0)
+    plain = image_to_view(view, points)
+    other = image_to_view(mirrored(view, axis), points)
+    torch.testing.assert_close(other[..., moved], 1 - plain[..., moved], rtol=0, atol=1e-11)
+    assert torch.equal(other[..., kept], plain[..., kept])
 
 
 @given(views())
@@ -133,7 +245,7 @@ def test_a_box_and_its_corners_are_carried_alike(data):
 @given(st.data())
 def test_a_degenerate_view_leaves_points_as_they_are(data):
     box = data.draw(degenerate_boxes(), label="box")
-    view = View(box, flips(seeded(), *box.shape[:-1]))
+    view = View(box, *flips(seeded(), 2, *box.shape[:-1]))
     points = data.draw(points_in(image_box((8, 8), box.shape[:-1])), label="points")
     points.requires_grad_()
     box.requires_grad_()
@@ -167,7 +279,9 @@ def test_coordinate_map_matches_a_loop_over_cells(data):
             for j in range(w):
                 share = (j + 0.5) / w
                 share = 1 - share if view.flip[b] else share
-                want = [x1 + share * (x2 - x1), y1 + (i + 0.5) / h * (y2 - y1)]
+                down = (i + 0.5) / h
+                down = 1 - down if view.vertical_flip[b] else down
+                want = [x1 + share * (x2 - x1), y1 + down * (y2 - y1)]
                 assert got[b, i, j].tolist() == pytest.approx(want, rel=0, abs=1e-12)
 
 
@@ -199,7 +313,7 @@ def test_sampling_the_coordinate_map_returns_the_image_point_in_both_views(data)
 
 @given(degenerate_boxes())
 def test_the_coordinate_map_of_a_degenerate_view_is_finite(box):
-    view = View(box, flips(seeded(), *box.shape[:-1]))
+    view = View(box, *flips(seeded(), 2, *box.shape[:-1]))
     assert coordinate_map(view, (2, 3)).isfinite().all()
 
 
@@ -236,14 +350,13 @@ def test_the_overlap_is_symmetric(pair):
     assert torch.equal(forth.valid, back.valid)
 
 
-@given(overlapping_views())
-def test_a_flip_of_one_view_mirrors_its_overlap_box_only(pair):
+@given(overlapping_views(), AXES)
+def test_a_flip_of_one_view_mirrors_its_overlap_box_only(pair, axis):
     view1, view2 = pair
-    plain, flipped = intersect_views(*pair), intersect_views(View(view1.box, ~view1.flip), view2)
+    plain, flipped = intersect_views(*pair), intersect_views(mirrored(view1, axis), view2)
     assert torch.equal(plain.box, flipped.box)
     assert torch.equal(plain.box2, flipped.box2)
-    x1, y1, x2, y2 = plain.box1.unbind(-1)
-    torch.testing.assert_close(flipped.box1, torch.stack([1 - x2, y1, 1 - x1, y2], -1), **CLOSE)
+    torch.testing.assert_close(flipped.box1, mirrored_boxes(plain.box1, axis), **CLOSE)
 
 
 def assert_nothing_shared(overlap):
@@ -262,7 +375,7 @@ def test_a_degenerate_view_overlaps_nothing_and_has_finite_gradients(data):
     batch = data.draw(batches(), label="batch")
     good = data.draw(views(batch), label="good")
     box = data.draw(degenerate_boxes(batch), label="bad").requires_grad_()
-    for pair in ((good, View(box, good.flip)), (View(box, good.flip), good)):
+    for pair in ((good, good._replace(box=box)), (good._replace(box=box), good)):
         overlap = intersect_views(*pair)
         assert_nothing_shared(overlap)
         total = sum(part.sum() for part in overlap[:4])
@@ -371,7 +484,7 @@ def test_area_ratio_place_and_flip_are_independent():
     w, h = x2 - x1, y2 - y1
     draws = {"area": w * h, "ratio": w / h, "x": x1 / (size - w), "y": y1 / (size - h)}
     draws["flip"] = view.flip.double()
-    for one, other in combinations(draws, 2):
+    for one, other in itertools.combinations(draws, 2):
         correlation = stats.spearmanr(draws[one], draws[other]).statistic
         assert abs(correlation) < 4 / math.sqrt(count), (one, other)
 
@@ -386,11 +499,28 @@ def test_the_place_is_uniform_over_whole_pixels():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_flips_have_their_probability(probability):
+@pytest.mark.parametrize("name", ["flip", "vertical_flip"])
+def test_flips_have_their_probability(probability, name):
     count = 20_000
-    share = sample_views((8, 8), (count,), flip=probability, generator=seeded()).flip.double()
-    bound = 4 * math.sqrt(probability * (1 - probability) / count)
-    assert abs(share.mean() - probability) <= bound
+    view = sample_views((8, 8), (count,), **{name: probability}, generator=seeded())
+    share = getattr(view, name).double().mean()
+    assert abs(share - probability) <= 4 * math.sqrt(probability * (1 - probability) / count)
+
+
+def test_vertical_flips_are_independent_and_change_nothing_else():
+    count = 20_000
+    plain = sample_views((48, 64), (count,), generator=seeded())
+    view = sample_views((48, 64), (count,), vertical_flip=0.5, generator=seeded())
+    assert not plain.vertical_flip.any()
+    assert torch.equal(view.box, plain.box)
+    assert torch.equal(view.flip, plain.flip)
+    others = statistics_of(view.box) | {"flip": view.flip}
+    for name, other in others.items():
+        correlation = stats.spearmanr(view.vertical_flip, other).statistic
+        assert abs(correlation) < 4 / math.sqrt(count), name
+    pairs = sample_view_pairs((48, 64), (count,), vertical_flip=0.5, generator=seeded())
+    both = (pairs.view1.vertical_flip & pairs.view2.vertical_flip).double().mean()
+    assert abs(both - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
 
 
 @pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (2, 640), (640, 2), (3, 31), (33, 5)])
@@ -455,6 +585,7 @@ def test_one_size_for_all_is_one_size_for_each():
         ({"scale": (math.nan, 1.0)}, r"scale is \(nan, 1.0\)"),
         ({"flip": 1.5}, "flip is 1.5"),
         ({"flip": math.nan}, "flip is nan"),
+        ({"vertical_flip": -0.5}, "vertical_flip is -0.5"),
     ],
 )
 @pytest.mark.parametrize("sample", [sample_views, sample_view_pairs])
@@ -519,7 +650,7 @@ def test_valid_pairs_overlap_as_much_as_was_asked(data):
 
 def test_pairs_are_the_first_that_is_enough_or_the_best_of_all():
     size, count, attempts, least = (48, 64), 500, 3, 0.5
-    options = {"scale": (0.1, 0.5)}
+    options = {"scale": (0.1, 0.5), "vertical_flip": 0.5}
     pairs = sample_view_pairs(
         size, (count,), min_overlap=least, attempts=attempts, generator=seeded(), **options
     )
@@ -535,6 +666,8 @@ def test_pairs_are_the_first_that_is_enough_or_the_best_of_all():
         assert torch.equal(pairs.view2.box[i], drawn.box[1, pick, i])
         assert torch.equal(pairs.view1.flip[i], drawn.flip[0, pick, i])
         assert torch.equal(pairs.view2.flip[i], drawn.flip[1, pick, i])
+        assert torch.equal(pairs.view1.vertical_flip[i], drawn.vertical_flip[0, pick, i])
+        assert torch.equal(pairs.view2.vertical_flip[i], drawn.vertical_flip[1, pick, i])
         assert pairs.valid[i] == bool(enough)
     assert kinds == {(enough, pick) for enough in (True, False) for pick in range(attempts)}
 
@@ -620,17 +753,17 @@ def crops(draw):
     image = draw(tensors((2, h, w), 0.0, 1.0))
     left, top = draw(st.integers(-4, w - 1)), draw(st.integers(-4, h - 1))
     width, height = draw(st.integers(max(1, 1 - left), 16)), draw(st.integers(max(1, 1 - top), 16))
-    flip, out = draw(st.booleans()), (draw(st.integers(1, 8)), draw(st.integers(2, 8)))
-    return image, (top, left, height, width), flip, out
+    axes = draw(st.sampled_from([(), (-1,), (-2,), (-1, -2)]))
+    out = (draw(st.integers(1, 8)), draw(st.integers(2, 8)))
+    return image, (top, left, height, width), axes, out
 
 
 @given(crops())
 def test_crops_of_whole_pixels_are_torchvisions(case):
-    image, (top, left, height, width), flip, out = case
-    want = tv.resized_crop(image, top, left, height, width, list(out), antialias=True)
-    want = want.flip(-1) if flip else want
+    image, (top, left, height, width), axes, out = case
+    want = tv.resized_crop(image, top, left, height, width, list(out), antialias=True).flip(axes)
     box = torch.tensor([left, top, left + width, top + height], dtype=torch.float64)
-    got = crop_views(image, View(box, torch.tensor(flip)), out)
+    got = crop_views(image, View(box, torch.tensor(-1 in axes), torch.tensor(-2 in axes)), out)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
@@ -654,7 +787,7 @@ def test_a_list_of_images_of_any_sizes_is_cropped_one_by_one(data):
     shapes = data.draw(st.lists(sizes(2, 4), min_size=1, max_size=5), label="sizes")
     images = [data.draw(tensors((2, *size)), label="image") for size in shapes]
     drawn = [data.draw(views((), size), label="view") for size in shapes]
-    view = View(torch.stack([x.box for x in drawn]), torch.stack([x.flip for x in drawn]))
+    view = View(*map(torch.stack, zip(*drawn, strict=True)))
     alone = [crop_views(*pair, (3, 2)) for pair in zip(images, drawn, strict=True)]
     torch.testing.assert_close(crop_views(images, view, (3, 2)), torch.stack(alone), **CLOSE)
 
@@ -688,20 +821,20 @@ def test_all_ways_to_crop_agree(data):
     if data.draw(st.booleans(), label="channels last"):
         images = images.contiguous(memory_format=torch.channels_last)
     boxes = [data.draw(boxes_anywhere(size), label="box") for _ in range(count)]
-    view = View(torch.stack(boxes).float(), flips(data.draw(generators()), count))
+    view = View(torch.stack(boxes).float(), *flips(data.draw(generators()), 2, count))
     crop = partial(crop_views, size=out, interpolation="bicubic" if cubic else "bilinear")
 
     got = crop(images, view)
     assert got.shape == (count, channels, *out)
     assert got.is_contiguous()
     assert torch.equal(crop(list(images), view), got)
-    for image, box, flip, alone in zip(images, *view, got, strict=True):
-        assert torch.equal(crop(image, View(box, flip)), alone)
+    for image, *one, alone in zip(images, *view, got, strict=True):
+        assert torch.equal(crop(image, View(*one)), alone)
     dense = torch.vmap(crop)(images, view)  # products over the whole image
     close = {"rtol": 0, "atol": 3e-5}
     torch.testing.assert_close(got, dense, **close)
     leaves = images.clone().requires_grad_(), view.box.clone().requires_grad_()
-    torch.testing.assert_close(crop(leaves[0], View(leaves[1], view.flip)), dense, **close)
+    torch.testing.assert_close(crop(leaves[0], view._replace(box=leaves[1])), dense, **close)
 
 
 def test_all_ways_to_crop_agree_far_from_the_corner():
@@ -731,7 +864,7 @@ def test_crops_of_whole_pixels_are_twice_differentiable(data):
 
 def test_a_traced_crop_reads_no_box():
     images, view = torch.rand(2, 3, 8, 9, generator=seeded()), sample_views((8, 9), (2,))
-    graph = make_fx(lambda images, box, flip: crop_views(images, View(box, flip), 4))(images, *view)
+    graph = make_fx(lambda images, *view: crop_views(images, View(*view), 4))(images, *view)
     other = sample_views((8, 9), (2,))
     torch.testing.assert_close(graph(images, *other), crop_views(images, other, 4))
 
@@ -845,14 +978,14 @@ def test_cropping_moves_with_the_image(data):
     generator = data.draw(generators(), label="generator")
     image = uniform(generator, 2, 6, 6)
     box = boxes_within(generator, image_box((6, 6)))
-    flip = flips(generator)
+    flip = flips(generator, 2)
     right, down = data.draw(st.integers(0, 3), label="right"), data.draw(st.integers(0, 3))
     moved = torch.nn.functional.pad(image, (right, 0, down, 0))
     shift = torch.tensor([right, down, right, down], dtype=torch.float64)
     out = data.draw(sizes(), label="out")
     torch.testing.assert_close(
-        crop_views(moved, View(box + shift, flip), out),
-        crop_views(image, View(box, flip), out),
+        crop_views(moved, View(box + shift, *flip), out),
+        crop_views(image, View(box, *flip), out),
         rtol=0,
         atol=1e-10,
     )
@@ -863,7 +996,8 @@ def test_a_flipped_view_is_the_mirrored_crop(data):
     view = data.draw(views(size=(6, 7)), label="view")
     images = data.draw(tensors((*view.flip.shape, 1, 6, 7)), label="images")
     out = data.draw(sizes(), label="out")
-    other = crop_views(images, View(view.box, ~view.flip), out).flip(-1)
+    axis = data.draw(AXES, label="axis")
+    other = crop_views(images, mirrored(view, axis), out).flip(axis)
     torch.testing.assert_close(crop_views(images, view, out), other, **CLOSE)
 
 
@@ -888,7 +1022,7 @@ def test_a_degenerate_view_is_black_with_zero_gradients(data):
     box = data.draw(degenerate_boxes(), label="box").requires_grad_()
     batch = box.shape[:-1]
     images = data.draw(tensors((*batch, 1, 3, 4)), label="images").requires_grad_()
-    got = crop_views(images, View(box, flips(seeded(), *batch)), (2, 5))
+    got = crop_views(images, View(box, *flips(seeded(), 2, *batch)), (2, 5))
     assert torch.equal(got, torch.zeros_like(got))
     for grad in torch.autograd.grad(got.sum(), [images, box]):
         assert torch.equal(grad, torch.zeros_like(grad))
@@ -924,6 +1058,23 @@ def test_cropping_ignores_autocast():
 def test_images_of_whole_numbers_are_refused(dtype):
     with pytest.raises(TypeError, match="crop_views: argument 'images' should be Float"):
         crop_views(torch.zeros(1, 3, 4, 4, dtype=dtype), full_view((4, 4), (1,)), 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_whose_channels_come_last_are_refused(channels):
+    images = torch.zeros(2, 8, 9, channels)
+    message = rf"images.*shape .*8, 9, {channels}.*channels seem to come last.*movedim\(-1, -3\)"
+    for wrong in (images, list(images)):
+        with pytest.raises(TypeError, match=f"densekit.views.crop_views: .*{message}"):
+            crop_views(wrong, full_view((8, 9), (2,)), 4)
+    right = images.movedim(-1, -3)
+    assert crop_views(right, full_view((8, 9), (2,)), 4).shape == (2, channels, 4, 4)
+
+
+def test_narrow_images_of_up_to_four_channels_are_cropped():
+    for channels, width in itertools.product(range(5), range(1, 5)):
+        image = torch.rand(channels, 6, width)
+        assert torch.equal(crop_views(image, full_view((6, width)), (6, width)), image)
 
 
 def test_one_view_for_each_image():
@@ -1009,14 +1160,13 @@ def test_boxes_outside_the_crop_are_not_valid(pair, min_share):
     assert not boxes_valid(got.boxes).any()
 
 
-@given(views_and_boxes(), st.floats(0.01, 1))
-def test_a_flipped_view_shows_the_boxes_mirrored(case, min_share):
+@given(views_and_boxes(), st.floats(0.01, 1), AXES)
+def test_a_flipped_view_shows_the_boxes_mirrored(case, min_share, axis):
     view, regions = case
     got = boxes_in_view(view, regions, min_share=min_share)
-    other = boxes_in_view(View(view.box, ~view.flip), regions, min_share=min_share)
-    x1, y1, x2, y2 = other.boxes.unbind(-1)
-    mirrored = torch.stack([1 - x2, y1, 1 - x1, y2], -1).where((got.share > 0)[..., None], 0.0)
-    torch.testing.assert_close(got.boxes, mirrored, **CLOSE)
+    other = boxes_in_view(mirrored(view, axis), regions, min_share=min_share)
+    want = mirrored_boxes(other.boxes, axis).where((got.share > 0)[..., None], 0.0)
+    torch.testing.assert_close(got.boxes, want, **CLOSE)
     assert torch.equal(got.share, other.share)
     assert torch.equal(got.valid, other.valid)
 
@@ -1032,7 +1182,7 @@ def test_boxes_and_views_that_enclose_nothing_show_nothing(data, min_share):
     bad = boxes_in_view(view, data.draw(degenerate_boxes(regions.shape[:-1])), min_share=min_share)
     assert not bad.valid.any()
     assert (bad.boxes == 0).all()
-    nowhere = View(data.draw(degenerate_boxes(view.flip.shape), label="view"), view.flip)
+    nowhere = view._replace(box=data.draw(degenerate_boxes(view.flip.shape), label="view"))
     assert not boxes_in_view(nowhere, regions, min_share=min_share).valid.any()
 
 
@@ -1059,3 +1209,404 @@ def test_boxes_of_other_batches_are_not_in_view():
         boxes_in_view(full_view((4, 4), (2,)), torch.zeros(3, 5, 4))
     with pytest.raises(TypeError, match="boxes_in_view: argument 'valid'"):
         boxes_in_view(full_view((4, 4)), torch.zeros(5, 4), torch.ones(4).bool())
+
+
+# -------------------------------------------------------------------------- units of the crops
+
+
+@given(st.data())
+def test_crops_given_as_a_corner_and_a_size_are_the_same_crops(data):
+    view = data.draw(views(), label="view")
+    corner, far = view.box[..., :2], view.box[..., 2:]
+    got = view_from_xywh(torch.cat([corner, far - corner], -1), *view[1:])
+    torch.testing.assert_close(got, view, **CLOSE)
+    bad = data.draw(degenerate_boxes(), label="not valid")
+    extent = bad[..., 2:] - bad[..., :2]
+    assert not boxes_valid(view_from_xywh(torch.cat([bad[..., :2], extent], -1)).box).any()
+
+
+@given(st.data())
+def test_crops_in_units_of_the_image_are_its_crops(data):
+    batch = data.draw(batches(), label="batch")
+    shape = data.draw(st.sampled_from([batch[k:] for k in range(len(batch) + 1)]), label="sizes")
+    size = torch.randint(1, 9, (*shape, 2), generator=data.draw(generators()))
+    whole = full_view(size.expand(*batch, 2))
+    shares = data.draw(boxes(batch, size=(1, 1), whole_pixels=False), label="boxes")
+    got = view_from_relative(shares, size, whole.flip, ~whole.flip)
+    want = boxes_view_to_image(View(whole.box.double(), whole.flip), shares[..., None, :])
+    torch.testing.assert_close(got.box, want[..., 0, :], **CLOSE)
+    assert torch.equal(got.vertical_flip, ~whole.flip)
+    if not shape:
+        same = view_from_relative(shares, tuple(size.tolist()))
+        assert torch.equal(same.box, got.box)
+        assert not torch.stack(same[1:]).any()
+
+
+def crops_of(box, size):
+    """The docstring of `views_valid` in plain Python."""
+    (x1, y1, x2, y2), (h, w) = box, size
+    if not all(map(math.isfinite, box)):
+        return False
+    inside = x1 >= -0.01 and y1 >= -0.01 and x2 <= w + 0.01 and y2 <= h + 0.01
+    large = x2 - x1 >= 0.99 and y2 - y1 >= 0.99
+    relative = all(0 <= side <= 1 for side in box) and max(size) > 1
+    return inside and large and not relative
+
+
+@given(st.data())
+def test_a_view_is_valid_where_it_crops_its_image(data):
+    size = torch.randint(1, 7, (20, 2), generator=data.draw(generators(), label="sizes"))
+    kinds = [
+        sample_views(size, generator=data.draw(generators())).box.double(),
+        data.draw(boxes((20,), whole_pixels=False), label="anywhere"),
+        data.draw(boxes((20,), whole_pixels=True), label="whole pixels"),
+        data.draw(boxes((20,), size=(1, 1)), label="relative"),
+        data.draw(degenerate_boxes((20,)), label="degenerate"),
+        full_view(size).box.double() + data.draw(tensors((20, 4), -0.02, 0.02), label="rounded"),
+    ]
+    box = torch.stack(kinds)
+    view = View(box, flips(seeded(), 6, 20))
+    want = [
+        [crops_of(*pair) for pair in zip(row, size.tolist(), strict=True)] for row in box.tolist()
+    ]
+    assert views_valid(view, size).tolist() == want
+    one = tuple(size[0].tolist())
+    assert views_valid(index_views(view, (..., 0)), one).tolist() == [row[0] for row in want]
+    assert views_valid(full_view(size), size).all()
+
+    if not torch.tensor(want).all():
+        line = [all(row) for row in want].index(False)
+        first = want[line].index(False)
+        with pytest.raises(
+            ValueError, match=rf"check_views: the view at \[{line}, {first}\] has the"
+        ):
+            check_views(view, size)
+    good = view.box[torch.tensor(want)]
+    check_views(View(good, good[:, 0] > 0), size.expand(6, 20, 2)[torch.tensor(want)])
+
+
+CROPS = sample_views((480, 640), (50,), generator=seeded()).box
+CONFUSED = {
+    "view_from_relative": (CROPS / torch.tensor([640.0, 480, 640, 480]), (480, 640)),
+    "view_from_xywh": (torch.cat([CROPS[:, :2], CROPS[:, 2:] - CROPS[:, :2]], -1), (480, 640)),
+    r"fit the size \(w, h\), so give sizes as \(h, w\)": (CROPS, (640, 480)),
+    "reversed or empty": (CROPS[:, [2, 1, 0, 3]], (480, 640)),
+    "reaches outside the image": (CROPS, (224, 224)),
+    "finite numbers": (CROPS.where(CROPS > 0, torch.nan), (480, 640)),
+    "smaller than a pixel": (CROPS / 500, (480, 640)),
+}
+
+
+@pytest.mark.parametrize("sentence", CONFUSED)
+def test_the_error_of_a_wrong_view_says_what_it_may_be(sentence):
+    wrong, size = CONFUSED[sentence]
+    with pytest.raises(ValueError, match=f"densekit.views.check_views: the view at .*{sentence}"):
+        check_views(View(wrong, wrong[:, 0] > 0), size)
+    check_views(View(CROPS, CROPS[:, 0] > 0), (480, 640))
+
+
+def test_the_whole_image_in_unit_coordinates_is_no_crop():
+    view = View(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor(False))
+    assert not views_valid(view, (480, 640))
+    assert views_valid(view, (1, 1))
+    with pytest.raises(ValueError, match=r"check_views: the view has .*view_from_relative"):
+        check_views(view, (480, 640))
+
+
+@pytest.mark.parametrize("function", [views_valid, check_views])
+def test_sizes_that_do_not_fit_the_views_are_refused(function):
+    view = full_view((4, 4), (2, 3))
+    with pytest.raises(
+        TypeError, match=rf"{function.__name__}: argument 'size' .*\(2, 2\).*\(2, 3\)"
+    ):
+        function(view, torch.tensor([[4, 4], [4, 4]]))
+    with pytest.raises(ValueError, match=rf"{function.__name__}: size is \(0, 4\)"):
+        function(view, (0, 4))
+
+
+def test_a_compiled_graph_checks_no_values():
+    def step(view):
+        check_views(view, (4, 4))
+        return view.box + 1
+
+    view = full_view((4, 4), (2,))
+    got = torch.compile(step, fullgraph=True, backend="eager")(view)
+    assert torch.equal(got, view.box + 1)
+
+
+# ---------------------------------------------------------------------------- views in hand
+
+
+@given(views(), st.integers(1, 4))
+def test_stacked_views_come_apart_again(view, count):
+    others = [view._replace(box=view.box + k, flip=view.flip ^ bool(k % 2)) for k in range(count)]
+    both = stack_views(others)
+    assert both.flip.shape == (count, *view.flip.shape)
+    for k, (one, other) in enumerate(zip(unstack_views(both), others, strict=True)):
+        for part in (one, index_views(both, k)):
+            assert type(part) is View
+            assert all(map(torch.equal, part, other))
+    assert all(map(torch.equal, stack_views(unstack_views(both)), both))
+
+
+INDICES = [
+    *(0, -1, slice(1, None), slice(None), (1, 2), (slice(None), 0), (..., 1), (None, 0)),
+    *(torch.tensor([2, 0, 0]), torch.tensor([True, False, True]), [0, 2], torch.tensor(1)),
+    *((torch.tensor([0, 2]), torch.tensor([1, 1])), torch.ones(3, 4, dtype=torch.bool)),
+]
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_an_index_takes_the_same_views_of_each_field(index):
+    view = View(uniform(seeded(), 3, 4, 4), *flips(seeded(1), 2, 3, 4))
+    got = index_views(view, index)
+    assert torch.equal(got.flip, view.flip[index])
+    assert torch.equal(got.vertical_flip, view.vertical_flip[index])
+    for k in range(4):
+        assert torch.equal(got.box[..., k], view.box[..., k][index])
+
+
+def test_an_index_never_reaches_into_the_boxes():
+    for index in ((0, 0), 2, (slice(None), 0)):
+        with pytest.raises(IndexError):
+            index_views(full_view((4, 4), (2,)), index)
+
+
+def test_single_views_and_views_of_other_shapes_are_refused():
+    view = full_view((4, 4))
+    with pytest.raises(TypeError, match=r"unstack_views: argument 'view' is a single view"):
+        unstack_views(view)
+    with pytest.raises(TypeError, match=r"pair_views: argument 'views' is a single view"):
+        pair_views(view)
+    with pytest.raises(ValueError, match=r"stack_views: there are no views"):
+        stack_views([])
+    with pytest.raises(TypeError, match=r"stack_views: argument 'views'"):
+        stack_views([view, full_view((4, 4), (2,))])
+    with pytest.raises(TypeError, match=r"stack_views: argument 'views'"):
+        stack_views(full_view((4, 4), (2,)))  # a record, which is a tuple of its fields
+
+
+def test_views_move_to_a_device_whole():
+    moved = views_to(full_view((4, 4), (2,)), "meta")
+    assert [x.device.type for x in moved] == ["meta"] * 3
+
+
+@given(st.data())
+def test_views_are_paired_as_by_two_loops(data):
+    count = data.draw(st.integers(1, 4), label="count")
+    batch = data.draw(st.sampled_from([(), (3,), (0,)]), label="batch")
+    several = data.draw(views((count, *batch), size=(8, 8)), label="views")
+    anchors = data.draw(st.sampled_from([None, *range(1, count + 1)]), label="anchors")
+    least = data.draw(st.sampled_from([0.0, 0.1, 0.5]), label="min_overlap")
+    pairs = pair_views(several, anchors, min_overlap=least)
+
+    found = 0
+    single = unstack_views(several)
+    for i in range(count if anchors is None else anchors):
+        for j in range(i + 1 if anchors is None else 0, count):
+            if i == j:
+                continue
+            assert (pairs.index1[found], pairs.index2[found]) == (i, j)
+            for view, want in ((pairs.view1, single[i]), (pairs.view2, single[j])):
+                assert all(map(torch.equal, index_views(view, found), want))
+            overlap = intersect_views(single[i], single[j])
+            assert torch.equal(pairs.valid[found], overlap.valid & (overlap.iou >= least))
+            found += 1
+    assert pairs.valid.shape == (found, *batch)
+    assert pairs.index1.shape == pairs.index2.shape == (found,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchors": 0}, "anchors is 0 and there are 3 views"),
+        ({"anchors": 4}, "anchors is 4 and there are 3 views"),
+        ({"min_overlap": 1.5}, "min_overlap is 1.5"),
+    ],
+)
+def test_pairs_of_views_that_there_are_not_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"densekit.views.pair_views: {message}"):
+        pair_views(full_view((4, 4), (3, 2)), **options)
+
+
+# --------------------------------------------------------------------------------- matrices
+
+CENTERS = st.sampled_from(["integer", "half"])
+
+
+def apply(matrix, points):
+    """Points `(*batch, n, 2)` moved by matrices `(*batch, 3, 3)`."""
+    moved = torch.nn.functional.pad(points, (0, 1), value=1.0) @ matrix.mT
+    return moved[..., :2] / moved[..., 2:]
+
+
+@given(views(), sizes(), CENTERS, st.floats(0.1, 10), st.booleans())
+def test_a_view_returns_from_its_matrix_whatever_the_factor(view, size, centers, factor, negative):
+    matrix = view_to_matrix(view, size, pixel_centers=centers)
+    factor = -factor if negative else factor
+    got = view_from_matrix(factor * matrix, size, pixel_centers=centers)
+    assert got.valid.all()
+    torch.testing.assert_close(got.view, view, **CLOSE)
+
+
+@given(views(), sizes(), CENTERS)
+def test_the_matrix_takes_the_coordinate_map_to_the_centers_of_the_pixels(view, size, centers):
+    matrix = view_to_matrix(view, size, pixel_centers=centers)
+    center = 0.0 if centers == "integer" else 0.5  # of the first pixel
+    points = coordinate_map(view, size).flatten(-3, -2) - 0.5 + center
+    i, j = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    want = (torch.stack([j, i], -1) + center).flatten(0, 1).double()
+    got = apply(matrix, points)
+    torch.testing.assert_close(got, want.expand_as(got), rtol=0, atol=1e-11)
+
+
+@given(views(), sizes(), CENTERS)
+def test_the_matrix_is_the_map_of_points_times_the_size(view, size, centers):
+    matrix = view_to_matrix(view, size, pixel_centers=centers)
+    shift = 0.5 if centers == "integer" else 0.0
+    points = coordinate_map(view, (3, 2)).flatten(-3, -2) + 1.0
+    want = image_to_view(view, points) * torch.tensor(size[::-1]) - shift
+    torch.testing.assert_close(apply(matrix, points - shift), want, rtol=0, atol=1e-11)
+
+
+def ramp(size):
+    """An image of the coordinates of its own pixels' centers, `(h, w, 2)`."""
+    whole = full_view(size)
+    return coordinate_map(whole._replace(box=whole.box.double()), size)
+
+
+def warped_by_scipy(image, inverse, out):
+    turned = inverse[[1, 0]][:, [1, 0, 2]].numpy()  # of (row, column)
+    planes = [
+        ndimage.affine_transform(plane, turned, output_shape=out, order=1, mode="nearest")
+        for plane in image.unbind(-1)
+    ]
+    return torch.from_numpy(np.stack(planes, -1))
+
+
+def warped_by_skimage(image, inverse, out):
+    planes = [
+        skimage.transform.warp(plane.numpy(), inverse.numpy(), output_shape=out, mode="edge")
+        for plane in image.unbind(-1)
+    ]
+    return torch.from_numpy(np.stack(planes, -1))
+
+
+def warped_by_opencv(image, inverse, out):
+    planes = [
+        cv2.warpPerspective(
+            plane.float().numpy(),
+            inverse.inverse().numpy(),
+            out[::-1],
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        for plane in image.unbind(-1)
+    ]
+    return torch.from_numpy(np.stack(planes, -1))
+
+
+def warped_by_pil(image, inverse, out):
+    data = inverse[:2].flatten().tolist()
+    planes = [
+        Image.fromarray(plane.float().numpy()).transform(
+            out[::-1], Image.Transform.AFFINE, data, Image.Resampling.BILINEAR
+        )
+        for plane in image.unbind(-1)
+    ]
+    return torch.from_numpy(np.stack(list(map(np.asarray, planes)), -1))
+
+
+@pytest.mark.parametrize(
+    ("warp", "centers", "close"),
+    [
+        (warped_by_scipy, "integer", 1e-9),
+        (warped_by_skimage, "integer", 1e-9),
+        (warped_by_opencv, "integer", 0.05),  # it rounds places to 1/32 of a pixel
+        (warped_by_pil, "half", 1e-3),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_other_libraries_warp_by_the_matrix_to_the_coordinate_map(warp, centers, close, seed):
+    size, out = (40, 56), (24, 20)
+    generator = seeded(seed)
+    box = boxes_within(generator, torch.tensor([2.0, 2, 54, 38], dtype=torch.float64))
+    view = View(box, *flips(generator, 2))
+    matrix = view_to_matrix(view, out, pixel_centers=centers)
+    got = warp(ramp(size), torch.linalg.inv(matrix), out).double()
+    torch.testing.assert_close(got, coordinate_map(view, out), rtol=0, atol=close)
+
+
+@st.composite
+def turned_matrices(draw, view, size):
+    """Matrices of views with a rotation, a shear, a perspective or a number that makes no sense."""
+    matrix = view_to_matrix(view, size, pixel_centers="half")
+    batch = view.flip.shape
+    angle = uniform(draw(generators()), *batch, low=0.1, high=3.0)
+    unit = torch.eye(3, dtype=torch.float64).expand(*batch, 3, 3).clone()
+    kind = draw(st.sampled_from(["rotation", "shear x", "shear y", "perspective", *NO_NUMBERS]))
+    if kind == "rotation":
+        unit[..., 0, 0], unit[..., 1, 1] = angle.cos(), angle.cos()
+        unit[..., 0, 1], unit[..., 1, 0] = -angle.sin(), angle.sin()
+    elif kind == "perspective":
+        unit[..., 2, draw(st.integers(0, 1))] = angle / 10
+    elif kind.startswith("shear"):
+        unit[..., *((0, 1) if kind == "shear x" else (1, 0))] = angle / 10
+    bad = unit @ matrix
+    if kind in NO_NUMBERS:
+        place = draw(st.integers(0, 1)), draw(st.integers(0, 2))
+        bad = bad.clone()
+        bad[..., *place] = NO_NUMBERS[kind]
+        bad = torch.zeros_like(bad) if kind == "zeros" else bad
+    return bad
+
+
+NO_NUMBERS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "zeros": 0.0}
+
+
+@given(st.data(), CENTERS)
+def test_what_a_view_cannot_hold_is_not_valid_and_has_no_gradient(data, centers):
+    view = data.draw(views(), label="view")
+    size = data.draw(sizes(), label="size")
+    bad = data.draw(turned_matrices(view, size), label="matrix").requires_grad_()
+    got = view_from_matrix(bad, size, pixel_centers=centers)
+    assert not got.valid.any()
+    assert (got.view.box == 0).all()
+    assert not torch.stack(got.view[1:]).any()
+    assert (torch.autograd.grad(got.view.box.sum(), bad)[0] == 0).all()
+
+
+def test_half_a_turn_is_both_flips_and_a_quarter_is_none():
+    # Rotations of an image of 4 x 6 pixels about its center, in whole pixels.
+    half = torch.tensor([[-1.0, 0.0, 5.0], [0.0, -1.0, 3.0], [0.0, 0.0, 1.0]])
+    got = view_from_matrix(half, (4, 6), pixel_centers="integer")
+    assert got.valid
+    assert got.view.box.tolist() == [0, 0, 6, 4]
+    assert got.view.flip
+    assert got.view.vertical_flip
+    image = torch.rand(3, 4, 6, generator=seeded())
+    assert torch.equal(crop_views(image, got.view, (4, 6)), image.rot90(2, (-2, -1)))
+    quarter = torch.tensor([[0.0, -1.0, 3.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert not view_from_matrix(quarter, (6, 4), pixel_centers="integer").valid
+
+
+@given(degenerate_boxes(), CENTERS)
+def test_a_view_that_is_not_valid_has_a_matrix_that_is_not(box, centers):
+    box.requires_grad_()
+    matrix = view_to_matrix(
+        View(box, *flips(seeded(), 2, *box.shape[:-1])), 3, pixel_centers=centers
+    )
+    assert (matrix == 0).all()
+    assert (torch.autograd.grad(matrix.sum(), box)[0] == 0).all()
+    assert not view_from_matrix(matrix.detach(), 3, pixel_centers=centers).valid.any()
+
+
+def test_matrices_refuse_what_makes_no_sense():
+    view = full_view((4, 4))
+    with pytest.raises(ValueError, match=r"view_to_matrix: size is 0"):
+        view_to_matrix(view, 0, pixel_centers="half")
+    with pytest.raises(ValueError, match=r"view_from_matrix: size is \(0, 4\)"):
+        view_from_matrix(torch.eye(3), (0, 4), pixel_centers="half")
+    with pytest.raises(TypeError, match=r"view_from_matrix: argument 'matrix'.*\(2, 3\)"):
+        view_from_matrix(torch.eye(3)[:2], 4, pixel_centers="half")
+    with pytest.raises(TypeError, match=r"view_from_matrix: argument 'pixel_centers'.*'corner'"):
+        view_from_matrix(torch.eye(3), 4, pixel_centers="corner")

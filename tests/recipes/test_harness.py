@@ -727,7 +727,7 @@ def test_what_is_allowed_passes():
     others = {name: x for name, x in vars(TRAINING).items() if name not in ("epochs", "views")}
     harness.check_training(SimpleNamespace(**others))  # a recipe that counts steps, without views
     edges = {"hue": 0.0, "scale": (1.0, 1.0), "size": 1, "blur": (0.0, 0.1)}
-    harness.check_views(SimpleNamespace(**edges))
+    harness.check_view_options(SimpleNamespace(**edges))
 
 
 nan = float("nan")
