@@ -2,7 +2,8 @@
 
     python recipes/densesiam_segment.py               # the demo: minutes on a CPU
     python recipes/densesiam_segment.py --data SET    # the demo's model on your labeled images
-    torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco
+    torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco \\
+        --weights torchvision:resnet18
 
 Labels are used for the score alone. Run the same command again to resume. Logged values, lists of
 images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
@@ -10,6 +11,7 @@ images, deviations from the paper (ECCV 2022), time and results: docs/recipes/de
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +37,12 @@ class Config:
     run: Path | None = None  # Run folder; by default runs/densesiam-segment-PRESET[-NAME OF DATA].
     arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     weights: str | None = None  # Encoder to start from: FILE, timm:NAME or torchvision:NAME.
-    aux: int = 128  # Pseudo-classes of the auxiliary head.
+    aux: int = 128  # Pseudo-classes of the auxiliary head; 0 trains without it.
+    segment: float = 1.0  # Weight of L_seg.
     weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Class weights of L_seg.
     region: float = 0.1  # Weight of L_region.
     region_start: float = 0.8  # Share of the training after which L_region begins.
+    sim: float = 0.0  # Weight of L_sim, SimSiam's loss on whole views; the paper goes without.
     image: int = 640  # Side in pixels to which the center square of an image is resized first.
     size: int = 320  # Side of both views, and the short side of the scored images, in pixels.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
@@ -87,13 +91,13 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
+import torchvision
 from downstream import encoders, image_sets
 from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
 from torch.utils.data import Subset
-from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
@@ -134,7 +138,14 @@ def check_options(config: Config) -> None:
         f"--weights is {weights}: give a run folder or its encoder.safetensors, timm:NAME or "
         "torchvision:NAME.",
     )
-    harness.check(config.aux >= 2, f"--aux is {config.aux}: give 2 pseudo-classes or more.")
+    harness.check(
+        config.aux == 0 or config.aux >= 2,
+        f"--aux is {config.aux}: give 2 pseudo-classes or more, or 0 for no auxiliary head.",
+    )
+    harness.check(
+        0 <= config.segment < math.inf,
+        f"--segment is {config.segment}: give a weight of 0 or more.",
+    )
     harness.check(
         0 <= config.region < math.inf, f"--region is {config.region}: give a weight of 0 or more."
     )
@@ -142,6 +153,7 @@ def check_options(config: Config) -> None:
         0 <= config.region_start <= 1,
         f"--region-start is {config.region_start}: give a share from 0 to 1.",
     )
+    harness.check(0 <= config.sim < math.inf, f"--sim is {config.sim}: give a weight of 0 or more.")
     harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
@@ -158,27 +170,60 @@ def check_options(config: Config) -> None:
 
 
 # ==== data ========================================================================================
-def open_split(config: Config, split: str, list_file: Path | None) -> Any:
-    """The labeled images of a split: all of them, or those that a list names, in its order."""
-    images = image_sets.open_images(config.data, config.layout, split, config.mapping)
+def open_split(config: Config, split: str, list_file: Path | None, *, labels: bool = True) -> Any:
+    """The images of a split: all of them, or those that a list names, in its order.
+
+    Without `labels` their label maps may be missing.
+    """
+    images = image_sets.open_images(
+        config.data, config.layout, split, config.mapping, labels=labels
+    )
     if list_file is None:
         return Subset(images, range(len(images)))
 
-    index_of = {Path(name).name: index for index, name in enumerate(images.names)}
     indices = []
     for line in image_sets.read_list(list_file):
-        if not line:
-            continue
-        name = line if line in index_of else Path(line).stem  # a list may have the extensions
-        if name not in index_of:
-            raise harness.UserError(f"The list {list_file} names {name}, which {split} lacks.")
-        indices.append(index_of[name])
+        index = images.find(line)
+        if index is None:
+            raise harness.UserError(f"The list {list_file} names {line}, which {split} lacks.")
+        indices.append(index)
     if not indices:
         raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
     return Subset(images, indices)
 
 
+def open_training(config: Config) -> Any:
+    """The images to train on, as a source for `harness.read_batch`; their labels are not read."""
+    split = open_split(config, config.train_split, config.train_list, labels=False)
+    names = [split.dataset.names[index] for index in split.indices]
+    images = [split.dataset.images[name] for name in names]
+    if config.data is None:  # procedural scenes
+        return [(image, ()) for image in images]
+    files = [os.path.relpath(image, config.data) for image in images]
+    return harness.FolderImages(config.data, files)
+
+
+def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str]:
+    """A labeled image; where its file cannot be read, None and "path: reason"."""
+    try:
+        return split[index], ""
+    except harness.UserError:
+        name = split.dataset.names[split.indices[index]]
+        path = split.dataset.images[name]
+        try:
+            harness.read_image(path)
+        except Exception as error:  # broken bytes raise nearly anything
+            reason = str(error) or type(error).__name__
+            return None, " ".join(f"{path}: {reason}".split())
+        raise  # the label map is wrong
+
+
 # ==== views =======================================================================================
+def to_bytes(crop: Tensor) -> Tensor:
+    """An image in [0, 1] as uint8, rounded; ToPILImage alone would cut the fractions off."""
+    return (255 * crop).round().byte()
+
+
 def photometric(config: Config) -> transforms.Compose:
     """Random changes of the colors of one view; each of them is drawn on its own."""
     sigma = torch.distributions.Uniform(*config.blur)
@@ -188,6 +233,7 @@ def photometric(config: Config) -> transforms.Compose:
 
     return transforms.Compose(
         [
+            to_bytes,
             transforms.ToPILImage(),  # PIL is the quickest on a CPU
             transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
@@ -204,7 +250,8 @@ def photometric(config: Config) -> transforms.Compose:
 class TwoViews:
     """Batches of images: a crop of each center square, the whole square, and the crop's `View`.
 
-    The box of that view is in units of the square's side.
+    The box of that view is in units of the square's side. `source` is from `open_training`. A batch
+    ends with the files that could not be read.
     """
 
     def __init__(self, source: Any, config: Config):
@@ -231,7 +278,8 @@ class TwoViews:
         return dk.View(box, flip=numbers[:, 3] < 0.5)
 
     def __getitem__(self, indices: list[int]):
-        squares = torch.stack([self.square(self.source[index].image) for index in indices]) / 255
+        images, unreadable = harness.read_batch(self.source, indices)
+        squares = torch.stack([self.square(image) for image in images]) / 255
         view = self.sample_crops(indices)
 
         in_pixels = view._replace(box=view.box * self.config.image)
@@ -247,32 +295,40 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, view
+        return augmented, view, unreadable
 
 
 # ==== model =======================================================================================
 WIDTH = 128  # Channels of the pyramid, and hidden channels of the heads (Sec 4).
+SIM_WIDTH = 512  # Channels of the heads of L_sim, in the authors' code.
 
 
-def build_layer(inputs: int, outputs: int) -> nn.Sequential:
-    """A 1 x 1 convolution, batch normalization and ReLU."""
-    return Conv2dNormActivation(inputs, outputs, kernel_size=1)
+conv1x1 = partial(nn.Conv2d, kernel_size=1)
 
 
-def build_projector(hidden_layers: int, outputs: int) -> nn.Sequential:
-    """The last layer is linear, and its normalization has no affine parameters."""
+def build_projector(
+    layer, norm, inputs: int, hidden: int, outputs: int, *, bias: bool = False
+) -> nn.Sequential:
+    """Three layers. The last normalization has no affine parameters and no ReLU after it."""
     return nn.Sequential(
-        *[build_layer(WIDTH, WIDTH) for _ in range(hidden_layers)],
-        nn.Conv2d(WIDTH, outputs, kernel_size=1, bias=False),
-        nn.BatchNorm2d(outputs, affine=False),
+        layer(inputs, hidden, bias=False),
+        norm(hidden),
+        nn.ReLU(inplace=True),
+        layer(hidden, hidden, bias=False),
+        norm(hidden),
+        nn.ReLU(inplace=True),
+        layer(hidden, outputs, bias=bias),
+        norm(outputs, affine=False),
     )
 
 
-def build_predictor(channels: int) -> nn.Sequential:
+def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
     """Two layers, from a projection to a prediction of the other view's projection."""
     return nn.Sequential(
-        build_layer(channels, WIDTH),
-        nn.Conv2d(WIDTH, channels, kernel_size=1),
+        layer(width, hidden, bias=False),
+        norm(hidden),
+        nn.ReLU(inplace=True),
+        layer(hidden, width),
     )
 
 
@@ -297,37 +353,60 @@ def segment_loss(logits: Tensor, weighting: str) -> Tensor:
     return (weights[labels] * losses).mean()
 
 
+def build_encoder(config: Config) -> encoders.Encoder:
+    """The ResNet to start from, without its classifier."""
+    encoder = encoders.load_encoder(config.weights or f"random:{config.arch}", seed=config.seed)
+    if config.weights is not None:
+        harness.check(
+            isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),
+            f"--weights is {config.weights}: give a ResNet of timm or torchvision.",
+        )
+        # The classifier of torchvision has no part in the losses, and other recipes read no `fc`.
+        encoder.network.fc = nn.Identity()
+    return encoder
+
+
 class Segmenter(nn.Module):
     """A ResNet with a simplified feature pyramid of stride 4, and the heads (Sec 4)."""
 
     def __init__(self, config: Config, classes: int):
         super().__init__()
         self.config = config
-        encoder = encoders.load_encoder(config.weights or f"random:{config.arch}", seed=config.seed)
+        encoder = build_encoder(config)
         levels = encoder.levels(torch.zeros(1, 3, 64, 64))
         self.encoder = encoder.train().requires_grad_()  # load_encoder freezes it
-        self.laterals = nn.ModuleList(nn.Conv2d(x.shape[1], WIDTH, 1) for x in levels)
-        self.projectors = nn.ModuleDict(
-            {
-                "dense": build_projector(0, classes),
-                "aux": build_projector(0, config.aux),
-                "region": build_projector(2, WIDTH),
-            }
-        )
-        self.predictors = nn.ModuleDict(
-            {
-                "dense": build_predictor(classes),
-                "aux": build_predictor(config.aux),
-                "region": build_predictor(WIDTH),
-            }
-        )
-        # Of the two heads, the one with fewer classes weighs more.
-        self.share = math.log(config.aux) / (math.log(classes) + math.log(config.aux))
+        self.laterals = nn.ModuleList(conv1x1(x.shape[1], WIDTH) for x in levels)
+
+        # Of these heads, `dense` and `aux` act on pixels, `region` and `sim` on rows of features.
+        self.projectors = nn.ModuleDict()
+        self.predictors = nn.ModuleDict()
+        pixels = (conv1x1, nn.BatchNorm2d)
+        rows = (nn.Linear, nn.BatchNorm1d)
+        self.projectors["dense"] = build_projector(*pixels, WIDTH, WIDTH, classes, bias=True)
+        self.predictors["dense"] = build_predictor(*pixels, classes, WIDTH)
+        if config.aux:
+            self.projectors["aux"] = build_projector(*pixels, WIDTH, WIDTH, config.aux, bias=True)
+            self.predictors["aux"] = build_predictor(*pixels, config.aux, WIDTH)
+        if config.region:
+            self.projectors["region"] = build_projector(*rows, WIDTH, WIDTH, WIDTH)
+            self.predictors["region"] = build_predictor(*rows, WIDTH, WIDTH)
+        if config.sim:
+            channels = levels[-1].shape[1]
+            self.projectors["sim"] = build_projector(*rows, channels, SIM_WIDTH, SIM_WIDTH)
+            self.predictors["sim"] = build_predictor(*rows, SIM_WIDTH, SIM_WIDTH)
+
+        self.share = 1.0  # the weight of L_dense
+        if config.aux:
+            # Of the two heads, the one with fewer classes weighs more.
+            self.share = math.log(config.aux) / (math.log(classes) + math.log(config.aux))
         self.register_buffer("names", torch.full((classes,), -1))  # the class of each pseudo-class
 
     def features(self, images: Tensor) -> Tensor:
         """The finest map of the pyramid, (b, 128, h, w)."""
-        levels = self.encoder.levels(images)
+        return self.pyramid(self.encoder.levels(images))
+
+    def pyramid(self, levels: list[Tensor]) -> Tensor:
+        """The finest map of the pyramid on the levels C2 to C5."""
         maps = [lateral(x) for lateral, x in zip(self.laterals, levels, strict=True)]
         pyramid = maps[-1]
         for finer in reversed(maps[:-1]):
@@ -340,66 +419,80 @@ class Segmenter(nn.Module):
         logits = self.projectors["dense"](self.features(images))
         return interpolate(logits, size, mode="bilinear").argmax(1)[0]
 
-    def predict(self, head: str, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Predictions and projections of both views by one head, (b, cells, channels) each."""
-        projections = [self.projectors[head](x) for x in maps]
-        predictions = [self.predictors[head](x) for x in projections]
-        return (
-            [dk.map_to_rows(x) for x in predictions],
-            [dk.map_to_rows(x) for x in projections],
-        )
-
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], view: dk.View, with_region: bool):
         """The total loss (Eq 8), and the terms that are logged; `with_region` adds L_region."""
-        near = self.features(images[0])
-        whole = self.features(images[1])
+        levels = [self.encoder.levels(x) for x in images]
+        near = self.pyramid(levels[0])
+        whole = self.pyramid(levels[1])
         maps = [near, replay(whole, view)]  # the cells of both lie at the same places
 
         terms = {}
-        terms["aux"], _ = self.dense_loss("aux", maps)
         terms["dense"], logits = self.dense_loss("dense", maps)
-        sharpness = [segment_loss(x.flatten(0, 1), self.config.weighting) for x in logits]
-        terms["segment"] = (sharpness[0] + sharpness[1]) / 2
-        loss = self.share * terms["dense"] + (1 - self.share) * terms["aux"] + terms["segment"]
-
+        loss = self.share * terms["dense"]
+        if self.config.aux:
+            terms["aux"], _ = self.dense_loss("aux", maps)
+            loss = loss + (1 - self.share) * terms["aux"]
+        if self.config.segment:
+            each_view = [segment_loss(x.flatten(0, 1), self.config.weighting) for x in logits]
+            terms["segment"] = (each_view[0] + each_view[1]) / 2
+            loss = loss + self.config.segment * terms["segment"]
         if with_region:
             terms["region"] = self.region_loss(maps, logits)
             loss = loss + self.config.region * terms["region"]
+        if self.config.sim:
+            terms["sim"] = self.global_loss([x[-1] for x in levels])
+            loss = loss + self.config.sim * terms["sim"]
         return loss, terms
 
-    def dense_loss(self, head: str, maps: list[Tensor]):
+    def dense_loss(self, head: str, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The views agree cell by cell. Also returns the projections, logits of pseudo-classes."""
-        predictions, projections = self.predict(head, maps)
+        projected_maps = [self.projectors[head](x) for x in maps]
+        predicted_maps = [self.predictors[head](x) for x in projected_maps]
+        projections = [dk.map_to_rows(x) for x in projected_maps]  # (b, cells, classes)
+        predictions = [dk.map_to_rows(x) for x in predicted_maps]
         loss = dk.symmetric_loss(dk.cross_entropy_similarity, predictions, projections)
         return loss, projections
 
+    def global_loss(self, maps: list[Tensor]) -> Tensor:
+        """SimSiam: negative cosine of the pooled C5 of the whole views."""
+        projections = [self.projectors["sim"](x.mean((-2, -1))) for x in maps]
+        predictions = [self.predictors["sim"](x) for x in projections]
+        return dk.symmetric_loss(dk.negative_cosine, predictions, projections)
+
     def region_loss(self, maps: list[Tensor], logits: list[Tensor]) -> Tensor:
         """InfoNCE of the soft regions of an image, whose masks are the softmax of `logits`."""
-        regions = []
-        for features, scores in zip(maps, logits, strict=True):
-            sums = dk.pool_masks(dk.map_to_rows(features), scores.softmax(-1))  # (b, classes, 128)
-            regions.append(sums.mT[..., None])  # as maps, a cell for each class
+        features = [dk.map_to_rows(x) for x in maps]
+        masks = [x.softmax(-1) for x in logits]
+        regions = [dk.pool_masks(x, mask) for x, mask in zip(features, masks, strict=True)]
 
-        predictions, projections = self.predict("region", regions)
+        # For the heads and their batch normalization every region of every image is a row.
+        shape = regions[0].shape[:2]
+        projected_rows = [self.projectors["region"](x.flatten(0, 1)) for x in regions]
+        predicted_rows = [self.predictors["region"](x) for x in projected_rows]
+        projections = [x.unflatten(0, shape) for x in projected_rows]
+        predictions = [x.unflatten(0, shape) for x in predicted_rows]
+
         info_nce = partial(dk.info_nce, temperature=0.1)
         return dk.symmetric_loss(info_nce, predictions, projections)
 
 
 # ==== evaluation ==================================================================================
-def evaluate(model: Segmenter, val: Any, things: int, run: harness.Run, step: int) -> None:
+def evaluate(model: Segmenter, val: Any, run: harness.Run, step: int) -> None:
     """Name and score the pseudo-classes, log the scores and save a picture.
 
-    The first `things` classes are things and the others stuff; with 0 they are not told apart.
+    Of a mapping the first classes are things and the others stuff. Each group is scored alone,
+    unless one of them is empty.
     """
     classes = len(model.names)
+    things = val.dataset.things
     model.eval()
     matching = match(val, model.segment, classes, run)
     model.names.copy_(matching.names)
     model.train()
 
     scores = {"miou": matching.mean_iou()}
-    if things:
+    if 0 < things < classes:
         is_thing = torch.arange(classes, device=run.world.device) < things
         scores |= group_scores(matching, "things", is_thing)
         scores |= group_scores(matching, "stuff", ~is_thing)
@@ -433,8 +526,12 @@ def match(
     device = run.world.device
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     examples = {}
+    unreadable = []
     for index in range(run.world.rank, len(val), run.world.size):
-        sample = val[index]
+        sample, problem = read_labeled(val, index)
+        if sample is None:
+            unreadable.append(problem)
+            continue
         if sample.labels is None:
             raise harness.UserError(f"The image {sample.name} has no label map to score with.")
         found = segment(sample.image.to(device) / 255, sample.labels.shape)
@@ -442,13 +539,20 @@ def match(
         sixth = 6 * index // len(val)  # the picture shows one image of each sixth of the set
         examples[sixth] = (sample.image, sample.labels, found.cpu())
 
+    if unreadable:
+        run.note_unreadable(unreadable)
     torch.distributed.all_reduce(confusion)
+    harness.check(confusion.sum() > 0, "No scored image is readable and has a labeled pixel.")
     return Matching(confusion, dk.match_clusters(confusion), list(examples.values()))
 
 
 def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
     """Match k-means clusters of the colors: the baseline that a segmenter has to beat."""
-    colors = [sample.image.flatten(1)[:, ::17].T / 255 for sample in val]
+    colors = []
+    for index in range(len(val)):
+        sample, _ = read_labeled(val, index)
+        if sample is not None:
+            colors.append(sample.image.flatten(1)[:, ::17].T / 255)
     generator = harness.generator(0)
     centers = dk.minibatch_kmeans(torch.cat(colors), classes, generator=generator)
     centers = centers.to(run.world.device)
@@ -469,11 +573,13 @@ def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tens
 
 def draw(matching: Matching, path: Path) -> None:
     """A row per example: the image, its labels and the classes found."""
-    palette = torch.rand(256, 3, generator=harness.generator(0))
+    classes = len(matching.names)
+    # The last color is that of what is ignored.
+    palette = torch.rand(max(256, classes + 1), 3, generator=harness.generator(0))
     names = matching.names.cpu()
     tiles = []
     for image, labels, found in matching.examples:
-        label_colors = palette[labels].movedim(-1, 0)
+        label_colors = palette[labels.long()].movedim(-1, 0)
         found_colors = palette[names[found]].movedim(-1, 0)
         pictures = [image / 255, label_colors, found_colors]
         tiles += [interpolate(x[None], (224, 224)) for x in pictures]
@@ -486,13 +592,10 @@ def train(config: Config) -> None:
     folder = harness.run_folder("densesiam-segment", config)
     with harness.process_group(config.device) as world, harness.Run(folder, config, world) as run:
         device = world.device
-        source = open_split(config, config.train_split, config.train_list)
+        source = open_training(config)
         dataset = TwoViews(source, config)
         val = open_split(config, config.val_split, config.val_list)
         classes = val.dataset.classes
-        things = 0
-        if config.mapping:
-            things = image_sets.read_json(config.mapping).get("things", 0)
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
         lr = config.lr * config.batch / 256
 
@@ -502,14 +605,15 @@ def train(config: Config) -> None:
             model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
         # The heads of L_region have no gradient, and no weight decay, before it begins.
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        has_region = config.region > 0
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_region)
 
         optimizer = torch.optim.SGD(
             model.parameters(), lr, momentum=0.9, weight_decay=config.weight_decay
         )
         step = run.resume(model, optimizer)
         if step == 0:
-            evaluate(model, val, things, run, step)
+            evaluate(model, val, run, step)
 
         training_batches = harness.batches(
             dataset,
@@ -521,26 +625,29 @@ def train(config: Config) -> None:
             workers=config.workers,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, view in bar:
-            with_region = step >= config.region_start * steps
+        for images, view, unreadable in bar:
+            with_region = has_region and step >= config.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
 
             optimizer.zero_grad()
             loss.backward()
+            # An infinite norm clips nothing; the gradient norm is only measured.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
             # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, **terms})
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
+            run.note_unreadable(unreadable)
             harness.show(bar, values, ("dense", "segment", "region"))
             if step % config.log_every == 0:
-                run.log(step, **values)
+                run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step == steps
             stop = run.stop_requested()
             if due:
-                evaluate(model, val, things, run, step)
+                evaluate(model, val, run, step)
             if due or stop:
                 run.save(step, model, optimizer)
             if stop:
@@ -553,6 +660,7 @@ def train(config: Config) -> None:
                 "mean": encoder.mean,
                 "std": encoder.std,
                 "method": "densesiam-segment",
+                "weights": config.weights,
                 "step": step,
                 "classes": classes,
             }

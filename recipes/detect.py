@@ -1,4 +1,4 @@
-"""Transfer to detection: torchvision's Faster R-CNN or Mask R-CNN from an encoder, and its AP.
+"""Transfer to detection: torchvision's Faster R-CNN, Mask R-CNN or RetinaNet, and their AP.
 
     python recipes/detect.py --encoder runs/d3ssl-demo      # the demo: minutes on a CPU
     torchrun --nproc-per-node 8 -- recipes/detect.py --preset voc --encoder ... --data VOCdevkit
@@ -9,7 +9,9 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +23,13 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     # Set of defaults; each option below overrides one of them.
-    preset: Literal["demo", "voc", "coco"] = "demo"
+    preset: Literal["demo", "voc", "coco", "cityscapes"] = "demo"
     encoder: str = "random:tiny"  # A run folder, timm:NAME, torchvision:NAME or random:NAME.
     # On a pyramid (FPN) of the levels C2 to C5, or on C4 with the fifth block as the head.
-    detector: Literal["faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4"] = (
-        "faster-rcnn-fpn"
-    )
-    data: Path | None = None  # Folder of VOCdevkit, COCO or boxes.json; the demo needs none.
+    detector: Literal[
+        "faster-rcnn-fpn", "faster-rcnn-c4", "mask-rcnn-fpn", "mask-rcnn-c4", "retinanet-fpn"
+    ] = "faster-rcnn-fpn"
+    data: Path | None = None  # Folder of VOC, COCO, Cityscapes or boxes.json; the demo needs none.
     annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
     val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
     scenes: int = 128  # Number of procedural scenes, to train and to test on.
@@ -38,16 +40,21 @@ class Config:
     warmup: int = 100  # Steps in which the learning rate rises to its full value.
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
+    weight_decay: float = 1e-4
     sides: tuple[int, ...] = tuple(
         range(480, 801, 32)
     )  # Short sides in training; the last in tests.
+    longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
-    proposals: int = 1000  # Regions per image in a test; twice as many in training.
+    proposals: int = (
+        1000  # Regions per image that the RPN proposes; on C4 twice as many in training.
+    )
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 4000  # Steps between two checkpoints, each with a picture and the AP.
 
@@ -65,6 +72,10 @@ PRESETS = {
         "coco", detector="mask-rcnn-fpn", annotations=("annotations/instances_train2017.json",),
         val_annotations=("annotations/instances_val2017.json",), save_every=15_000,
         steps=90_000, milestones=(60_000, 80_000), warmup=1000, sides=tuple(range(640, 801, 32)),
+    ),
+    "cityscapes": Config(
+        "cityscapes", detector="mask-rcnn-fpn", batch=8, milestones=(18_000,), warmup=1000,
+        sides=tuple(range(800, 1025, 32)), longest=2048,
     ),
 }  # fmt: skip
 
@@ -93,20 +104,28 @@ import timm
 import torch
 import torchvision
 from downstream.encoders import load_encoder
-from downstream.object_sets import Objects, boxes_of, read, read_scenes
+from downstream.object_sets import Objects, boxes_of, object_classes, read, sample_set
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torch.utils._pytree import tree_map_only
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    maskrcnn_inference,
+    maskrcnn_loss,
+)
 from torchvision.ops import MultiScaleRoIAlign, box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn")
+WITH_PYRAMID = ("faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet-fpn")
 WITH_MASKS = ("mask-rcnn-fpn", "mask-rcnn-c4")
 DRAWS = 1  # ends the key of what torchvision draws in a step
 
@@ -120,7 +139,7 @@ def check_options(config: Config) -> None:
     )
     harness.check(
         config.data is None or config.data.is_dir(),
-        f"--data is {config.data}: give the folder of VOCdevkit, COCO or boxes.json.",
+        f"--data is {config.data}: give the folder of VOCdevkit, COCO, Cityscapes or boxes.json.",
     )
     harness.check(
         ":" in config.encoder or Path(config.encoder).exists(),
@@ -147,6 +166,7 @@ def check_options(config: Config) -> None:
     sides = harness.as_typed(config.sides)
     harness.check(len(config.sides) >= 1, "--sides is empty: give one short side or more.")
     harness.check(min(config.sides) >= 1, f"--sides is {sides}: give sides of 1 pixel or more.")
+    harness.check(config.longest >= 1, f"--longest is {config.longest}: give 1 pixel or more.")
     anchors = harness.as_typed(config.anchors)
     harness.check(len(config.anchors) >= 1, "--anchors is empty: give one side or more.")
     harness.check(
@@ -154,12 +174,16 @@ def check_options(config: Config) -> None:
     )
     harness.check(
         config.detector not in WITH_PYRAMID or len(config.anchors) == 5,
-        f"--anchors is {anchors}: give five sides, one for each level P2 to P6 of an FPN.",
+        f"--anchors is {anchors}: give five sides, one for each level of an FPN.",
     )
     harness.check(config.width >= 1, f"--width is {config.width}: give 1 channel or more.")
     harness.check(config.rois >= 1, f"--rois is {config.rois}: give 1 region or more.")
     harness.check(
         config.proposals >= 1, f"--proposals is {config.proposals}: give 1 region or more."
+    )
+    harness.check(
+        0 <= config.weight_decay < math.inf,
+        f"--weight-decay is {config.weight_decay}: give 0 or more.",
     )
 
 
@@ -167,17 +191,15 @@ def check_options(config: Config) -> None:
 def load(config: Config) -> tuple[Objects, Objects]:
     """The images with their objects, to train on and to test on."""
     if config.data is None:
-        images, content = read_scenes(config.scenes)
-        val_images = images
-        val_content = content
+        found = sample_set(config.scenes)
+        val_found = found
     else:
-        images, content = read(config.data, config.annotations)
-        val_images, val_content = read(config.data, config.val_annotations)
+        found = read(config.data, config.annotations)
+        val_found = read(config.data, config.val_annotations)
 
-    names = [category["name"] for category in content["categories"]]
-    classes = list(dict.fromkeys(names))  # each name once, in order
-    train_set = Objects(images, content, classes, config, train=True)
-    val_set = Objects(val_images, val_content, classes, config, train=False)
+    classes = object_classes(found)
+    train_set = Objects(found, classes, config, train=True)
+    val_set = Objects(val_found, classes, config, train=False)
     return train_set, val_set
 
 
@@ -199,25 +221,38 @@ def build_detector(config: Config, classes: int) -> nn.Module:
     network.requires_grad_(True)  # load_encoder freezes it
     if config.norm == "frozen":
         network = timm.layers.freeze_batch_norm_2d(network)
+    images = {
+        "min_size": config.sides,
+        "max_size": config.longest,
+        "image_mean": encoder.mean,
+        "image_std": encoder.std,
+    }
+    if config.detector == "retinanet-fpn":
+        parts = one_stage_parts(config, network, channels)
+        return OneStage(num_classes=classes, **parts, **images)
+
     if config.detector in WITH_PYRAMID:
         parts = pyramid_parts(config, network, channels, classes + 1)
         candidates = config.proposals  # of each level, before non-maximum suppression
+        training_proposals = config.proposals
     else:
         parts = c4_parts(config, network, channels, classes + 1)
         candidates = 6 * config.proposals
+        training_proposals = 2 * config.proposals
 
     build = MaskRCNN if config.detector in WITH_MASKS else FasterRCNN
-    return build(
-        min_size=config.sides,
-        image_mean=encoder.mean,
-        image_std=encoder.std,
+    detector = build(
         box_batch_size_per_image=config.rois,
         rpn_pre_nms_top_n_train=2 * candidates,
         rpn_pre_nms_top_n_test=candidates,
-        rpn_post_nms_top_n_train=2 * config.proposals,
+        rpn_post_nms_top_n_train=training_proposals,
         rpn_post_nms_top_n_test=config.proposals,
         **parts,
+        **images,
     )
+    if config.detector == "mask-rcnn-c4":
+        detector.roi_heads = share_block(detector.roi_heads, config)
+    return detector
 
 
 def pyramid_parts(
@@ -225,13 +260,59 @@ def pyramid_parts(
 ) -> dict[str, Any]:
     """A feature pyramid on the levels C2 to C5; the heads are torchvision's own."""
     levels = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
-    norm_layer = nn.BatchNorm2d if config.norm == "trained" else None
     sides = [(side,) for side in config.anchors]  # P2 to P6 have one each
     return {
-        "backbone": BackboneWithFPN(network, levels, channels, config.width, norm_layer=norm_layer),
+        "backbone": BackboneWithFPN(
+            network, levels, channels, config.width, norm_layer=added_norm(config)
+        ),
         "num_classes": outputs,
         "rpn_anchor_generator": AnchorGenerator(sides, [RATIOS] * len(sides)),
     }
+
+
+def added_norm(config: Config) -> type[nn.BatchNorm2d] | None:
+    """The norm that MoCo adds to the layers of a pyramid."""
+    return nn.BatchNorm2d if config.norm == "trained" else None
+
+
+def one_stage_parts(config: Config, network: nn.Module, channels: list[int]) -> dict[str, Any]:
+    """A feature pyramid on the levels C3 to C5, with P6 and P7 made from C5."""
+    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    backbone = BackboneWithFPN(
+        network,
+        levels,
+        channels[1:],
+        config.width,
+        extra_blocks=LastLevelP6P7(channels[-1], config.width),
+        norm_layer=added_norm(config),
+    )
+    # P3 to P7 have three sides each, a third of an octave apart.
+    sides = [tuple(side * 2 ** (third / 3) for third in range(3)) for side in config.anchors]
+    return {
+        "backbone": backbone,
+        "anchor_generator": AnchorGenerator(sides, [RATIOS] * len(sides)),
+        "topk_candidates": config.proposals,  # of each level
+        "detections_per_img": 100,
+    }
+
+
+class OneStage(RetinaNet):
+    """torchvision's RetinaNet with the labels and the names of losses of the other detectors.
+
+    Its own classes count from 0, since it has none for the background.
+    """
+
+    def compute_loss(self, targets, head_outputs, anchors) -> dict[str, Tensor]:
+        from_zero = [{**target, "labels": target["labels"] - 1} for target in targets]
+        terms = super().compute_loss(from_zero, head_outputs, anchors)
+        return {
+            "loss_classifier": terms["classification"],
+            "loss_box_reg": terms["bbox_regression"],
+        }
+
+    def postprocess_detections(self, head_outputs, anchors, image_shapes) -> list[dict]:
+        detections = super().postprocess_detections(head_outputs, anchors, image_shapes)
+        return [{**found, "labels": found["labels"] + 1} for found in detections]
 
 
 def c4_parts(
@@ -244,8 +325,8 @@ def c4_parts(
 
     width = channels[3]
     # The norm after the block is MoCo's.
-    added_norm = nn.BatchNorm2d(width) if config.norm == "trained" else nn.Identity()
-    fifth_block = nn.Sequential(network.layer4, added_norm)
+    last_norm = nn.BatchNorm2d(width) if config.norm == "trained" else nn.Identity()
+    fifth_block = nn.Sequential(network.layer4, last_norm)
     roi_align = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2)
     parts = {
         "backbone": backbone,
@@ -259,6 +340,105 @@ def c4_parts(
         parts["mask_head"] = fifth_block
         parts["mask_predictor"] = MaskRCNNPredictor(width, 256, outputs)
     return parts
+
+
+class SharedBlockHeads(RoIHeads):
+    """The box head and the mask head of C4, which share the fifth block.
+
+    In training the block runs once on each region, and the masks take the maps of those regions
+    that are matched to an object. A second run on these alone would have batch statistics of
+    objects only. In a test the masks are of the boxes that were found, which are other regions.
+    """
+
+    mask_predictor: nn.Module
+
+    def forward(self, features, proposals, image_shapes, targets: Any = None):
+        """The detections of each image in a test, the losses in training, as in RoIHeads."""
+        if not self.training:
+            return self.detect(features, proposals, image_shapes), {}
+
+        proposals, matches, labels, box_targets = self.select_training_samples(proposals, targets)
+        maps = self.region_maps(features, proposals, image_shapes)
+        class_logits, box_codes = self.box_predictor(self.pool(maps))
+        class_loss, box_loss = fastrcnn_loss(class_logits, box_codes, labels, box_targets)
+
+        has_object = [x > 0 for x in labels]
+        mask_loss = maskrcnn_loss(
+            self.mask_predictor(maps[torch.cat(has_object)]),
+            [x[chosen] for x, chosen in zip(proposals, has_object, strict=True)],
+            [x["masks"] for x in targets],
+            [x["labels"] for x in targets],
+            [x[chosen] for x, chosen in zip(matches, has_object, strict=True)],
+        )
+        return [], {"loss_classifier": class_loss, "loss_box_reg": box_loss, "loss_mask": mask_loss}
+
+    def detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
+        """Boxes, labels, scores and masks of each image."""
+        maps = self.region_maps(features, proposals, image_shapes)
+        class_logits, box_codes = self.box_predictor(self.pool(maps))
+        boxes, scores, labels = self.postprocess_detections(
+            class_logits, box_codes, proposals, image_shapes
+        )
+
+        mask_logits = self.mask_predictor(self.region_maps(features, boxes, image_shapes))
+        masks = maskrcnn_inference(mask_logits, labels)
+        names = ("boxes", "scores", "labels", "masks")
+        images = zip(boxes, scores, labels, masks, strict=True)
+        return [dict(zip(names, image, strict=True)) for image in images]
+
+    def region_maps(self, features, boxes, image_shapes) -> Tensor:
+        """What the fifth block makes of each region, (regions, channels, h, w)."""
+        fifth_block = self.box_head[0]
+        return fifth_block(self.box_roi_pool(features, boxes, image_shapes))
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """What the box head does behind the fifth block, (regions, channels)."""
+        return self.box_head[1:](maps)
+
+
+def share_block(heads: RoIHeads, config: Config) -> SharedBlockHeads:
+    """The same parts in heads that run the fifth block once; the numbers are torchvision's."""
+    return SharedBlockHeads(
+        box_roi_pool=heads.box_roi_pool,
+        box_head=heads.box_head,
+        box_predictor=heads.box_predictor,
+        mask_roi_pool=heads.mask_roi_pool,
+        mask_head=heads.mask_head,
+        mask_predictor=heads.mask_predictor,
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.rois,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+    )
+
+
+def compute_in_bf16(detector: Any, device_type: str) -> None:
+    """Let the networks of a detector compute in bfloat16 and return float32.
+
+    All else stays in float32: a bfloat16 tells places in an image apart by up to four pixels.
+    """
+    if isinstance(detector, RetinaNet):
+        networks = [detector.backbone, detector.head]
+    else:
+        heads = detector.roi_heads
+        networks = [detector.backbone, detector.rpn.head, heads.box_head, heads.mask_head]
+
+    for network in networks:
+        if network is not None:  # there may be no masks
+            network.forward = in_bf16(network.forward, device_type)
+
+
+def in_bf16(forward: Callable, device_type: str) -> Callable:
+    def compute(*inputs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            outputs = forward(*inputs)
+        return tree_map_only(Tensor, Tensor.float, outputs)
+
+    return compute
 
 
 # ==== evaluation ==================================================================================
@@ -386,10 +566,14 @@ def train(config: Config) -> None:
         model = build_detector(config, len(dataset.classes))
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.precision == "bf16":
+            compute_in_bf16(model, device.type)
         model.to(device).train()
         ddp = nn.parallel.DistributedDataParallel(model)
         # The loop sets the learning rate of each step.
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay
+        )
         step = run.resume(model, optimizer)
 
         training_batches = harness.batches(
@@ -413,8 +597,10 @@ def train(config: Config) -> None:
 
             optimizer.zero_grad()
             loss.backward()
+            # An infinite norm clips nothing; the gradient norm is only measured.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
             # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, **terms})
+            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 

@@ -26,7 +26,7 @@ class Config:
     encoders: Annotated[tuple[str, ...], tyro.conf.Positional]
     protocol: str = "linear-seg,kmeans-seg,object-knn"  # Some of the protocols, or all.
     data: Path | None = None  # A labeled set (docs/recipes/labeled_images.md), or DAVIS.
-    layout: str = "auto"  # Layout of the data: folder, coco, coco-stuff, voc, ade20k, ...
+    layout: str = "auto"  # Layout of the data: folder, coco, coco-stuff, voc, voc-main, ...
     mapping: Path | None = None  # JSON file that gives the set other classes.
     fit: str = "train"  # Split to fit on, and the gallery of the nearest neighbors.
     split: str = "val"  # Split to score.
@@ -64,8 +64,10 @@ if __name__ == "__main__":
 import harness
 import torch
 from downstream import image_sets
+from downstream.davis import find_lists
 from downstream.diagnose import DIAGNOSTICS, retrieval
 from downstream.encoders import Encoder, device_of, load_encoder
+from downstream.layouts import find_places
 from downstream.protocols import FITTED, Features, position_prior, video
 from downstream.report import mean_over_seeds, report_text, write_results
 from torch import Tensor
@@ -78,9 +80,13 @@ PROTOCOLS = (*FITTED, *DIAGNOSTICS, "retrieval", "video")
 
 
 def wanted_protocols(config: Config) -> list[str]:
-    if config.protocol == "all":
-        return list(PROTOCOLS)
-    return config.protocol.split(",")
+    if config.protocol != "all":
+        return config.protocol.split(",")
+    if config.data is None or not find_lists(config.data):  # no DAVIS
+        return [name for name in PROTOCOLS if name != "video"]
+    if config.layout == "auto" and not find_places(config.data):  # DAVIS alone
+        return ["video"]
+    return list(PROTOCOLS)
 
 
 def check_options(config: Config) -> None:
@@ -148,8 +154,8 @@ def check_data(config: Config, protocols: list[str]) -> None:
         f"--data is {config.data}: give a folder that exists.",
     )
     harness.check(
-        config.data is not None or "video" not in protocols,
-        "--data is None: the protocol video needs the folder of DAVIS.",
+        "video" not in protocols or (config.data is not None and bool(find_lists(config.data))),
+        f"--data is {config.data}: the protocol video needs the folder of DAVIS.",
     )
 
     layouts = ["auto", "scenes"] if config.data is None else ["auto", *image_sets.LAYOUTS]
@@ -209,11 +215,17 @@ class Samples:
 
 
 def class_areas(item: image_sets.Labeled, classes: int) -> Tensor:
-    """The share of each class in an image: of its pixels, or without labels of its largest box."""
+    """The share of each class in an image: of its pixels, or without labels of its largest box.
+
+    Without boxes too, a class that the set gives to the whole image has all of it.
+    """
     h, w = item.image.shape[-2:]
     if item.labels is not None:
-        known = item.labels[item.labels != image_sets.IGNORED]
+        numbers = item.labels.long()
+        known = numbers[(numbers >= 0) & (numbers < classes)]
         return torch.bincount(known, minlength=classes) / (h * w)
+    if item.classes is not None and not len(item.boxes):
+        return (item.classes == 1).float()
 
     of_boxes = dk.box_area(item.boxes)[:, None] / (h * w)
     of_classes = torch.nn.functional.one_hot(item.box_classes, classes) * of_boxes

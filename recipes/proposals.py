@@ -255,14 +255,27 @@ def read_proposals(path: str | Path) -> Proposals:
             and found.sizes.shape == (images, 2)
             and found.offsets.shape == (images + 1,)
             and found.boxes.shape == (boxes, 4)
-            and found.offsets[0] == 0
-            and found.offsets[-1] == boxes
         )
         if not valid:
             raise ValueError(f"not schema {SCHEMA}")
+        check_content(found)
     except Exception as error:  # broken bytes raise nearly anything
         raise UserError(f"{path} is no proposals file that this version reads ({error}).") from None
     return found
+
+
+def check_content(found: Proposals) -> None:
+    """Each box belongs to one image: else an image would take the boxes of another."""
+    numbers = (found.sizes, found.offsets, found.boxes)
+    if not all(np.issubdtype(x.dtype, np.integer) for x in numbers):
+        raise ValueError("its sizes, offsets and boxes are not all whole numbers")
+    if (found.sizes < 1).any():
+        raise ValueError("it has an image without a pixel")
+
+    starts = found.offsets[:-1]
+    stops = found.offsets[1:]
+    if found.offsets[0] != 0 or found.offsets[-1] != len(found.boxes) or (starts > stops).any():
+        raise ValueError(f"its offsets do not rise from 0 to the {len(found.boxes)} boxes")
 
 
 def write_proposals(out: Path, found: dict[str, Found], settings: dict[str, Any]) -> None:

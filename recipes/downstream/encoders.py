@@ -9,6 +9,7 @@ This module is no command: `from downstream.encoders import load_encoder`.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,9 @@ def read_checkpoint(path: Path) -> Encoder:
 
     if len(mean) != 3:
         raise harness.UserError(f"{side_car} has mean {facts['mean']}: three numbers are needed.")
+    if not all(math.isfinite(x) for x in (*mean, *std)):
+        problem = f"mean {facts['mean']} and std {facts['std']}: finite numbers are needed"
+        raise harness.UserError(f"{side_car} has {problem}.")
     if len(std) != 3 or not min(std) > 0:
         problem = f"std {facts['std']}: three numbers above 0 are needed"
         raise harness.UserError(f"{side_car} has {problem}.")

@@ -7,7 +7,6 @@ stands alone, because it takes the frames of videos.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -17,11 +16,12 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 import densekit as dk
-from downstream import image_sets
+from downstream.davis import VOID, Video
 from downstream.encoders import Encoder, device_of
-from downstream.image_sets import IGNORED
+from downstream.label_files import read_frame
 
 GALLERY = 100_000  # cells at most, of retrieval-seg
+MOST = 2**30  # numbers in one tensor of kmeans-seg: 4 GB of class scores, 8 GB of counts
 
 
 class Features(NamedTuple):
@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
     maps: Tensor  # of the last level, (n, d, h, w), in half precision
     pooled: list[Tensor]  # the mean over the map of each level, (n, d)
-    labels: list[Tensor | None]  # class maps at their own size
+    labels: list[Tensor | None]  # class maps at their own size; what is no class is ignored
     area: Tensor  # (n, classes): the share of each class in the image
     objects: Tensor  # (m, d): RoIAlign of the last level, averaged
     object_classes: Tensor
@@ -47,7 +47,7 @@ def resize_labels(labels: Tensor, size: list[int]) -> Tensor:
 def small_labels(features: Features, cells: int) -> Tensor:
     """Class maps of one size to fit on: `cells` x `cells` labels for each cell of the features."""
     size = [side * cells for side in features.maps.shape[-2:]]
-    nothing = torch.full((1, 1), IGNORED)
+    nothing = torch.full((1, 1), -1)  # no class
     maps = [resize_labels(nothing if x is None else x, size) for x in features.labels]
     return torch.stack(maps)
 
@@ -116,9 +116,23 @@ def ridge_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     return segmentation_figures(counts, test, config)
 
 
+def check_clusters(clusters: int, test: Features) -> None:
+    """A sentence for more clusters than there are cells, or than fit into memory."""
+    cells = test.maps[:, 0].numel()
+    pixels = max((x.numel() for x in test.labels if x is not None), default=1)
+    counts = len(test.labels) * len(test.classes)
+    most = min(cells, MOST // pixels, MOST // counts)
+    harness.check(
+        clusters <= most,
+        f"--clusters is {clusters}: give at most {most}, of {cells} cells in {len(test.labels)} "
+        f"images of up to {pixels} pixels.",
+    )
+
+
 def kmeans_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Clusters of the split to score, named by its labels (CrOC, Sec 4.2)."""
     clusters = config.clusters or len(test.classes)
+    check_clusters(clusters, test)
     draws = harness.generator(seed)
     centers = dk.minibatch_kmeans(cells_of(test.maps), clusters, generator=draws)
 
@@ -136,7 +150,7 @@ def retrieval_seg(fit: Features, test: Features, config: Any, seed: int) -> dict
     """The nearest of 100,000 labeled cells vote."""
     k = len(fit.classes)
     labels = small_labels(fit, 1).flatten()
-    labeled = (labels != IGNORED).nonzero()[:, 0]
+    labeled = ((labels >= 0) & (labels < k)).nonzero()[:, 0]
     order = torch.randperm(len(labeled), generator=harness.generator(seed))
     kept = labeled[order[:GALLERY]]
     gallery = cells_of(fit.maps)[kept]
@@ -154,7 +168,8 @@ def position_prior(fit: Features, test: Features, config: Any) -> dict:
     """What is known without an image: the shares of the classes at each place."""
     k = len(fit.classes)
     labels = small_labels(fit, 4)
-    labels = torch.where(labels < k, labels, k)  # one more class for what is ignored
+    is_class = (labels >= 0) & (labels < k)
+    labels = torch.where(is_class, labels, k)  # one more class for what is ignored
     shares = F.one_hot(labels, k + 1)[..., :k].float().mean(0)
     scores = shares.movedim(-1, 0)[None]
     counts = count_confusions(lambda maps: scores, test)
@@ -299,16 +314,15 @@ FITTED = {
 
 # ---- video ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict:
+def video(encoder: Encoder, videos: list[Video], config: Any) -> dict:
     """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
     sums = []
     for item in tqdm(videos, desc=f"{encoder.name} video"):
-        masks = item.masks or []
-        first, objects = read_first_mask(item.name, masks)
+        first, objects = read_first_mask(item)
         maps = encode_frames(encoder, item, config)
         start = share_of_objects(first, objects, maps)
         shares = dk.propagate_video(maps, start)
-        scores = score_frames(item.name, masks, shares, objects)  # (frames, 2, objects)
+        scores = score_frames(item, shares, objects)  # (frames, 2, objects)
         sums.append(torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])]))
     states = torch.stack(sums).double()  # of each video: J and F summed over objects, objects
 
@@ -325,22 +339,23 @@ def video(encoder: Encoder, videos: list[image_sets.Video], config: Any) -> dict
     }
 
 
-def read_first_mask(name: str, masks: list[Path | None]) -> tuple[Tensor, list[int]]:
+def read_first_mask(item: Video) -> tuple[Tensor, list[int]]:
     """The mask of the first frame, and the numbers of its objects."""
+    masks = item.masks or []
     if len(masks) >= 3 and masks[0] is not None:
-        first = image_sets.read_mask(masks[0])
-        objects = [x for x in first.unique().tolist() if x not in (0, IGNORED)]
+        first = item.read_mask(masks[0])
+        objects = [x for x in first.unique().tolist() if x not in (0, VOID)]
         if objects:
             return first, objects
-    raise harness.UserError(f"{name} has no object in its first frame to follow.")
+    raise harness.UserError(f"{item.name} has no object in its first frame to follow.")
 
 
-def encode_frames(encoder: Encoder, item: image_sets.Video, config: Any) -> Tensor:
+def encode_frames(encoder: Encoder, item: Video, config: Any) -> Tensor:
     """The maps (t, d, h, w) of all frames."""
     maps = []
     for number in range(0, len(item.frames), config.batch):
         paths = item.frames[number : number + config.batch]
-        pixels = [image_sets.read_frame(path) / 255 for path in paths]
+        pixels = [read_frame(path) / 255 for path in paths]
         frames = [transforms.resize(x, config.size, antialias=True) for x in pixels]
         maps.append(encoder(torch.stack(frames).to(device_of(encoder))).float())
     return torch.cat(maps)
@@ -354,16 +369,17 @@ def share_of_objects(mask: Tensor, objects: list[int], maps: Tensor) -> Tensor:
     return shares / shares.sum(0).clamp(min=1e-6)  # without what is ignored
 
 
-def score_frames(name: str, masks: list[Path | None], shares: Tensor, objects: list[int]) -> Tensor:
+def score_frames(item: Video, shares: Tensor, objects: list[int]) -> Tensor:
     """J and F of each object in every frame with a mask, (frames, 2, objects).
 
     The first and the last frame do not count, as in DAVIS's own program.
     """
+    masks = item.masks or []
     scores = []
     for path, share in zip(masks[1:-1], shares[1:-1], strict=True):
         if path is None:
             continue
-        mask = image_sets.read_mask(path)
+        mask = item.read_mask(path)
         resized = F.interpolate(share[None], tuple(mask.shape), mode="bilinear")[0]
         predicted = resized.argmax(0).cpu()  # 0 is the background
 
@@ -373,5 +389,5 @@ def score_frames(name: str, masks: list[Path | None], shares: Tensor, objects: l
         f = dk.boundary_f_measure(true_masks, own_masks)
         scores.append(torch.stack([j, f]))
     if not scores:
-        raise harness.UserError(f"{name} has no mask to score by but those at its ends.")
+        raise harness.UserError(f"{item.name} has no mask to score by but those at its ends.")
     return torch.stack(scores)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,11 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import densesiam_segment
+import detect
+import export
 import harness
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
-from densesiam_segment import PRESETS, Segmenter, TwoViews, open_split, replay, segment_loss, train
+import torchvision
+from densesiam_segment import (
+    PRESETS,
+    Segmenter,
+    TwoViews,
+    open_split,
+    open_training,
+    replay,
+    segment_loss,
+    train,
+)
 from downstream import encoders, image_sets
 from PIL import Image
 from processes import on_processes
@@ -36,8 +50,13 @@ WRONG = [
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--weights", "lost.safetensors"], "--weights is lost.safetensors"),
     (["--aux", "1"], "--aux is 1"),
+    (["--aux", "-2"], "--aux is -2"),
+    (["--segment", "-1"], "--segment is -1"),
+    (["--segment", "nan"], "--segment is nan"),
     (["--region", "-0.1"], "--region is -0.1"),
     (["--region", "nan"], "--region is nan"),
+    (["--sim", "-1"], "--sim is -1"),
+    (["--sim", "nan"], "--sim is nan"),
     (["--region-start", "1.5"], "--region-start is 1.5"),
     (["--region-start", "nan"], "--region-start is nan"),
     (["--image", "0"], "--image is 0"),
@@ -92,8 +111,12 @@ def small_on(folder, **changes):
     return replace(SMALL, data=folder, **changes)
 
 
-def subset(items):
-    return torch.utils.data.Subset(items, range(len(items)))
+def use(items, monkeypatch):
+    """Train on and score these labeled images."""
+    val = torch.utils.data.Subset(items, range(len(items)))
+    monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: val)
+    source = [(sample.image, ()) for sample in items]
+    monkeypatch.setattr(densesiam_segment, "open_training", lambda _: source)
 
 
 # ---- the loss --------------------------------------------------------------------------------
@@ -132,9 +155,9 @@ def slow_segment(z, weighting):
     return total
 
 
-def slow_loss(model, images, view, weighting, with_region):
+def slow_loss(model, images, view, with_region):
     """Eq 8 with the weights of Sec 4, in plain torch."""
-    maps = []
+    config, maps = model.config, []
     for x in images:
         c2, c3, c4, c5 = (
             lateral(level)
@@ -154,7 +177,7 @@ def slow_loss(model, images, view, weighting, with_region):
         return x.movedim(1, -1).flatten(0, 2)
 
     terms = {}
-    for name in ("dense", "aux"):
+    for name in ("dense", "aux") if config.aux else ("dense",):
         z = [model.projectors[name](f) for f in maps]
         p = [pixels(model.predictors[name](x)) for x in z]
         z = [pixels(x) for x in z]
@@ -162,19 +185,24 @@ def slow_loss(model, images, view, weighting, with_region):
         back = -(z[0].detach().softmax(1) * p[1].log_softmax(1)).sum(1).mean()
         terms[name] = (forth + back) / 2
         if name == "dense":
-            terms["segment"] = sum(slow_segment(x, weighting) for x in z) / 2
+            if config.segment:
+                terms["segment"] = sum(slow_segment(x, config.weighting) for x in z) / 2
             masks = [
                 x.softmax(1).view(len(f), -1, x.shape[1]) for x, f in zip(z, maps, strict=True)
             ]
-    n, m = math.log(5), math.log(8)  # classes of the model below, and of its auxiliary head
-    loss = m / (n + m) * terms["dense"] + n / (n + m) * terms["aux"] + terms["segment"]
+    loss = terms["dense"]
+    if config.aux:
+        n, m = math.log(5), math.log(config.aux)  # classes of the model below, and of the other
+        loss = m / (n + m) * terms["dense"] + n / (n + m) * terms["aux"]
+    if config.segment:
+        loss = loss + config.segment * terms["segment"]
     if with_region:
         v = []
         for f, mask in zip(maps, masks, strict=True):
             e = (mask[..., None] * f.flatten(2).mT[:, :, None]).sum(1)  # Eq 4: a sum
-            v.append(model.projectors["region"](e.reshape(-1, 128, 1, 1)))
-        u = [normalize(model.predictors["region"](x)[..., 0, 0]) for x in v]
-        v = [normalize(x[..., 0, 0]) for x in v]
+            v.append(model.projectors["region"](e.reshape(-1, 128)))
+        u = [normalize(model.predictors["region"](x)) for x in v]
+        v = [normalize(x) for x in v]
         losses = []
         for query, key in ((u[0], v[1]), (u[1], v[0])):
             for image in range(len(images[0])):
@@ -182,7 +210,14 @@ def slow_loss(model, images, view, weighting, with_region):
                 logits = query[mine] @ key[mine].T / 0.1
                 losses.append((logits.exp().sum(1).log() - logits.diagonal()).mean())
         terms["region"] = sum(losses) / len(losses)
-        loss = loss + 0.1 * terms["region"]
+        loss = loss + config.region * terms["region"]
+    if config.sim:
+        pooled = [model.encoder(x).flatten(2).mean(2) for x in images]
+        z = [model.projectors["sim"](x) for x in pooled]
+        p = [normalize(model.predictors["sim"](x)) for x in z]
+        z = [normalize(x).detach() for x in z]
+        terms["sim"] = -((p[0] * z[1]).sum(1).mean() + (p[1] * z[0]).sum(1).mean()) / 2
+        loss = loss + config.sim * terms["sim"]
     return loss, terms
 
 
@@ -194,15 +229,33 @@ def batch():
     return images, dk.View(torch.tensor(box, dtype=torch.float64), flip)
 
 
-@pytest.mark.parametrize("with_region", [False, True])
-@pytest.mark.parametrize("weighting", ["frequency", "balanced", "plain"])
-def test_loss_and_gradients_are_those_of_a_slow_one(weighting, with_region):
+TABLE_5 = [  # PixSim, the auxiliary head, L_seg and RegionSim are added one after another
+    {"aux": 0, "segment": 0.0, "region": 0.0},
+    {"segment": 0.0, "region": 0.0},
+    {"region": 0.0},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_region"),
+    [
+        *((row, not row) for row in TABLE_5),
+        ({}, False),
+        ({"weighting": "balanced", "segment": 0.3}, False),
+        ({"weighting": "plain", "aux": 0, "region": 2.0}, True),
+        ({"sim": 0.7}, True),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_those_of_a_slow_one(changes, with_region):
     torch.manual_seed(0)
-    model = Segmenter(replace(SMALL, weighting=weighting), 5).double()
+    model = Segmenter(replace(SMALL, **changes), 5).double()
     loss, terms = model(*batch(), with_region)
-    slow, slow_terms = slow_loss(model, *batch(), weighting, with_region)
+    slow, slow_terms = slow_loss(model, *batch(), with_region)
     torch.testing.assert_close(terms, slow_terms)
     torch.testing.assert_close(loss, slow)
+    # Without a head there are no weights that nothing trains, which DDP would wait for.
     parameters = [p for name, p in model.named_parameters() if with_region or "region" not in name]
     found, expected = (torch.autograd.grad(x, parameters) for x in (loss, slow))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
@@ -240,20 +293,43 @@ def test_the_pyramid_has_stride_4_and_128_channels():
     assert model.encoder.network.bn1.training
 
 
-def test_projectors_end_in_plain_batch_norm_and_predictors_narrow_to_128():
+def layers(head):
+    """Each layer of a head as (kind, inputs, outputs or channels, with parameters of its own)."""
+    rows = []
+    for layer in head:
+        if isinstance(layer, torch.nn.Conv2d):
+            assert layer.kernel_size == (1, 1)
+            rows.append(("conv", layer.in_channels, layer.out_channels, layer.bias is not None))
+        elif isinstance(layer, torch.nn.Linear):
+            rows.append(("linear", layer.in_features, layer.out_features, layer.bias is not None))
+        elif isinstance(layer, torch.nn.ReLU):
+            rows.append("relu")
+        else:
+            rows.append(("norm", layer.num_features, layer.affine))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "outputs", "bias"),
+    [("dense", "conv", 12, True), ("aux", "conv", 8, True), ("region", "linear", 128, False)],
+)
+def test_projectors_have_three_layers_and_predictors_two(head, kind, outputs, bias):
     model = Segmenter(SMALL, 12)
-    convolution, norm = model.projectors["dense"]
-    assert (convolution.in_channels, convolution.out_channels) == (128, 12)
-    assert convolution.bias is None
-    assert not norm.affine
-    for name, channels in {"dense": 12, "aux": 8, "region": 128}.items():
-        (first, norm, _), last = model.predictors[name]
-        assert (first.in_channels, first.out_channels) == (channels, 128)
-        assert (last.in_channels, last.out_channels) == (128, channels)
-        assert norm.affine
-    widths = [x.out_channels for x in model.projectors["region"].modules() if hasattr(x, "stride")]
-    assert widths == [128] * 3
-    assert not model.projectors["region"][-1].affine
+    hidden = [(kind, 128, 128, False), ("norm", 128, True), "relu"]
+    last = [(kind, 128, outputs, bias), ("norm", outputs, False)]
+    assert layers(model.projectors[head]) == [*hidden, *hidden, *last]
+    first = [(kind, outputs, 128, False), ("norm", 128, True), "relu"]
+    assert layers(model.predictors[head]) == [*first, (kind, 128, outputs, True)]
+    assert "sim" not in model.projectors  # off by default
+
+
+def test_a_term_with_weight_0_has_no_head_and_no_row_in_the_log(tmp_path, folder):
+    model = Segmenter(replace(SMALL, **TABLE_5[0]), 12)
+    assert [*model.projectors] == [*model.predictors] == ["dense"]
+    train(small_on(folder, epochs=1, run=tmp_path, **TABLE_5[0]))
+    for row in rows(tmp_path):
+        assert row.keys() == {"step", "loss", "dense", "grad_norm", "lr", "unreadable"}
+        assert row["loss"] == row["dense"]
 
 
 # ---- the views -------------------------------------------------------------------------------
@@ -270,7 +346,7 @@ class Coordinates:
         image = torch.stack(
             [line.expand(64, 64), line[:, None].expand(64, 64), 0 * line.expand(64, 64)]
         )
-        return SimpleNamespace(image=image)
+        return image, ()
 
 
 def plain_views(source, **changes):
@@ -283,7 +359,7 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
     dataset, flips = plain_views(Coordinates()), set()
     for epoch in range(6):
         dataset.epoch = epoch
-        (near, whole), view = dataset[[0, 1, 2, 3]]
+        (near, whole), view, _ = dataset[[0, 1, 2, 3]]
         replayed = replay(avg_pool2d(whole, 4), view)
         pooled = avg_pool2d(near, 4)
         center = slice(2, -2)  # nearer the border a crop does not see what is beside it
@@ -344,11 +420,11 @@ def test_crops_are_squares_of_half_to_all_of_the_side_anywhere_and_half_are_flip
 
 
 def test_photometric_changes_differ_between_the_views_but_not_between_runs(folder):
-    source = image_sets.open_images(folder, split="train")
+    source = open_training(small_on(folder))
     dataset = TwoViews(source, replace(SMALL, image=32, size=32))
     state = torch.get_rng_state()
-    (near, whole), _ = dataset[[3, 9, 12]]  # of both sizes
-    again, _ = dataset[[3, 9, 12]]
+    (near, whole), _, _ = dataset[[3, 9, 12]]  # of both sizes
+    again, *_ = dataset[[3, 9, 12]]
     assert torch.equal(near, again[0])
     assert torch.equal(whole, again[1])
     assert torch.equal(state, torch.get_rng_state())
@@ -357,13 +433,12 @@ def test_photometric_changes_differ_between_the_views_but_not_between_runs(folde
     assert not torch.equal(dataset[[3, 9, 12]][0][1], whole)
     plain = TwoViews(source, dataset.config)
     plain.photometric = torch.nn.Identity()
-    square = source[12].image[:, 4:36]  # the center of 40 x 32
+    square = source[12][0][:, 4:36]  # the center of 40 x 32
     torch.testing.assert_close(plain[[12]][0][1][0], square / 255)
 
 
 def test_each_color_change_is_drawn_on_its_own(folder):
-    source = image_sets.open_images(folder, split="train")
-    dataset = TwoViews(source, replace(PRESETS["paper"], data=folder))
+    dataset = TwoViews(open_training(small_on(folder)), replace(PRESETS["paper"], data=folder))
     changes = [x for x in dataset.photometric.transforms if hasattr(x, "p")]
     assert [x.p for x in changes] == [0.8, 0.8, 0.8, 0.8, 0.2, 0.5]  # then gray, blur
     names = ("brightness", "contrast", "saturation", "hue")
@@ -381,7 +456,7 @@ def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
     names = tmp_path / "list.txt"
     names.write_text("train-40-2.jpg\n\n  train-32-1\n")
     chosen = open_split(small_on(folder), "train", names)
-    assert [sample.name for sample in chosen] == ["train-40-2", "train-32-1"]
+    assert [sample.name for sample in chosen] == ["train-40-2.png", "train-32-1.png"]
     assert len(open_split(small_on(folder), "train", None)) == 16
 
 
@@ -402,6 +477,7 @@ class Flat(list):
     """Images of flat patches: class k has color k, in each image at other places."""
 
     classes = ("a", "b", "c")
+    things = 0
 
     def __init__(self, permutation=(0, 1, 2)):
         colors = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
@@ -426,7 +502,7 @@ def test_pseudo_classes_are_named_whatever_their_order():
 
 
 def test_k_means_on_colors_is_perfect_where_color_is_the_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: subset(Flat()))
+    use(Flat(), monkeypatch)
     train(replace(SMALL, batch=6, epochs=1, run=tmp_path))
     scored = rows(tmp_path, "miou")
     assert scored[0]["color_miou"] == 1
@@ -437,7 +513,7 @@ def test_k_means_on_colors_is_perfect_where_color_is_the_class(tmp_path, monkeyp
 def test_an_image_without_labels_cannot_be_scored(tmp_path, monkeypatch):
     val = Flat()
     val[2] = val[2]._replace(labels=None)
-    monkeypatch.setattr(densesiam_segment, "open_split", lambda *_: subset(val))
+    use(val, monkeypatch)
     with pytest.raises(harness.UserError, match="image 2 has no label"):
         train(replace(SMALL, batch=6, epochs=1, run=tmp_path))
 
@@ -510,6 +586,42 @@ def test_a_run_leaves_everything_and_resumes_and_region_begins_late(tmp_path, fo
         torch.testing.assert_close(other.encoder.network.state_dict()[name], x)
 
 
+def without_download(monkeypatch):
+    """torchvision's networks with weights that were not downloaded."""
+    get_model = torchvision.models.get_model
+
+    def get(name, weights=None):
+        torch.manual_seed(5)
+        return get_model(name, weights=None)
+
+    monkeypatch.setattr(torchvision.models, "get_model", get)
+
+
+def test_a_run_from_torchvision_saves_no_classifier_and_others_read_it(
+    tmp_path, folder, monkeypatch
+):
+    without_download(monkeypatch)
+    config = small_on(folder, weights="torchvision:resnet18", run=tmp_path, epochs=1, region=0.0)
+    start = encoders.load_encoder(config.weights)
+    train(config)
+    saved = load_file(tmp_path / "encoder.safetensors")
+    assert saved.keys() == {x for x in start.network.state_dict() if not x.startswith("fc.")}
+    assert not [x for x in load_file(tmp_path / "segmenter.safetensors") if "fc." in x]
+
+    # It goes on from those weights: two steps at a small rate do not take it far.
+    first = start.network.state_dict()["layer1.0.conv1.weight"]
+    assert 0 < (saved["layer1.0.conv1.weight"] - first).abs().max() < 0.1
+    encoder = encoders.load_encoder(str(tmp_path))
+    assert (encoder.architecture, encoder.facts["weights"]) == ("resnet18", config.weights)
+    levels = encoder.levels(torch.rand(1, 3, 64, 64))
+    assert [x.shape[1] for x in levels] == [64, 128, 256, 512]
+    detect.build_detector(replace(detect.PRESETS["demo"], encoder=str(tmp_path)), 3)
+    for to in ("torchvision", "timm", "detectron2"):
+        out = tmp_path / f"{to}{export.SUFFIXES[to][-1]}"
+        export.export(export.Config(str(tmp_path), to, out))
+        assert out.is_file()
+
+
 def test_a_saved_segmenter_scores_what_the_run_logged(tmp_path, folder):
     config = small_on(folder, epochs=1, run=tmp_path)
     train(config)
@@ -541,16 +653,116 @@ def test_a_bf16_run_stays_close(tmp_path, folder):
         assert other == pytest.approx(plain, rel=0.05, abs=0.05)
 
 
-def test_things_and_stuff_are_scored_apart_when_the_mapping_tells_them(tmp_path, folder):
+def four_classes(tmp_path, **more):
     mapping = tmp_path / "mapping.json"
     table = {str(k): int(k < 4) + 2 * int(k in (0, 4)) for k in range(12)}  # 4 classes
-    content = {"names": ["things", "ground", "disk", "gradient"], "things": 1, "map": table}
+    content = {"names": ["things", "ground", "disk", "gradient"], "map": table, **more}
     mapping.write_text(json.dumps(content))
+    return mapping
+
+
+def test_things_and_stuff_are_scored_apart_when_the_mapping_tells_them(tmp_path, folder):
+    mapping = four_classes(tmp_path, things=1)
     train(small_on(folder, mapping=mapping, epochs=1, run=tmp_path / "run"))
     for row in rows(tmp_path / "run", "miou"):
         assert {"things_miou", "stuff_miou", "things_wrong", "stuff_wrong"} <= row.keys()
         assert row["things_miou"] in (0.0, 1.0)  # one class, and pixels within the group alone
         assert 0 <= row["stuff_wrong"] <= 1
+
+
+@pytest.mark.parametrize("more", [{}, {"things": 4}])
+def test_a_group_without_a_class_has_no_score(tmp_path, folder, more):
+    mapping = four_classes(tmp_path, **more)
+    train(small_on(folder, mapping=mapping, epochs=1, run=tmp_path / "run"))
+    assert not [name for name in rows(tmp_path / "run", "miou")[-1] if "_wrong" in name]
+
+
+@pytest.mark.parametrize("things", [-1, 5, 1.5, "two", None, True, [1]])
+def test_a_wrong_number_of_things_is_one_sentence(tmp_path, folder, things):
+    mapping = four_classes(tmp_path, things=things)
+    config = small_on(folder, mapping=mapping, run=tmp_path / "run")
+    with pytest.raises(harness.UserError, match=r"mapping.json cannot .* things") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+
+
+def copy_of(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_labels_of_training_images_are_not_read(tmp_path, folder):
+    changed = copy_of(folder, tmp_path)
+    for path in changed.glob("labels/train-*.png"):
+        path.write_text("broken")
+    train(small_on(changed, epochs=1, run=tmp_path / "run"))
+    assert rows(tmp_path / "run", "miou")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("gone", ["train-32-*", "train-*"])
+def test_images_without_a_label_map_are_trained_on(tmp_path, folder, gone):
+    changed = copy_of(folder, tmp_path)
+    for path in changed.glob(f"labels/{gone}"):
+        path.unlink()
+    before, after = (open_training(small_on(x)) for x in (folder, changed))
+    assert len(after) == 16
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(before, after, strict=True))
+
+
+def test_images_of_coco_without_a_label_map_are_trained_on(tmp_path, folder):
+    for split, names in (("train2017", "abc"), ("val2017", "de")):
+        for name in names:
+            for kind in (split, f"stuffthingmaps/{split}"):
+                (tmp_path / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / f"{name}.jpg")
+            if name != "b":
+                Image.new("L", (32, 32)).save(tmp_path / f"stuffthingmaps/{split}/{name}.png")
+    config = small_on(tmp_path, layout="coco-stuff", mapping=MAPPING)
+    source = open_training(config)
+    assert [os.fsdecode(name) for name in source.names] == [f"train2017/{x}.jpg" for x in "abc"]
+    names = tmp_path / "curated.txt"
+    names.write_text("c\nb\n")
+    source = open_training(replace(config, train_list=names))
+    assert [os.fsdecode(name) for name in source.names] == ["train2017/c.jpg", "train2017/b.jpg"]
+
+
+def test_streets_without_fine_labels_are_trained_on_and_not_scored(tmp_path):
+    """train_extra of Cityscapes has no gtFine."""
+    for name in ("a/b", "a/c"):
+        path = tmp_path / f"leftImg8bit/train_extra/{name}_leftImg8bit.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    config = small_on(tmp_path, train_split="train_extra", val_split="train_extra")
+    assert len(open_training(config)) == 2
+    with pytest.raises(harness.UserError, match=r"2 files are missing, such as .*gtFine"):
+        open_split(config, "train_extra", None)
+
+
+def test_unreadable_images_are_named_and_the_run_goes_on(tmp_path, folder):
+    changed = copy_of(folder, tmp_path)
+    broken = ["train-32-3", "val-40-1"]
+    for name in broken:
+        (changed / f"images/{name}.png").write_text("broken")
+    train(small_on(changed, epochs=2, run=tmp_path / "run"))
+    named = (tmp_path / "run/unreadable.txt").read_text().splitlines()
+    paths = [str(changed / f"images/{name}.png") for name in broken]
+    assert sorted(line.split(": ")[0] for line in named) == paths
+    assert rows(tmp_path / "run")[-1]["unreadable"] == 2
+    assert rows(tmp_path / "run", "miou")[-1]["miou"] > 0
+
+
+def test_a_broken_label_map_to_score_with_ends_the_run_with_a_sentence(tmp_path, folder):
+    changed = copy_of(folder, tmp_path)
+    (changed / "labels/val-40-1.png").write_text("broken")
+    with pytest.raises(harness.UserError, match=r"labels/val-40-1.png cannot be used"):
+        train(small_on(changed, run=tmp_path / "run"))
+
+
+def test_nothing_to_score_with_is_one_sentence(tmp_path, folder):
+    changed = copy_of(folder, tmp_path)
+    for path in changed.glob("images/val-*.png"):
+        path.write_text("broken")
+    with pytest.raises(harness.UserError, match="No scored image is readable"):
+        train(small_on(changed, run=tmp_path / "run"))
 
 
 def confusion_on(rank, group):
@@ -593,6 +805,8 @@ def test_two_processes_score_the_whole_set_together(tmp_path, folder):
         ({"data": "folder", "arch": "resnet5"}, "timm"),
         ({"data": "folder", "weights": "lost.safetensors"}, "--weights is lost.safetensors"),
         ({"data": "folder", "weights": "random:resnet5"}, "no model resnet5"),
+        ({"data": "folder", "weights": "random:tiny-vit"}, "--weights is random:tiny-vit: give a"),
+        ({"data": "folder", "weights": "random:densenet121"}, "--weights is random:densenet121"),
         ({"data": "folder", "layout": "nothing"}, "nothing"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """Every kind of name of an encoder, and what is wrong with a name that is none."""
 
 import json
+import math
 
 import harness
 import pytest
@@ -95,6 +96,9 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_ord
                 ({"mean": [0, 0]}, r"has mean \[0, 0\]: three numbers are needed"),
                 ({"std": [1, 1]}, r"has std \[1, 1\]: three numbers above 0 are needed"),
                 ({"std": [1, 0, 1]}, r"has std \[1, 0, 1\]: three numbers above 0 are needed"),
+                ({"mean": [0, math.nan, 0]}, r"has mean \[0, nan, 0\] .*finite numbers are needed"),
+                ({"mean": [0, 0, math.inf]}, r"has mean \[0, 0, inf\] .*finite numbers are needed"),
+                ({"std": [1, math.inf, 1]}, r"std \[1, inf, 1\]: finite numbers are needed"),
                 ({"color_order": "BGR"}, "has color_order BGR: RGB is needed"),
             ]
         ),

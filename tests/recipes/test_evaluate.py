@@ -317,7 +317,7 @@ def test_labels_follow_a_moving_object(tmp_path):
         ({"encoders": ("random:tiny-vit",), "size": (60, 60)}, "--size is 60 60: .*multiples of 8"),
         ({"fit": "nothing"}, r"^--fit is nothing: .*splits.json has no 'nothing': choose one of"),
         ({"split": "nothing"}, r"^--split is nothing: .*has no 'nothing': choose one of"),
-        ({"protocol": "video", "split": "x"}, "^--split is x: .*ImageSets/2017 has no 'x'"),
+        ({"protocol": "video"}, "^--data is .*: the protocol video needs the folder of DAVIS"),
         ({"mapping": Path("lost.json")}, "^--mapping is lost.json: give a JSON file that exists"),
     ],
 )
@@ -373,6 +373,31 @@ def test_a_wrong_option_is_one_sentence(arguments, sentence, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert error.startswith(f"error: {sentence}")
     assert error.count("\n") == 1
+
+
+def test_a_video_split_that_is_missing_is_named(tmp_path):
+    config = configured(davis(tmp_path / "DAVIS"), tmp_path, protocol="video", split="x")
+    with pytest.raises(harness.UserError, match=r"^--split is x: .*ImageSets/2017 has no 'x'"):
+        evaluate.evaluate(config)
+
+
+def test_all_protocols_are_those_that_the_data_has(data, tmp_path):
+    config = configured(None, tmp_path, protocol="all")
+    assert set(evaluate.PROTOCOLS) - set(evaluate.wanted_protocols(config)) == {"video"}
+    labeled = dataclasses.replace(config, data=data)
+    assert evaluate.wanted_protocols(labeled) == evaluate.wanted_protocols(config)
+    videos = dataclasses.replace(config, data=davis(tmp_path / "DAVIS"))
+    assert evaluate.wanted_protocols(videos) == ["video"]
+    write_set(tmp_path / "DAVIS")
+    assert evaluate.wanted_protocols(videos) == list(evaluate.PROTOCOLS)
+
+
+@pytest.mark.parametrize("clusters", [10**9, 129])
+def test_more_clusters_than_cells_are_one_sentence(clusters, data, tmp_path):
+    config = configured(data, tmp_path, clusters=clusters)
+    fit, test = both(config)  # 8 images of 4 x 4 cells
+    with pytest.raises(harness.UserError, match=f"--clusters is {clusters}: give at most 128,"):
+        FITTED["kmeans-seg"].score(fit, test, config, 0)
 
 
 def test_a_set_without_labels_or_objects_is_named(data, tmp_path):

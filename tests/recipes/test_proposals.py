@@ -257,6 +257,11 @@ def break_file(path, **changes):
         lambda path: break_file(path, settings="{}"),
         lambda path: break_file(path, sizes=np.zeros((3, 2), np.int32)),
         lambda path: break_file(path, offsets=np.zeros(5, np.int64)),
+        lambda path: break_file(path, offsets=np.array([0, 2, 1, 1, 2])),
+        lambda path: break_file(path, offsets=np.array([0, -1, 1, 1, 2])),
+        lambda path: break_file(path, offsets=np.array([0, 3, 3, 3, 2])),
+        lambda path: break_file(path, offsets=np.array([0, 0.5, 1, 1, 2])),
+        lambda path: break_file(path, sizes=np.zeros((4, 2), np.int32)),
         lambda path: break_file(path, names=np.array(["a"] * 4, object)),
     ],
 )

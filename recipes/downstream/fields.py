@@ -1,0 +1,180 @@
+"""The fields of an annotation: numbers in any spelling, boxes, flags, masks; else a FieldError.
+
+This module is no command. A FieldError ends a sentence that begins with the annotation's name.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+class FieldError(ValueError):
+    """What is wrong with a field: `has the height None: a whole number is needed`."""
+
+
+def get(row: Any, key: str) -> Any:
+    """A field that must be there."""
+    if not isinstance(row, dict):
+        raise FieldError(f"is {short(row)}: fields by their names are needed")
+    if key not in row:
+        raise FieldError(f"has no {key!r}")
+    return row[key]
+
+
+def items(value: Any, key: str) -> list:
+    """A list: a text or a table of fields would be taken for a list of its letters or names."""
+    if not isinstance(value, list):
+        raise FieldError(f"has the {key} {short(value)}: a list is needed")
+    return value
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def number(value: Any, key: str) -> float:
+    """A finite number: 4, 4.5 or "4.5"."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise FieldError(f"has the {key} {short(value)}: a finite number is needed")
+    return found
+
+
+def number_or_none(value: Any, key: str) -> float | None:
+    return None if value is None else number(value, key)
+
+
+def whole(value: Any, key: str, at_least: int = 0) -> int:
+    """A whole number: 64, 64.0 or "64"."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        found = value
+    else:
+        try:
+            rounded = number(value, key)
+            found = int(rounded) if rounded.is_integer() else at_least - 1
+        except FieldError:
+            found = at_least - 1
+    if found < at_least:
+        raise FieldError(
+            f"has the {key} {short(value)}: a whole number, {at_least} or more, is needed"
+        )
+    return found
+
+
+def flag(value: Any, key: str) -> bool:
+    """Yes or no: 0 or 1 in any spelling, true or false; nothing is no."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    words = {"true": True, "false": False}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    try:
+        found = number(value, key)
+    except FieldError:
+        found = -1.0
+    if found not in (0, 1):
+        raise FieldError(f"has the {key} {short(value)}: 0 or 1 is needed")
+    return bool(found)
+
+
+def four(value: Any, key: str) -> list[float]:
+    """Four finite numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        raise FieldError(f"has the {key} {short(value)}: four numbers are needed")
+    return [number(x, key) for x in value]
+
+
+def corners(value: Any, key: str) -> tuple[float, float, float, float]:
+    """COCO's x, y, width, height as x0, y0, x1, y1."""
+    x0, y0, width, height = four(value, key)
+    return x0, y0, x0 + width, y0 + height
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+FARTHEST = 1e6  # pixels; COCO's rasterizer holds every pixel of an outline, also outside the image
+
+
+def segmentation(value: Any, size: tuple[int, int]) -> list | dict | None:
+    """COCO's polygons, or run lengths, of an image of this size; None where there is no mask.
+
+    Polygons of less than three corners enclose nothing and are dropped. They must not reach COCO's
+    own program, which reads the whole list as boxes if the first one has four numbers.
+    """
+    if value in (None, [], {}):
+        return None
+    if isinstance(value, dict):
+        return run_lengths(value, size)
+    if not isinstance(value, list) or not all(isinstance(x, list) for x in value):
+        raise FieldError(
+            f"has the segmentation {short(value)}: a list of polygons, or run lengths, is needed"
+        )
+    polygons = [polygon(x) for x in value if len(x) >= 6]
+    return polygons or None
+
+
+def polygon(value: list) -> list[float]:
+    """x and y of three corners or more."""
+    try:
+        total = sum(value)  # NaN and inf survive a sum, and text is refused
+        largest = max(max(value), -min(value))
+    except TypeError:
+        value = [number(x, "polygon") for x in value]
+        total = sum(value)
+        largest = max(max(value), -min(value))
+    if len(value) % 2:
+        raise FieldError(f"has a polygon of {len(value)} numbers: an x and a y each are needed")
+    if not math.isfinite(total) or largest > FARTHEST:
+        raise FieldError("has a polygon with a corner that is not finite, or far off the image")
+    return value
+
+
+def run_lengths(value: dict, size: tuple[int, int]) -> dict:
+    """Run lengths as COCO's program takes them, {"size", "counts"}, whose runs fill the image."""
+    sides = get(value, "size")
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise FieldError(f"has run lengths of the size {short(sides)}: two numbers are needed")
+    said = (whole(sides[0], "height"), whole(sides[1], "width"))
+    if said != size:
+        raise FieldError(f"has run lengths of the size {said}: the image has {size}")
+
+    counts = get(value, "counts")
+    if isinstance(counts, str):
+        runs = decode_counts(counts)
+    elif isinstance(counts, list):
+        runs = np.array([whole(x, "count") for x in counts], dtype=np.int64)
+        counts = runs.tolist()
+    else:
+        raise FieldError(f"has the counts {short(counts)}: a list or a text is needed")
+    if (runs < 0).any() or runs.sum() != size[0] * size[1]:
+        raise FieldError(f"has run lengths of {runs.sum()} pixels: the image has {size}")
+    return {"size": list(size), "counts": counts}
+
+
+def decode_counts(text: str) -> np.ndarray:
+    """The runs in COCO's text: 6 bits a character, the lowest first, from the third run on as
+    differences to the run before the last.
+    """
+    codes = np.array([ord(x) - 48 for x in text], dtype=np.int64)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise FieldError(f"has the counts {short(text)}: they are broken")
+    is_last = (codes & 32) == 0
+    starts = np.concatenate([[0], np.flatnonzero(is_last)[:-1] + 1])
+    lengths = np.diff(np.append(starts, len(codes)))
+    if lengths.max() > 7:  # more than 35 bits
+        raise FieldError(f"has the counts {short(text)}: they are broken")
+
+    places = np.arange(len(codes)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((codes & 31) << (5 * places), starts)
+    negative = (codes[is_last] & 16) > 0
+    values = values - np.where(negative, 1 << (5 * lengths), 0)
+
+    runs = values.copy()
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
