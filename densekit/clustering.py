@@ -174,8 +174,8 @@ def swav_codes(
     `Q = diag(u) exp(scores / epsilon) diag(v)`, where each iteration first gives every prototype
     the same mass over the samples, and then every sample the mass 1. So the codes of a sample sum
     to 1 exactly, and the masses of the prototypes converge. `sinkhorn` scales the other side last,
-    and is stopped before it converges, so neither result is the other one. All is computed in the
-    log domain: scores of any size, and a prototype that no sample is near, are safe.
+    and is stopped before it converges, so neither result is the other one. The codes are the same
+    as in the log domain: scores of any size, and a prototype that no sample is near, are safe.
 
     Args:
         scores: Similarity of each sample to each prototype, in SwAV the cosine. Minus infinity
@@ -205,13 +205,21 @@ def swav_codes(
     check("clustering.swav_codes", "epsilon", epsilon, epsilon > 0, "a number above 0")
     check("clustering.swav_codes", "iterations", iterations, iterations >= 1, "1 or more")
 
-    logits = widened(scores.detach()) / epsilon
-    if not logits.shape[-1] or (group is None and not logits.shape[-2]):
-        return logits
-    for _ in range(iterations):
-        logits = _log_share(logits, -2, group)
-        logits = _log_share(logits, -1)
-    return logits.exp()
+    scores = widened(scores.detach())
+    if not scores.shape[-1] or (group is None and not scores.shape[-2]):
+        return scores
+
+    # A transport from prototypes to samples, whose side of the samples is scaled last.
+    high = _highest(scores.mT, -1, group)
+    prototypes = high > -torch.inf
+    logits = (scores.mT - _finite(high)).div_(epsilon)
+    samples = _highest(logits, -2) > -torch.inf
+    row_mass = prototypes.to(logits.dtype)
+    col_mass = samples.to(logits.dtype)
+    scalings = _plain_scalings(logits, prototypes, samples, None, None, group)
+    with full_precision(logits):
+        plan = _scale(logits, row_mass, col_mass, iterations, scalings, col_group=group)
+    return plan.mT
 
 
 @typed
@@ -563,9 +571,18 @@ def _check_transport(function: str, reg: float, iterations: int) -> None:
 
 
 def _scale(
-    logits: Tensor, row: Tensor, col: Tensor, iterations: int, scalings: int, group: Group
+    logits: Tensor,
+    row: Tensor,
+    col: Tensor,
+    iterations: int,
+    scalings: int,
+    row_group: Group = None,
+    col_group: Group = None,
 ) -> Tensor:
     """Scale `exp(logits)`, in which the highest logit of a row is 0, to `row` (n, 1), `col` (1, k).
+
+    Either the rows are distributed over the processes of `row_group`, or the columns over those of
+    `col_group`.
 
     One kernel serves `scalings` iterations. It is computed from the logits and the potentials of
     the columns, so that first each row has its mass as the largest entry, and then each column 1.
@@ -582,15 +599,15 @@ def _scale(
             shifted = logits + log_row
         else:
             shifted = logits + potential
-            shifted.add_(log_row - _finite(_highest(shifted, -1)))
+            shifted.add_(log_row - _finite(_highest(shifted, -1, col_group)))
 
-        highest = _finite(_highest(shifted, -2, group))
+        highest = _finite(_highest(shifted, -2, row_group))
         kernel = shifted.sub_(highest).exp_()
         v = highest.exp()
 
         for _ in range(min(scalings, iterations - done)):
-            u = safe_divide(row, _product(kernel, v.mT))
-            v = safe_divide(col, all_sum(_product(u.mT, kernel), group))
+            u = safe_divide(row, all_sum(_product(kernel, v.mT), col_group))
+            v = safe_divide(col, all_sum(_product(u.mT, kernel), row_group))
         potential = potential + _log(v) - highest
     return (kernel * v).mul_(u)
 
@@ -686,13 +703,6 @@ def _highest(x: Tensor, axis: int, group: Group = None) -> Tensor:
     if group is not None:  # a process may have no rows
         x = torch.cat([x, torch.full_like(x.sum(axis, keepdim=True), -torch.inf)], axis)
     return all_max(x.amax(axis, keepdim=True), group)
-
-
-def _log_share(logits: Tensor, axis: int, group: Group = None) -> Tensor:
-    """Compute a log-softmax over an axis and the processes; where all is -inf it stays -inf."""
-    shifted = logits - _finite(_highest(logits, axis, group))
-    total = all_sum(shifted.exp().sum(axis, keepdim=True), group)
-    return shifted - _finite(_log(total))
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -404,8 +404,8 @@ def symmetric_loss(
 ) -> Float[Tensor, "*reduced"]:
     """Average a loss over both directions: view 1 with view 2, and view 2 with view 1.
 
-    The loss decides which side is detached: `negative_cosine` detaches the teachers, and `info_nce`
-    detaches neither its queries nor its keys.
+    Channels come last, as in the loss. The loss also decides which side is detached:
+    `negative_cosine` detaches the teachers, and `info_nce` neither its queries nor its keys.
 
     Args:
         loss: A function of student and teacher, such as `negative_cosine`.

@@ -245,20 +245,6 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     return len(shape) <= len(target) and all(x in (1, y) for x, y in pairs)
 
 
-def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
-    """Raise an error for images whose channels are the last axis, as other libraries have them.
-
-    A last axis of 1, 3 or 4 would else be taken for the width.
-    """
-    if torch.compiler.is_compiling():  # as all checks of shapes
-        return
-    if images.ndim > 2 and images.shape[-1] in (1, 3, 4) and images.shape[-3] > 4:
-        raise TypeError(
-            f"densekit.{function}: argument '{argument}' has shape {tuple(images.shape)}, whose "
-            "channels seem to come last; give images (*batch, c, h, w): `images.movedim(-1, -3)`."
-        )
-
-
 def check(where: str, name: str, value: Any, fits: bool, wanted: str) -> None:
     """Raise an error that names one argument, its value and what to give, unless it fits."""
     if not fits:
@@ -275,6 +261,20 @@ def check_cells(where: str, name: str, size: Sequence[int]) -> None:
     h, w = size
     if h < 1 or w < 1:
         raise ValueError(f"densekit.{where}: {name} is {h} x {w}; give a map with cells.")
+
+
+def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
+    """Raise an error for images whose channels are the last axis, as other libraries have them.
+
+    A last axis of 1, 3 or 4 would else be taken for the width.
+    """
+    if torch.compiler.is_compiling():  # as all checks of shapes
+        return
+    if images.ndim > 2 and images.shape[-1] in (1, 3, 4) and images.shape[-3] > 4:
+        raise TypeError(
+            f"densekit.{function}: argument '{argument}' has shape {tuple(images.shape)}, whose "
+            "channels seem to come last; give images (*batch, c, h, w): `images.movedim(-1, -3)`."
+        )
 
 
 def fit_valid(function: str, valid: Tensor | None, shape: Sequence[int]) -> Tensor | None:

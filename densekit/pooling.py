@@ -5,11 +5,7 @@ from typing import NamedTuple
 
 import torch
 from einops import einsum
-from densekit.boxes import (
-    box_area,
-    boxes_valid,
-    clip_boxes,
-)
+from densekit.boxes import box_area, boxes_valid, clip_boxes
 from densekit.numerics import (
     check,
     check_cells,

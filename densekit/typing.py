@@ -335,11 +335,9 @@ def _describe(value: Any) -> str:
     if _is_numpy(value):
         return f"a numpy array of shape {value.shape} and dtype {value.dtype}"
     if isinstance(value, list | tuple) and not (len(value) <= 4 and _are_numbers(value)):
-        if _is_record(type(value)):
-            return f"a {kind} of ({', '.join(map(_describe, value))})"
-        short = value[:2]
+        short = value if _is_record(type(value)) else value[:2]
         items = [f"a {type(x).__name__}" if isinstance(x, tuple) else _describe(x) for x in short]
-        if len(value) > 2:
+        if len(short) < len(value):
             items.append(f"... {len(value)} in all")
         return f"a {kind} of ({', '.join(items)})"
     text = " ".join(repr(value).split())
@@ -416,7 +414,7 @@ def _advice_on_type(value: Any, hint: Any) -> str:
     if record is not None and all(isinstance(item, record) for item in value):
         name = "stack_views" if wanted == "View" else "stack"
         return f"Stack them first: `{name}(x)`."
-    if record is not None and len(value) == len(record._fields):
+    if record is not None and 0 <= len(record._fields) - len(value) <= len(record._field_defaults):
         return f"Use `{wanted}(*x)`."
     if isinstance(value, list) and "tuple[" in wanted:
         return "Use a tuple: `tuple(x)`."

@@ -748,6 +748,11 @@ ON_ROWS = [*LOSSES, center_of, terms_of]
 on_rows = pytest.mark.parametrize("loss", ON_ROWS, ids=lambda f: f.__name__)
 
 
+def test_every_loss_says_where_its_channels_are():
+    for name in set(densekit.losses.__all__) - {"VarianceCovariance"}:
+        assert "Channels come last" in getattr(densekit, name).__doc__.split("\n\n")[1]
+
+
 @on_rows
 @given(
     batch=st.lists(st.integers(1, 3), min_size=1, max_size=2),

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from files import project_files
+from files import ROOT, project_files
 from PIL import Image
 import densekit as dk
 
@@ -168,6 +168,12 @@ call(
     lambda: dk.crop_views((255 * IMAGES).byte(), VIEWS, 24),
     "argument 'images'",
     "dtype torch.uint8 was given. Convert it first: `x.float()`, and `/ 255` for an image.",
+)
+call(
+    "images with their channels last",
+    lambda: dk.crop_views(IMAGES.movedim(1, -1), VIEWS, 24),
+    "views.crop_views: argument 'images' has shape (2, 32, 48, 3), whose channels seem to come",
+    "give images (*batch, c, h, w): `images.movedim(-1, -3)`.",
 )
 call(
     "integer features",
@@ -534,3 +540,11 @@ def test_the_check_sees_two_culprits():
     start = "def f(reg, steps):\n    raise ValueError(f'reg is {reg}"
     assert list(crowded(f"{start} and steps is {{steps}}; give more.')")) == ["f"]
     assert list(crowded(f"{start}; give less than {{steps}}.')")) == []
+
+
+def test_what_a_message_advises_exists():
+    source = (ROOT / "densekit" / "typing.py").read_text()
+    advised = set(re.findall(r"`(\w+)\((?:x|x, size|bank)\)`", source)) - {"tuple"}
+    advised.add("stack_views")
+    assert {"map_to_rows", "rows_to_map", "bank_negatives"} <= advised
+    assert advised <= set(dk.__all__)
