@@ -2,17 +2,19 @@
 
 The modules, whose public names can all be imported from the package too, but for `typing`:
 
-    numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, safe
-        division.
+    numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
+        maps.
     distributed: Sums, means and rows over processes, with their gradients; the identity without a
         group.
     schedules: Schedules: pure functions of the training step, in plain Python numbers.
     ema: Momentum update of a teacher: an exponential moving average of a student's weights.
     bank: A bank of keys, first in, first out: the source of negatives in MoCo and related methods.
     boxes: Box algebra, and random selection and placement of boxes.
-    views: Views of an image: a crop box and a flip, the maps between the frames, overlap, cropping.
+    views: Views of an image: a crop box and flips, the maps between the frames, overlap, cropping.
     sampling: Points in regions, and features at points: how the same image point is found in two
         views.
+    matching: Correspondences of two views: by place, by feature, and by regions that both views
+        contain.
     pooling: Features of regions: RoIAlign of boxes, levels of a feature pyramid, sums over soft
         masks.
     regions: Region augmentations: proposals are jittered, cut, covered, shifted, and pasted on
@@ -20,14 +22,13 @@ The modules, whose public names can all be imported from the package too, but fo
     clustering: Clustering of tokens: Sinkhorn transport, merging of centroids, pruning.
     k_means: k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest
         centroid.
-    losses: Losses on tensors: negative cosine, cross-entropy, InfoNCE, self-distillation; symmetric
-        forms.
+    losses: Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and
+        covariance.
     metrics: Scores of predictions: confusion, IoU, matched clusters, accuracy, precision,
         intervals.
     probes: Classifiers on frozen features: linear layers and support vector machines, and their
         scores.
-    neighbors: Nearest neighbors by cosine: votes for classes, matches of patches, retrieval of
-        maps.
+    neighbors: Nearest neighbors by cosine: votes for classes, nearest rows, retrieval of maps.
     video: Videos: labels propagated from frame to frame, and the scores J and F of object masks.
     diagnostics: Measures of a model without labels: affinity, similarity against IoU, coupling,
         position.

@@ -10,6 +10,7 @@ This module is no command: `from downstream.encoders import load_encoder`.
 """
 
 import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -93,6 +94,7 @@ def device_of(encoder: nn.Module) -> torch.device:
     return next(encoder.parameters()).device
 
 
+@functools.cache
 def is_resnet(architecture: str) -> bool:
     """Whether timm makes a ResNet of this name: one with the stages layer1 to layer4.
 
@@ -109,6 +111,7 @@ def is_resnet(architecture: str) -> bool:
     return isinstance(network, timm.models.ResNet)
 
 
+@functools.cache
 def has_levels(architecture: str) -> bool:
     """Whether timm makes a network of this name whose last four feature maps become coarser.
 

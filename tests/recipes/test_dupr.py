@@ -26,7 +26,6 @@ SMALL = replace(
 # Wrong options, and what the sentence about each of them begins with.
 WRONG = [
     (["--arch", "resnet5"], "--arch is resnet5"),
-    (["--arch", "resnetv2_50"], "--arch is resnetv2_50"),  # it has no layer4
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--alpha", "-0.1", "0", "0", "1"], "--alpha is -0.1 0.0 0.0 1.0"),
     (["--alpha", "0", "nan", "0", "1"], "--alpha is 0.0 nan 0.0 1.0"),
