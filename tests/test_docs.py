@@ -289,13 +289,17 @@ def test_the_help_of_the_package_lists_the_modules():
     assert [x for x in MODULES if f" {x}: {first_sentence(MODULES[x])} " not in text] == []
 
 
+def without_layout(code):
+    """Code without blanks and trailing commas: its lines are broken elsewhere when indented."""
+    return re.sub(r"\s|,(?=\s*[)\]])", "", code)
+
+
 def test_the_page_of_the_minimal_recipe_shows_its_code():
-    source = (ROOT / "recipes" / "minimal.py").read_text()
+    source = without_layout((ROOT / "recipes" / "minimal.py").read_text())
     text = (ROOT / "docs" / "recipes" / "minimal.md").read_text()
     blocks = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
     assert len(blocks) > 5
-    lacking = [x for x in blocks if x not in source and textwrap.indent(x, "    ") not in source]
-    assert lacking == []
+    assert [block for block in blocks if without_layout(block) not in source] == []
 
 
 def test_torchrun_is_told_where_its_own_options_end():
