@@ -190,6 +190,8 @@ def number_by_name(names: list[str]) -> dict[str, list[int]]:
             without = path.with_suffix("")
         for key in {name, path.name, without.as_posix(), without.name}:
             numbers.setdefault(key, []).append(number)
+    for number, name in enumerate(names):
+        numbers[name] = [number]  # a whole name means one image, whatever else it fits
     return numbers
 
 

@@ -42,12 +42,36 @@ def read_frame(path: Path, value_range: tuple[float, float] | None = None) -> Te
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """The height and the width of an image, upright, from its header: no pixel is decoded."""
+    """The height and the width of an image, upright, from its header: no pixel is decoded.
+
+    A PNG that says more behind its pixels is the exception, since that may be its orientation.
+    """
     with reading(path), Image.open(path) as file:
         width, height = file.size
+        if file.format == "TIFF":  # Pillow may have turned the size already
+            width, height = file.tag_v2[256], file.tag_v2[257]
+        if file.format == "PNG" and has_late_chunks(path):
+            file.load()
         # A PNG's own method would decode its pixels. The orientations 5 to 8 swap the sides.
-        turned = Image.Image.getexif(file).get(274, 1) >= 5
+        turned = Image.Image.getexif(file).get(274, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def has_late_chunks(path: Path) -> bool:
+    """Whether a PNG has texts or EXIF behind its pixels."""
+    with path.open("rb") as file:
+        place = 8  # behind the signature
+        pixels_began = False
+        while True:
+            file.seek(place)
+            head = file.read(8)  # how many bytes follow, and of which kind
+            kind = head[4:]
+            if len(head) < 8 or kind == b"IEND":
+                return False
+            if pixels_began and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels_began = pixels_began or kind == b"IDAT"
+            place += 12 + int.from_bytes(head[:4], "big")
 
 
 def read_json(path: Path) -> Any:
@@ -92,7 +116,21 @@ def read_pixels(path: Path, modes: tuple[str, ...]) -> Tensor:
     with reading(path), Image.open(path) as file:
         if file.mode not in modes:
             raise UserError(f"{path} is no label map: its mode is {file.mode}, not {modes[0]}.")
-        return torch.from_numpy(np.asarray(file).astype(np.int64))
+        if file.format == "JPEG":
+            raise UserError(f"{path} is no label map: a JPEG changes the numbers. Use a PNG.")
+        step = gray_step(file)  # before the pixels are read
+        return torch.from_numpy(np.asarray(file).astype(np.int64)).div(step, rounding_mode="floor")
+
+
+def gray_step(file: Image.Image) -> int:
+    """How far apart Pillow puts the grays 0 and 1: it spreads those of 2 or 4 bits to 0 ... 255."""
+    for tile in getattr(file, "tile", []):
+        kind = tile[3][0] if isinstance(tile[3], tuple) else tile[3]
+        if kind == "L;2":
+            return 85
+        if kind == "L;4":
+            return 17
+    return 1
 
 
 def translate(ids: Tensor, table: dict[int, int], where: Any) -> Tensor:
@@ -150,7 +188,7 @@ class ImageFolder:
         Two files that differ in the extension alone are an error that names both.
         """
         wanted = self.folder / name
-        for stem in (wanted.name, wanted.stem):
+        for stem in (wanted.stem, wanted.name):  # `a.jpg` itself comes before `a.jpg.png`
             files = self.same_stem(wanted.parent, stem)
             if files and (stem == wanted.name or wanted in files):
                 return by_stem(files)[stem]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -648,14 +650,22 @@ def test_labels_need_no_image_and_images_no_labels(one_layout, monkeypatch):
         assert found.read_boxes(0)[1].equal(item.box_classes)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_the_size_in_the_header_is_that_of_the_upright_image(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / f"a{suffix}"
     picture(path, exif=exif)
     assert label_files.upright_size(path) == tuple(read_frame(path).shape[1:])
+    if suffix == ".png":  # the orientation may also stand behind the pixels
+        chunks = path.read_bytes()
+        start = chunks.index(b"eXIf") - 4
+        stop = start + 12 + int.from_bytes(chunks[start : start + 4], "big")
+        end = chunks.index(b"IEND") - 4
+        late = [chunks[:start], chunks[stop:end], chunks[start:stop], chunks[end:]]
+        path.write_bytes(b"".join(late))
+        assert label_files.upright_size(path) == tuple(read_frame(path).shape[1:])
 
 
 @pytest.mark.parametrize(
@@ -983,6 +993,18 @@ def test_label_maps_of_dotted_names_are_not_mixed_up(tmp_path):
     assert [x.labels.unique().tolist() for x in open_images(tmp_path)] == [[0], [1]]
 
 
+def test_a_whole_file_name_is_that_file(tmp_path):
+    for name in ("a.jpg", "a.jpg.png"):
+        picture(tmp_path / name)
+        assert label_files.ImageFolder(tmp_path).find(name) == tmp_path / name
+    blank = torch.zeros(3, H, W, dtype=torch.uint8)
+    names = ["a.jpg.png", "a.jpg", "b/a.jpg"]
+    found = image_sets.ImageSet(
+        records.LabeledSet(["x"], [records.Record(x, blank) for x in names])
+    )
+    assert [found.find(name) for name in names] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("layout", ["folder", "coco-stuff", "voc", "ade20k", "davis"])
 def test_two_files_of_one_name_are_an_error_that_names_both(layout, tmp_path):
     root = {**MAKERS, "davis": make_davis}[layout](tmp_path)
@@ -1230,6 +1252,28 @@ def test_masks_of_one_and_of_sixteen_bits_are_numbers_too(tmp_path):
     Image.fromarray(values > 0).save(tmp_path / "flat.png")
     assert read_mask(tmp_path / "deep.png").equal(torch.from_numpy(values))
     assert read_mask(tmp_path / "flat.png").equal(torch.from_numpy(values > 0).long())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_gray_numbers_of_any_depth_are_the_classes(bits, tmp_path):
+    """Pillow itself spreads the grays of few bits to 0 ... 255."""
+    values = draw(0, *range(min(2**bits, 200)), size=(5, 16))
+    places = np.arange(bits)[::-1]
+    packed = np.packbits((values[..., None] >> places & 1).astype(np.uint8).reshape(5, -1), axis=1)
+    pixels = np.pad(packed, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter, 0
+    header = struct.pack(">IIBBBBB", 16, 5, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        check = zlib.crc32(kind + data)
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    (tmp_path / "a.png").write_bytes(content)
+    same(read_mask(tmp_path / "a.png"), values)
+
+
+def test_a_label_map_of_changed_numbers_is_refused(tmp_path):
+    Image.fromarray(np.zeros((H, W), np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a.jpg is no label map: a JPEG changes the numbers"):
+        read_mask(tmp_path / "a.jpg")
 
 
 def test_the_module_is_no_command():
