@@ -6,6 +6,7 @@ name, frames, masks, _ = open_videos(Path("DAVIS"))[0]
 Crowds, difficult objects, and pixels of no class are ignored here: the readers only mark them.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from downstream.label_files import (
     upright_size,
 )
 from downstream.layouts import LAYOUTS, open_set
-from downstream.records import IGNORED, LabeledSet
+from downstream.records import IGNORED, SMALLEST, LabeledObject, LabeledSet, clip_box, has_area
 
 __all__ = [
     "LAYOUTS",
@@ -103,9 +104,10 @@ class ImageSet:
                 f"{record.image} is {list(image.shape[1:])} pixels, upright, but its annotation "
                 f"says {list(record.size)}: the boxes are of another image."
             )
-        boxes, box_classes = self.read_boxes(index)
-        name = self.names[index]
-        return Labeled(image, labels, boxes, box_classes, name, self.image_classes(index))
+        size = image.shape[1:]
+        boxes, box_classes = self.read_boxes(index, size)
+        classes = self.image_classes(index, size)
+        return Labeled(image, labels, boxes, box_classes, self.names[index], classes)
 
     def read_image(self, index: int) -> Tensor:
         """The image alone."""
@@ -135,17 +137,19 @@ class ImageSet:
             )
         return torch.where(numbers == IGNORED, self.ignored, numbers).to(self.label_type)
 
-    def read_boxes(self, index: int) -> tuple[Tensor, Tensor]:
-        """The boxes that have an area, and their classes: no crowds, nothing that is difficult."""
-        objects = self.records[index].objects or []
+    def read_boxes(
+        self, index: int, image_size: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The boxes, clipped to the image, and their classes: no crowds, nothing difficult."""
+        size = image_size or self.said_size(index)
+        objects = self.objects_in_image(index, size)
         things = [x for x in objects if x.number not in self.stuff]
         found = [x for x in things if not (x.crowd or x.difficult)]
-        boxes = torch.tensor([x.box for x in found], dtype=torch.float32).view(-1, 4)
-        classes = torch.tensor([x.number for x in found], dtype=torch.int64)
-        has_area = (boxes[:, :2] < boxes[:, 2:]).all(1)
-        return boxes[has_area], classes[has_area]
+        clipped = [clip_box(x.box, size) for x in found]
+        boxes = torch.tensor(clipped, dtype=torch.float32).view(-1, 4)
+        return boxes, torch.tensor([x.number for x in found], dtype=torch.int64)
 
-    def image_classes(self, index: int) -> Tensor | None:
+    def image_classes(self, index: int, image_size: Sequence[int] | None = None) -> Tensor | None:
         """Which classes the image has, int8: 1 yes, 0 no, -1 only crowds or difficult objects."""
         record = self.records[index]
         found = torch.zeros(len(self.classes), dtype=torch.int8)
@@ -154,9 +158,23 @@ class ImageSet:
             return found
         if record.objects is None:
             return None
-        found[[x.number for x in record.objects]] = -1
-        found[[x.number for x in record.objects if not (x.crowd or x.difficult)]] = 1
+        objects = self.objects_in_image(index, image_size or self.said_size(index))
+        found[[x.number for x in objects]] = -1
+        found[[x.number for x in objects if not (x.crowd or x.difficult)]] = 1
         return found
+
+    def said_size(self, index: int) -> Sequence[int]:
+        """Height and width, as the annotation says, or else the header of the file."""
+        record = self.records[index]
+        if record.size is not None or not record.objects:  # without objects none is needed
+            return record.size or (0, 0)
+        source = record.image
+        return source.shape[1:] if isinstance(source, Tensor) else upright_size(source)
+
+    def objects_in_image(self, index: int, image_size: Sequence[int]) -> list[LabeledObject]:
+        """The objects whose boxes have an area in the image."""
+        objects = self.records[index].objects or []
+        return [x for x in objects if has_area(x.box, image_size)]
 
     def find(self, line: str) -> int | None:
         """The number of the image that a line of a list names; None where there is none.
@@ -210,4 +228,17 @@ def open_images(
     found = open_set(data, layout, split, mapping)
     if labels:
         found.check_labels()
+        say_outside(found)
     return ImageSet(found)
+
+
+def say_outside(found: LabeledSet) -> None:
+    """Count the objects that lie outside their image, where the annotation says its size."""
+    outside = 0
+    for record in found.records:
+        for x in record.objects or []:
+            is_drawn = min(x.box[2] - x.box[0], x.box[3] - x.box[1]) > SMALLEST
+            if is_drawn and record.size is not None and not has_area(x.box, record.size):
+                outside += 1
+    if outside and os.environ.get("RANK", "0") == "0":
+        print(f"{outside} objects are left out: their boxes have no area in the image.")

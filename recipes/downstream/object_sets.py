@@ -17,13 +17,12 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from downstream import cityscapes, coco, folders, voc
 from downstream.label_files import read_json, reading, upright_size
-from downstream.records import LabeledObject, LabeledSet, Mask, Record
+from downstream.records import LabeledObject, LabeledSet, Mask, Record, clip_box, has_area
 from downstream.scene_sets import sample_set
 
 __all__ = ["Objects", "boxes_of", "object_classes", "read", "sample_set"]
 
 IGNORED = 1e12  # an area beyond the largest range of COCO's evaluation, which then ignores it
-SMALLEST = 0.01  # side of a box, in pixels: what is smaller has no area
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -93,7 +92,8 @@ class Objects:
             if record.objects is None:
                 raise UserError(f"The annotations say nothing of the objects in {record.name}.")
             own = [x for x in record.objects if found.classes[x.number] in classes]  # no stuff
-            in_image = [x for x in own if has_area(clip_box(x.box, info))]
+            size = (info["height"], info["width"])
+            in_image = [x for x in own if has_area(x.box, size)]
             dropped += len(own) - len(in_image)
             for x in in_image:
                 label = classes.index(found.classes[x.number]) + 1
@@ -108,7 +108,8 @@ class Objects:
                         row["segmentation"] = x.mask.coco_form()
                 annotations.append(row)
         if dropped and os.environ.get("RANK", "0") == "0":
-            print(f"{dropped} objects are left out: their boxes have no area in the image.")
+            kind = "training" if train else "test"
+            print(f"{dropped} objects are left out: their boxes have no area in the {kind} images.")
 
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
         self.coco = COCO(
@@ -173,24 +174,13 @@ def image_info(number: int, record: Record, data: Path | None) -> dict:
     return {"id": number, "file_name": name, "height": size[0], "width": size[1]}
 
 
-def clip_box(box: tuple[float, float, float, float], info: dict) -> list[float]:
-    """The part of a box in its image, x0 y0 x1 y1."""
-    x0, y0, x1, y1 = box
-    return [max(x0, 0.0), max(y0, 0.0), min(x1, info["width"]), min(y1, info["height"])]
-
-
-def has_area(box: list[float]) -> bool:
-    x0, y0, x1, y1 = box
-    return min(x1 - x0, y1 - y0) > SMALLEST
-
-
 def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict:
     """An object in COCO's form, its box clipped to the image.
 
     In a test, COCO's program ignores crowds, and by their area objects that are difficult.
     """
-    x0, y0, x1, y1 = clip_box(x.box, info)
-    area = x.area or (x1 - x0) * (y1 - y0)
+    x0, y0, x1, y1 = clip_box(x.box, (info["height"], info["width"]))
+    area = x.area if x.area and x.area > 0 else (x1 - x0) * (y1 - y0)
     if x.difficult:
         area = IGNORED
     return {

@@ -21,6 +21,7 @@ from downstream.label_files import check_files, read_mask, read_small_json, read
 
 IGNORED = -1  # in the label map of a record: no class
 BACKGROUNDS = ("background", "other")  # names of a class 0 that is none
+SMALLEST = 0.01  # side of a box, in pixels: what is smaller has no area
 
 
 # ---- objects -------------------------------------------------------------------------------------
@@ -55,6 +56,22 @@ class LabeledObject(NamedTuple):
     difficult: bool = False  # hard to recognize, in PASCAL VOC
     mask: Mask | None = None
     area: float | None = None  # in pixels, where the file says it
+
+
+Box = Sequence[float]  # x0 y0 x1 y1
+
+
+def clip_box(box: Box, size: Sequence[int]) -> list[float]:
+    """The part of a box in an image of this height and width."""
+    height, width = size
+    x0, y0, x1, y1 = box
+    return [max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)]
+
+
+def has_area(box: Box, size: Sequence[int]) -> bool:
+    """Whether a box has an area in an image of this height and width; else it is no object."""
+    x0, y0, x1, y1 = clip_box(box, size)
+    return min(x1 - x0, y1 - y0) > SMALLEST
 
 
 # ---- images --------------------------------------------------------------------------------------

@@ -783,7 +783,7 @@ def as_voc_main(root, images):
 @settings(max_examples=15)
 @given(images=objects_of_images)
 def test_evaluation_and_detection_see_the_same_objects(write, tmp_path_factory, images):
-    """They differ in what they are told to: difficult objects are trained on, boxes are clipped."""
+    """They differ in what they are told to: difficult objects are trained on."""
     root = tmp_path_factory.mktemp("set")
     layout, annotations = write(root, images)
     found = open_images(root, layout)
@@ -799,12 +799,13 @@ def test_evaluation_and_detection_see_the_same_objects(write, tmp_path_factory, 
             image = [(box, name, crowd, False) for box, name, crowd, _ in image]
         own, own_classes = found.read_boxes(i)
         _, (target,), _ = data[[i]]
-        expected = [x for x in image if not x[2] and not x[3]]
-        assert own.tolist() == [[x, y, x + w, y + h] for (x, y, w, h), *_ in expected]
-        assert [found.classes[k] for k in own_classes.tolist()] == [x[1] for x in expected]
         trained = [x for x in image if not x[2] and x[0][0] < W and x[0][1] < H]
         clipped = [[x, y, min(x + w, W), min(y + h, H)] for (x, y, w, h), *_ in trained]
         assert target["boxes"].tolist() == clipped
+        certain = [place for place, x in enumerate(trained) if not x[3]]
+        assert own.tolist() == [clipped[place] for place in certain]
+        names = [trained[place][1] for place in certain]
+        assert [found.classes[k] for k in own_classes.tolist()] == names
         assert [classes[k - 1] for k in target["labels"].tolist()] == [x[1] for x in trained]
         scored = [x for x in data.coco.imgToAnns[i] if not x["iscrowd"] and x["area"] < 1e6]
         assert len(scored) == sum(not x[3] for x in trained)
@@ -823,6 +824,15 @@ def test_boxes_of_an_image_of_another_size_are_refused_by_both_readers(tmp_path)
     data = object_sets.Objects(detected, ["cat", "dog"], config, train=False)
     with pytest.raises(UserError, match=r"a.jpg has height, width \(6, 9\), not \(7, 9\)"):
         data[[0]]
+
+
+def test_what_lies_outside_the_image_is_no_object(tmp_path, capsys):
+    inside = {**PERSON, "bbox": [-100, 1, 105, 400]}
+    outside = {**PERSON, "category_id": 18, "bbox": [50, 1, 4, 3]}
+    item = open_images(make_coco(tmp_path, [inside, outside]))[0]
+    assert item.boxes.tolist() == [[0, 1, 5, H]]
+    assert item.classes.tolist() == [0, 1, 0]
+    assert "1 objects are left out: their boxes have no area" in capsys.readouterr().out
 
 
 def test_a_class_0_that_is_an_object_is_one_for_both_readers(tmp_path):
