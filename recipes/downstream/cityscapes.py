@@ -54,7 +54,7 @@ def read_objects(root: Path, splits: tuple[str, ...]) -> LabeledSet:
     """The objects of the eight classes that have some, with their masks."""
     classes = [x.name for x in Cityscapes.classes if x.id in OBJECT_IDS]
     records = []
-    for wanted in splits:
+    for wanted in dict.fromkeys(splits):
         split, cities = choose_folder(wanted, root / "leftImg8bit")
         for image in sorted(cities.glob(f"*/*{IMAGE_END}")):
             name = image.relative_to(cities).as_posix()

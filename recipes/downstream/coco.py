@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from harness import UserError
 from torch import Tensor
 from downstream.fields import (
     FieldError,
     corners,
     flag,
     get,
+    is_in_image,
     items,
     number_or_none,
     segmentation,
@@ -189,7 +191,7 @@ def read_object(row: dict, info: Info, categories: Categories) -> LabeledObject:
     area = number_or_none(row.get("area"), "area")
     mask = None
     shape = segmentation(row.get("segmentation"), info.size)
-    if shape is not None:
+    if shape is not None and is_in_image(shape, info.size):  # else there is nothing to learn
         mask = Mask(shape, info.size)
     return LabeledObject(box, class_number, crowd=crowd, mask=mask, area=area)
 
@@ -282,7 +284,7 @@ def read_segments(row: dict, file: Path, info: Info, categories: Categories) -> 
             crowds.add(segment_id)
         if class_number not in categories.stuff:
             box = corners(get(segment, "bbox"), "bbox")
-            mask = Mask(partial(draw_segment, file, segment_id), info.size)
+            mask = Mask(partial(draw_segment, file, segment_id, number_of_id), info.size)
             things.append(LabeledObject(box, class_number, crowd=crowd, mask=mask))
     return Segments(file, number_of_id, frozenset(crowds), things)
 
@@ -294,8 +296,17 @@ def draw_segments(segments: Segments, crowd: int | None) -> Tensor:
     return translate(read_panoptic_mask(segments.file), table, segments.file)
 
 
-def draw_segment(file: Path, segment_id: int) -> np.ndarray:
-    return (read_panoptic_mask(file) == segment_id).numpy()
+def draw_segment(file: Path, segment_id: int, known: dict[int, int]) -> np.ndarray:
+    """The mask of a segment, whose ids are all `known`; one without a pixel is an error."""
+    ids = read_panoptic_mask(file)
+    translate(ids, known, file)
+    mask = ids == segment_id
+    if not mask.any():
+        raise UserError(
+            f"{file} has no pixel of the segment {segment_id}, which is listed: it has no mask. "
+            "Take a faster-rcnn as --detector."
+        )
+    return mask.numpy()
 
 
 # ---- COCO-Stuff ----------------------------------------------------------------------------------

@@ -114,12 +114,29 @@ def segmentation(value: Any, size: tuple[int, int]) -> list | dict | None:
         raise FieldError(
             f"has the segmentation {short(value)}: a list of polygons, or run lengths, is needed"
         )
-    polygons = [polygon(x) for x in value if len(x) >= 6]
+    polygons = [polygon(x) for x in value if len(x) >= 6 or any(isinstance(y, list) for y in x)]
     return polygons or None
+
+
+def is_in_image(shape: list | dict, size: tuple[int, int]) -> bool:
+    """Whether a polygon reaches into an image of this size, or any run length is of the inside."""
+    if isinstance(shape, dict):
+        counts = shape["counts"]
+        runs = decode_counts(counts) if isinstance(counts, str) else counts
+        return any(x > 0 for x in runs[1::2])
+    height, width = size
+    for outline in shape:
+        xs = outline[0::2]
+        ys = outline[1::2]
+        if min(xs) < width and max(xs) > 0 and min(ys) < height and max(ys) > 0:
+            return True
+    return False
 
 
 def polygon(value: list) -> list[float]:
     """x and y of three corners or more."""
+    if any(isinstance(x, list) for x in value[:1]):
+        raise FieldError(f"has a polygon of {short(value)}: x, y, x, y ... in one list are needed")
     try:
         total = sum(value)  # NaN and inf survive a sum, and text is refused
         largest = max(max(value), -min(value))

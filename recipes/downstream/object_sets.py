@@ -161,6 +161,10 @@ class Objects:
             target["masks"] = torch.zeros(len(objects), *size, dtype=torch.uint8)
             for mask, x in zip(target["masks"], objects, strict=True):
                 mask.copy_(torch.from_numpy(self.mask_of[x["id"]].draw()))
+            # An outline between the centers of the pixels has none: it would teach an empty mask.
+            has_pixels = target["masks"].amax((1, 2)) > 0
+            for key in ("boxes", "labels", "masks"):
+                target[key] = target[key][has_pixels]
         return target
 
 

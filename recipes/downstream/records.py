@@ -103,6 +103,10 @@ class LabeledSet:
         if not self.records or not self.classes:
             count = len(self.records)
             raise UserError(f"The set has {count} images and {len(self.classes)} classes.")
+        counts = Counter(record.name for record in self.records)
+        name, count = counts.most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{count} images of the set are named {name}: each needs its own name.")
         images = [record.image for record in self.records]
         check_files(x for x in images if isinstance(x, Path))
 

@@ -101,7 +101,7 @@ def open_segmentation(root: Path, split: str) -> LabeledSet:
         image = images.find(name)
         records.append(
             Record(
-                name=image.name,
+                name=image.relative_to(images.folder).as_posix(),
                 image=image,
                 size=found.size,
                 objects=as_objects(path, found, CLASSES),

@@ -725,6 +725,22 @@ def test_voc_main_has_objects_and_a_difficult_one_leaves_its_class_unsure(tmp_pa
     assert len(open_images(tmp_path, "voc-main", "cat_val")) == 1
 
 
+def test_images_of_one_name_in_two_folders_stay_two(tmp_path):
+    root = make_voc(tmp_path)
+    for number, name in enumerate(("s1/a", "s2/a")):
+        picture(root / "JPEGImages" / f"{name}.jpg", seed=number)
+        png(root / "SegmentationClass" / f"{name}.png", np.full((H, W), number))
+        size = f"<size><height>{H}</height><width>{W}</width></size>"
+        text(root / "Annotations" / f"{name}.xml", f"<annotation>{size}</annotation>")
+    text(root / "ImageSets" / "Segmentation" / "val.txt", "s1/a\ns2/a\n")
+    found = open_images(tmp_path)
+    assert found.names == ["s1/a.jpg", "s2/a.jpg"]
+    assert [found.find(x) for x in ("s1/a", "s2/a.jpg")] == [0, 1]
+    blank = torch.zeros(3, H, W, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"2 images of the set are named a.jpg"):
+        records.LabeledSet(["x"], [records.Record("a.jpg", blank)] * 2)
+
+
 # ---- one reader ------------------------------------------------------------------------------
 # Of each image its objects: box as x, y, width, height; class; crowd; difficult.
 some_objects = st.lists(
@@ -903,6 +919,72 @@ def test_any_text_is_run_lengths_that_fill_the_image_or_a_sentence(counts):
     except fields.FieldError:
         return
     assert records.Mask(shape, (3, 4)).draw().shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"size": [H, W], "counts": [H * W]},
+        {"size": [H, W], "counts": [H * W, 0]},
+        coco_masks.encode(np.zeros((H, W), np.uint8, order="F")),
+        square(W, 0, W + 3, 4),
+        square(-4, 0, 0, 4) + square(0, H, 4, H + 1) + square(1, -3, 4, 0),
+    ],
+)
+def test_an_object_without_a_pixel_has_no_mask(shape, tmp_path):
+    if isinstance(shape, dict) and isinstance(shape["counts"], bytes):
+        shape = {"size": [H, W], "counts": shape["counts"].decode()}
+    found = open_images(make_coco(tmp_path, [{**PERSON, "segmentation": shape}]))
+    assert found[0].labels is None
+    assert len(found[0].boxes) == 1
+    detected = object_sets.read(tmp_path, ("annotations/instances_val2017.json",))
+    config = SimpleNamespace(data=tmp_path, detector="mask-rcnn-fpn", seed=0)
+    for train in (True, False):
+        with pytest.raises(UserError, match="Some objects have no mask"):
+            object_sets.Objects(detected, ["person", "dog"], config, train=train)
+
+
+@given(*[st.integers(-12, 12)] * 6)
+def test_polygons_outside_the_image_have_no_pixel(a, b, c, d, e, f):
+    polygon = [a, b, c, d, e, f]
+    if not fields.is_in_image([polygon], (H, W)):
+        assert not drawn(polygon, size=(H, W)).any()
+
+
+def test_an_outline_between_the_pixels_is_no_mask_to_train_on(tmp_path):
+    dot = {**PERSON, "bbox": [2, 2, 1, 1], "segmentation": square(2.1, 2.1, 2.3, 2.3)}
+    make_coco(tmp_path, [dot, PERSON])
+    detected = object_sets.read(tmp_path, ("annotations/instances_val2017.json",))
+    config = SimpleNamespace(data=tmp_path, detector="mask-rcnn-fpn", seed=0)
+    data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
+    _, (target,), _ = data[[0]]
+    assert [len(target[key]) for key in ("boxes", "labels", "masks")] == [1, 1, 1]
+    assert target["masks"].sum() == 12
+
+
+def test_both_readers_compare_the_panoptic_map_with_its_list(tmp_path):
+    make_panoptic(tmp_path)
+    path = tmp_path / "annotations" / "panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    segments = content["annotations"][0]["segments_info"]
+    config = SimpleNamespace(data=tmp_path, detector="mask-rcnn-fpn", seed=0)
+
+    segments.append({"id": 8, "category_id": 18, "bbox": [0, 0, 4, 1]})  # the map lacks it
+    text(path, content)
+    open_images(tmp_path)[0]
+    detected = object_sets.read(tmp_path, (path,))
+    data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
+    with pytest.raises(UserError, match=r"139.png has no pixel of the segment 8, .* no mask"):
+        data[[0]]
+
+    del segments[0], segments[-1]
+    text(path, content)
+    with pytest.raises(UserError, match=r"139.png has the id 76805, which is none of the set's"):
+        open_images(tmp_path)[0]
+    detected = object_sets.read(tmp_path, (path,))
+    data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
+    with pytest.raises(UserError, match=r"139.png has the id 76805, which is none of the set's"):
+        data[[0]]
 
 
 def test_an_object_without_a_polygon_has_no_mask_and_its_image_no_map(tmp_path):
