@@ -196,7 +196,7 @@ def open_split(config: Config, split: str, list_file: Path | None, *, labels: bo
         indices.append(index)
     if not indices:
         raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
-    return Subset(images, indices)
+    return Subset(images, list(dict.fromkeys(indices)))  # a name that stands twice counts once
 
 
 def open_training(config: Config) -> Any:

@@ -36,7 +36,7 @@ def open_set(root: Path, split: str) -> LabeledSet:
             table[x.id] = x.train_id if x.train_id in range(19) else IGNORED
 
     records = []
-    for image in sorted(cities.glob(f"*/*{IMAGE_END}")):
+    for image in sorted(cities.glob(f"[!.]*/[!.]*{IMAGE_END}")):
         name = image.relative_to(cities).as_posix()
         label_file = annotation(root, split, name, "labelIds")
         label_map = partial(read_label_map, label_file, table)
@@ -56,7 +56,7 @@ def read_objects(root: Path, splits: tuple[str, ...]) -> LabeledSet:
     records = []
     for wanted in dict.fromkeys(splits):
         split, cities = choose_folder(wanted, root / "leftImg8bit")
-        for image in sorted(cities.glob(f"*/*{IMAGE_END}")):
+        for image in sorted(cities.glob(f"[!.]*/[!.]*{IMAGE_END}")):
             name = image.relative_to(cities).as_posix()
             numbers = read_mask(annotation(root, split, name, "instanceIds")).numpy()
             objects = list(objects_of(numbers))

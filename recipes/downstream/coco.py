@@ -25,10 +25,9 @@ from downstream.fields import (
     whole,
 )
 from downstream.label_files import (
-    by_stem,
+    choose,
     choose_file,
-    choose_folder,
-    list_images,
+    folder_names,
     read_json,
     read_panoptic_mask,
     reading,
@@ -42,7 +41,7 @@ from downstream.records import (
     Record,
     class_table,
     distinct_names,
-    read_label_map,
+    pair_maps,
 )
 
 STUFF_CLASSES = 182  # of COCO-Stuff
@@ -312,20 +311,16 @@ def draw_segment(file: Path, segment_id: int, known: dict[int, int]) -> np.ndarr
 # ---- COCO-Stuff ----------------------------------------------------------------------------------
 def open_stuff(root: Path, split: str) -> LabeledSet:
     """The numbers of a PNG are the classes. An image without a PNG has no label map."""
-    split, folder_of_maps = choose_folder(split, root / "stuffthingmaps")
+    all_maps = root / "stuffthingmaps"
+    splits = folder_names(all_maps)
+    if not any(name.startswith(split) for name in splits):  # it may have images alone
+        others = {"annotations", "images", "stuffthingmaps"}
+        splits |= folder_names(root, root / "images") - others
+    split = choose(split, splits, root)
+
     folder = root / split
     if not folder.is_dir():
         folder = root / "images" / split
-    images = by_stem(list_images(folder))
-    maps = by_stem(list_images(folder_of_maps))
-    table = class_table(STUFF_CLASSES)
-
-    records = []
-    for stem in sorted({**images, **maps}):
-        image = images.get(stem, folder / f"{stem}.jpg")  # or the file that is missed
-        record = Record(image.name, image)
-        if stem in maps:
-            label_map = partial(read_label_map, maps[stem], table)
-            record = record._replace(label_map=label_map, label_file=maps[stem])
-        records.append(record)
-    return LabeledSet([str(number) for number in range(STUFF_CLASSES)], records)
+    records = pair_maps(folder, all_maps / split, class_table(STUFF_CLASSES))
+    classes = [str(number) for number in range(STUFF_CLASSES)]
+    return LabeledSet(classes, records, label_folder=all_maps / split)

@@ -3,10 +3,12 @@
 This module is no command. Each reader makes the records of records.py.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 from downstream.fields import FieldError, flag, four, get, items, number_or_none, short, whole
 from downstream.label_files import (
     ImageFolder,
@@ -147,12 +149,15 @@ def read_row(
 
 # ---- a folder for each class ---------------------------------------------------------------------
 def open_class_folders(root: Path, split: str) -> LabeledSet:
-    """Each folder of the split is a class, and each image in it has that class."""
+    """Each folder of the split is a class, and each image in and below it has that class."""
     _, folder = choose_folder(split, root)
     folders = sorted(x for x in folder.glob("[!.]*/"))
     records = []
     for class_number, class_folder in enumerate(folders):
-        for image in list_images(class_folder):
-            name = image.relative_to(folder).as_posix()
-            records.append(Record(name, image, classes=(class_number,)))
+        for inner in harness.list_images(class_folder):
+            name = f"{class_folder.name}/{inner}"
+            records.append(Record(name, folder / name, classes=(class_number,)))
+    loose = len(list_images(folder))
+    if loose and os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: {loose} images are left out, since they lie in no folder of a class.")
     return LabeledSet([x.name for x in folders], records)

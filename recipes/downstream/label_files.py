@@ -244,3 +244,8 @@ def choose_folder(wanted: str, parent: Path) -> tuple[str, Path]:
     paths = {path.name: path for path in parent.glob("*/")}
     name = choose(wanted, paths, parent)
     return name, paths[name]
+
+
+def folder_names(*parents: Path) -> set[str]:
+    """The names of the folders below some others, no hidden ones."""
+    return {path.name for parent in parents for path in parent.glob("[!.]*/")}

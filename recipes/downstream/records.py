@@ -17,7 +17,15 @@ from faster_coco_eval import mask as coco_masks
 from harness import UserError
 from torch import Tensor
 from downstream.fields import items, whole
-from downstream.label_files import check_files, read_mask, read_small_json, reading, translate
+from downstream.label_files import (
+    by_stem,
+    check_files,
+    list_images,
+    read_mask,
+    read_small_json,
+    reading,
+    translate,
+)
 
 IGNORED = -1  # in the label map of a record: no class
 BACKGROUNDS = ("background", "other")  # names of a class 0 that is none
@@ -126,6 +134,21 @@ class LabeledSet:
 def read_label_map(path: Path, table: dict[int, int], crowd: int | None) -> Tensor:
     """The `label_map` of a record whose map is a PNG without crowds: numbers, and their classes."""
     return translate(read_mask(path), table, path)
+
+
+def pair_maps(folder: Path, folder_of_maps: Path, table: dict[int, int]) -> list[Record]:
+    """The images of a folder with the label maps of the same names; an image may have none."""
+    images = by_stem(list_images(folder))
+    maps = by_stem(list_images(folder_of_maps))
+    records = []
+    for stem in sorted({**images, **maps}):
+        image = images.get(stem, folder / f"{stem}.jpg")  # or the file that is missed
+        record = Record(image.name, image)
+        if stem in maps:
+            label_map = partial(read_label_map, maps[stem], table)
+            record = record._replace(label_map=label_map, label_file=maps[stem])
+        records.append(record)
+    return records
 
 
 def class_table(classes: int, ignored: int | None = None) -> dict[int, int]:

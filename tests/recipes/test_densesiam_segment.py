@@ -454,7 +454,7 @@ def test_each_color_change_is_drawn_on_its_own(folder):
 
 def test_a_list_chooses_its_images_with_or_without_extension(folder, tmp_path):
     names = tmp_path / "list.txt"
-    names.write_text("train-40-2.jpg\n\n  train-32-1\n")
+    names.write_text("train-40-2.jpg\n\n  train-32-1\ntrain-40-2\n")  # one counts once
     chosen = open_split(small_on(folder), "train", names)
     assert [sample.name for sample in chosen] == ["train-40-2.png", "train-32-1.png"]
     assert len(open_split(small_on(folder), "train", None)) == 16

@@ -1129,6 +1129,36 @@ def test_an_image_that_coco_stuff_has_no_map_of_is_not_dropped(tmp_path, capsys)
     assert "1 of the 2 images have no label map" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["coco-stuff", "ade20k"])
+def test_a_split_of_images_alone_is_opened_but_not_scored(layout, tmp_path):
+    root = MAKERS[layout](tmp_path)
+    image = next(root.rglob("*.jpg"))
+    picture(image.parents[1] / "more" / "x.jpg")
+    found = open_images(tmp_path, split="more", labels=False)
+    assert (found.names, found.read_labels(0)) == (["x.jpg"], None)
+    with pytest.raises(UserError, match="more has no label map of the 1 images, such as x"):
+        open_images(tmp_path, split="more")
+
+
+def test_a_class_folder_has_the_images_of_its_subfolders(tmp_path, capsys):
+    for name in ("cat/1.jpg", "cat/indoors/1.jpg", "dog/a/b/2.png", "loose.jpg", "cat/.hidden.jpg"):
+        picture(tmp_path / "train" / name)
+    found = open_images(tmp_path, "class-folders", "train")
+    assert found.names == ["cat/1.jpg", "cat/indoors/1.jpg", "dog/a/b/2.png"]
+    assert [x.classes.tolist() for x in found] == [[1, 0], [1, 0], [0, 1]]
+    assert (
+        "1 images are left out, since they lie in no folder of a class" in capsys.readouterr().out
+    )
+
+
+def test_hidden_files_of_cityscapes_are_no_images(tmp_path):
+    root = make_cityscapes(tmp_path)
+    for image in list(root.rglob("*_leftImg8bit.png")):
+        (image.parent / f"._{image.name}").write_bytes(b"Mac OS X")
+    assert len(open_images(root)) == 2
+    assert len(object_sets.read(root, ("val", "val")).records) == 2
+
+
 def test_categories_of_one_name_stay_two_classes_of_both_readers(tmp_path):
     make_coco(tmp_path, [{**PERSON, "category_id": x} for x in (1, 18)])
     path = tmp_path / "annotations" / "instances_val2017.json"
