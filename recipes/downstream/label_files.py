@@ -14,7 +14,7 @@ import harness
 import numpy as np
 import torch
 from harness import UserError
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 GRAY_MODES = ("L", "P", "1", "I", "I;16", "I;16B")
@@ -48,7 +48,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     """
     with reading(path), Image.open(path) as file:
         width, height = file.size
-        if file.format == "TIFF":  # Pillow may have turned the size already
+        if isinstance(file, TiffImagePlugin.TiffImageFile):  # Pillow may have turned the size already
             width, height = file.tag_v2[256], file.tag_v2[257]
         if file.format == "PNG" and has_late_chunks(path):
             file.load()
