@@ -19,6 +19,7 @@ from downstream.fields import (
     get,
     is_in_image,
     items,
+    list_of,
     number_or_none,
     segmentation,
     short,
@@ -55,9 +56,9 @@ class Info(NamedTuple):
     size: tuple[int, int]
 
 
-def read_rows(rows: Any, kind: str, key: str, read: Callable[[dict], None]) -> None:
+def read_rows(rows: list, kind: str, key: str, read: Callable[[dict], None]) -> None:
     """Read each row; a FieldError becomes a sentence that names the row by its `key`."""
-    for place, row in enumerate(items(rows, "rows")):
+    for place, row in enumerate(rows):
         try:
             read(row)
         except FieldError as error:
@@ -94,7 +95,7 @@ def read_infos(data: dict) -> dict[Any, Info]:
         infos[image_id] = Info(name, size)
         id_of_name[name] = image_id
 
-    read_rows(data["images"], "the image", "id", read)
+    read_rows(list_of(data, "images"), "the image", "id", read)
     return dict(sorted(infos.items(), key=lambda item: item[1].name))
 
 
@@ -118,8 +119,8 @@ def read_categories(data: dict, first: int, *, is_thing: bool) -> Categories:
         thing = flag(row["isthing"], "isthing") if "isthing" in row else is_thing
         found[category_id] = (get(row, "name"), thing)
 
-    read_rows(data["categories"], "the category", "id", read)
-    ids = sorted(found)
+    read_rows(list_of(data, "categories"), "the category", "id", read)
+    ids = sorted(found, key=lambda x: (isinstance(x, str), x))  # numbers, then texts
     number_of_id = {category_id: first + place for place, category_id in enumerate(ids)}
     names = distinct_names([found[x][0] for x in ids], ids)
     stuff = frozenset(number_of_id[x] for x in ids if not found[x][1])
@@ -168,7 +169,7 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
             info = find_by_id(row, "image_id", infos, "image")
             objects[read_id(row, "image_id")].append(read_object(row, info, categories))
 
-        read_rows(data["annotations"], "the annotation", "id", read)
+        read_rows(list_of(data, "annotations"), "the annotation", "id", read)
 
     folder = find_images(root, path, infos)
     records = []
@@ -252,7 +253,7 @@ def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
             image_of_map[name] = image_id
             segments[image_id] = read_segments(row, maps / name, info, categories)
 
-        read_rows(data["annotations"], "the annotation of the image", "image_id", read)
+        read_rows(list_of(data, "annotations"), "the annotation of the image", "image_id", read)
 
     folder = find_images(root, path, infos)
     records = []

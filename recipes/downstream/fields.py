@@ -29,6 +29,17 @@ def items(value: Any, key: str) -> list:
     return value
 
 
+def list_of(content: Any, key: str) -> list:
+    """A list of a whole file, by its key; else a ValueError that ends a sentence of the file."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {short(content)}: fields by their names are needed")
+    if key not in content:
+        raise ValueError(f"it has no {key!r}")
+    if not isinstance(content[key], list):
+        raise ValueError(f"it has the {key} {short(content[key])}: a list is needed")
+    return content[key]
+
+
 def short(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from downstream.fields import FieldError, flag, four, get, items, number_or_none, short, whole
+from downstream.fields import (
+    FieldError,
+    flag,
+    four,
+    get,
+    items,
+    list_of,
+    number_or_none,
+    short,
+    whole,
+)
 from downstream.label_files import (
     ImageFolder,
     choose,
@@ -44,7 +54,7 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "classes.json"
     content = read_small_json(path)
     with reading(path):
-        labels = items(content["labels"], "labels")
+        labels = list_of(content, "labels")
         classes = distinct_names(labels, range(len(labels)))
         ignored = content.get("ignore")
         if ignored is not None:

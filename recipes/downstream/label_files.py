@@ -48,7 +48,9 @@ def upright_size(path: Path) -> tuple[int, int]:
     """
     with reading(path), Image.open(path) as file:
         width, height = file.size
-        if isinstance(file, TiffImagePlugin.TiffImageFile):  # Pillow may have turned the size already
+        if isinstance(
+            file, TiffImagePlugin.TiffImageFile
+        ):  # Pillow may have turned the size already
             width, height = file.tag_v2[256], file.tag_v2[257]
         if file.format == "PNG" and has_late_chunks(path):
             file.load()

@@ -16,6 +16,7 @@ from harness import UserError
 from torch import Tensor
 from torchvision.ops import box_convert
 from downstream import cityscapes, coco, folders, voc
+from downstream.fields import list_of
 from downstream.label_files import read_json, reading, upright_size
 from downstream.records import LabeledObject, LabeledSet, Mask, Record, clip_box, has_area
 from downstream.scene_sets import sample_set
@@ -36,7 +37,7 @@ def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
             raise UserError(f"{annotations[1]} is one file too many: name one .json of COCO alone.")
         content = read_json(first)
         with reading(first):
-            is_panoptic = any("segments_info" in x for x in content["annotations"][:1])
+            is_panoptic = any("segments_info" in x for x in list_of(content, "annotations")[:1])
         if is_panoptic:
             return coco.read_panoptic(data, first, content)
         return coco.read_instances(data, first, content)

@@ -166,12 +166,12 @@ def class_table(classes: int, ignored: int | None = None) -> dict[int, int]:
 # ---- classes -------------------------------------------------------------------------------------
 def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
     """Names of classes, as text; those that occur twice get their marks: `bat (5)`, `bat (9)`."""
-    counts = Counter(names)
+    texts = [str(name) for name in names]
+    counts = Counter(texts)
     found = []
-    for name, mark in zip(names, marks, strict=True):
-        text = str(name)
-        if counts[name] > 1:
-            text = f"{name} ({mark})"
+    for text, mark in zip(texts, marks, strict=True):
+        if counts[text] > 1:
+            text = f"{text} ({mark})"
         found.append(text)
     return found
 

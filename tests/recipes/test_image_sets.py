@@ -1129,6 +1129,31 @@ def test_an_image_that_coco_stuff_has_no_map_of_is_not_dropped(tmp_path, capsys)
     assert "1 of the 2 images have no label map" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([], r"it is \[\]: fields by their names are needed"),
+        (
+            {"images": [], "categories": [], "annotations": None},
+            "it has the annotations None: a list",
+        ),
+        ({"images": {}, "categories": [], "annotations": []}, "it has the images {}: a list"),
+        ({"images": [], "annotations": []}, "it has no 'categories'"),
+    ],
+)
+def test_a_coco_file_of_another_form_is_one_sentence_of_both_readers(content, sentence, tmp_path):
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    text(path, content)
+    with pytest.raises(UserError, match=sentence):
+        open_images(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        object_sets.read(tmp_path, (path,))
+
+
+def test_names_that_read_the_same_are_told_apart():
+    assert records.distinct_names([1, "1", "a"], [5, "x", 7]) == ["1 (5)", "1 (x)", "a"]
+
+
 @pytest.mark.parametrize("layout", ["coco-stuff", "ade20k"])
 def test_a_split_of_images_alone_is_opened_but_not_scored(layout, tmp_path):
     root = MAKERS[layout](tmp_path)
