@@ -41,16 +41,14 @@ class Config:
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
     weight_decay: float = 1e-4
-    sides: tuple[int, ...] = tuple(
-        range(480, 801, 32)
-    )  # Short sides in training; the last in tests.
+    # Short sides in training; the last in tests.
+    sides: tuple[int, ...] = tuple(range(480, 801, 32))
     longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
-    proposals: int = (
-        1000  # Regions per image that the RPN proposes; on C4 twice as many in training.
-    )
+    # Regions per image that the RPN proposes; on C4 twice as many in training.
+    proposals: int = 1000
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -96,14 +94,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import detect`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import detect
     import harness
 
-    sys.exit(harness.main(detect.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm
