@@ -512,7 +512,8 @@ def coco_rows(output: dict[str, Tensor], image_id: int) -> list[dict]:
 
 def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, Any]:
     """COCO's AP over the IoU 0.5 to 0.95, AP50, AP75, and AP of each class that has an object."""
-    coco_eval = COCOeval_faster(truth, truth.loadRes(found), kind)
+    results = truth.loadRes(found) if found else COCO()  # version 1.7 cannot load an empty list
+    coco_eval = COCOeval_faster(truth, results, kind)
     coco_eval.evaluate()
     # The first range of areas is that of all objects, and the last limit of detections is 100.
     curves = coco_eval.eval["precision"][..., 0, -1]  # IoU x recall x class
