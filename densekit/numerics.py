@@ -13,7 +13,17 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
-from densekit.typing import Bool, Float, Scalar, Shaped, Size, Tensor, typed
+from densekit.typing import (
+    Bool,
+    Float,
+    Scalar,
+    Shaped,
+    Size,
+    Tensor,
+    about_map,
+    looks_like_map,
+    typed,
+)
 
 __all__ = ["l2_normalize", "map_to_rows", "masked_mean", "rows_to_map", "widen"]
 
@@ -261,6 +271,18 @@ def check_cells(where: str, name: str, size: Sequence[int]) -> None:
     h, w = size
     if h < 1 or w < 1:
         raise ValueError(f"densekit.{where}: {name} is {h} x {w}; give a map with cells.")
+
+
+def check_size(where: str, size: int | Size, name: str = "size") -> None:
+    """Raise an error for a size that is not positive."""
+    h, w = (size, size) if isinstance(size, int) else size
+    check(where, name, size, min(h, w) >= 1, "a positive (h, w)")
+
+
+def refuse_maps(function: str, argument: str, x: Tensor) -> None:
+    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels."""
+    if not torch.compiler.is_compiling() and looks_like_map(x):
+        raise TypeError(f"densekit.{function}: {about_map(argument, x)}")
 
 
 def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
