@@ -20,8 +20,8 @@ from densekit.typing import (
     Shaped,
     Size,
     Tensor,
-    about_map,
-    looks_like_map,
+    _about_map,
+    _looks_like_map,
     typed,
 )
 
@@ -281,8 +281,8 @@ def check_size(where: str, size: int | Size, name: str = "size") -> None:
 
 def refuse_maps(function: str, argument: str, x: Tensor) -> None:
     """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels."""
-    if not torch.compiler.is_compiling() and looks_like_map(x):
-        raise TypeError(f"densekit.{function}: {about_map(argument, x)}")
+    if not torch.compiler.is_compiling() and _looks_like_map(x):
+        raise TypeError(f"densekit.{function}: {_about_map(argument, x)}")
 
 
 def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:

@@ -199,7 +199,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
 
             rows = _map_for_rows(part, before)
             if rows is not None:
-                return f"{where}: {about_map(*rows[:2])}"
+                return f"{where}: {_about_map(*rows[:2])}"
             short = _lacks_axes(part, before)
             if short is not None:
                 sizes = {"batch": _leading_axes(value, hint)}
@@ -280,7 +280,9 @@ def _lacks_axes(part: tuple, before: list[tuple]) -> tuple | None:
         if axes is not None and its_axes is not None and len(its_axes) < len(axes):
             same_kind = _array_hint(earlier[2]).dim_str == _array_hint(part[2]).dim_str
             one_for_several = not its_axes and len(axes) == 1 and _is_field_of_view(part[0])
-            if not same_kind and (tuple(earlier[1].shape[:-2]) == axes or one_for_several):
+            if same_kind:
+                return None
+            if tuple(earlier[1].shape[:-2]) == axes or one_for_several:
                 return earlier
     return None
 
@@ -289,7 +291,7 @@ def _is_field_of_view(label: str) -> bool:
     return re.fullmatch(r"view\w*\.\w+", label) is not None
 
 
-def looks_like_map(x: Any) -> bool:
+def _looks_like_map(x: Any) -> bool:
     """Return whether what should be rows seems to be maps (..., d, h, w).
 
     Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
@@ -300,7 +302,7 @@ def looks_like_map(x: Any) -> bool:
     return bool(x.shape[-3] > max(x.shape[-1], 3))
 
 
-def about_map(name: str, x: Tensor) -> str:
+def _about_map(name: str, x: Tensor) -> str:
     """Say that an argument should be rows."""
     return (
         f"argument '{name}' should have its channels last, but its shape {tuple(x.shape)} looks "
@@ -323,7 +325,7 @@ def _map_for_rows(part: tuple, before: list[tuple]) -> tuple | None:
         if not (isinstance(x, Tensor) and _wants_rows(earlier[2])):
             continue
         fits = x.ndim >= 4 and x.shape[-3:-2] == width and x.shape[-1:] != width
-        if looks_like_map(x) or fits:
+        if _looks_like_map(x) or fits:
             return earlier
     return None
 
@@ -568,7 +570,7 @@ def _advice_on_items(value: list | tuple, hint: Any) -> str:
         tensors = "[torch.from_numpy(a) for a in x]"
         return f"Use `{tensors}`." if "Sequence[" in wanted else f"Use `torch.stack({tensors})`."
     if array is not None and all(isinstance(item, Tensor) for item in value):
-        if any(item.shape != value[0].shape for item in value):
+        if len({item.shape for item in value}) > 1:
             return "Pad them to one shape, and stack them."
         return "Stack them first: `torch.stack(x)`."
     if array is not None and isinstance(value, list) and _are_nested_numbers(value):
