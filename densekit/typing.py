@@ -292,11 +292,7 @@ def _is_field_of_view(label: str) -> bool:
 
 
 def _looks_like_map(x: Any) -> bool:
-    """Return whether what should be rows seems to be maps (..., d, h, w).
-
-    Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
-    many rows as channels, and more heads than those; up to 3 heads or views are never taken for it.
-    """
+    """Return whether what should be rows seems to be maps: the rule of `numerics.refuse_maps`."""
     if not isinstance(x, Tensor) or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
         return False
     return bool(x.shape[-3] > max(x.shape[-1], 3))

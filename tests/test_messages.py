@@ -770,6 +770,22 @@ def test_tensors_on_two_devices_are_named():
     )
 
 
+@pytest.mark.parametrize("heads", [3, 4, 7, 8])
+@pytest.mark.parametrize("size", [(2, 2), (7, 7), (7, 6)])
+def test_one_rule_says_what_is_a_map_whichever_argument_fits(heads, size):
+    x = torch.ones(2, heads, *size)
+    sentence = "argument 'student' should have its channels last"
+    refused = heads > max(size[1], 3) and size[0] == size[1]
+    with pytest.raises(TypeError) as caught:
+        dk.negative_cosine(x, torch.ones(2, 9))
+    assert (sentence in str(caught.value)) == refused
+    if refused:
+        with pytest.raises(TypeError, match=sentence):
+            dk.negative_cosine(x, x)
+    else:
+        dk.negative_cosine(x, x)
+
+
 def test_a_view_without_flip_is_named():
     with pytest.raises(TypeError, match=r"^View\(\) missing 1 required .* 'flip'$"):
         dk.View(torch.rand(4))
