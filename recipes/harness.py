@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import importlib
 import json
 import math
 import mmap
@@ -54,6 +55,11 @@ class UserError(Exception):
 
 class NonFiniteError(Exception):
     """A term of the loss became infinite or NaN."""
+
+
+def module_of(path: str) -> Any:
+    """The file at this path as a module, whatever its name is: a copy of a recipe runs itself."""
+    return importlib.import_module(Path(path).stem)
 
 
 def main(function: Callable[[Any], None], config: Any) -> int:
