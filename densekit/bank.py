@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import check, fit_valid, sample_uniform, take_rows
+from densekit.numerics import check, fit_valid, refuse_maps, sample_uniform, take_rows
 from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
@@ -114,7 +114,8 @@ def push_to_bank(
         The new bank.
 
     Raises:
-        TypeError: The length of the keys is not that of the bank's keys, or `valid` does not match.
+        TypeError: The length of the keys is not that of the bank's keys, or `valid` does not match,
+            or keys look like maps.
 
     Examples:
         >>> bank = push_to_bank(init_bank(2, 1), torch.tensor([[1.0], [2.0], [3.0]]))
@@ -124,6 +125,7 @@ def push_to_bank(
     References:
         MoCo, Sec 3.2 and Algorithm 1; DUPR, Sec 3.2.
     """
+    refuse_maps("bank.push_to_bank", "keys", keys)
     features, cursor, filled = bank
     size = features.shape[0]
     shape = keys.shape[:-1]
@@ -187,6 +189,7 @@ def sample_keys(
         The selected keys, in random order.
 
     Raises:
+        TypeError: The keys look like maps.
         ValueError: The count is negative or above n.
 
     Examples:
@@ -196,6 +199,7 @@ def sample_keys(
     References:
         DUPR, Sec 3.2 (4 of the S x S patches of an image, for each level).
     """
+    refuse_maps("bank.sample_keys", "keys", keys)
     n = keys.shape[-2]
     if not 0 <= count <= n:
         raise ValueError(

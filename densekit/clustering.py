@@ -14,6 +14,7 @@ from densekit.numerics import (
     full_precision,
     l2_normalize,
     readable,
+    refuse_maps,
     safe_divide,
     sample_uniform,
     take_rows,
@@ -192,6 +193,7 @@ def swav_codes(
         gradient flows.
 
     Raises:
+        TypeError: The scores look like maps.
         ValueError: `epsilon` is not above 0, or `iterations` is below 1.
 
     Examples:
@@ -204,6 +206,8 @@ def swav_codes(
     """
     check("clustering.swav_codes", "epsilon", epsilon, epsilon > 0, "a number above 0")
     check("clustering.swav_codes", "iterations", iterations, iterations >= 1, "1 or more")
+
+    refuse_maps("clustering.swav_codes", "scores", scores)
 
     scores = widened(scores.detach())
     if not scores.shape[-1] or (group is None and not scores.shape[-2]):

@@ -27,6 +27,7 @@ from densekit.numerics import (
     full_precision,
     l2_normalize,
     masked_mean,
+    refuse_maps,
     widened,
 )
 from densekit.typing import Bool, Float, Scalar, Tensor, typed
@@ -91,7 +92,7 @@ def negative_cosine(
     References:
         DenseSiam, Eq 2; SimSiam, Eq 1.
     """
-    _refuse_maps("negative_cosine", "student", student)
+    refuse_maps("losses.negative_cosine", "student", student)
     valid = fit_valid("losses.negative_cosine", valid, student.shape[:-1])
     student = _valid_rows(student, valid)
     teacher = _valid_rows(teacher, valid)
@@ -140,7 +141,7 @@ def cross_entropy_similarity(
     References:
         DenseSiam, Eq 3 (student and teacher exchanged).
     """
-    _refuse_maps("cross_entropy_similarity", "student", student)
+    refuse_maps("losses.cross_entropy_similarity", "student", student)
     valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
     student = _valid_rows(student, valid)
     teacher = _valid_rows(teacher, valid)
@@ -212,7 +213,7 @@ def info_nce(
         1, 5 and 6 (given negatives).
     """
     check_temperature("losses.info_nce", temperature)
-    _refuse_maps("info_nce", "query", query)
+    refuse_maps("losses.info_nce", "query", query)
 
     others, use = negatives if isinstance(negatives, Negatives) else (negatives, None)
     if others is not None:
@@ -321,7 +322,7 @@ def self_distillation(
     where = "losses.self_distillation"
     check_temperature(where, student_temperature, "student_temperature")
     check_temperature(where, teacher_temperature, "teacher_temperature")
-    _refuse_maps("self_distillation", "student", student)
+    refuse_maps("losses.self_distillation", "student", student)
 
     valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
     logits = widened(teacher.detach())
@@ -376,7 +377,7 @@ def update_center(
             "previous mean from 0 to 1."
         )
 
-    _refuse_maps("update_center", "teacher", teacher)
+    refuse_maps("losses.update_center", "teacher", teacher)
     center = center.detach()
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
@@ -484,7 +485,7 @@ def variance_covariance(
     where = "losses.variance_covariance"
     check(where, "target", target, target >= 0, "0 or more")
     check(where, "epsilon", epsilon, epsilon > 0, "one above 0")
-    _refuse_maps("variance_covariance", "rows", rows)
+    refuse_maps("losses.variance_covariance", "rows", rows)
 
     valid = fit_valid(where, valid, rows.shape[:-1])
     rows = widened(_valid_rows(rows, valid))
@@ -587,21 +588,6 @@ def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
     parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
     return [_append(rows, last) for rows, last in parts if last.shape[-1]]
-
-
-def _refuse_maps(function: str, name: str, x: Tensor) -> None:
-    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels.
-
-    Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
-    many rows as channels, and more heads than those; up to 3 heads or views are never refused.
-    """
-    if torch.compiler.is_compiling() or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
-        return
-    if x.shape[-3] > max(x.shape[-1], 3):
-        raise TypeError(
-            f"densekit.losses.{function}: argument '{name}' should have its channels last, but its "
-            f"shape {tuple(x.shape)} looks like that of maps (..., d, h, w); use `map_to_rows(x)`."
-        )
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -15,7 +15,14 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from densekit.numerics import check, full_precision, l2_normalize, widened
+from densekit.numerics import (
+    check,
+    check_size,
+    full_precision,
+    l2_normalize,
+    refuse_maps,
+    widened,
+)
 from densekit.numerics import take_rows as _take_rows
 from densekit.typing import Bool, Float, Int, Integer, Shaped, Size, Tensor, typed
 from densekit.views import (
@@ -120,6 +127,7 @@ def match_by_place(
         App A, Table A1 (pixel distance).
     """
     _check("match_by_place", max_distance, best)
+    _check_sizes("match_by_place", size1, size2)
     size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
     gap_x, gap_y = _gaps(view1, view2, size1, size2)
     x = gap_x.min(-1)
@@ -170,6 +178,7 @@ def positive_pairs(
         PixPro, Sec 3.1.
     """
     _check("positive_pairs", max_distance, None)
+    _check_sizes("positive_pairs", size1, size2)
     size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
     x, y = _gaps(view1, view2, size1, size2)
     distance = torch.hypot(x[..., None, :, None, :], y[..., :, None, :, None])  # (h1, w1, h2, w2)
@@ -212,7 +221,7 @@ def match_by_feature(
         the rows, and compute their loss.
 
     Raises:
-        TypeError: The shapes do not match.
+        TypeError: The shapes do not match, or rows look like maps.
         ValueError: `max_distance` or `best` is negative.
 
     Examples:
@@ -224,6 +233,8 @@ def match_by_feature(
         DenseSiam, App A, Table A1 (feature similarity); DUPR, Fig 10.
     """
     _check("match_by_feature", max_distance, best)
+    refuse_maps("matching.match_by_feature", "features1", features1)
+    refuse_maps("matching.match_by_feature", "features2", features2)
     known1 = _known(features1, valid1)
     known2 = _known(features2, valid2)
     dtype = torch.promote_types(features1.dtype, features2.dtype)
@@ -359,6 +370,11 @@ def _check(function: str, max_distance: float | None, best: int | None) -> None:
     check(f"matching.{function}", "max_distance", max_distance, near, "0 or more, or None")
     few = best is None or best >= 0
     check(f"matching.{function}", "best", best, few, "0 or more, or None")
+
+
+def _check_sizes(function: str, size1: int | Size, size2: int | Size | None) -> None:
+    check_size(f"matching.{function}", size1, "size1")
+    check_size(f"matching.{function}", size1 if size2 is None else size2, "size2")
 
 
 def _matches(

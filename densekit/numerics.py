@@ -263,6 +263,28 @@ def check_cells(where: str, name: str, size: Sequence[int]) -> None:
         raise ValueError(f"densekit.{where}: {name} is {h} x {w}; give a map with cells.")
 
 
+def check_size(where: str, size: int | Size, name: str = "size") -> None:
+    """Raise an error for a size that is not positive."""
+    h, w = (size, size) if isinstance(size, int) else size
+    check(where, name, size, min(h, w) >= 1, "a positive (h, w)")
+
+
+def refuse_maps(function: str, argument: str, x: Tensor) -> None:
+    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels.
+
+    Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
+    many rows as channels, and more heads than those; up to 3 heads or views are never refused.
+    The decorator `typed` knows the same rule, for a map that fits while another argument does not.
+    """
+    if torch.compiler.is_compiling() or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
+        return
+    if x.shape[-3] > max(x.shape[-1], 3):
+        raise TypeError(
+            f"densekit.{function}: argument '{argument}' should have its channels last, but its "
+            f"shape {tuple(x.shape)} looks like that of maps (..., d, h, w); use `map_to_rows(x)`."
+        )
+
+
 def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:
     """Raise an error for images whose channels are the last axis, as other libraries have them.
 

@@ -6,6 +6,7 @@ import torch
 from densekit.numerics import (
     check,
     check_cells,
+    check_size,
     full_precision,
     interpolation_weights,
     map_to_rows,
@@ -88,6 +89,7 @@ def grid_points(
     References:
         DenseSiam, Sec 3.2, Fig 3 (K = 7: Table 4a).
     """
+    check_size("sampling.grid_points", size)
     flip = torch.zeros(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
     view = View(boxes, flip, flip)
     return coordinate_map(view, size).flatten(-3, -2)
@@ -257,6 +259,7 @@ def grid_pairs(
     References:
         DenseSiam, Sec 3.2, Fig 3.
     """
+    check_size("sampling.grid_pairs", size)
     overlap = intersect_views(view1, view2)
     points = grid_points(overlap.box, size)
     points1 = image_to_view(view1, points)
@@ -304,6 +307,9 @@ def gridsample_pairs(
     References:
         DenseSiam, Sec 3.2, Fig 3, Table 4a and 4d.
     """
+    check_size("sampling.gridsample_pairs", size)
+    check_cells("sampling.gridsample_pairs", "the first map", features1.shape[-2:])
+    check_cells("sampling.gridsample_pairs", "the second map", features2.shape[-2:])
     pairs = grid_pairs(view1, view2, size, valid)
     return PairedFeatures(
         gridsample(features1, pairs.points1), gridsample(features2, pairs.points2), pairs.valid

@@ -37,6 +37,7 @@ number is checked: to read that of a tensor would make a GPU wait, and would bre
 
 _ENABLED = os.environ.get("DENSEKIT_TYPECHECK", "1") != "0"
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is accepted where a float is expected
+_SIZE_ADVICE = "Give `(h, w)`, such as `x.shape[-2:]`."
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -181,7 +182,7 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as reason:
-        return f"{where}: {_explain_call(reason, signature, kwargs)}."
+        return f"{where}: {_explain_call(reason, signature, args, kwargs)}."
     if not isinstance(error, TypeCheckError):
         return None
 
@@ -196,6 +197,9 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
                 before.append(part)
                 continue
 
+            rows = _map_for_rows(part, before)
+            if rows is not None:
+                return f"{where}: {_about_map(*rows[:2])}"
             short = _lacks_axes(part, before)
             if short is not None:
                 sizes = {"batch": _leading_axes(value, hint)}
@@ -209,7 +213,9 @@ def _explain(function, signature, error, args, kwargs) -> str | None:
     return None
 
 
-def _explain_call(reason: TypeError, signature: inspect.Signature, kwargs: dict) -> str:
+def _explain_call(
+    reason: TypeError, signature: inspect.Signature, args: tuple, kwargs: dict
+) -> str:
     """Say why arguments cannot be matched with the parameters."""
     unknown = [name for name in kwargs if name not in signature.parameters]
     if unknown and "unexpected keyword" not in str(reason):  # a wrong name is also a missing one
@@ -218,6 +224,10 @@ def _explain_call(reason: TypeError, signature: inspect.Signature, kwargs: dict)
     parameters = signature.parameters.values()
     names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
     if "missing" in str(reason):
+        for value, parameter in zip(args, parameters, strict=False):
+            fields = _fields_for(value, parameter.annotation)
+            if _is_record(parameter.annotation) and len(fields) > 1:
+                return f"{reason}; give `{', '.join(fields)}` for the {type(value).__name__}"
         names = [name for name in names if f"'{name}'" in str(reason)]
     elif "too many positional" not in str(reason):
         names = []
@@ -261,15 +271,71 @@ def _lacks_axes(part: tuple, before: list[tuple]) -> tuple | None:
     """Return an earlier argument of another kind that has fewer batch axes than this one.
 
     Such as tokens (b, n, d) before views (b,), where maps (b, d, h, w) are wanted: taken for one
-    map they fit, and only the views, which are right, do not fit any more.
+    map they fit, and only the views, which are right, do not fit any more. It is to blame only if
+    it can be rows, or one map or image before several views.
     """
     axes = _leading_axes(*part[1:])
     for earlier in before:
         its_axes = _leading_axes(*earlier[1:])
         if axes is not None and its_axes is not None and len(its_axes) < len(axes):
             same_kind = _array_hint(earlier[2]).dim_str == _array_hint(part[2]).dim_str
-            return None if same_kind else earlier
+            one_for_several = not its_axes and len(axes) == 1 and _is_field_of_view(part[0])
+            if same_kind:
+                return None
+            if tuple(earlier[1].shape[:-2]) == axes or one_for_several:
+                return earlier
     return None
+
+
+def _is_field_of_view(label: str) -> bool:
+    return re.fullmatch(r"view\w*\.\w+", label) is not None
+
+
+def _looks_like_map(x: Any) -> bool:
+    """Return whether what should be rows seems to be maps: the rule of `numerics.refuse_maps`."""
+    if not isinstance(x, Tensor) or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
+        return False
+    return bool(x.shape[-3] > max(x.shape[-1], 3))
+
+
+def _about_map(name: str, x: Tensor) -> str:
+    """Say that an argument should be rows."""
+    return (
+        f"argument '{name}' should have its channels last, but its shape {tuple(x.shape)} looks "
+        "like that of maps (..., d, h, w); use `map_to_rows(x)`."
+    )
+
+
+def _map_for_rows(part: tuple, before: list[tuple]) -> tuple | None:
+    """Return an earlier argument that is a map where rows are wanted; this one may then be right.
+
+    Such as a map (b, d, h, w) before a bank of d channels: the map's width was taken for d.
+    """
+    _, value, hint = part
+    if not isinstance(value, (Tensor, *_records_of(hint))):
+        return None
+    rows = getattr(value, "features", value)
+    width = rows.shape[-1:] if isinstance(rows, Tensor) and _wants_rows(hint) else ()
+    for earlier in before:
+        x = earlier[1]
+        if not (isinstance(x, Tensor) and _wants_rows(earlier[2])):
+            continue
+        fits = x.ndim >= 4 and x.shape[-3:-2] == width and x.shape[-1:] != width
+        if _looks_like_map(x) or fits:
+            return earlier
+    return None
+
+
+def _wants_rows(hint: Any) -> bool:
+    """Return whether a hint is one of rows, with channels d as the last axis."""
+    hint = _array_hint(hint)
+    return hint is not None and hint.dim_str.split()[-1:] == ["d"]
+
+
+def _records_of(hint: Any) -> tuple:
+    """Return the records among the members of a hint."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(filter(_is_record, members))
 
 
 def _leading_axes(value: Any, hint: Any) -> tuple[int, ...] | None:
@@ -335,7 +401,7 @@ def _describe(value: Any) -> str:
     if _is_numpy(value):
         return f"a numpy array of shape {value.shape} and dtype {value.dtype}"
     if isinstance(value, list | tuple) and not (len(value) <= 4 and _are_numbers(value)):
-        short = value if _is_record(type(value)) else value[:2]
+        short = value if _is_record(type(value)) and len(value) <= 3 else value[:2]
         items = [f"a {type(x).__name__}" if isinstance(x, tuple) else _describe(x) for x in short]
         if len(short) < len(value):
             items.append(f"... {len(value)} in all")
@@ -360,10 +426,32 @@ def _are_numbers(value: Any) -> bool:
 def _advice(value: Any, hint: Any, sizes: dict[str, Any], signature: inspect.Signature) -> str:
     """Say how to make a value fit, if it is a common mistake; otherwise say nothing."""
     if isinstance(value, Tensor):
-        advice = _advice_on_dtype(value, hint, signature) or _advice_on_axes(value, hint, sizes)
+        advice = (
+            _advice_on_kind(value, hint)
+            or _advice_on_dtype(value, hint, signature)
+            or _advice_on_axes(value, hint, sizes)
+        )
     else:
-        advice = _advice_on_type(value, hint)
+        advice = _advice_on_fields(value, hint) or _advice_on_type(value, hint, sizes)
     return f" {advice}" if advice else ""
+
+
+def _advice_on_kind(x: Tensor, hint: Any) -> str:
+    """Say what to give instead of a tensor."""
+    array = _array_hint(hint)
+    wanted = _describe_hint(hint)
+    if array is None and not x.ndim and wanted.startswith(("int", "float")):
+        return f"Use `{wanted.split()[0]}(x)`."
+    if "tuple[int, int]" in wanted and (array is None or x.shape[-1:] != (2,)):
+        return _SIZE_ADVICE
+    if wanted == "View" and x.shape[-1:] == (4,):
+        return (
+            "`View(x, flip)` makes views of boxes; `view[0]` is a field of a view: for the first "
+            "of several views use `index_views(view, 0)`."
+        )
+    if wanted == "Sequence[Tensor]":
+        return "Give a pair, such as `(x1, x2)`."
+    return ""
 
 
 def _advice_on_dtype(x: Tensor, hint: Any, signature: inspect.Signature) -> str:
@@ -383,46 +471,122 @@ def _advice_on_dtype(x: Tensor, hint: Any, signature: inspect.Signature) -> str:
 
 def _advice_on_axes(x: Tensor, hint: Any, sizes: dict[str, Any]) -> str:
     hint = _array_hint(hint)
-    if hint is None or not hint.dim_str.startswith("*batch"):
+    if hint is None:
+        return ""
+    if not hint.dim_str:
+        squeeze = ": `x.squeeze()`" if x.numel() == 1 else ""
+        return f"Give a tensor of no axes{squeeze}."
+    if not hint.dim_str.startswith("*batch"):
         return ""
     axes = hint.dim_str.split()[1:]
+    batch = sizes.get("batch", ())
+    expected = len(axes) + len(batch)
     if axes[-1:] == ["d"] and x.ndim > 2 and x.shape[-3] == sizes.get("d", x.shape[-1]):
         return "For a map (..., d, h, w) use `map_to_rows(x)`, whose channels come last."
-    expected = len(axes) + len(sizes.get("batch", ()))
+    if axes[-2:] == ["n", "4"] and x.shape[-1:] == (5,):
+        return (
+            "Boxes are (*batch, n, 4), those of each image together; without the index of its "
+            "image a row is `x[..., 1:]`."
+        )
     if x.ndim == expected or ("batch" not in sizes and x.ndim > expected):
         return ""
-    advice = f"It has {x.ndim} axes instead of {expected}."
-    if len(axes) > 2 and axes[-3] == "d" and axes[-2].startswith("h") and x.ndim == expected - 1:
+    advice = f"It has {x.ndim} {'axis' if x.ndim == 1 else 'axes'} instead of {expected}."
+    maps = len(axes) > 2 and axes[-3] == "d" and axes[-2].startswith("h")
+    if maps and x.ndim == expected - 1 and tuple(x.shape[:-2]) == batch:
         return f"{advice} Maps are wanted: for rows (..., n, d) use `rows_to_map(x, size)`."
+    if axes == ["n", "2"] and x.ndim == expected + 1 and tuple(x.shape[:-3]) == batch:
+        return f"{advice} Flatten the grid: `x.flatten(-3, -2)`."
     return advice
 
 
-def _advice_on_type(value: Any, hint: Any) -> str:
+def _advice_on_fields(value: Any, hint: Any) -> str:
+    """Say which fields of a record are what is wanted."""
+    if type(value).__name__ == "Bank" and "Negatives" in _describe_hint(hint):
+        return "Use `bank_negatives(bank)`."
+    fields = _fields_for(value, hint)
+    if not fields:
+        return ""
+    return f"Use {'one of ' if len(fields) > 1 else ''}`{', '.join(fields)}`."
+
+
+def _fields_for(value: Any, hint: Any) -> list[str]:
+    """Return the fields of a record that fit where the record itself was given."""
+    if not _is_record(type(value)) or not (_is_record(hint) or _array_hint(hint)):
+        return []
+    if isinstance(value, _records_of(hint)):
+        return []
+    with jaxtyped("context"):
+        fitting = [
+            name for name in value._fields if _fits(getattr(value, name), _with_fields(hint))
+        ]
+    of_views = [name for name in fitting if name[-1] in "12"]  # rather than those of the image
+    kind = type(value).__name__
+    called = "pairs" if "Pair" in kind else kind.lower() if kind.istitle() else "x"
+    return [f"{called}.{name}" for name in of_views or fitting]
+
+
+def _advice_on_type(value: Any, hint: Any, sizes: dict[str, Any]) -> str:
     wanted = _describe_hint(hint)
-    record = hint if _is_record(hint) else None
+    array = _array_hint(hint)
     if _is_numpy(value):
         return "Use `torch.from_numpy(x)`."
-    if type(value).__module__.startswith("PIL."):
+    if _is_numpy_number(value):
+        return f"Use `{'float' if 'float' in wanted else 'int'}(x)`."
+    if _is_pil(value):
         return "Convert it to a tensor first, such as with torchvision's `to_tensor`."
-    if type(value).__name__ == "Bank" and "Negatives" in wanted:
-        return "Use `bank_negatives(bank)`."
+    if isinstance(value, bool) and array is not None and array.dim_str.startswith("*batch"):
+        batch = sizes.get("batch", ())
+        return f"Use `torch.full({batch}, {value})`." if batch else f"Use `torch.tensor({value})`."
     if isinstance(value, int) and "tuple[int, int]" in wanted:
         return f"Give `(h, w)`, such as `({value}, {value})`."
     if _is_record(type(value)) or not isinstance(value, list | tuple) or not value:
         return ""
+    return _advice_on_items(value, hint)
 
+
+def _advice_on_items(value: list | tuple, hint: Any) -> str:
+    """Say how to make a list or a tuple fit."""
+    wanted = _describe_hint(hint)
+    array = _array_hint(hint)
+    record = hint if _is_record(hint) else None
     if record is not None and all(isinstance(item, record) for item in value):
         name = "stack_views" if wanted == "View" else "stack"
         return f"Stack them first: `{name}(x)`."
     if record is not None and 0 <= len(record._fields) - len(value) <= len(record._field_defaults):
         return f"Use `{wanted}(*x)`."
+    if "tuple[" in wanted and any(map(_is_numpy_number, value)):
+        return "Use `tuple(map(int, x))`."
+    if "tuple[int, int]" in wanted and len(value) > 2 and _are_numbers(value):
+        return _SIZE_ADVICE
     if isinstance(value, list) and "tuple[" in wanted:
         return "Use a tuple: `tuple(x)`."
-    if _array_hint(hint) is not None and all(isinstance(item, Tensor) for item in value):
+    if any(map(_is_pil, value)):
+        return "Convert each to a tensor first, such as with torchvision's `to_tensor`."
+    if all(map(_is_numpy, value)) and (array is not None or "Sequence[" in wanted):
+        tensors = "[torch.from_numpy(a) for a in x]"
+        return f"Use `{tensors}`." if "Sequence[" in wanted else f"Use `torch.stack({tensors})`."
+    if array is not None and all(isinstance(item, Tensor) for item in value):
+        if len({item.shape for item in value}) > 1:
+            return "Pad them to one shape, and stack them."
         return "Stack them first: `torch.stack(x)`."
-    if _array_hint(hint) is not None and isinstance(value, list):
+    if array is not None and isinstance(value, list) and _are_nested_numbers(value):
         return "Use `torch.tensor(x)`."
     return ""
+
+
+def _is_pil(value: Any) -> bool:
+    return type(value).__module__.startswith("PIL.")
+
+
+def _is_numpy_number(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and not _is_numpy(value)
+
+
+def _are_nested_numbers(value: Any) -> bool:
+    """Return whether `torch.tensor` takes these lists, but for their lengths."""
+    if isinstance(value, list | tuple):
+        return all(map(_are_nested_numbers, value))
+    return isinstance(value, int | float)
 
 
 def _array_hint(hint: Any) -> Any:

@@ -100,6 +100,8 @@ def _or_no_flip(vertical_flip: Any, flip: Any) -> Any:
     return flip < flip if isinstance(flip, bool) or hasattr(flip, "dtype") else flip
 
 
+_new_view.__name__ = _new_view.__qualname__ = "View"  # as errors about its arguments say it
+
 # The class body of a NamedTuple may not define it, and a subclass that does is no NamedTuple to
 # `torch.compile`. The compiler of torch 2.8 does not call it: there `View(box, flip)` holds None
 # inside the graph, which `_fields` reads.
@@ -200,7 +202,8 @@ def full_view(
         Views of shape `(*batch, *sizes)` with the box `(0, 0, w, h)`.
 
     Raises:
-        ValueError: A size given as a tuple is not positive. Sizes in a tensor are not checked.
+        ValueError: A size given as a tuple is not positive, or an axis of `batch` is negative.
+            Sizes in a tensor are not checked.
 
     Examples:
         >>> full_view((480, 640)).box
@@ -213,9 +216,9 @@ def full_view(
         raise ValueError(
             f"densekit.views.full_view: size is {size}; give a positive (h, w) in pixels."
         )
+    batch = _leading_axes("full_view", batch)
     height, width = _height_and_width(size, device)
     corner = torch.zeros_like(width)
-    batch = (batch,) if isinstance(batch, int) else batch
     box = torch.stack([corner, corner, width, height], -1)
     box = box.expand(*batch, *box.shape).contiguous()
     flip = torch.zeros(box.shape[:-1], dtype=torch.bool, device=box.device)
@@ -478,8 +481,9 @@ def sample_views(
         Views of shape `(*batch, *sizes)` in the image frame.
 
     Raises:
-        ValueError: `scale`, `ratio` or the probability of a flip is out of its range, or a size
-            given as a tuple is not positive. Sizes in a tensor are not checked.
+        ValueError: `scale`, `ratio` or the probability of a flip is out of its range, a size
+            given as a tuple is not positive, or an axis of `batch` is negative. Sizes in a tensor
+            are not checked.
 
     Examples:
         >>> view = sample_views((480, 640), (8,), generator=torch.Generator().manual_seed(0))
@@ -489,25 +493,11 @@ def sample_views(
     References:
         DenseSiam, App A.
     """
-    for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
-        if not 0 < low <= high < math.inf:
-            raise ValueError(
-                f"densekit.views.sample_views: {name} is {(low, high)}; give 0 < smallest <= "
-                "largest."
-            )
-    for name, probability in {"flip": flip, "vertical_flip": vertical_flip}.items():
-        if not 0 <= probability <= 1:
-            raise ValueError(
-                f"densekit.views.sample_views: {name} is {probability}; give a probability in "
-                "[0, 1]."
-            )
-    if isinstance(size, tuple) and min(size) <= 0:
-        raise ValueError(f"densekit.views.sample_views: size is {size}; give a positive (h, w).")
+    batch = _check_sampling("sample_views", size, batch, scale, ratio, flip, vertical_flip)
     device = None if generator is None else generator.device
     height, width = _height_and_width(size, device)
 
     # For each view: ten areas, ten ratios, the position (x, y), the flip.
-    batch = (batch,) if isinstance(batch, int) else batch
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
 
@@ -592,8 +582,8 @@ def sample_view_pairs(
     fits = 0 <= min_overlap <= 1
     check("views.sample_view_pairs", "min_overlap", min_overlap, fits, "an overlap in [0, 1]")
     check("views.sample_view_pairs", "attempts", attempts, attempts >= 1, "1 or more")
+    batch = _check_sampling("sample_view_pairs", size, batch, scale, ratio, flip, vertical_flip)
 
-    batch = (batch,) if isinstance(batch, int) else batch
     attempts = attempts if min_overlap > 0 else 1
     drawn = sample_views(
         size,
@@ -1014,8 +1004,9 @@ def crop_views(
     whole image. All ways agree up to rounding.
 
     Args:
-        images: Images with any number of channels; or a list of images `(c, h, w)` of any sizes, in
-            which images of the same size are cropped together.
+        images: Images with any number of channels, channels first; or a list of images `(c, h, w)`
+            of any sizes, in which images of the same size are cropped together. Images of more than
+            4 channels whose width is 1, 3 or 4 are refused, since their channels seem to be last.
         view: One view for each image.
         size: Size `(h, w)` of the crops in pixels; a number means square crops.
         interpolation: The resize filter. At edges "bicubic" overshoots the range of the images, by
@@ -1064,6 +1055,33 @@ def crop_views(
         for row, crop in zip(rows, found, strict=True):
             crops[row] = crop
     return torch.stack(crops)
+
+
+def _check_sampling(
+    function: str,
+    size: Size | Tensor,
+    batch: int | tuple[int, ...],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+    vertical_flip: float,
+) -> tuple[int, ...]:
+    """Check the options of `sample_views`, and return `batch` as a tuple."""
+    where = f"views.{function}"
+    for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
+        check(where, name, (low, high), 0 < low <= high < math.inf, "0 < smallest <= largest")
+    for name, share in {"flip": flip, "vertical_flip": vertical_flip}.items():
+        check(where, name, share, 0 <= share <= 1, "a probability in [0, 1]")
+    if isinstance(size, tuple):
+        check(where, "size", size, min(size) > 0, "a positive (h, w)")
+    return _leading_axes(function, batch)
+
+
+def _leading_axes(function: str, batch: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return `batch` as a tuple."""
+    axes = (batch,) if isinstance(batch, int) else batch
+    check(f"views.{function}", "batch", batch, min(axes, default=0) >= 0, "axes of 0 or more")
+    return axes
 
 
 def _height_and_width(

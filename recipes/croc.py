@@ -110,14 +110,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import croc`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import croc
     import harness
 
-    sys.exit(harness.main(croc.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm
@@ -148,10 +148,9 @@ def check_options(config: Config) -> None:
         f"--views.size is {size}: give a multiple of {patch}, the side of a patch.",
     )
     width, image_prototypes, cluster_prototypes = config.head
+    enough_prototypes = image_prototypes >= 2 and cluster_prototypes >= 2
     harness.check(
-        width >= 8
-        and image_prototypes >= 2
-        and cluster_prototypes >= 2,  # the MLP ends in width // 8
+        width >= 8 and enough_prototypes,  # the MLP ends in width // 8
         f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and 2 prototypes "
         "or more of each kind.",
     )
@@ -556,6 +555,7 @@ def train(config: Config) -> None:
         steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
         steps = config.epochs * steps_per_epoch
         peak_lr = config.lr * config.batch / 256
+        end_lr = min(1e-6, peak_lr)
         warmup_steps = min(config.warmup, config.epochs) * steps_per_epoch
 
         torch.manual_seed(config.seed)
@@ -593,7 +593,7 @@ def train(config: Config) -> None:
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, views, unreadable in bar:
-            lr = dk.warmup_cosine(step, steps, peak=peak_lr, warmup=warmup_steps, end=1e-6)
+            lr = dk.warmup_cosine(step, steps, peak=peak_lr, warmup=warmup_steps, end=end_lr)
             start, end = config.weight_decay
             weight_decay = dk.cosine_schedule(step, steps, start=start, end=end)
             optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)

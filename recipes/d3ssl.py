@@ -103,14 +103,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import d3ssl`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import d3ssl
     import harness
 
-    sys.exit(harness.main(d3ssl.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import torch
@@ -185,7 +185,10 @@ def check_options(config: Config) -> None:
         f"--temperature is {config.temperature}: give a finite number above 0.",
     )
     momentum = config.momentum
-    harness.check(0 <= momentum <= 1, f"--momentum is {momentum}: give a number from 0 to 1.")
+    harness.check(
+        0 <= momentum < 1,
+        f"--momentum is {momentum}: give a number from 0 to less than 1.",
+    )
     harness.check(
         config.proposals is None or config.data is not None,
         f"--proposals is {config.proposals}: name the folder of its images with --data.",
@@ -492,13 +495,19 @@ def evaluate(
     """Save pictures of the inputs and of the bias of each layer. Without --data, also probe."""
     model.eval()
     device = run.world.device
-    encoder = nn.Sequential(transforms.Normalize(MEAN, STD), model.student["encoder"])
+    network = model.student["encoder"]
+    normalize = transforms.Normalize(MEAN, STD)
+    encoder = nn.Sequential(normalize, network)
     path = run.picture_path(step)
     draw_inputs(preview, config, path)
 
     terms = measure_layers(encoder, source, config, device)
     if config.data is None:
-        score = dk.probe_scenes(lambda x: encoder(x.to(device)))
+
+        def features(scenes: Tensor) -> Tensor:
+            return encoders.last_map(network, normalize(scenes).to(device))
+
+        score = dk.probe_scenes(features)
         terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
     run.log(step, **terms)
     draw_layers(run.rows("mean_cosine_layer4"), path.with_name("layers.png"))

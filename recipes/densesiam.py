@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 8 -- recipes/densesiam.py --preset paper --data coco/train2017
 
 Run the same command again to resume. `--preset simsiam` is the baseline, without the dense
-losses.
-Logged values, deviations from the paper, time and results: docs/recipes/densesiam.md.
+losses. Logged values, deviations from the paper, time and results: docs/recipes/densesiam.md.
 """
 
 import argparse
@@ -103,14 +102,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once.
-    # `import densesiam` runs this file a second time, as a module, and that time also the part
-    # below. The script itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import densesiam
     import harness
 
-    sys.exit(harness.main(densesiam.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm
@@ -340,7 +339,7 @@ class DenseSiam(nn.Module):
         super().__init__()
         self.loss = config.loss
         self.view_size = config.views.size
-        self.encoder = encoders.build(config.arch)
+        self.encoder = encoders.build(config.arch, levels=1)
         channels = self.encoder.feature_info[-1]["num_chs"]
         hidden = config.hidden
         regions = config.categories

@@ -3,7 +3,7 @@
     python recipes/densesiam_segment.py               # the demo: minutes on a CPU
     python recipes/densesiam_segment.py --data SET    # the demo's model on your labeled images
     torchrun --nproc-per-node 8 -- recipes/densesiam_segment.py --preset paper --data coco \\
-        --weights torchvision:resnet18
+        --layout coco-stuff --mapping recipes/coco_stuff_27.json --weights torchvision:resnet18
 
 Labels are used for the score alone. Run the same command again to resume. Logged values, lists of
 images, deviations from the paper (ECCV 2022), time and results: docs/recipes/densesiam_segment.md.
@@ -86,14 +86,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once.
-    # `import densesiam_segment` runs this file a second time, as a module, and that time also the
-    # part below. The script itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import densesiam_segment
     import harness
 
-    sys.exit(harness.main(densesiam_segment.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm

@@ -41,16 +41,14 @@ class Config:
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
     weight_decay: float = 1e-4
-    sides: tuple[int, ...] = tuple(
-        range(480, 801, 32)
-    )  # Short sides in training; the last in tests.
+    # Short sides in training; the last in tests.
+    sides: tuple[int, ...] = tuple(range(480, 801, 32))
     longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
     width: int = 256  # Channels of the FPN.
     rois: int = 512  # Regions per image that train the box head.
-    proposals: int = (
-        1000  # Regions per image that the RPN proposes; on C4 twice as many in training.
-    )
+    # Regions per image that the RPN proposes; on C4 twice as many in training.
+    proposals: int = 1000
     seed: int = 0
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -96,14 +94,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import detect`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import detect
     import harness
 
-    sys.exit(harness.main(detect.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm
@@ -514,7 +512,8 @@ def coco_rows(output: dict[str, Tensor], image_id: int) -> list[dict]:
 
 def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, Any]:
     """COCO's AP over the IoU 0.5 to 0.95, AP50, AP75, and AP of each class that has an object."""
-    coco_eval = COCOeval_faster(truth, truth.loadRes(found), kind)
+    results = truth.loadRes(found) if found else COCO()  # version 1.7 cannot load an empty list
+    coco_eval = COCOeval_faster(truth, results, kind)
     coco_eval.evaluate()
     # The first range of areas is that of all objects, and the last limit of detections is 100.
     curves = coco_eval.eval["precision"][..., 0, -1]  # IoU x recall x class

@@ -94,14 +94,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import dupr`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import dupr
     import harness
 
-    sys.exit(harness.main(dupr.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import timm

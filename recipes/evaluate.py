@@ -56,13 +56,13 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once.
-    # `import evaluate` runs this file a second time, as a module, and that time also the part
-    # below. The script itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import evaluate as recipe
     import harness
 
+    recipe = harness.module_of(__file__)
     sys.exit(harness.main(recipe.evaluate, config))
 
 import harness

@@ -32,13 +32,13 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import export`
-    # runs this file a second time, as a module, and that time also the part below. The script
-    # itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
-    import export as recipe
     import harness
 
+    recipe = harness.module_of(__file__)
     sys.exit(harness.main(recipe.export, config))
 
 import io
@@ -51,6 +51,7 @@ import warnings
 import harness
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from downstream.encoders import TINY, Encoder, load_encoder
@@ -279,7 +280,16 @@ def to_timm(job: Job) -> tuple[Any, str]:
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     call = f"timm.create_model({name!r}{given}"
     overlay = {"file": job.path, "custom_load": False}
-    lines = f"""network = {call}, num_classes=0, checkpoint_path={job.path!r})  # or, with a head:
+    with torch.device("meta"):
+        whole = timm.create_model(name, num_classes=0, **options)
+    if whole.state_dict().keys() == job.weights.keys():
+        load = f"network = {call}, num_classes=0, checkpoint_path={job.path!r})"
+    else:  # ConvNeXt without classes has a normalization in its head, which no map needs
+        load = f"""network = {call}, num_classes=0)
+timm.models.load_checkpoint(network, {job.path!r}, strict=False)  # all but the head"""
+
+    lines = f"""{load}
+# or, with a head:
 network = {call}, num_classes=10, pretrained=True, pretrained_cfg_overlay={overlay})"""
     return job.weights, lines
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import hashlib
+import importlib
 import json
 import math
 import mmap
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,11 @@ class NonFiniteError(Exception):
     """A term of the loss became infinite or NaN."""
 
 
+def module_of(path: str) -> Any:
+    """The file at this path as a module, whatever its name is: a copy of a recipe runs itself."""
+    return importlib.import_module(Path(path).stem)
+
+
 def main(function: Callable[[Any], None], config: Any) -> int:
     """Run `function(config)` and return the exit code.
 
@@ -63,28 +70,31 @@ def main(function: Callable[[Any], None], config: Any) -> int:
     becomes one line on the standard error.
     """
     try:
+        code, sentence = _outcome(function, config)
+    except RuntimeError as error:
+        # torch says so by a signal, which may come in the midst of anything, as of a way out.
+        if not is_of_dead_worker(error):
+            raise
+        code = 2
+        sentence = loader_failure(error)
+
+    if code != 0:
+        print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
+    """Run `function(config)`; the exit code, and what to say."""
+    try:
         function(config)
     except UserError as error:
         # A worker of the loader puts its own traceback before the sentence.
-        sentence = str(error).rsplit("UserError: ")[-1].strip()
-        code = 2
+        return 2, str(error).rsplit("UserError: ")[-1].strip()
     except NonFiniteError as error:
-        sentence = str(error)
-        code = 3
+        return 3, str(error)
     except KeyboardInterrupt:
-        sentence = "interrupted"
-        code = 130
-    except RuntimeError as error:
-        # torch says so by a signal, which may come in the midst of anything.
-        if not is_of_dead_worker(error):
-            raise
-        sentence = loader_failure(error)
-        code = 2
-    else:
-        return 0
-
-    print(f"error: {sentence}", file=sys.stderr)
-    return code
+        return 130, "interrupted"
+    return 0, ""
 
 
 # ---- options ---------------------------------------------------------------------------------
@@ -443,7 +453,10 @@ def read_list(path: Path) -> list[str]:
     """The lines of a text file, without empty ones. Only a newline ends a line."""
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        content = os.fsencode(content.decode("utf-16"))
+        try:
+            content = os.fsencode(content.decode("utf-16"))
+        except UnicodeError as error:
+            raise UserError(f"The list {path} begins as UTF-16, but is none: {error}.") from error
     content = content.removeprefix(codecs.BOM_UTF8)
     lines = [os.fsdecode(line.removesuffix(b"\r")) for line in content.split(b"\n")]
     return [line for line in lines if line]
@@ -610,14 +623,24 @@ def batches_per_epoch(images: int, batch: int, world: World) -> int:
     return images // batch
 
 
-def is_of_dead_worker(error: RuntimeError) -> bool:
+DYING = 1.0  # seconds in which a loader process is dead that has closed its connections
+
+
+def is_of_dead_worker(error: Exception) -> bool:
     """Whether torch says by this error that a loader process has died."""
     return str(error).startswith("DataLoader worker (pid")
 
 
-def loader_failure(error: RuntimeError) -> str:
+def has_dead_worker(iterator: Iterator[Any]) -> bool:
+    """Whether a loader process of a DataLoader's iterator is dead; a dying one is waited for."""
+    workers = getattr(iterator, "_workers", ())  # there are none with --workers 0
+    sentinels = [worker.sentinel for worker in workers]
+    return bool(sentinels) and bool(connection.wait(sentinels, DYING))
+
+
+def loader_failure(error: Exception) -> str:
     """A dead loader process, or a lack of shared memory, in one sentence."""
-    reason = " ".join(str(error).split()).rstrip(".")
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return (
         f"The loader has failed ({reason}): the memory or /dev/shm may be too small, give more of "
         "it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
@@ -656,8 +679,9 @@ def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
         try:
             with Watch("No batch of images has come", patience):
                 items = next(iterator, end)
-        except RuntimeError as error:
-            if not is_of_dead_worker(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A process that dies while it hands a tensor over is a connection that breaks off.
+            if not (is_of_dead_worker(error) or has_dead_worker(iterator)):
                 raise
             raise UserError(loader_failure(error)) from error
         if items is end:

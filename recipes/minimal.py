@@ -40,14 +40,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once. `import
-    # minimal` runs this file a second time, as a module, and that time also the part below. The
-    # script itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
     import harness
-    import minimal
 
-    sys.exit(harness.main(minimal.train, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.train, config))
 
 import harness
 import torch
@@ -96,6 +96,9 @@ class TwoViews:
         sizes = torch.tensor([image.shape[-2:] for image in images])
         pairs = dk.sample_view_pairs(sizes, min_overlap=0.1, generator=harness.generator(*key))
         views = [pairs.view1, pairs.view2]
+        if self.epoch == 0:
+            dk.check_views(dk.stack_views(views), sizes)
+
         pixels = [image / 255 for image in images]
         augmented = []
         with harness.seeded(*key, harness.COLORS):
@@ -112,7 +115,7 @@ class Minimal(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.grid = config.grid
-        self.encoder = encoders.build(config.arch)
+        self.encoder = encoders.build(config.arch, levels=1)
         channels = self.encoder.feature_info[-1]["num_chs"]
         self.projector = nn.Sequential(
             nn.Conv2d(channels, 256, kernel_size=1, bias=False),

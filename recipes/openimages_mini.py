@@ -73,14 +73,14 @@ def read_options() -> Config:
 
 
 if __name__ == "__main__":
-    # The options are read before torch is imported, so that --help answers at once.
-    # `import openimages_mini` runs this file a second time, as a module, and that time also the
-    # part below. The script itself ends at sys.exit.
+    # The options are read before torch is imported, so that --help answers at once. This file then
+    # runs a second time, as a module, and that time also the part below. The script itself ends at
+    # sys.exit.
     config = read_options()
     import harness
-    import openimages_mini
 
-    sys.exit(harness.main(openimages_mini.select, config))
+    recipe = harness.module_of(__file__)
+    sys.exit(harness.main(recipe.select, config))
 
 import harness
 import numpy as np

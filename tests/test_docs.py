@@ -28,8 +28,17 @@ MODULES = {
 NOT_FLAT = {"typing"}  # imported by its own name: no part of a training program
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "numerics": {
-        *("block_rows", "broadcasts", "check", "check_cells", "check_temperature", "fit_valid"),
+        *(
+            "block_rows",
+            "broadcasts",
+            "check",
+            "check_cells",
+            "check_size",
+            "check_temperature",
+            "fit_valid",
+        ),
         *("full_precision", "interpolation_weights", "readable", "refuse_channels_last"),
+        "refuse_maps",
         *("safe_divide", "sample_uniform", "take_rows", "widened"),
     },
     "pooling": {"pool_bins"},

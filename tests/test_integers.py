@@ -7,7 +7,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 WIDTHS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32)
 # Their sizes and cursors are signed.
-SIGNED = {"full_view", "sample_views", "sample_view_pairs", "bank_negatives", "push_to_bank"}
+SIGNED = {
+    *("full_view", "sample_views", "sample_view_pairs", "view_from_relative", "views_valid"),
+    *("bank_negatives", "push_to_bank"),
+}
 
 
 def integers(tree):

@@ -375,7 +375,7 @@ def test_a_pair_of_views_that_overlap_too_little_changes_no_method(method):
 
 def test_what_makes_no_sense_is_refused():
     view, rows = full_view((8, 8)), torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"coordinate_map: size is \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"match_by_place: size1 is \(0, 2\)"):
         match_by_place(view, view, (0, 2))
     for call in (
         partial(match_by_place, view, view, 2),

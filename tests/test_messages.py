@@ -468,6 +468,283 @@ call(
     "shape (12, 2)",
 )
 
+# ---- the argument that is wrong, where another one does not fit any more -----------------------
+
+call(
+    "a grid of points as grid_sample wants it",
+    lambda: dk.gridsample(MAPS, torch.rand(2, 7, 7, 2)),
+    "argument 'points'",
+    "shape (2, 7, 7, 2)",
+    "It has 4 axes instead of 3. Flatten the grid: `x.flatten(-3, -2)`.",
+)
+call(
+    "a grid of points for one map",
+    lambda: dk.gridsample(MAPS[0], torch.rand(7, 7, 2)),
+    "argument 'points'",
+    "Flatten the grid: `x.flatten(-3, -2)`.",
+)
+call(
+    "valid of the points for that of the pairs",
+    lambda: dk.gridsample_pairs(MAPS, MAPS, VIEWS, VIEWS, 7, torch.ones(2, 49).bool()),
+    "argument 'valid' should be Bool",
+    "with batch=(2)",
+    "It has 2 axes instead of 1.",
+)
+call(
+    "one axis too few",
+    lambda: dk.gridsample_pairs(MAPS, MAPS, VIEWS, VIEWS, 7, torch.tensor(True)),
+    "argument 'valid'",
+    "It has 0 axes instead of 1.",
+)
+call(
+    "one axis",
+    lambda: dk.image_to_view(ONE_VIEW, torch.rand(2)),
+    "argument 'points'",
+    "It has 1 axis instead of 2.",
+)
+call(
+    "one map before several views",
+    lambda: dk.gridsample_pairs(MAPS[0], MAPS[0], VIEWS, VIEWS),
+    "argument 'features1'",
+    "with batch=(2), but a tensor of shape (16, 7, 7)",
+    "It has 3 axes instead of 4.",
+)
+call(
+    "maps before a bank",
+    lambda: dk.info_nce(MAPS, MAPS, dk.bank_negatives(BANK), temperature=0.2),
+    "argument 'query' should have its channels last",
+    "use `map_to_rows(x)`.",
+)
+call(
+    "a map for the student's rows",
+    lambda: dk.negative_cosine(MAPS, ROWS),
+    "argument 'student' should have its channels last",
+    "use `map_to_rows(x)`.",
+)
+call(
+    "a map that is not square for the student's rows",
+    lambda: dk.negative_cosine(MAPS[..., :5], ROWS[:, :35]),
+    "argument 'student' should have its channels last",
+    "use `map_to_rows(x)`.",
+)
+call(
+    "maps before a center",
+    lambda: dk.self_distillation(MAPS, MAPS, torch.zeros(16)),
+    "argument 'student' should have its channels last",
+)
+call(
+    "a map to take rows of",
+    lambda: dk.take_rows(MAPS, torch.zeros(2, 5).long()),
+    "argument 'rows' should have its channels last",
+)
+call(
+    "maps for keys of a bank as wide as the maps",
+    lambda: dk.push_to_bank(dk.init_bank(8, 7), MAPS),
+    "bank.push_to_bank: argument 'keys' should have its channels last",
+    "use `map_to_rows(x)`.",
+)
+call(
+    "maps to sample keys of",
+    lambda: dk.sample_keys(MAPS, 2),
+    "bank.sample_keys: argument 'keys' should have its channels last",
+)
+call(
+    "maps to match",
+    lambda: dk.match_by_feature(MAPS, MAPS),
+    "matching.match_by_feature: argument 'features1' should have its channels last",
+)
+call(
+    "a map of scores",
+    lambda: dk.swav_codes(MAPS),
+    "clustering.swav_codes: argument 'scores' should have its channels last",
+)
+
+# ---- what to give instead ------------------------------------------------------------------------
+
+call(
+    "PIL images",
+    lambda: dk.crop_views([Image.new("RGB", (48, 32))] * 2, VIEWS, 24),
+    "argument 'images'",
+    "Convert each to a tensor first",
+)
+call(
+    "a list of numpy images",
+    lambda: dk.crop_views([np.zeros((3, 8, 9)), np.zeros((3, 9, 8))], VIEWS, 24),
+    "argument 'images'",
+    "Use `[torch.from_numpy(a) for a in x]`.",
+)
+call(
+    "boxes as a list of numpy arrays",
+    lambda: dk.roi_align(MAPS, list(BOXES.numpy()), 7),
+    "Use `torch.stack([torch.from_numpy(a) for a in x])`.",
+)
+call(
+    "boxes of different numbers",
+    lambda: dk.roi_align(MAPS, [torch.rand(3, 4), torch.rand(5, 4)], 7),
+    "Pad them to one shape, and stack them.",
+)
+call(
+    "images for their size",
+    lambda: dk.sample_view_pairs(IMAGES),
+    "argument 'size'",
+    "Give `(h, w)`, such as `x.shape[-2:]`.",
+)
+call(
+    "the shape of images for their size",
+    lambda: dk.sample_view_pairs(IMAGES.shape),
+    "argument 'size'",
+    "Give `(h, w)`, such as `x.shape[-2:]`.",
+)
+call(
+    "sizes as floats",
+    lambda: dk.sample_views(torch.tensor([[32.0, 48.0]])),
+    "argument 'size'",
+    "Convert it first: `x.long()`.",
+)
+call(
+    "maps for the size of a map",
+    lambda: dk.coordinate_map(VIEWS, MAPS),
+    "argument 'size'",
+    "Give `(h, w)`, such as `x.shape[-2:]`.",
+)
+call(
+    "a temperature with an axis",
+    lambda: dk.info_nce(ROWS, ROWS, temperature=torch.ones(1)),
+    "argument 'temperature'",
+    "Give a tensor of no axes: `x.squeeze()`.",
+)
+call(
+    "numpy numbers in a size",
+    lambda: dk.coordinate_map(VIEWS, (np.int64(7), 7)),
+    "argument 'size'",
+    "Use `tuple(map(int, x))`.",
+)
+call(
+    "a numpy number for a size",
+    lambda: dk.coordinate_map(VIEWS, np.int64(7)),
+    "argument 'size'",
+    "Use `int(x)`.",
+)
+call(
+    "a tensor for a number",
+    lambda: dk.sample_keys(ROWS, torch.tensor(4)),
+    "argument 'count'",
+    "Use `int(x)`.",
+)
+call(
+    "one view for a pair",
+    lambda: dk.symmetric_loss(dk.negative_cosine, ROWS, ROWS),
+    "argument 'students'",
+    "Give a pair, such as `(x1, x2)`.",
+)
+call(
+    "pairs of points for points",
+    lambda: dk.gridsample(MAPS, dk.grid_pairs(VIEWS, VIEWS)),
+    "argument 'points'",
+    "Use one of `pairs.points1, pairs.points2`.",
+)
+call(
+    "matches for indices",
+    lambda: dk.take_rows(ROWS, dk.match_by_feature(ROWS, ROWS)),
+    "argument 'indices'",
+    "Use one of `matches.indices1, matches.indices2`.",
+)
+call(
+    "pairs of views for two views",
+    lambda: dk.gridsample_pairs(MAPS, MAPS, dk.sample_view_pairs((32, 48), 2)),
+    "missing a required argument: 'view2'; give `pairs.view1, pairs.view2` for the ViewPairs.",
+)
+call(
+    "pairs of views to check",
+    lambda: dk.check_views(dk.sample_view_pairs((32, 48), 2), (32, 48)),
+    "argument 'view'",
+    "Use one of `pairs.view1, pairs.view2`.",
+)
+call(
+    "views with their valid for views",
+    lambda: dk.coordinate_map(dk.view_from_matrix(torch.eye(3), 8, pixel_centers="half"), 7),
+    "argument 'view'",
+    "Use `x.view`.",
+)
+call(
+    "the first field for the first view",
+    lambda: dk.coordinate_map(VIEWS[0], 7),
+    "argument 'view'",
+    "use `index_views(view, 0)`.",
+)
+call(
+    "one flip for all",
+    lambda: dk.view_from_xywh(VIEWS.box, True),
+    "argument 'flip'",
+    "Use `torch.full((2,), True)`.",
+)
+call(
+    "a flip that is no tensor",
+    lambda: dk.view_from_relative(torch.rand(4), (32, 48), flip=True),
+    "argument 'flip'",
+    "Use `torch.tensor(True)`.",
+)
+call(
+    "boxes with the index of their image",
+    lambda: dk.roi_align(MAPS, torch.rand(6, 5), 7),
+    "argument 'boxes'",
+    "Boxes are (*batch, n, 4), those of each image together",
+    "`x[..., 1:]`",
+)
+
+# ---- numbers are checked where they are given ----------------------------------------------------
+
+call(
+    "no grid for pairs of maps",
+    lambda: dk.gridsample_pairs(MAPS, MAPS, VIEWS, VIEWS, size=0),
+    "sampling.gridsample_pairs: size is 0; give a positive (h, w).",
+)
+call(
+    "no grid for pairs of views",
+    lambda: dk.grid_pairs(VIEWS, VIEWS, (7, 0)),
+    "sampling.grid_pairs: size is (7, 0); give",
+)
+call(
+    "no grid",
+    lambda: dk.grid_points(BOXES, 0),
+    "sampling.grid_points: size is 0; give",
+)
+call(
+    "maps without cells",
+    lambda: dk.gridsample_pairs(MAPS, MAPS[..., :0], VIEWS, VIEWS),
+    "sampling.gridsample_pairs: the second map is 7 x 0; give a map with cells.",
+)
+call(
+    "cells of no map",
+    lambda: dk.match_by_place(VIEWS, VIEWS, 0),
+    "matching.match_by_place: size1 is 0; give",
+)
+call(
+    "cells of no second map",
+    lambda: dk.positive_pairs(VIEWS, VIEWS, 7, (0, 7)),
+    "matching.positive_pairs: size2 is (0, 7); give",
+)
+call(
+    "fewer than no views",
+    lambda: dk.sample_views((96, 96), batch=-4),
+    "views.sample_views: batch is -4; give axes of 0 or more.",
+)
+call(
+    "fewer than no whole images",
+    lambda: dk.full_view((96, 96), (2, -4)),
+    "views.full_view: batch is (2, -4); give axes of 0 or more.",
+)
+call(
+    "fewer than no pairs",
+    lambda: dk.sample_view_pairs((96, 96), -4),
+    "views.sample_view_pairs: batch is -4; give axes of 0 or more.",
+)
+call(
+    "scale of pairs the wrong way round",
+    lambda: dk.sample_view_pairs((32, 48), scale=(1.0, 0.2)),
+    "views.sample_view_pairs: scale is (1.0, 0.2); give 0 < smallest <= largest.",
+)
+
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_call_is_answered_in_one_sentence(name):
@@ -491,6 +768,27 @@ def test_tensors_on_two_devices_are_named():
         "densekit.losses.negative_cosine: argument 'student' is on cpu and 'teacher' is on meta; "
         "move them to one device."
     )
+
+
+@pytest.mark.parametrize("heads", [3, 4, 7, 8])
+@pytest.mark.parametrize("size", [(2, 2), (7, 7), (7, 6)])
+def test_one_rule_says_what_is_a_map_whichever_argument_fits(heads, size):
+    x = torch.ones(2, heads, *size)
+    sentence = "argument 'student' should have its channels last"
+    refused = heads > max(size[1], 3) and size[0] == size[1]
+    with pytest.raises(TypeError) as caught:
+        dk.negative_cosine(x, torch.ones(2, 9))
+    assert (sentence in str(caught.value)) == refused
+    if refused:
+        with pytest.raises(TypeError, match=sentence):
+            dk.negative_cosine(x, x)
+    else:
+        dk.negative_cosine(x, x)
+
+
+def test_a_view_without_flip_is_named():
+    with pytest.raises(TypeError, match=r"^View\(\) missing 1 required .* 'flip'$"):
+        dk.View(torch.rand(4))
 
 
 def test_errors_of_other_kinds_are_left_as_they_are():

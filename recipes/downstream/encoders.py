@@ -152,35 +152,36 @@ def last_map(network: Any, images: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
+def unused_weights(network: Any, levels: int) -> set[str]:
+    """The names of the weights that the maps of the last levels do not need."""
+    probe = copy.deepcopy(network).to("meta").requires_grad_()
+    height, width = network.pretrained_cfg["input_size"][1:]
+    maps = level_maps(probe, torch.zeros(2, 3, height, width, device="meta"), levels)
+    names, weights = zip(*probe.named_parameters(), strict=True)
+    total = sum(x.sum() for x in maps)
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    return {name for name, x in zip(names, gradients, strict=True) if x is None}
+
+
 def drop_head(network: Any) -> None:
-    """Remove the parts that no feature map needs, such as the normalization of a classifier.
+    """Remove the parts that no map of the last four levels needs.
 
     Without its classes ConvNeXt keeps `head.norm`, and EfficientNet its last convolution. Their
     weights would get no gradient, and DistributedDataParallel would wait for them for ever.
     """
-    probe = copy.deepcopy(network).to("meta").requires_grad_()
-    height, width = network.pretrained_cfg["input_size"][1:]
-    maps = level_maps(probe, torch.zeros(2, 3, height, width, device="meta"))
-    names, weights = zip(*probe.named_parameters(), strict=True)
-    total = sum(x.sum() for x in maps)
-    gradients = torch.autograd.grad(total, weights, allow_unused=True)
-    unused = {name for name, x in zip(names, gradients, strict=True) if x is None}
-
+    unused = unused_weights(network, levels=4)
     for part, module in network.named_children():
         own = {f"{part}.{name}" for name, _ in module.named_parameters()}
         if own and own <= unused:
             setattr(network, part, nn.Identity())
-            unused -= own
-    # A few networks have such weights deep inside, which stay as they are.
-    for name in unused:
-        network.get_parameter(name).requires_grad_(requires_grad=False)
 
 
 # ---- loading -------------------------------------------------------------------------------------
-def build(architecture: str, *, pretrained: bool = False, **more: Any) -> Any:
+def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **more: Any) -> Any:
     """A network of timm without its head, with the options that our recipes give it, and `more`.
 
     `level_maps` gives its feature maps. Its own `forward` may need the head, so do not call it.
+    What the maps of the last `levels` do not need is not trained.
     """
     name, options = TINY.get(architecture, (str(architecture), {}))
     options = {**options, **more}
@@ -195,6 +196,9 @@ def build(architecture: str, *, pretrained: bool = False, **more: Any) -> Any:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         if hasattr(network, "forward_intermediates"):
             drop_head(network)
+            # A few networks, such as HRNet, have weights that only other maps need.
+            for unused in unused_weights(network, levels):
+                network.get_parameter(unused).requires_grad_(requires_grad=False)
     except Exception as error:  # a wrong tag, a download or a file raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = "has no weights to load here" if pretrained else "cannot be made"

@@ -97,6 +97,17 @@ def test_a_network_has_no_weight_that_its_maps_do_not_need(name, head):
         assert not list(getattr(network, head).parameters())
 
 
+def test_a_network_trains_no_weight_that_its_last_map_does_not_need():
+    with torch.device("meta"):
+        network = encoders.build("hrnet_w18_small", levels=1)
+        last = encoders.last_map(network, torch.zeros(2, 3, 64, 64))
+    trained = [x for x in network.parameters() if x.requires_grad]
+    gradients = torch.autograd.grad(last.sum(), trained, allow_unused=True)
+    assert all(x is not None for x in gradients)
+    whole = encoders.build("hrnet_w18_small")
+    assert network.state_dict().keys() == whole.state_dict().keys()
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "tiny", "no_such_network", ""])
 def test_what_has_no_levels_is_told(name):
     assert not encoders.has_levels(name)

@@ -126,18 +126,24 @@ def test_torchvision_loads_it_and_computes_the_same(run, checkpoint, architectur
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("architecture", "suffix"),
-    [("resnet18", ".pth"), ("tiny", ".safetensors"), ("tiny-vit", ".safetensors")],
+    [
+        ("resnet18", ".pth"),
+        ("tiny", ".safetensors"),
+        ("tiny-vit", ".safetensors"),
+        ("convnext_atto", ".safetensors"),  # it has a normalization in its head
+    ],
 )
 def test_timm_loads_it_with_and_without_a_new_head(run, checkpoint, architecture, suffix):
     facts = run(architecture, "timm", suffix)
     weights = safetensors.torch.load_file(checkpoint(architecture))
-    lines = facts["load"]
+    lines = facts["lines"].split("# or, with a head:\n")
     assert len(lines) == 2
     for line, classes in zip(lines, (0, 10), strict=True):
         exec(line, space := {"timm": timm})
         network = space["network"].eval()
         assert network.num_classes == classes
-        head = {f"{name}.{kind}" for name in ("fc", "head") for kind in ("weight", "bias")}
+        parts = ("fc", "head", "head.fc", "head.norm")
+        head = {f"{name}.{kind}" for name in parts for kind in ("weight", "bias")}
         state = {k: v for k, v in network.state_dict().items() if k not in head}
         assert state.keys() == weights.keys()
         assert all(torch.equal(state[key], weights[key]) for key in weights)

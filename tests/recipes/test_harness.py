@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import termios
+import threading
 import time
 from dataclasses import dataclass, field
 from itertools import chain
@@ -848,6 +849,28 @@ def test_main_says_one_sentence(capsys, error, code, text):
     assert capsys.readouterr().err == text
 
 
+DEAD_WORKER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+class Late(harness.UserError):
+    """torch says on the way out, too, that a loader process has died."""
+
+    def __str__(self):
+        raise DEAD_WORKER
+
+
+@pytest.mark.parametrize("error", [DEAD_WORKER, Late()])
+def test_a_dead_loader_process_is_one_sentence_wherever_torch_says_so(capsys, error):
+    def function(_):
+        raise error
+
+    assert harness.main(function, None) == 2
+    sentence = "error: The loader has failed (DataLoader worker (pid 7) is killed by signal: Killed"
+    message = capsys.readouterr().err
+    assert message.startswith(f"{sentence}): ")
+    assert message.count("\n") == 1
+
+
 def test_main_lets_success_and_defects_through():
     seen = []
     assert harness.main(seen.append, "config") == 0
@@ -1151,6 +1174,60 @@ def test_a_loader_process_in_trouble_is_one_sentence(trouble, capfd):
     assert "/dev/shm" in error
     assert "--workers 0" in error
     assert error.count("\n") == 1
+
+
+def break_off(error, worker):
+    """In the main process: a tensor is fetched from a process which dies meanwhile."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch may well not be the first to say so
+    threading.Timer(0.2, os.kill, (worker, signal.SIGKILL)).start()
+    raise error
+
+
+class BrokenOff:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        return break_off, (self.error, os.getpid())
+
+
+class BreaksOff(Indices):
+    def __init__(self, error):
+        super().__init__(4)
+        self.error = error
+
+    def __getitem__(self, indices):
+        return BrokenOff(self.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), "[Errno 104] Connection reset"),
+        (FileNotFoundError(2, "No such file or directory"), "[Errno 2] No such file"),
+        (EOFError(), "EOFError)"),
+        (RuntimeError("received 0 items of ancdata"), "received 0 items of ancdata)"),
+    ],
+)
+def test_a_loader_process_that_dies_while_it_sends_is_one_sentence(error, reason, capfd):
+    def read(_):
+        list(harness.batches(BreaksOff(error), 2, ALONE, seed=0, start=0, stop=2, workers=2))
+
+    assert in_a_fork(lambda: sys.exit(harness.main(read, None))) == 2
+    message = capfd.readouterr().err
+    assert message.startswith(f"error: The loader has failed ({reason}")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_images_is_none_of_the_loader(workers, monkeypatch):
+    class Broken(Indices):
+        def __getitem__(self, indices):
+            raise OSError("no such image")
+
+    monkeypatch.setattr(harness, "DYING", 0.1)
+    with pytest.raises(OSError, match="no such image"):
+        list(harness.batches(Broken(4), 2, ALONE, seed=0, start=0, stop=2, workers=workers))
 
 
 @pytest.mark.parametrize(("trouble", "workers"), [("stopped", 1), ("waits", 1), ("waits", 0)])
@@ -1592,6 +1669,15 @@ def test_a_newline_alone_ends_a_name_of_a_list(names, mark, newline):
         assert [os.fsdecode(x) for x in harness.FolderImages(path).names] == names
         path.write_bytes(newline.join(names).encode("utf-16"))  # as some editors write it
         assert harness.read_list(path) == names
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfea\0b", b"\xfe\xff\0a\0", b"\xff\xfe\x00\xd8"])
+def test_a_list_that_is_no_utf_16_is_one_sentence(tmp_path, content):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    match = rf"^The list {path} begins as UTF-16, but is none: .*\.$"
+    with pytest.raises(harness.UserError, match=match):
+        harness.FolderImages(path)
 
 
 def test_a_list_or_names_choose_the_images_and_their_order(tmp_path):

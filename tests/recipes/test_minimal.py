@@ -1,7 +1,10 @@
 """The complete method in one short file."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import harness
 import minimal
@@ -77,3 +80,17 @@ def test_a_pair_of_views_that_is_not_valid_changes_nothing(small):
 def test_any_convolutional_backbone_trains(small):
     minimal.train(replace(small, arch="convnext_atto", epochs=1, size=64))
     assert load_encoder(str(small.run)).architecture == "convnext_atto"
+
+
+def test_a_copy_runs_itself(tmp_path):
+    folder = Path(harness.__file__).parent
+    text = (folder / "minimal.py").read_text()
+    start = "def train(config: Config) -> None:\n"
+    assert start in text
+    (tmp_path / "my-method.py").write_text(text.replace(start, f"{start}    sys.exit('my own')\n"))
+    for name in ("harness.py", "minimal.py", "downstream"):
+        (tmp_path / name).symlink_to(folder / name)
+    done = subprocess.run(
+        [sys.executable, "my-method.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.endswith("my own\n")
