@@ -51,7 +51,8 @@ def upright_size(path: Path) -> tuple[int, int]:
         if isinstance(
             file, TiffImagePlugin.TiffImageFile
         ):  # Pillow may have turned the size already
-            width, height = file.tag_v2[256], file.tag_v2[257]
+            width = file.tag_v2[256]
+            height = file.tag_v2[257]
         if file.format == "PNG" and has_late_chunks(path):
             file.load()
         # A PNG's own method would decode its pixels. The orientations 5 to 8 swap the sides.
