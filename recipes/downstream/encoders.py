@@ -120,9 +120,9 @@ def has_levels(architecture: str) -> bool:
     if not timm.is_model(architecture):
         return False
     try:
-        with torch.device("meta"):
-            network = timm.create_model(architecture, num_classes=0)
-            maps = level_maps(network, torch.zeros(2, 3, 224, 224))
+        with harness.seeded(0):  # so that the caller's random numbers stay as they are
+            network = timm.create_model(architecture, num_classes=0).to("meta")
+            maps = level_maps(network, torch.zeros(2, 3, 224, 224, device="meta"))
     except Exception:  # a network without levels, or one that takes other images
         return False
     sides = [x.shape[-1] for x in maps]

@@ -12,6 +12,7 @@ import torchvision
 from downstream import encoders
 from downstream.encoders import load_encoder
 from harness import UserError
+from packaging.version import Version
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
 
@@ -56,6 +57,8 @@ OTHERS = [
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_what_passes_for_a_resnet_has_the_stages_that_the_recipes_use(name):
+    if name == "ecaresnet50d_pruned" and Version(timm.__version__) < Version("1.0.23"):
+        pytest.skip("this timm names another width than the network has")
     assert encoders.is_resnet(name)
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0, global_pool="")
@@ -74,6 +77,15 @@ def test_a_name_does_not_make_a_resnet(name):
 
 
 # ---- networks with levels ------------------------------------------------------------------------
+def build_or_skip(name, **options):
+    """The network, without values; an old timm gives the maps of fewer networks."""
+    network = encoders.build(name, **options).to("meta")
+    if not hasattr(network, "forward_intermediates"):
+        assert Version(timm.__version__) < Version("1.0.24")
+        pytest.skip("this timm gives no maps of the network")
+    return network
+
+
 @pytest.mark.parametrize(
     ("name", "head"),
     [
@@ -85,10 +97,9 @@ def test_a_name_does_not_make_a_resnet(name):
     ],
 )
 def test_a_network_has_no_weight_that_its_maps_do_not_need(name, head):
+    network = build_or_skip(name)
     assert encoders.has_levels(name)
-    with torch.device("meta"):
-        network = encoders.build(name)
-        maps = encoders.level_maps(network, torch.zeros(2, 3, 64, 64))
+    maps = encoders.level_maps(network, torch.zeros(2, 3, 64, 64, device="meta"))
     assert [x.shape[-1] for x in maps] == [16, 8, 4, 2]
     trained = [x for x in network.parameters() if x.requires_grad]
     gradients = torch.autograd.grad(sum(x.sum() for x in maps), trained, allow_unused=True)
@@ -98,9 +109,8 @@ def test_a_network_has_no_weight_that_its_maps_do_not_need(name, head):
 
 
 def test_a_network_trains_no_weight_that_its_last_map_does_not_need():
-    with torch.device("meta"):
-        network = encoders.build("hrnet_w18_small", levels=1)
-        last = encoders.last_map(network, torch.zeros(2, 3, 64, 64))
+    network = build_or_skip("hrnet_w18_small", levels=1)
+    last = encoders.last_map(network, torch.zeros(2, 3, 64, 64, device="meta"))
     trained = [x for x in network.parameters() if x.requires_grad]
     gradients = torch.autograd.grad(last.sum(), trained, allow_unused=True)
     assert all(x is not None for x in gradients)
