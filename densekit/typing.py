@@ -217,22 +217,23 @@ def _explain_call(
     reason: TypeError, signature: inspect.Signature, args: tuple, kwargs: dict
 ) -> str:
     """Say why arguments cannot be matched with the parameters."""
+    problem = str(reason).replace("required keyword-only", "required")  # as Python 3.13 calls it
     unknown = [name for name in kwargs if name not in signature.parameters]
-    if unknown and "unexpected keyword" not in str(reason):  # a wrong name is also a missing one
-        return f"got an unexpected keyword argument '{unknown[0]}', and is {reason}"
+    if unknown and "unexpected keyword" not in problem:  # a wrong name is also a missing one
+        return f"got an unexpected keyword argument '{unknown[0]}', and is {problem}"
 
     parameters = signature.parameters.values()
     names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
-    if "missing" in str(reason):
+    if "missing" in problem:
         for value, parameter in zip(args, parameters, strict=False):
             fields = _fields_for(value, parameter.annotation)
             if _is_record(parameter.annotation) and len(fields) > 1:
-                return f"{reason}; give `{', '.join(fields)}` for the {type(value).__name__}"
-        names = [name for name in names if f"'{name}'" in str(reason)]
-    elif "too many positional" not in str(reason):
+                return f"{problem}; give `{', '.join(fields)}` for the {type(value).__name__}"
+        names = [name for name in names if f"'{name}'" in problem]
+    elif "too many positional" not in problem:
         names = []
     by_name = f"; give {', '.join(f'`{name}=`' for name in names)} by name" if names else ""
-    return f"{reason}{by_name}"
+    return f"{problem}{by_name}"
 
 
 def _explain_devices(function, signature, error, args, kwargs) -> str | None:
