@@ -13,6 +13,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from densekit.distributed import Group, all_sum
+from densekit.messages import about_map, looks_like_map
 from densekit.typing import Bool, Float, Scalar, Shaped, Size, Tensor, typed
 
 __all__ = ["l2_normalize", "map_to_rows", "masked_mean", "rows_to_map", "widen"]
@@ -270,19 +271,11 @@ def check_size(where: str, size: int | Size, name: str = "size") -> None:
 
 
 def refuse_maps(function: str, argument: str, x: Tensor) -> None:
-    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels.
-
-    Rows (b, n, d) have too few axes. Rows of several heads or views (b, heads, n, d) would need as
-    many rows as channels, and more heads than those; up to 3 heads or views are never refused.
-    The decorator `typed` knows the same rule, for a map that fits while another argument does not.
-    """
-    if torch.compiler.is_compiling() or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
+    """Raise an error for what looks like maps (..., d, h, w), of which w would be the channels."""
+    if torch.compiler.is_compiling():  # as all checks of shapes
         return
-    if x.shape[-3] > max(x.shape[-1], 3):
-        raise TypeError(
-            f"densekit.{function}: argument '{argument}' should have its channels last, but its "
-            f"shape {tuple(x.shape)} looks like that of maps (..., d, h, w); use `map_to_rows(x)`."
-        )
+    if looks_like_map(x):
+        raise TypeError(f"densekit.{function}: {about_map(argument, x)}")
 
 
 def refuse_channels_last(function: str, argument: str, images: Tensor) -> None:

@@ -3,28 +3,18 @@
 import functools
 import inspect
 import os
-import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from beartype import BeartypeConf, beartype
-from beartype.door import is_bearable
-from beartype.vale import Is
-from jaxtyping import (
-    AbstractArray,
-    Bool,
-    Float,
-    Int,
-    Integer,
-    Shaped,
-    TypeCheckError,
-    jaxtyped,
-)
+from beartype import beartype
+from jaxtyping import Bool, Float, Int, Integer, Shaped, jaxtyped
 from torch import Tensor
+from densekit.hints import CONF, with_fields
+from densekit.messages import explain, explain_devices
 
 __all__ = ["Bool", "Float", "Int", "Integer", "Scalar", "Shaped", "Size", "Tensor", "typed"]
 
@@ -36,8 +26,6 @@ Scalar = float | Float[Tensor, ""]
 number is checked: to read that of a tensor would make a GPU wait, and would break a graph."""
 
 _ENABLED = os.environ.get("DENSEKIT_TYPECHECK", "1") != "0"
-_CONF = BeartypeConf(is_pep484_tower=True)  # an int is accepted where a float is expected
-_SIZE_ADVICE = "Give `(h, w)`, such as `x.shape[-2:]`."
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -75,7 +63,7 @@ def typed(function: _Function) -> _Function:
         return function
     signature = inspect.signature(function)
     copy = _with_checked_fields(function, signature)
-    checked = jaxtyped(copy, typechecker=beartype(conf=_CONF))
+    checked = jaxtyped(copy, typechecker=beartype(conf=CONF))
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -84,12 +72,12 @@ def typed(function: _Function) -> _Function:
         try:
             return _plainly(checked)(*args, **kwargs)
         except TypeError as error:
-            message = _explain(function, signature, error, args, kwargs)
+            message = explain(function, signature, error, args, kwargs)
             if message is None:  # the arguments fit: the error is in the result or the function
                 raise
             raise TypeError(message) from None
         except RuntimeError as error:
-            message = _explain_devices(function, signature, error, args, kwargs)
+            message = explain_devices(function, signature, error, args, kwargs)
             if message is None:
                 raise
             raise RuntimeError(message) from error
@@ -110,9 +98,6 @@ def _disabled(checked: Callable) -> Callable:
     return torch.compiler.disable(checked)
 
 
-# ---- records: jaxtyping does not look at the fields of a NamedTuple, so the hint does ---------
-
-
 def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Callable:
     """Copy the function, with a signature in which the fields of records are checked.
 
@@ -130,467 +115,9 @@ def _with_checked_fields(function: Callable, signature: inspect.Signature) -> Ca
     copy.__kwdefaults__ = function.__kwdefaults__
 
     parameters = [
-        parameter.replace(annotation=_with_fields(parameter.annotation))
+        parameter.replace(annotation=with_fields(parameter.annotation))
         for parameter in signature.parameters.values()
     ]
-    result = _with_fields(signature.return_annotation)
+    result = with_fields(signature.return_annotation)
     copy.__signature__ = signature.replace(parameters=parameters, return_annotation=result)
     return copy
-
-
-@functools.cache
-def _with_fields(hint: Any) -> Any:
-    """Return the hint itself, or for a NamedTuple of tensors a hint that checks every field.
-
-    beartype looks at one item of a sequence, at random; this hint looks at all.
-    """
-    if isinstance(hint, types.UnionType):
-        return typing.Union[tuple(map(_with_fields, typing.get_args(hint)))]  # noqa: UP007
-    if typing.get_origin(hint) is Sequence:
-        item = _with_fields(typing.get_args(hint)[0])
-        return Annotated[
-            Sequence,
-            Is[lambda items: not _is_record(type(items)) and all(_fits(x, item) for x in items)],
-        ]
-    if not _is_record(hint):
-        return hint
-    fields = [_with_fields(field) for field in typing.get_type_hints(hint).values()]
-    return Annotated[hint, Is[lambda record: all(map(_fits, record, fields))]]
-
-
-def _is_record(hint: Any) -> bool:
-    return inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields")
-
-
-def _is_array(hint: Any) -> bool:
-    return inspect.isclass(hint) and issubclass(hint, AbstractArray)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value fits; if so, jaxtyping binds its axes in the current context."""
-    if _is_array(hint):
-        return isinstance(value, hint)  # a plain array has a faster check
-    return is_bearable(value, hint, conf=_CONF)
-
-
-# ---- messages ---------------------------------------------------------------------------------
-
-
-def _explain(function, signature, error, args, kwargs) -> str | None:
-    """Describe the first argument that does not fit in a sentence; None if all arguments fit."""
-    where = f"{function.__module__}.{function.__qualname__}"
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as reason:
-        return f"{where}: {_explain_call(reason, signature, args, kwargs)}."
-    if not isinstance(error, TypeCheckError):
-        return None
-
-    bound.apply_defaults()
-    sizes: dict[str, Any] = {}
-    before = []
-    with jaxtyped("context"):
-        for part in _parts(bound):
-            label, value, hint = part
-            if _fits(value, _with_fields(hint)):
-                sizes |= _sizes(value, hint)
-                before.append(part)
-                continue
-
-            rows = _map_for_rows(part, before)
-            if rows is not None:
-                return f"{where}: {_about_map(*rows[:2])}"
-            short = _lacks_axes(part, before)
-            if short is not None:
-                sizes = {"batch": _leading_axes(value, hint)}
-                label, value, hint = short
-            known = sizes if _array_hint(hint) is not None else {}
-            return (
-                f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                f"{_describe_sizes(known)}, but {_describe(value)} was given."
-                f"{_advice(value, hint, known, signature)}"
-            )
-    return None
-
-
-def _explain_call(
-    reason: TypeError, signature: inspect.Signature, args: tuple, kwargs: dict
-) -> str:
-    """Say why arguments cannot be matched with the parameters."""
-    problem = str(reason).replace("required keyword-only", "required")  # as Python 3.13 calls it
-    unknown = [name for name in kwargs if name not in signature.parameters]
-    if unknown and "unexpected keyword" not in problem:  # a wrong name is also a missing one
-        return f"got an unexpected keyword argument '{unknown[0]}', and is {problem}"
-
-    parameters = signature.parameters.values()
-    names = [x.name for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]
-    if "missing" in problem:
-        for value, parameter in zip(args, parameters, strict=False):
-            fields = _fields_for(value, parameter.annotation)
-            if _is_record(parameter.annotation) and len(fields) > 1:
-                return f"{problem}; give `{', '.join(fields)}` for the {type(value).__name__}"
-        names = [name for name in names if f"'{name}'" in problem]
-    elif "too many positional" not in problem:
-        names = []
-    by_name = f"; give {', '.join(f'`{name}=`' for name in names)} by name" if names else ""
-    return f"{problem}{by_name}"
-
-
-def _explain_devices(function, signature, error, args, kwargs) -> str | None:
-    """Name two arguments on different devices, if an error is about that; otherwise None."""
-    if not re.search("(same|expected|different) device", str(error)):
-        return None
-
-    bound = signature.bind(*args, **kwargs)
-    placed = [
-        (label, value.device)
-        for label, value, _ in _parts(bound)
-        if isinstance(value, Tensor) and value.ndim
-    ]
-    for label, device in placed:
-        first, its_device = placed[0]
-        if device != its_device:
-            return (
-                f"{function.__module__}.{function.__qualname__}: argument '{first}' is on "
-                f"{its_device} and '{label}' is on {device}; move them to one device."
-            )
-    return None
-
-
-def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, value and hint of each annotated argument; of a record, those of each field."""
-    for name, value in bound.arguments.items():
-        hint = bound.signature.parameters[name].annotation
-        if _is_record(hint) and isinstance(value, hint):
-            for field, field_hint in typing.get_type_hints(hint).items():
-                yield f"{name}.{field}", getattr(value, field), field_hint
-        elif hint is not inspect.Parameter.empty:
-            yield name, value, hint
-
-
-def _lacks_axes(part: tuple, before: list[tuple]) -> tuple | None:
-    """Return an earlier argument of another kind that has fewer batch axes than this one.
-
-    Such as tokens (b, n, d) before views (b,), where maps (b, d, h, w) are wanted: taken for one
-    map they fit, and only the views, which are right, do not fit any more. It is to blame only if
-    it can be rows, or one map or image before several views.
-    """
-    axes = _leading_axes(*part[1:])
-    for earlier in before:
-        its_axes = _leading_axes(*earlier[1:])
-        if axes is not None and its_axes is not None and len(its_axes) < len(axes):
-            same_kind = _array_hint(earlier[2]).dim_str == _array_hint(part[2]).dim_str
-            one_for_several = not its_axes and len(axes) == 1 and _is_field_of_view(part[0])
-            if same_kind:
-                return None
-            if tuple(earlier[1].shape[:-2]) == axes or one_for_several:
-                return earlier
-    return None
-
-
-def _is_field_of_view(label: str) -> bool:
-    return re.fullmatch(r"view\w*\.\w+", label) is not None
-
-
-def _looks_like_map(x: Any) -> bool:
-    """Return whether what should be rows seems to be maps: the rule of `numerics.refuse_maps`."""
-    if not isinstance(x, Tensor) or x.ndim < 4 or x.shape[-2] != x.shape[-1]:
-        return False
-    return bool(x.shape[-3] > max(x.shape[-1], 3))
-
-
-def _about_map(name: str, x: Tensor) -> str:
-    """Say that an argument should be rows."""
-    return (
-        f"argument '{name}' should have its channels last, but its shape {tuple(x.shape)} looks "
-        "like that of maps (..., d, h, w); use `map_to_rows(x)`."
-    )
-
-
-def _map_for_rows(part: tuple, before: list[tuple]) -> tuple | None:
-    """Return an earlier argument that is a map where rows are wanted; this one may then be right.
-
-    Such as a map (b, d, h, w) before a bank of d channels: the map's width was taken for d.
-    """
-    _, value, hint = part
-    if not isinstance(value, (Tensor, *_records_of(hint))):
-        return None
-    rows = getattr(value, "features", value)
-    width = rows.shape[-1:] if isinstance(rows, Tensor) and _wants_rows(hint) else ()
-    for earlier in before:
-        x = earlier[1]
-        if not (isinstance(x, Tensor) and _wants_rows(earlier[2])):
-            continue
-        fits = x.ndim >= 4 and x.shape[-3:-2] == width and x.shape[-1:] != width
-        if _looks_like_map(x) or fits:
-            return earlier
-    return None
-
-
-def _wants_rows(hint: Any) -> bool:
-    """Return whether a hint is one of rows, with channels d as the last axis."""
-    hint = _array_hint(hint)
-    return hint is not None and hint.dim_str.split()[-1:] == ["d"]
-
-
-def _records_of(hint: Any) -> tuple:
-    """Return the records among the members of a hint."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return tuple(filter(_is_record, members))
-
-
-def _leading_axes(value: Any, hint: Any) -> tuple[int, ...] | None:
-    """Return the sizes that a tensor has in place of `*batch`, where its hint begins so."""
-    hint = _array_hint(hint)
-    if not (isinstance(value, Tensor) and hint and hint.dim_str.startswith("*batch")):
-        return None
-    fixed = len(hint.dim_str.split()) - 1
-    return tuple(value.shape[: value.ndim - fixed]) if value.ndim >= fixed else None
-
-
-def _sizes(value: Any, hint: Any) -> dict[str, Any]:
-    """Return the named axes of a value that fits its hint, and their sizes."""
-    if isinstance(hint, types.UnionType):
-        for member in typing.get_args(hint):
-            if _fits(value, _with_fields(member)):
-                return _sizes(value, member)
-        return {}
-    if _is_record(hint):
-        sizes = {}
-        for field, field_hint in typing.get_type_hints(hint).items():
-            sizes |= _sizes(getattr(value, field), field_hint)
-        return sizes
-    if not _is_array(hint):
-        return {}
-
-    axes = hint.dim_str.split()
-    shape = list(value.shape)
-    for position, axis in enumerate(axes):
-        if axis.startswith(("*", "...")):  # this axis stands for all that remain
-            several = slice(position, position + len(shape) - (len(axes) - 1))
-            shape[several] = [tuple(shape[several])]
-    named = zip([axis.lstrip("*") for axis in axes], shape, strict=True)
-    return {axis: size for axis, size in named if re.fullmatch(r"[a-zA-Z]\w*", axis)}
-
-
-def _describe_sizes(sizes: dict[str, Any]) -> str:
-    if not sizes:
-        return ""
-    texts = []
-    for axis, size in sizes.items():
-        number = f"({', '.join(map(str, size))})" if isinstance(size, tuple) else size
-        texts.append(f"{axis}={number}")
-    return f" with {', '.join(texts)}"
-
-
-def _describe_hint(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(map(_describe_hint, typing.get_args(hint)))
-    if hint is types.NoneType:
-        return "None"
-    if _is_array(hint):
-        return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
-    name = hint.__name__ if inspect.isclass(hint) else str(hint)
-    return re.sub(r"typing\.|collections\.abc\.|torch\.(?=Tensor)|\bjax(?=[A-Z])", "", name)
-
-
-def _describe(value: Any) -> str:
-    """Describe what was given in a few words, however much it contains."""
-    kind = type(value).__name__
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    if _is_numpy(value):
-        return f"a numpy array of shape {value.shape} and dtype {value.dtype}"
-    if isinstance(value, list | tuple) and not (len(value) <= 4 and _are_numbers(value)):
-        short = value if _is_record(type(value)) and len(value) <= 3 else value[:2]
-        items = [f"a {type(x).__name__}" if isinstance(x, tuple) else _describe(x) for x in short]
-        if len(short) < len(value):
-            items.append(f"... {len(value)} in all")
-        return f"a {kind} of ({', '.join(items)})"
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"{text} of type {kind}"
-
-
-def _is_numpy(value: Any) -> bool:
-    """Return whether a value is a numpy array, without an import of numpy."""
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
-
-
-def _are_numbers(value: Any) -> bool:
-    return all(isinstance(item, int | float) for item in value)
-
-
-# ---- advice: what to do, where a mistake is a common one ----------------------------------------
-
-
-def _advice(value: Any, hint: Any, sizes: dict[str, Any], signature: inspect.Signature) -> str:
-    """Say how to make a value fit, if it is a common mistake; otherwise say nothing."""
-    if isinstance(value, Tensor):
-        advice = (
-            _advice_on_kind(value, hint)
-            or _advice_on_dtype(value, hint, signature)
-            or _advice_on_axes(value, hint, sizes)
-        )
-    else:
-        advice = _advice_on_fields(value, hint) or _advice_on_type(value, hint, sizes)
-    return f" {advice}" if advice else ""
-
-
-def _advice_on_kind(x: Tensor, hint: Any) -> str:
-    """Say what to give instead of a tensor."""
-    array = _array_hint(hint)
-    wanted = _describe_hint(hint)
-    if array is None and not x.ndim and wanted.startswith(("int", "float")):
-        return f"Use `{wanted.split()[0]}(x)`."
-    if "tuple[int, int]" in wanted and (array is None or x.shape[-1:] != (2,)):
-        return _SIZE_ADVICE
-    if wanted == "View" and x.shape[-1:] == (4,):
-        return (
-            "`View(x, flip)` makes views of boxes; `view[0]` is a field of a view: for the first "
-            "of several views use `index_views(view, 0)`."
-        )
-    if wanted == "Sequence[Tensor]":
-        return "Give a pair, such as `(x1, x2)`."
-    return ""
-
-
-def _advice_on_dtype(x: Tensor, hint: Any, signature: inspect.Signature) -> str:
-    wanted = _describe_hint(hint)
-    if x.dtype == torch.bool and "Bool[" not in wanted and "valid" in signature.parameters:
-        return "If it says which entries to use, pass it as `valid=`."
-    if "Float[" in wanted and not x.is_floating_point():
-        if "c h w" in wanted:
-            return "Convert it first: `x.float()`, and `/ 255` for an image."
-        return "Convert it first: `x.float()`."
-    if "Bool[" in wanted and x.dtype != torch.bool:
-        return "Convert it first: `x.bool()`."
-    if "Int" in wanted and "Float[" not in wanted and x.is_floating_point():
-        return "Convert it first: `x.long()`."
-    return ""
-
-
-def _advice_on_axes(x: Tensor, hint: Any, sizes: dict[str, Any]) -> str:
-    hint = _array_hint(hint)
-    if hint is None:
-        return ""
-    if not hint.dim_str:
-        squeeze = ": `x.squeeze()`" if x.numel() == 1 else ""
-        return f"Give a tensor of no axes{squeeze}."
-    if not hint.dim_str.startswith("*batch"):
-        return ""
-    axes = hint.dim_str.split()[1:]
-    batch = sizes.get("batch", ())
-    expected = len(axes) + len(batch)
-    if axes[-1:] == ["d"] and x.ndim > 2 and x.shape[-3] == sizes.get("d", x.shape[-1]):
-        return "For a map (..., d, h, w) use `map_to_rows(x)`, whose channels come last."
-    if axes[-2:] == ["n", "4"] and x.shape[-1:] == (5,):
-        return (
-            "Boxes are (*batch, n, 4), those of each image together; without the index of its "
-            "image a row is `x[..., 1:]`."
-        )
-    if x.ndim == expected or ("batch" not in sizes and x.ndim > expected):
-        return ""
-    advice = f"It has {x.ndim} {'axis' if x.ndim == 1 else 'axes'} instead of {expected}."
-    maps = len(axes) > 2 and axes[-3] == "d" and axes[-2].startswith("h")
-    if maps and x.ndim == expected - 1 and tuple(x.shape[:-2]) == batch:
-        return f"{advice} Maps are wanted: for rows (..., n, d) use `rows_to_map(x, size)`."
-    if axes == ["n", "2"] and x.ndim == expected + 1 and tuple(x.shape[:-3]) == batch:
-        return f"{advice} Flatten the grid: `x.flatten(-3, -2)`."
-    return advice
-
-
-def _advice_on_fields(value: Any, hint: Any) -> str:
-    """Say which fields of a record are what is wanted."""
-    if type(value).__name__ == "Bank" and "Negatives" in _describe_hint(hint):
-        return "Use `bank_negatives(bank)`."
-    fields = _fields_for(value, hint)
-    if not fields:
-        return ""
-    return f"Use {'one of ' if len(fields) > 1 else ''}`{', '.join(fields)}`."
-
-
-def _fields_for(value: Any, hint: Any) -> list[str]:
-    """Return the fields of a record that fit where the record itself was given."""
-    if not _is_record(type(value)) or not (_is_record(hint) or _array_hint(hint)):
-        return []
-    if isinstance(value, _records_of(hint)):
-        return []
-    with jaxtyped("context"):
-        fitting = [
-            name for name in value._fields if _fits(getattr(value, name), _with_fields(hint))
-        ]
-    of_views = [name for name in fitting if name[-1] in "12"]  # rather than those of the image
-    kind = type(value).__name__
-    called = "pairs" if "Pair" in kind else kind.lower() if kind.istitle() else "x"
-    return [f"{called}.{name}" for name in of_views or fitting]
-
-
-def _advice_on_type(value: Any, hint: Any, sizes: dict[str, Any]) -> str:
-    wanted = _describe_hint(hint)
-    array = _array_hint(hint)
-    if _is_numpy(value):
-        return "Use `torch.from_numpy(x)`."
-    if _is_numpy_number(value):
-        return f"Use `{'float' if 'float' in wanted else 'int'}(x)`."
-    if _is_pil(value):
-        return "Convert it to a tensor first, such as with torchvision's `to_tensor`."
-    if isinstance(value, bool) and array is not None and array.dim_str.startswith("*batch"):
-        batch = sizes.get("batch", ())
-        return f"Use `torch.full({batch}, {value})`." if batch else f"Use `torch.tensor({value})`."
-    if isinstance(value, int) and "tuple[int, int]" in wanted:
-        return f"Give `(h, w)`, such as `({value}, {value})`."
-    if _is_record(type(value)) or not isinstance(value, list | tuple) or not value:
-        return ""
-    return _advice_on_items(value, hint)
-
-
-def _advice_on_items(value: list | tuple, hint: Any) -> str:
-    """Say how to make a list or a tuple fit."""
-    wanted = _describe_hint(hint)
-    array = _array_hint(hint)
-    record = hint if _is_record(hint) else None
-    if record is not None and all(isinstance(item, record) for item in value):
-        name = "stack_views" if wanted == "View" else "stack"
-        return f"Stack them first: `{name}(x)`."
-    if record is not None and 0 <= len(record._fields) - len(value) <= len(record._field_defaults):
-        return f"Use `{wanted}(*x)`."
-    if "tuple[" in wanted and any(map(_is_numpy_number, value)):
-        return "Use `tuple(map(int, x))`."
-    if "tuple[int, int]" in wanted and len(value) > 2 and _are_numbers(value):
-        return _SIZE_ADVICE
-    if isinstance(value, list) and "tuple[" in wanted:
-        return "Use a tuple: `tuple(x)`."
-    if any(map(_is_pil, value)):
-        return "Convert each to a tensor first, such as with torchvision's `to_tensor`."
-    if all(map(_is_numpy, value)) and (array is not None or "Sequence[" in wanted):
-        tensors = "[torch.from_numpy(a) for a in x]"
-        return f"Use `{tensors}`." if "Sequence[" in wanted else f"Use `torch.stack({tensors})`."
-    if array is not None and all(isinstance(item, Tensor) for item in value):
-        if len({item.shape for item in value}) > 1:
-            return "Pad them to one shape, and stack them."
-        return "Stack them first: `torch.stack(x)`."
-    if array is not None and isinstance(value, list) and _are_nested_numbers(value):
-        return "Use `torch.tensor(x)`."
-    return ""
-
-
-def _is_pil(value: Any) -> bool:
-    return type(value).__module__.startswith("PIL.")
-
-
-def _is_numpy_number(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and not _is_numpy(value)
-
-
-def _are_nested_numbers(value: Any) -> bool:
-    """Return whether `torch.tensor` takes these lists, but for their lengths."""
-    if isinstance(value, list | tuple):
-        return all(map(_are_nested_numbers, value))
-    return isinstance(value, int | float)
-
-
-def _array_hint(hint: Any) -> Any:
-    """Return the hint of a tensor, or that member of a union; None if there is none."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(filter(_is_array, members), None)

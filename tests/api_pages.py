@@ -42,7 +42,9 @@ def page(name):
 
 
 def modules():
-    return [path.stem for path in project_files("densekit/*.py") if path.stem != "__init__"]
+    """The modules that have a public name; the others are helpers, which need no page."""
+    names = [path.stem for path in project_files("densekit/*.py") if path.stem != "__init__"]
+    return [name for name in names if importlib.import_module(f"densekit.{name}").__all__]
 
 
 if __name__ == "__main__":

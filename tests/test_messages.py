@@ -841,7 +841,7 @@ def test_the_check_sees_two_culprits():
 
 
 def test_what_a_message_advises_exists():
-    source = (ROOT / "densekit" / "typing.py").read_text()
+    source = (ROOT / "densekit" / "messages.py").read_text()
     advised = set(re.findall(r"`(\w+)\((?:x|x, size|bank)\)`", source)) - {"tuple"}
     advised.add("stack_views")
     assert {"map_to_rows", "rows_to_map", "bank_negatives"} <= advised
