@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import TypeCheckError, jaxtyped
@@ -16,6 +16,16 @@ from torch import Tensor
 from densekit.hints import array_hint, fits, is_array, is_record, records_of, with_fields
 
 __all__: list[str] = []
+
+
+class _Part(NamedTuple):
+    """An argument of a call, or a field of an argument that is a record."""
+
+    label: str
+    value: Any
+    hint: Any
+    of_record: bool
+
 
 _SIZE_ADVICE = "Give `(h, w)`, such as `x.shape[-2:]`."
 
@@ -32,29 +42,35 @@ def explain(function, signature, error, args, kwargs) -> str | None:
 
     bound.apply_defaults()
     sizes: dict[str, Any] = {}
-    before = []
+    before: list[_Part] = []
     with jaxtyped("context"):
         for part in _parts(bound):
-            label, value, hint = part
-            if fits(value, with_fields(hint)):
-                sizes |= _sizes(value, hint)
-                before.append(part)
-                continue
-
-            rows = _map_for_rows(part, before)
-            if rows is not None:
-                return f"{where}: {about_map(*rows[:2])}"
-            short = _lacks_axes(part, before)
-            if short is not None:
-                sizes = {"batch": _leading_axes(value, hint)}
-                label, value, hint = short
-            known = sizes if array_hint(hint) is not None else {}
-            return (
-                f"{where}: argument '{label}' should be {_describe_hint(hint)}"
-                f"{_describe_sizes(known)}, but {_describe(value)} was given."
-                f"{_advice(value, hint, known, signature)}"
-            )
+            if not fits(part.value, with_fields(part.hint)):
+                return f"{where}: {_explain_misfit(part, before, sizes, signature)}"
+            sizes |= _sizes(part.value, part.hint)
+            before.append(part)
     return None
+
+
+def _explain_misfit(
+    part: _Part, before: list[_Part], sizes: dict[str, Any], signature: inspect.Signature
+) -> str:
+    """Say what is wrong where an argument does not fit those before it, whose sizes are known."""
+    maps = _map_for_rows(part, before)
+    if maps is not None:
+        return about_map(maps.label, maps.value)
+
+    culprit = _lacks_axes(part, before)
+    if culprit is None:
+        culprit = part
+    else:
+        sizes = {"batch": _leading_axes(part.value, part.hint)}
+    known = sizes if array_hint(culprit.hint) is not None else {}
+    return (
+        f"argument '{culprit.label}' should be {_describe_hint(culprit.hint)}"
+        f"{_describe_sizes(known)}, but {_describe(culprit.value)} was given."
+        f"{_advice(culprit.value, culprit.hint, known, signature)}"
+    )
 
 
 def _explain_call(
@@ -87,9 +103,9 @@ def explain_devices(function, signature, error, args, kwargs) -> str | None:
 
     bound = signature.bind(*args, **kwargs)
     placed = [
-        (label, value.device)
-        for label, value, _ in _parts(bound)
-        if isinstance(value, Tensor) and value.ndim
+        (part.label, part.value.device)
+        for part in _parts(bound)
+        if isinstance(part.value, Tensor) and part.value.ndim
     ]
     for label, device in placed:
         first, its_device = placed[0]
@@ -101,39 +117,38 @@ def explain_devices(function, signature, error, args, kwargs) -> str | None:
     return None
 
 
-def _parts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, value and hint of each annotated argument; of a record, those of each field."""
+def _parts(bound: inspect.BoundArguments) -> Iterator[_Part]:
+    """Yield each annotated argument; of a record, each field."""
     for name, value in bound.arguments.items():
         hint = bound.signature.parameters[name].annotation
         if is_record(hint) and isinstance(value, hint):
             for field, field_hint in typing.get_type_hints(hint).items():
-                yield f"{name}.{field}", getattr(value, field), field_hint
+                yield _Part(f"{name}.{field}", getattr(value, field), field_hint, of_record=True)
         elif hint is not inspect.Parameter.empty:
-            yield name, value, hint
+            yield _Part(name, value, hint, of_record=False)
 
 
-def _lacks_axes(part: tuple, before: list[tuple]) -> tuple | None:
+def _lacks_axes(part: _Part, before: list[_Part]) -> _Part | None:
     """Return an earlier argument of another kind that has fewer batch axes than this one.
 
     Such as tokens (b, n, d) before views (b,), where maps (b, d, h, w) are wanted: taken for one
     map they fit, and only the views, which are right, do not fit any more. It is to blame only if
-    it can be rows, or one map or image before several views.
+    it can be rows, or one map or image before a record of several, such as several views.
     """
-    axes = _leading_axes(*part[1:])
+    axes = _leading_axes(part.value, part.hint)
+    if axes is None:
+        return None
     for earlier in before:
-        its_axes = _leading_axes(*earlier[1:])
-        if axes is not None and its_axes is not None and len(its_axes) < len(axes):
-            same_kind = array_hint(earlier[2]).dim_str == array_hint(part[2]).dim_str
-            one_for_several = not its_axes and len(axes) == 1 and _is_field_of_view(part[0])
-            if same_kind:
-                return None
-            if tuple(earlier[1].shape[:-2]) == axes or one_for_several:
-                return earlier
+        its_axes = _leading_axes(earlier.value, earlier.hint)
+        if its_axes is None or len(its_axes) >= len(axes):
+            continue
+        if array_hint(earlier.hint).dim_str == array_hint(part.hint).dim_str:
+            return None
+        can_be_rows = tuple(earlier.value.shape[:-2]) == axes
+        one_for_several = part.of_record and not its_axes and len(axes) == 1
+        if can_be_rows or one_for_several:
+            return earlier
     return None
-
-
-def _is_field_of_view(label: str) -> bool:
-    return re.fullmatch(r"view\w*\.\w+", label) is not None
 
 
 def looks_like_map(x: Tensor) -> bool:
@@ -155,19 +170,18 @@ def about_map(name: str, x: Tensor) -> str:
     )
 
 
-def _map_for_rows(part: tuple, before: list[tuple]) -> tuple | None:
+def _map_for_rows(part: _Part, before: list[_Part]) -> _Part | None:
     """Return an earlier argument that is a map where rows are wanted; this one may then be right.
 
     Such as a map (b, d, h, w) before a bank of d channels: the map's width was taken for d.
     """
-    _, value, hint = part
-    if not isinstance(value, (Tensor, *records_of(hint))):
+    if not isinstance(part.value, (Tensor, *records_of(part.hint))):
         return None
-    rows = getattr(value, "features", value)
-    width = rows.shape[-1:] if isinstance(rows, Tensor) and _wants_rows(hint) else ()
+    rows = getattr(part.value, "features", part.value)  # those of a record of negatives
+    width = rows.shape[-1:] if isinstance(rows, Tensor) and _wants_rows(part.hint) else ()
     for earlier in before:
-        x = earlier[1]
-        if not (isinstance(x, Tensor) and _wants_rows(earlier[2])):
+        x = earlier.value
+        if not (isinstance(x, Tensor) and _wants_rows(earlier.hint)):
             continue
         has_its_width = x.ndim >= 4 and x.shape[-3:-2] == width and x.shape[-1:] != width
         if looks_like_map(x) or has_its_width:
