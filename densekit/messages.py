@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import TypeCheckError, jaxtyped
@@ -27,6 +27,20 @@ class _Part(NamedTuple):
     of_record: bool
 
 
+CALLED = {  # what advice calls a record of densekit; any other value is `x`
+    "Bank": "bank",
+    "Matches": "matches",
+    "Negatives": "negatives",
+    "Neighbors": "neighbors",
+    "Overlap": "overlap",
+    "PairedBoxes": "pairs",
+    "PairedFeatures": "pairs",
+    "PairedPoints": "pairs",
+    "PairedViews": "pairs",
+    "Scenes": "scenes",
+    "View": "view",
+    "ViewPairs": "pairs",
+}
 _SIZE_ADVICE = "Give `(h, w)`, such as `x.shape[-2:]`."
 
 
@@ -282,15 +296,33 @@ def _are_numbers(value: Any) -> bool:
 
 def _advice(value: Any, hint: Any, sizes: dict[str, Any], signature: inspect.Signature) -> str:
     """Say how to make a value fit, if it is a common mistake; otherwise say nothing."""
-    if isinstance(value, Tensor):
+    advice = _advice_on_records(value, hint)
+    if not advice and isinstance(value, Tensor):
         advice = (
             _advice_on_kind(value, hint)
             or _advice_on_dtype(value, hint, signature)
             or _advice_on_axes(value, hint, sizes)
         )
-    else:
+    elif not advice:
         advice = _advice_on_fields(value, hint) or _advice_on_type(value, hint, sizes)
     return f" {advice}" if advice else ""
+
+
+def _advice_on_records(value: Any, hint: Any) -> str:
+    """Say how to get a record of densekit; this module is below it, and knows only its name."""
+    wanted = _describe_hint(hint)
+    if "Negatives" in wanted and type(value).__name__ == "Bank":
+        return "Use `bank_negatives(bank)`."
+    if wanted != "View":
+        return ""
+    if isinstance(value, Tensor) and value.shape[-1:] == (4,):
+        return (
+            "`View(x, flip)` makes views of boxes; `view[0]` is a field of a view: for the first "
+            "of several views use `index_views(view, 0)`."
+        )
+    if _is_list(value) and all(isinstance(item, hint) for item in value):
+        return "Stack them first: `stack_views(x)`."
+    return ""
 
 
 def _advice_on_kind(x: Tensor, hint: Any) -> str:
@@ -301,11 +333,6 @@ def _advice_on_kind(x: Tensor, hint: Any) -> str:
         return f"Use `{wanted.split()[0]}(x)`."
     if "tuple[int, int]" in wanted and (array is None or x.shape[-1:] != (2,)):
         return _SIZE_ADVICE
-    if wanted == "View" and x.shape[-1:] == (4,):
-        return (
-            "`View(x, flip)` makes views of boxes; `view[0]` is a field of a view: for the first "
-            "of several views use `index_views(view, 0)`."
-        )
     if wanted == "Sequence[Tensor]":
         return "Give a pair, such as `(x1, x2)`."
     return ""
@@ -348,8 +375,8 @@ def _advice_on_axes(x: Tensor, hint: Any, sizes: dict[str, Any]) -> str:
     if x.ndim == expected or ("batch" not in sizes and x.ndim > expected):
         return ""
     advice = f"It has {x.ndim} {'axis' if x.ndim == 1 else 'axes'} instead of {expected}."
-    maps = len(axes) > 2 and axes[-3] == "d" and axes[-2].startswith("h")
-    if maps and x.ndim == expected - 1 and tuple(x.shape[:-2]) == batch:
+    wants_maps = axes[-3:-2] == ["d"] and axes[-2].startswith("h")
+    if wants_maps and x.ndim == expected - 1 and tuple(x.shape[:-2]) == batch:
         return f"{advice} Maps are wanted: for rows (..., n, d) use `rows_to_map(x, size)`."
     if axes == ["n", "2"] and x.ndim == expected + 1 and tuple(x.shape[:-3]) == batch:
         return f"{advice} Flatten the grid: `x.flatten(-3, -2)`."
@@ -358,8 +385,6 @@ def _advice_on_axes(x: Tensor, hint: Any, sizes: dict[str, Any]) -> str:
 
 def _advice_on_fields(value: Any, hint: Any) -> str:
     """Say which fields of a record are what is wanted."""
-    if type(value).__name__ == "Bank" and "Negatives" in _describe_hint(hint):
-        return "Use `bank_negatives(bank)`."
     fields = _fields_for(value, hint)
     if not fields:
         return ""
@@ -374,10 +399,10 @@ def _fields_for(value: Any, hint: Any) -> list[str]:
         return []
     with jaxtyped("context"):
         fitting = [name for name in value._fields if fits(getattr(value, name), with_fields(hint))]
-    of_views = [name for name in fitting if name[-1] in "12"]  # rather than those of the image
-    kind = type(value).__name__
-    called = "pairs" if "Pair" in kind else kind.lower() if kind.istitle() else "x"
-    return [f"{called}.{name}" for name in of_views or fitting]
+    of_two_views = [name for name in fitting if name.endswith(("1", "2"))]
+    named = of_two_views or fitting  # where the image has such a field too, a view's is meant
+    called = CALLED.get(type(value).__name__, "x")
+    return [f"{called}.{name}" for name in named]
 
 
 def _advice_on_type(value: Any, hint: Any, sizes: dict[str, Any]) -> str:
@@ -394,21 +419,17 @@ def _advice_on_type(value: Any, hint: Any, sizes: dict[str, Any]) -> str:
         return f"Use `torch.full({batch}, {value})`." if batch else f"Use `torch.tensor({value})`."
     if isinstance(value, int) and "tuple[int, int]" in wanted:
         return f"Give `(h, w)`, such as `({value}, {value})`."
-    if is_record(type(value)) or not isinstance(value, list | tuple) or not value:
-        return ""
-    return _advice_on_items(value, hint)
+    return _advice_on_items(value, hint) if _is_list(value) else ""
 
 
 def _advice_on_items(value: list | tuple, hint: Any) -> str:
     """Say how to make a list or a tuple fit."""
     wanted = _describe_hint(hint)
     array = array_hint(hint)
-    record = hint if is_record(hint) else None
-    if record is not None and all(isinstance(item, record) for item in value):
-        name = "stack_views" if wanted == "View" else "stack"
-        return f"Stack them first: `{name}(x)`."
-    if record is not None and 0 <= len(record._fields) - len(value) <= len(record._field_defaults):
-        return f"Use `{wanted}(*x)`."
+    if is_record(hint) and not any(isinstance(item, hint) for item in value):
+        missing = len(hint._fields) - len(value)
+        if 0 <= missing <= len(hint._field_defaults):
+            return f"Use `{wanted}(*x)`."
     if "tuple[" in wanted and any(map(_is_numpy_number, value)):
         return "Use `tuple(map(int, x))`."
     if "tuple[int, int]" in wanted and len(value) > 2 and _are_numbers(value):
@@ -427,6 +448,11 @@ def _advice_on_items(value: list | tuple, hint: Any) -> str:
     if array is not None and isinstance(value, list) and _are_nested_numbers(value):
         return "Use `torch.tensor(x)`."
     return ""
+
+
+def _is_list(value: Any) -> TypeGuard[list | tuple]:
+    """Return whether a value is a list or a tuple with items, and no record."""
+    return isinstance(value, list | tuple) and len(value) > 0 and not is_record(type(value))
 
 
 def _is_pil(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from files import ROOT, project_files
 from PIL import Image
 import densekit as dk
+from densekit import messages
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(2, 3, 32, 48, generator=GENERATOR)
@@ -786,6 +787,11 @@ def test_one_rule_says_what_is_a_map_whichever_argument_fits(heads, size):
         dk.negative_cosine(x, x)
 
 
+def test_records_that_nothing_can_stack_get_no_advice():
+    with pytest.raises(TypeError, match=r"a list of \(a Bank, .* 3 in all\) was given\.$"):
+        dk.bank_negatives([BANK] * 3)
+
+
 def test_a_view_without_flip_is_named():
     with pytest.raises(TypeError, match=r"^View\(\) missing 1 required .* 'flip'$"):
         dk.View(torch.rand(4))
@@ -843,6 +849,5 @@ def test_the_check_sees_two_culprits():
 def test_what_a_message_advises_exists():
     source = (ROOT / "densekit" / "messages.py").read_text()
     advised = set(re.findall(r"`(\w+)\((?:x|x, size|bank)\)`", source)) - {"tuple"}
-    advised.add("stack_views")
-    assert {"map_to_rows", "rows_to_map", "bank_negatives"} <= advised
-    assert advised <= set(dk.__all__)
+    assert {"map_to_rows", "rows_to_map", "bank_negatives", "stack_views"} <= advised
+    assert advised | messages.CALLED.keys() <= set(dk.__all__)
