@@ -322,9 +322,9 @@ def self_distillation(
     where = "losses.self_distillation"
     check_temperature(where, student_temperature, "student_temperature")
     check_temperature(where, teacher_temperature, "teacher_temperature")
-    refuse_maps("losses.self_distillation", "student", student)
+    refuse_maps(where, "student", student)
 
-    valid = fit_valid("losses.self_distillation", valid, student.shape[:-1])
+    valid = fit_valid(where, valid, student.shape[:-1])
     logits = widened(teacher.detach())
     # The logit of an excluded category is minus infinity, and so is its running mean.
     centered = torch.where(logits == -torch.inf, logits, logits - center)
@@ -485,7 +485,7 @@ def variance_covariance(
     where = "losses.variance_covariance"
     check(where, "target", target, target >= 0, "0 or more")
     check(where, "epsilon", epsilon, epsilon > 0, "one above 0")
-    refuse_maps("losses.variance_covariance", "rows", rows)
+    refuse_maps(where, "rows", rows)
 
     valid = fit_valid(where, valid, rows.shape[:-1])
     rows = widened(_valid_rows(rows, valid))

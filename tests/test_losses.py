@@ -669,6 +669,17 @@ def test_negatives_whose_fields_do_not_belong_together_are_refused():
             info_nce(query, query, Negatives(features, valid), temperature=1)
 
 
+def test_one_row_without_negatives_has_no_loss():
+    row = uniform(seeded(), 3, 1, 4)
+    assert in_set(row, row.flip(0)) == 0
+
+
+def test_a_query_that_finds_its_own_key_among_the_negatives_has_a_loss_of_log_two():
+    query = torch.eye(8, dtype=torch.float64)
+    assert info_nce(query[:4], query[:4], query[4:], temperature=0.1) < 1e-3
+    assert info_nce(query[:4], query[:4], query, temperature=0.1) > math.log(2)
+
+
 # ------------------------------------------------------------------------------- symmetric
 
 
@@ -1240,14 +1251,3 @@ def test_terms_and_gradients_of_several_processes_are_those_of_one(bounds):
 def test_a_spread_that_makes_no_sense_is_refused(name, value):
     with pytest.raises(ValueError, match=f"variance_covariance: {name} is {value}; give"):
         variance_covariance(torch.eye(2), **{name: value})
-
-
-def test_one_row_without_negatives_has_no_loss():
-    row = uniform(seeded(), 3, 1, 4)
-    assert in_set(row, row.flip(0)) == 0
-
-
-def test_a_query_that_finds_its_own_key_among_the_negatives_has_a_loss_of_log_two():
-    query = torch.eye(8, dtype=torch.float64)
-    assert info_nce(query[:4], query[:4], query[4:], temperature=0.1) < 1e-3
-    assert info_nce(query[:4], query[:4], query, temperature=0.1) > math.log(2)
