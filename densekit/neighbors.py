@@ -176,8 +176,7 @@ def nearest_rows(
     References:
         DUPR, Fig 10.
     """
-    if k < 1:
-        raise ValueError(f"densekit.neighbors.nearest_rows: k is {k}; give 1 or more.")
+    check("neighbors.nearest_rows", "k", k, k >= 1, "1 or more")
 
     lost = ~features.isfinite().all(-1)
     usable = gallery.isfinite().all(-1)

@@ -213,10 +213,7 @@ def boundary_f_measure(
     References:
         Perazzi et al. 2016 (DAVIS), Sec 4; Martin et al. 2004 (the measure).
     """
-    if not tolerance >= 0:
-        raise ValueError(
-            f"densekit.video.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
-        )
+    check("video.boundary_f_measure", "tolerance", tolerance, tolerance >= 0, "0 or more")
 
     if not masks.numel():
         return masks.new_ones(masks.shape[:-2], dtype=torch.float32)

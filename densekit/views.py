@@ -16,6 +16,7 @@ from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, in
 from densekit.numerics import (
     broadcasts,
     check,
+    check_size,
     full_precision,
     readable,
     refuse_channels_last,
@@ -215,10 +216,8 @@ def full_view(
     References:
         D3SSL, Sec 4.1 (its first view is the whole image).
     """
-    if isinstance(size, tuple) and min(size) <= 0:
-        raise ValueError(
-            f"densekit.views.full_view: size is {size}; give a positive (h, w) in pixels."
-        )
+    if isinstance(size, tuple):
+        check("views.full_view", "size", size, min(size) > 0, "a positive (h, w) in pixels")
     batch = _leading_axes("full_view", batch)
     height, width = _height_and_width(size, device)
     corner = torch.zeros_like(width)
@@ -652,10 +651,8 @@ def pair_views(
             f"densekit.views.pair_views: anchors is {anchors} and there are {count} views; give a "
             "number from 1 to that of the views, or None."
         )
-    if not 0 <= min_overlap <= 1:
-        raise ValueError(
-            f"densekit.views.pair_views: min_overlap is {min_overlap}; give an overlap in [0, 1]."
-        )
+    fits = 0 <= min_overlap <= 1
+    check("views.pair_views", "min_overlap", min_overlap, fits, "an overlap in [0, 1]")
 
     pairs = list(itertools.combinations(range(count), 2))
     if anchors is not None:
@@ -897,11 +894,8 @@ def boxes_in_view(
     References:
         D3SSL, Sec 4.1 (proposals that both views contain); SoCo, Sec 3.2.
     """
-    if not 0 < min_share <= 1:
-        raise ValueError(
-            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0 "
-            "and at most 1."
-        )
+    fits = 0 < min_share <= 1
+    check("views.boxes_in_view", "min_share", min_share, fits, "a share above 0 and at most 1")
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
@@ -971,9 +965,8 @@ def coordinate_map(view: View, size: int | Size) -> Float[Tensor, "*batch h w 2"
     References:
         DenseSiam, Fig 3; PixPro (its distance between pixels).
     """
+    check_size("views.coordinate_map", size)
     h, w = (size, size) if isinstance(size, int) else size
-    if min(h, w) <= 0:
-        raise ValueError(f"densekit.views.coordinate_map: size is {size}; give a positive (h, w).")
 
     dtype = torch.promote_types(view.box.dtype, torch.float32)
     y = (torch.arange(h, dtype=dtype, device=view.box.device) + 0.5) / h
@@ -1031,10 +1024,8 @@ def crop_views(
         torch.Size([2, 3, 24, 24])
     """
     out_h, out_w = (size, size) if isinstance(size, int) else size
-    if min(out_h, out_w) <= 0:
-        raise ValueError(
-            f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
-        )
+    fits = min(out_h, out_w) > 0
+    check("views.crop_views", "size", size, fits, "a positive size in pixels")
 
     cubic = interpolation == "bicubic"
     if isinstance(images, Tensor):
@@ -1107,10 +1098,8 @@ def _height_and_width(
 def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
     """Return width and height, `(2)` or one pair for each image, in the boxes' dtype."""
     if not isinstance(size, Tensor):
-        if min(size) <= 0:
-            raise ValueError(
-                f"densekit.views.{function}: size is {size}; give a positive (h, w) in pixels."
-            )
+        fits = min(size) > 0
+        check(f"views.{function}", "size", size, fits, "a positive (h, w) in pixels")
         return widened(boxes).new_tensor(size[::-1])
     if not broadcasts(size.shape[:-1], boxes.shape[:-1]):
         raise TypeError(
@@ -1123,10 +1112,8 @@ def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
 def _view_sides(function: str, size: int | Size, like: Tensor) -> Tensor:
     """Return width and height of views, `(2)`."""
     h, w = (size, size) if isinstance(size, int) else size
-    if min(h, w) <= 0:
-        raise ValueError(
-            f"densekit.views.{function}: size is {size}; give a positive size in pixels."
-        )
+    fits = min(h, w) > 0
+    check(f"views.{function}", "size", size, fits, "a positive size in pixels")
     return widened(like).new_tensor([w, h])
 
 
