@@ -12,6 +12,7 @@ from densekit.distributed import Group, all_max, all_sum
 from densekit.numerics import (
     check,
     full_precision,
+    in_range,
     l2_normalize,
     readable,
     refuse_maps,
@@ -138,7 +139,7 @@ def sinkhorn(
     # Subtracting its lowest cost cancels a shift of a row; without the shift it is more precise.
     low = cost.detach().amin(-1, keepdim=True)
     rows = low < torch.inf
-    logits = (torch.where(rows, low, 0.0) - cost).div_(_in_range(reg, cost.dtype))
+    logits = (torch.where(rows, low, 0.0) - cost).div_(in_range(reg, cost.dtype))
     cols = _highest(logits, -2, group) > -torch.inf
 
     row = None if row is None else row.to(logits)
@@ -213,7 +214,7 @@ def swav_codes(
     # A transport from prototypes to samples, whose side of the samples is scaled last.
     high = _highest(scores.mT, -1, group)
     prototypes = high > -torch.inf
-    logits = (scores.mT - _finite(high)).div_(_in_range(epsilon, scores.dtype))
+    logits = (scores.mT - _finite(high)).div_(in_range(epsilon, scores.dtype))
     samples = _highest(logits, -2) > -torch.inf
     row_mass = prototypes.to(logits.dtype)
     col_mass = samples.to(logits.dtype)
@@ -569,12 +570,6 @@ def prune_clusters(assignments: Float[Tensor, "*batch v n k"]) -> PrunedClusters
 def _check_transport(function: str, reg: float, iterations: int) -> None:
     check(f"clustering.{function}", "reg", reg, reg > 0, "a number above 0")
     check(f"clustering.{function}", "iterations", iterations, iterations >= 1, "1 or more")
-
-
-def _in_range(number: float, dtype: torch.dtype) -> float:
-    """Return the number, or the end of the dtype's range: 0 / 0 and inf / inf would be NaN."""
-    finfo = torch.finfo(dtype)
-    return min(max(number, finfo.tiny), finfo.max)
 
 
 def _scale(
