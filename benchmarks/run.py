@@ -380,7 +380,7 @@ def scale_plainly(cost: Tensor, reg: float, iterations: int) -> Tensor:
 
 
 def transport(reg: float = 0.5) -> None:
-    """`sinkhorn` against plain scaling and against POT's log form, 3 iterations."""
+    """`sinkhorn` and `swav_codes` against plain scaling and POT's log form, 3 iterations."""
     import ot
 
     for n, k in ((4096, 300), (1024, 3000)):
@@ -393,6 +393,9 @@ def transport(reg: float = 0.5) -> None:
         def given() -> Tensor:
             return dk.sinkhorn(cost, row, col, reg=reg, iterations=3)
 
+        def codes() -> Tensor:
+            return dk.swav_codes(-cost, epsilon=reg, iterations=3)
+
         def plain() -> Tensor:
             return scale_plainly(cost, reg, 3)
 
@@ -402,11 +405,15 @@ def transport(reg: float = 0.5) -> None:
         # Plain scaling scales the columns first.
         same = dk.sinkhorn(cost.T, reg=reg, iterations=3).T
         torch.testing.assert_close(plain(), same, rtol=1e-4, atol=0)
-        own, with_masses, quick, slow = times(ours, given, plain, logarithmic, rounds=30)
+        torch.testing.assert_close(codes(), n * plain(), rtol=1e-4, atol=0)
+        sides = ours, given, codes, plain, logarithmic
+        own, with_masses, coded, quick, slow = times(*sides, rounds=30)
         what = f"`sinkhorn`, {n} x {k}, 3 iterations"
         against(what, own, quick, "plain scaling, as SwAV and lightly do")
         against(what, own, slow, "POT's sinkhorn_log")
         against(f"{what}, masses given", with_masses, slow, "POT's sinkhorn_log")
+        what = f"`swav_codes`, {n} x {k}, 3 iterations"
+        against(what, coded, quick, "plain scaling, as SwAV and lightly do")
 
 
 def growth() -> None:

@@ -6,7 +6,7 @@ Boxes are `(x1, y1, x2, y2)`, half-open, in continuous pixels or in another fram
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import safe_divide, sample_uniform, take_rows, widened
+from densekit.numerics import check, check_size, safe_divide, sample_uniform, take_rows, widened
 from densekit.typing import Bool, Float, Size, Tensor, typed
 
 __all__ = [
@@ -173,8 +173,7 @@ def clip_boxes(boxes: Float[Tensor, "*batch 4"], size: Size) -> Float[Tensor, "*
         >>> clip_boxes(torch.tensor([-2.0, 1.0, 3.0, 9.0]), (4, 8))
         tensor([0., 1., 3., 4.])
     """
-    if min(size) < 1:
-        raise ValueError(f"densekit.boxes.clip_boxes: size is {size}; give a positive (h, w).")
+    check_size("boxes.clip_boxes", size)
     x1, y1, x2, y2 = boxes.unbind(-1)
     h, w = size
     return torch.stack([x1.clamp(0, w), y1.clamp(0, h), x2.clamp(0, w), y2.clamp(0, h)], -1)
@@ -217,8 +216,7 @@ def sample_boxes(
     References:
         D3SSL, Sec 4.2 (the K proposals of an image); SoCo, Sec 3.2.
     """
-    if count < 0:
-        raise ValueError(f"densekit.boxes.sample_boxes: count is {count}; give 0 or more.")
+    check("boxes.sample_boxes", "count", count, count >= 0, "0 or more")
     usable = _valid(boxes) if valid is None else valid & _valid(boxes)
     boxes = torch.nn.functional.pad(torch.where(usable[..., None], boxes, 0.0), (0, 0, 0, count))
     usable = torch.nn.functional.pad(usable, (0, count))
@@ -257,10 +255,7 @@ def sample_boxes_at_iou(
     References:
         DUPR, Fig 5 (RoIs of a given IoU with a ground-truth box).
     """
-    if not 0 <= iou <= 1:
-        raise ValueError(
-            f"densekit.boxes.sample_boxes_at_iou: iou is {iou}; give a number in [0, 1]."
-        )
+    check("boxes.sample_boxes_at_iou", "iou", iou, 0 <= iou <= 1, "a number in [0, 1]")
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     shared = 2 * iou / (1 + iou)  # share of one box that both cover: (1 - |dx|) (1 - |dy|)
     part = draws[..., :1]

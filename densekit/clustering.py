@@ -12,6 +12,7 @@ from densekit.distributed import Group, all_max, all_sum
 from densekit.numerics import (
     check,
     full_precision,
+    in_range,
     l2_normalize,
     readable,
     refuse_maps,
@@ -133,15 +134,12 @@ def sinkhorn(
     if not cost.shape[-1] or (group is None and not cost.shape[-2]):
         return cost
 
-    finfo = torch.finfo(cost.dtype)
-    reg = min(max(reg, finfo.tiny), finfo.max)  # 0 / 0 and inf / inf would be NaN
-
     if valid is not None:
         cost = torch.where(valid, cost, torch.inf)
     # Subtracting its lowest cost cancels a shift of a row; without the shift it is more precise.
     low = cost.detach().amin(-1, keepdim=True)
     rows = low < torch.inf
-    logits = (torch.where(rows, low, 0.0) - cost).div_(reg)
+    logits = (torch.where(rows, low, 0.0) - cost).div_(in_range(reg, cost.dtype))
     cols = _highest(logits, -2, group) > -torch.inf
 
     row = None if row is None else row.to(logits)
@@ -216,7 +214,7 @@ def swav_codes(
     # A transport from prototypes to samples, whose side of the samples is scaled last.
     high = _highest(scores.mT, -1, group)
     prototypes = high > -torch.inf
-    logits = (scores.mT - _finite(high)).div_(epsilon)
+    logits = (scores.mT - _finite(high)).div_(in_range(epsilon, scores.dtype))
     samples = _highest(logits, -2) > -torch.inf
     row_mass = prototypes.to(logits.dtype)
     col_mass = samples.to(logits.dtype)

@@ -10,6 +10,7 @@ from densekit.numerics import (
     check,
     check_temperature,
     full_precision,
+    in_range,
     l2_normalize,
     map_to_rows,
     masked_mean,
@@ -112,7 +113,7 @@ def affinity_matrix(
     check_temperature("diagnostics.affinity_matrix", temperature)
     with full_precision(features1):
         similarity = l2_normalize(features1) @ l2_normalize(features2).mT
-    return (similarity / temperature).softmax(-2)
+    return (similarity / in_range(temperature, similarity.dtype)).softmax(-2)
 
 
 @typed

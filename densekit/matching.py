@@ -127,8 +127,9 @@ def match_by_place(
         App A, Table A1 (pixel distance).
     """
     _check("match_by_place", max_distance, best)
-    _check_sizes("match_by_place", size1, size2)
-    size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
+    size1, size2 = _sizes("match_by_place", size1, size2)
+    valid = _used(view1, view2, valid)
+    unit = _larger_diagonal(view1, view2, size1, size2)
     gap_x, gap_y = _gaps(view1, view2, size1, size2)
     x = gap_x.min(-1)
     y = gap_y.min(-1)
@@ -178,8 +179,9 @@ def positive_pairs(
         PixPro, Sec 3.1.
     """
     _check("positive_pairs", max_distance, None)
-    _check_sizes("positive_pairs", size1, size2)
-    size1, size2, valid, unit = _cells(view1, view2, size1, size2, valid)
+    size1, size2 = _sizes("positive_pairs", size1, size2)
+    valid = _used(view1, view2, valid)
+    unit = _larger_diagonal(view1, view2, size1, size2)
     x, y = _gaps(view1, view2, size1, size2)
     distance = torch.hypot(x[..., None, :, None, :], y[..., :, None, :, None])  # (h1, w1, h2, w2)
     distance = distance.flatten(-2).flatten(-3, -2) / unit[..., None, None]
@@ -246,7 +248,8 @@ def match_by_feature(
 
     distances = []
     indices = []
-    for part in rows1.split(max(1, _NUMBERS // max(1, math.prod(rows2.shape[:-1]))), -2):
+    chunk = max(1, _NUMBERS // max(1, math.prod(rows2.shape[:-1])))
+    for part in rows1.split(chunk, -2):
         if metric == "cosine":
             with full_precision(part):
                 apart = (1 - part @ rows2.mT).clamp(min=0)
@@ -313,8 +316,7 @@ def candidate_regions(
     dtype = view1.box.dtype
     view1 = _widened(view1)
     view2 = _widened(view2)
-    overlap = intersect_views(view1, view2).valid
-    used = overlap if valid is None else overlap & valid
+    used = _used(view1, view2, valid)
 
     at = {"dtype": view1.box.dtype, "device": view1.box.device}
     x, y = torch.meshgrid(
@@ -329,11 +331,11 @@ def candidate_regions(
     boxes2 = boxes_image_to_view(view2, boxes)
     inside = ((boxes2 >= -1e-4) & (boxes2 <= 1 + 1e-4)).all(-1)  # rounding may move this much
     inside = inside & used[..., None]
-    kept = [
-        torch.where(inside[..., None], found, 0.0).to(dtype)
-        for found in (boxes, boxes1, boxes2.clamp(0, 1))
-    ]
-    return PairedBoxes(kept[0], kept[1], kept[2], inside)
+
+    def kept(found: Tensor) -> Tensor:
+        return torch.where(inside[..., None], found, 0.0).to(dtype)
+
+    return PairedBoxes(kept(boxes), kept(boxes1), kept(boxes2.clamp(0, 1)), inside)
 
 
 @typed
@@ -372,9 +374,20 @@ def _check(function: str, max_distance: float | None, best: int | None) -> None:
     check(f"matching.{function}", "best", best, few, "0 or more, or None")
 
 
-def _check_sizes(function: str, size1: int | Size, size2: int | Size | None) -> None:
+def _sizes(function: str, size1: int | Size, size2: int | Size | None) -> tuple[Size, Size]:
+    """Check the sizes of two maps, and return them as `(h, w)`."""
+    size2 = size1 if size2 is None else size2
     check_size(f"matching.{function}", size1, "size1")
-    check_size(f"matching.{function}", size1 if size2 is None else size2, "size2")
+    check_size(f"matching.{function}", size2, "size2")
+    size1 = (size1, size1) if isinstance(size1, int) else size1
+    size2 = (size2, size2) if isinstance(size2, int) else size2
+    return size1, size2
+
+
+def _used(view1: View, view2: View, valid: Tensor | None) -> Tensor:
+    """Return which pairs of views share an area and are to be used."""
+    overlap = intersect_views(view1, view2).valid
+    return overlap if valid is None else overlap & valid
 
 
 def _matches(
@@ -399,21 +412,14 @@ def _matches(
     return Matches(kept.indices, indices, kept.values, valid.gather(-1, kept.indices))
 
 
-def _cells(
-    view1: View, view2: View, size1: int | Size, size2: int | Size | None, valid: Tensor | None
-) -> tuple[Size, Size, Tensor, Tensor]:
-    """Return both sizes, which pairs of views to use, and the diagonal of the larger cell."""
-    size1 = (size1, size1) if isinstance(size1, int) else size1
-    size2 = size1 if size2 is None else size2
-    size2 = (size2, size2) if isinstance(size2, int) else size2
-    overlap = intersect_views(view1, view2).valid
-    used = overlap if valid is None else overlap & valid
+def _larger_diagonal(view1: View, view2: View, size1: Size, size2: Size) -> Tensor:
+    """Return the diagonal of a cell of one map or the other, the larger one, in pixels."""
     diagonals = []
     for view, (h, w) in ((view1, size1), (view2, size2)):
         box = _widened(view).box.detach()
         width, height = (box[..., 2:] - box[..., :2]).unbind(-1)
         diagonals.append(torch.hypot(width / w, height / h))
-    return size1, size2, used, torch.maximum(*diagonals)
+    return torch.maximum(*diagonals)
 
 
 def _gaps(view1: View, view2: View, size1: Size, size2: Size) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import Accuracy, accuracy
-from densekit.numerics import check, check_temperature, full_precision, l2_normalize
+from densekit.numerics import check, check_temperature, full_precision, in_range, l2_normalize
 from densekit.typing import Float, Integer, Scalar, Tensor, typed
 
 __all__ = ["Neighbors", "knn_votes", "nearest_maps", "nearest_rows", "object_knn"]
@@ -83,7 +83,7 @@ def knn_votes(
     shares = []
     for rows in features.split(chunk):
         similarity, indices = _nearest(rows, known, bias, k)
-        weights = (similarity / temperature).softmax(-1)
+        weights = (similarity / in_range(temperature, similarity.dtype)).softmax(-1)
         weights = torch.where(weights.isnan(), 0.0, weights)  # NaN where nobody votes
         votes = weights.new_zeros(len(rows), classes)
         shares.append(votes.scatter_add(1, known_labels[indices], weights))
@@ -176,8 +176,7 @@ def nearest_rows(
     References:
         DUPR, Fig 10.
     """
-    if k < 1:
-        raise ValueError(f"densekit.neighbors.nearest_rows: k is {k}; give 1 or more.")
+    check("neighbors.nearest_rows", "k", k, k >= 1, "1 or more")
 
     lost = ~features.isfinite().all(-1)
     usable = gallery.isfinite().all(-1)

@@ -257,6 +257,18 @@ def check_temperature(where: str, value: Scalar, name: str = "temperature") -> N
     check(where, name, value, isinstance(value, Tensor) or value > 0, "one above 0")
 
 
+def in_range(number: Scalar, dtype: torch.dtype) -> Scalar:
+    """Return a number above 0, or the end of the dtype's range that is next to it.
+
+    So a divisor becomes neither 0 nor infinity, where 0 / 0 and inf / inf would be NaN. A tensor is
+    returned as it is.
+    """
+    if isinstance(number, Tensor):
+        return number
+    finfo = torch.finfo(dtype)
+    return min(max(number, finfo.tiny), finfo.max)
+
+
 def check_cells(where: str, name: str, size: Sequence[int]) -> None:
     """Raise an error for a map without a cell."""
     h, w = size

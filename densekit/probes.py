@@ -118,7 +118,8 @@ def fit_linear_probe(
         return torch.where(keep[:, None], target, 0.0)
 
     zero = features.new_zeros(features.shape[1], dtype=torch.double)
-    mean, largest = zero, zero
+    mean = zero
+    largest = zero
     for x, _, used in parts:
         kept = block(x, used, zero)
         mean = mean + kept.sum(0) / rows
@@ -195,10 +196,7 @@ def linear_segmentation(
     References:
         CrOC, Sec 4.2 (the protocol that this approximates).
     """
-    if stride < 1:
-        raise ValueError(
-            f"densekit.probes.linear_segmentation: stride is {stride}; give 1 or more."
-        )
+    check("probes.linear_segmentation", "stride", stride, stride >= 1, "1 or more")
     h, w = labels.shape[-2:]
     offset = min(stride, h, w) // 2
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32, device=features.device)

@@ -12,6 +12,7 @@ import torch
 from densekit.boxes import box_area, boxes_valid
 from densekit.numerics import (
     check,
+    check_size,
     full_precision,
     readable,
     safe_divide,
@@ -123,11 +124,8 @@ def sample_inner_boxes(
         D3SSL, Sec 4.1, 3) (restricted box jitter).
     """
     low, high = scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(
-            f"densekit.regions.sample_inner_boxes: scale is {scale}; give 0 < smallest <= largest "
-            "<= 1."
-        )
+    fits = 0 < low <= high <= 1
+    check("regions.sample_inner_boxes", "scale", scale, fits, "0 < smallest <= largest <= 1")
 
     draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
     first = widened(boxes[..., :2])
@@ -168,10 +166,8 @@ def sample_cutout(
         D3SSL, Sec 4.1, 1) (sizes from 0.2 to 0.5).
     """
     low, high = ratio
-    if not 0 <= low <= high <= 1:
-        raise ValueError(
-            f"densekit.regions.sample_cutout: ratio is {ratio}; give 0 <= smallest <= largest <= 1."
-        )
+    fits = 0 <= low <= high <= 1
+    check("regions.sample_cutout", "ratio", ratio, fits, "0 <= smallest <= largest <= 1")
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
 
@@ -218,7 +214,7 @@ def proposal_cutout(
     References:
         D3SSL, Sec 4.1, 1) (proposal-based random cutout).
     """
-    _check_size("proposal_cutout", size)
+    check_size("regions.proposal_cutout", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     boxes = widened(torch.where(usable[..., None], boxes, 0.0))
     draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
@@ -361,7 +357,7 @@ def boxes_to_mask(
     References:
         D3SSL, Eq 6.
     """
-    _check_size("boxes_to_mask", size)
+    check_size("regions.boxes_to_mask", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     x1, y1, x2, y2 = widened(boxes).unbind(-1)
 
@@ -439,7 +435,7 @@ def sample_shift(
     References:
         D3SSL, Sec 4.2 (the bias t of the de-positioning module).
     """
-    _check_size("sample_shift", size)
+    check_size("regions.sample_shift", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
     wide = widened(boxes)
     used = usable[..., None]
@@ -533,11 +529,6 @@ def composite(
         pixels = foreground.flatten(-2)
         foreground = pixels.gather(-1, source.expand_as(pixels)).view_as(background)
     return torch.where(mask[..., None, :, :], foreground, background)
-
-
-def _check_size(function: str, size: Size) -> None:
-    if min(size) < 1:
-        raise ValueError(f"densekit.regions.{function}: size is {size}; give a positive (h, w).")
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:

@@ -120,8 +120,7 @@ def sample_points(
     References:
         DenseSiam, Table A2 (k = 1, beta = 0).
     """
-    if count < 0:
-        raise ValueError(f"densekit.sampling.sample_points: count is {count}; give 0 or more.")
+    check("sampling.sample_points", "count", count, count >= 0, "0 or more")
     draws = sample_uniform((*boxes.shape[:-1], count, 2), boxes, generator=generator)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
     corners = boxes.to(draws).unflatten(-1, (2, 2)).expand(*draws.shape, 2)
@@ -165,8 +164,7 @@ def hard_points(
     References:
         DenseSiam, App B, Table A2 (k = 3, beta = 0.75 is its "mildly biased").
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"densekit.sampling.hard_points: beta is {beta}; give a share in [0, 1].")
+    check("sampling.hard_points", "beta", beta, 0 <= beta <= 1, "a share in [0, 1]")
     count = round(beta * uniform.shape[-2])
     if count > candidates.shape[-2]:
         raise ValueError(

@@ -8,6 +8,7 @@ from densekit.numerics import (
     check,
     check_temperature,
     full_precision,
+    in_range,
     l2_normalize,
     map_to_rows,
     rows_to_map,
@@ -98,7 +99,8 @@ def _nearest_labels(
     """Average the labels of the k known cells that are nearest to each row; zeros without any."""
     best = (rows @ known.mT).masked_fill(excluded, -torch.inf).topk(min(k, len(known)))
     some = best.values[:, :1] > -torch.inf
-    weights = (torch.where(some, best.values, 0.0) / temperature).softmax(-1)
+    similarity = torch.where(some, best.values, 0.0)
+    weights = (similarity / in_range(temperature, similarity.dtype)).softmax(-1)
     weights = torch.where(some, weights, 0.0)
     return (weights[..., None] * labels[best.indices]).sum(1)
 
@@ -213,10 +215,7 @@ def boundary_f_measure(
     References:
         Perazzi et al. 2016 (DAVIS), Sec 4; Martin et al. 2004 (the measure).
     """
-    if not tolerance >= 0:
-        raise ValueError(
-            f"densekit.video.boundary_f_measure: tolerance is {tolerance}; give 0 or more."
-        )
+    check("video.boundary_f_measure", "tolerance", tolerance, tolerance >= 0, "0 or more")
 
     if not masks.numel():
         return masks.new_ones(masks.shape[:-2], dtype=torch.float32)

@@ -16,6 +16,7 @@ from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, in
 from densekit.numerics import (
     broadcasts,
     check,
+    check_size,
     full_precision,
     readable,
     refuse_channels_last,
@@ -97,7 +98,10 @@ def _or_no_flip(vertical_flip: Any, flip: Any) -> Any:
         return vertical_flip
     if isinstance(flip, Tensor):
         return torch.zeros_like(flip)
-    return flip < flip if isinstance(flip, bool) or hasattr(flip, "dtype") else flip
+    if isinstance(flip, bool) or hasattr(flip, "dtype"):
+        # False, or an array of it as numpy has them: nothing is less than itself.
+        return flip < flip
+    return flip
 
 
 _new_view.__name__ = _new_view.__qualname__ = "View"  # as errors about its arguments say it
@@ -212,10 +216,8 @@ def full_view(
     References:
         D3SSL, Sec 4.1 (its first view is the whole image).
     """
-    if isinstance(size, tuple) and min(size) <= 0:
-        raise ValueError(
-            f"densekit.views.full_view: size is {size}; give a positive (h, w) in pixels."
-        )
+    if isinstance(size, tuple):
+        check("views.full_view", "size", size, min(size) > 0, "a positive (h, w) in pixels")
     batch = _leading_axes("full_view", batch)
     height, width = _height_and_width(size, device)
     corner = torch.zeros_like(width)
@@ -594,20 +596,14 @@ def sample_view_pairs(
         vertical_flip=vertical_flip,
         generator=generator,
     )
-    boxes1, boxes2 = drawn.box.unbind(0)
-    iou = box_iou(boxes1, boxes2)
+    drawn1, drawn2 = unstack_views(drawn)
+    iou = box_iou(drawn1.box, drawn2.box)
     enough = iou >= min_overlap
-    best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))[None]
+    best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))
 
-    view1, view2 = (
-        View(
-            box.gather(0, best[..., None].expand(1, *box.shape[1:]))[0],
-            flips.gather(0, best)[0],
-            vertical_flips.gather(0, best)[0],
-        )
-        for box, flips, vertical_flips in zip(*drawn, strict=True)
-    )
-    share = iou.gather(0, best)[0]
+    view1 = _pick(drawn1, best)
+    view2 = _pick(drawn2, best)
+    share = iou.gather(0, best[None])[0]
     return ViewPairs(view1, view2, (share >= min_overlap) & (share > 0))
 
 
@@ -655,17 +651,16 @@ def pair_views(
             f"densekit.views.pair_views: anchors is {anchors} and there are {count} views; give a "
             "number from 1 to that of the views, or None."
         )
-    if not 0 <= min_overlap <= 1:
-        raise ValueError(
-            f"densekit.views.pair_views: min_overlap is {min_overlap}; give an overlap in [0, 1]."
-        )
+    fits = 0 <= min_overlap <= 1
+    check("views.pair_views", "min_overlap", min_overlap, fits, "an overlap in [0, 1]")
 
     pairs = list(itertools.combinations(range(count), 2))
     if anchors is not None:
         pairs = [(i, j) for i, j in itertools.product(range(anchors), range(count)) if i != j]
     index = torch.tensor(pairs, dtype=torch.int64, device=views.box.device).reshape(-1, 2)
     index1, index2 = index.unbind(-1)
-    view1, view2 = index_views(views, index1), index_views(views, index2)
+    view1 = index_views(views, index1)
+    view2 = index_views(views, index2)
     iou = box_iou(view1.box, view2.box)
     return PairedViews(view1, view2, index1, index2, (iou >= min_overlap) & (iou > 0))
 
@@ -704,7 +699,9 @@ def view_from_matrix(
         tensor([10.,  0., 74., 48.])
     """
     sides = _view_sides("view_from_matrix", size, matrix)
-    matrix = _move_centers(widened(matrix), 0.5 if pixel_centers == "integer" else 0.0)
+    matrix = widened(matrix)
+    if pixel_centers == "integer":
+        matrix = _move_centers(matrix, 0.5)
     valid = _maps_corners(matrix.detach(), sides)
 
     start, stop, flips = _ends(torch.where(valid[..., None, None], matrix, _unit(matrix)), sides)
@@ -747,7 +744,8 @@ def view_to_matrix(
     last = _unit(first)[2].expand(*first.shape[:-2], 1, 3)
 
     matrix = torch.cat([first, last], -2)
-    matrix = _move_centers(matrix, -0.5 if pixel_centers == "integer" else 0.0)
+    if pixel_centers == "integer":
+        matrix = _move_centers(matrix, -0.5)
     return torch.where(boxes_valid(box)[..., None, None], matrix, 0.0)
 
 
@@ -896,11 +894,8 @@ def boxes_in_view(
     References:
         D3SSL, Sec 4.1 (proposals that both views contain); SoCo, Sec 3.2.
     """
-    if not 0 < min_share <= 1:
-        raise ValueError(
-            f"densekit.views.boxes_in_view: min_share is {min_share}; give a share above 0 "
-            "and at most 1."
-        )
+    fits = 0 < min_share <= 1
+    check("views.boxes_in_view", "min_share", min_share, fits, "a share above 0 and at most 1")
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
     seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
     seen = torch.where((share > 0)[..., None], seen, 0.0)
@@ -970,9 +965,8 @@ def coordinate_map(view: View, size: int | Size) -> Float[Tensor, "*batch h w 2"
     References:
         DenseSiam, Fig 3; PixPro (its distance between pixels).
     """
+    check_size("views.coordinate_map", size)
     h, w = (size, size) if isinstance(size, int) else size
-    if min(h, w) <= 0:
-        raise ValueError(f"densekit.views.coordinate_map: size is {size}; give a positive (h, w).")
 
     dtype = torch.promote_types(view.box.dtype, torch.float32)
     y = (torch.arange(h, dtype=dtype, device=view.box.device) + 0.5) / h
@@ -1030,10 +1024,8 @@ def crop_views(
         torch.Size([2, 3, 24, 24])
     """
     out_h, out_w = (size, size) if isinstance(size, int) else size
-    if min(out_h, out_w) <= 0:
-        raise ValueError(
-            f"densekit.views.crop_views: size is {size}; give a positive size in pixels."
-        )
+    fits = min(out_h, out_w) > 0
+    check("views.crop_views", "size", size, fits, "a positive size in pixels")
 
     cubic = interpolation == "bicubic"
     if isinstance(images, Tensor):
@@ -1084,6 +1076,14 @@ def _leading_axes(function: str, batch: int | tuple[int, ...]) -> tuple[int, ...
     return axes
 
 
+def _pick(view: View, which: Tensor) -> View:
+    """Return for each image one of the views along the first axis."""
+    box, *flips = _fields(view)
+    which = which[None]
+    picked = box.gather(0, which[..., None].expand(1, *box.shape[1:]))[0]
+    return View(picked, *(flip.gather(0, which)[0] for flip in flips))
+
+
 def _height_and_width(
     size: Size | Tensor, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
@@ -1098,10 +1098,8 @@ def _height_and_width(
 def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
     """Return width and height, `(2)` or one pair for each image, in the boxes' dtype."""
     if not isinstance(size, Tensor):
-        if min(size) <= 0:
-            raise ValueError(
-                f"densekit.views.{function}: size is {size}; give a positive (h, w) in pixels."
-            )
+        fits = min(size) > 0
+        check(f"views.{function}", "size", size, fits, "a positive (h, w) in pixels")
         return widened(boxes).new_tensor(size[::-1])
     if not broadcasts(size.shape[:-1], boxes.shape[:-1]):
         raise TypeError(
@@ -1114,10 +1112,8 @@ def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
 def _view_sides(function: str, size: int | Size, like: Tensor) -> Tensor:
     """Return width and height of views, `(2)`."""
     h, w = (size, size) if isinstance(size, int) else size
-    if min(h, w) <= 0:
-        raise ValueError(
-            f"densekit.views.{function}: size is {size}; give a positive size in pixels."
-        )
+    fits = min(h, w) > 0
+    check(f"views.{function}", "size", size, fits, "a positive size in pixels")
     return widened(like).new_tensor([w, h])
 
 
@@ -1184,13 +1180,15 @@ def _ends(matrix: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factor = matrix[..., 2, 2, None]
     scale = matrix[..., :2, :2].diagonal(dim1=-2, dim2=-1) / factor
     offset = matrix[..., :2, 2] / factor
+    # 0 - offset, since -offset would make a side of -0.0.
     return (0 - offset) / scale, (sides - offset) / scale, scale < 0
 
 
 def _maps_corners(matrix: Tensor, sides: Tensor) -> Tensor:
     """Return whether the matrix maps the four corners of a box to those of the view."""
     start, stop, _ = _ends(matrix, sides)
-    corners, wanted = _corners(start, stop), _corners(torch.zeros_like(sides), sides)
+    corners = _corners(start, stop)
+    wanted = _corners(torch.zeros_like(sides), sides)
     with full_precision(matrix):
         placed = torch.nn.functional.pad(corners, (0, 1), value=1.0) @ matrix.mT
     off = (placed[..., :2] / placed[..., 2:] - wanted).abs()
@@ -1200,7 +1198,8 @@ def _maps_corners(matrix: Tensor, sides: Tensor) -> Tensor:
 
 def _corners(start: Tensor, stop: Tensor) -> Tensor:
     """Return the four corners of a box from two opposite ones, `(*batch, 4, 2)`."""
-    (x1, y1), (x2, y2) = start.unbind(-1), stop.unbind(-1)
+    x1, y1 = start.unbind(-1)
+    x2, y2 = stop.unbind(-1)
     corners = [(x1, y1), (x2, y1), (x1, y2), (x2, y2)]
     return torch.stack([torch.stack(corner, -1) for corner in corners], -2)
 

@@ -369,6 +369,17 @@ def test_codes_of_the_samples_that_are_left_in_are_those_of_these_alone(n, k, ge
     assert (got[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [1e-320, 1e-100, 1e100, math.inf])
+def test_a_smoothness_beyond_the_range_of_the_dtype_is_its_end(epsilon, dtype):
+    scores = uniform(seeded(), 5, 4, low=-1, dtype=dtype)
+    scores[1, 2] = -torch.inf
+    codes = swav_codes(scores, epsilon=epsilon)
+    assert codes.isfinite().all()
+    torch.testing.assert_close(codes.sum(-1), torch.ones(5, dtype=dtype))
+    assert codes[1, 2] == 0
+
+
 def codes_of_a_part(rank, group, problems, bounds):
     return [swav_codes(x[..., slice(*bounds[rank : rank + 2]), :], group=group) for x in problems]
 

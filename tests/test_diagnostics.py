@@ -320,6 +320,14 @@ def test_of_a_layer_that_runs_twice_the_last_output_counts():
     torch.testing.assert_close(layer_features(net, x, ["0"])["0"], net(x))
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-100, 1e100, math.inf])
+def test_an_affinity_of_any_temperature_is_a_share(temperature):
+    rows = uniform(torch.Generator().manual_seed(0), 6, 3, dtype=torch.float32)
+    shares = affinity_matrix(rows, rows, temperature=temperature)
+    want = torch.eye(6) if temperature < 1 else torch.full((6, 6), 1 / 6)
+    torch.testing.assert_close(shares, want)
+
+
 def test_images_whose_channels_come_last_are_refused():
     images = torch.zeros(2, 8, 12, 3)
     with pytest.raises(TypeError, match=r"layer_features: argument 'images'.*channels seem to"):

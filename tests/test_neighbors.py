@@ -195,6 +195,20 @@ def test_cells_that_are_known_are_segmented_without_an_error(generator):
     assert mean_iou(counts.sum(0)) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-100, 1e100, math.inf])
+def test_a_temperature_beyond_the_range_of_the_dtype_is_its_end(temperature):
+    rows = uniform(torch.Generator().manual_seed(0), 6, 3, dtype=torch.float32)
+    gallery = uniform(torch.Generator().manual_seed(1), 5, 3, dtype=torch.float32)
+    gallery[3] = torch.nan  # it has no vote, though all five are asked for
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    votes = knn_votes(rows, gallery, labels, classes=3, k=5, temperature=temperature)
+    if temperature > 1:
+        want = torch.tensor([0.25, 0.5, 0.25]).expand(6, 3)
+    else:
+        want = knn_votes(rows, gallery, labels, classes=3, k=1)
+    torch.testing.assert_close(votes, want)
+
+
 # ------------------------------------------------------------------------------- nearest rows
 
 

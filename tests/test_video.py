@@ -163,6 +163,16 @@ def test_labels_are_not_carried_where_it_makes_no_sense(options):
         propagate_labels(torch.rand(3, 2, 2), maps, labels[: len(maps)], **t)
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-100, 1e100, math.inf])
+def test_labels_are_carried_at_any_temperature(temperature):
+    context = uniform(torch.Generator().manual_seed(0), 2, 3, 2, 2, dtype=torch.float32)
+    labels = uniform(torch.Generator().manual_seed(1), 2, 1, 2, 2, dtype=torch.float32)
+    options = {"radius": 0, "temperature": temperature}  # two cells are near, and 5 are asked for
+    got = propagate_labels(context[0], context, labels, **options)
+    want = labels[0] if temperature < 1 else labels.mean(0)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_video_that_makes_no_sense_is_refused():
     maps, first = torch.rand(2, 3, 2, 2), torch.rand(1, 2, 2)
     with pytest.raises(ValueError, match=r"propagate_video: the number of frames is 0; give"):
