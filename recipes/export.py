@@ -280,7 +280,7 @@ def to_timm(job: Job) -> tuple[Any, str]:
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     call = f"timm.create_model({name!r}{given}"
     overlay = {"file": job.path, "custom_load": False}
-    with harness.seeded(0):  # of which only the names count
+    with harness.seeded(0):  # the names of its weights count, not their values
         whole = timm.create_model(name, num_classes=0, **options)
     if whole.state_dict().keys() == job.weights.keys():
         load = f"network = {call}, num_classes=0, checkpoint_path={job.path!r})"

@@ -72,7 +72,8 @@ def main(function: Callable[[Any], None], config: Any) -> int:
     try:
         code, sentence = _outcome(function, config)
     except RuntimeError as error:
-        # torch says so by a signal, which may come in the midst of anything, as of a way out.
+        # torch tells of a dead loader process in a signal handler, which may run at any moment:
+        # also while another error is on its way out.
         if not is_of_dead_worker(error):
             raise
         code = 2
@@ -186,9 +187,7 @@ def check_view_options(views: Any) -> None:
 
 # ---- patience --------------------------------------------------------------------------------
 LONGEST_WAIT = 10**8  # seconds, three years; more does not fit into what waits for processes
-
-
-STOPPED = 5.0  # seconds that this process oversleeps, from which on it was stopped, as by Ctrl-Z
+STOPPED = 5.0  # seconds; a process that oversleeps by more was stopped, as by Ctrl-Z
 
 
 class Patience(NamedTuple):
@@ -275,7 +274,10 @@ _has_said = mmap.mmap(-1, 1)  # one byte, which processes that are forked off sh
 
 
 def say_once(sentence: str) -> None:
-    """A warning on the standard error, once for this process and those that are forked off it."""
+    """Print the first of these warnings on the standard error, and none after it.
+
+    This counts over this process and those that are forked off it, whatever the sentence is.
+    """
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main and not _has_said[0]:
         _has_said[0] = 1
@@ -430,8 +432,8 @@ def _as_8_bit(
         usual = [1.0] if image.mode == "F" else [255.0, 65535.0]
         high = min([x for x in usual if x >= highest], default=highest)
         say_once(
-            f"{path} does not tell the range of its values: {low:g} to {high:g} is taken for it, "
-            "and for each image of this kind its own range; give all one with --value-range."
+            f"{path} does not tell the range of its values: {low:g} to {high:g} is taken for it. "
+            "Each such image gets a range of its own; give all of them the same with --value-range."
         )
 
     shares = np.clip((values - low) / (high - low), 0, 1)
@@ -510,7 +512,10 @@ def _entries(folder: Path, listed: set, watch: Watch) -> list[os.DirEntry]:
 
 
 def _is_image(entry: os.DirEntry) -> bool:
-    """By its name; it is a regular file, or a link that leads nowhere, which reading will name."""
+    """Whether it has the name of an image and is a regular file.
+
+    A link that leads nowhere counts too: reading it will name it as unreadable.
+    """
     if not entry.name.lower().endswith(EXTENSIONS):
         return False
     if entry.is_symlink():
@@ -623,7 +628,7 @@ def batches_per_epoch(images: int, batch: int, world: World) -> int:
     return images // batch
 
 
-DYING = 1.0  # seconds in which a loader process is dead that has closed its connections
+DYING = 1.0  # seconds; a loader process that breaks off its connections ends within them
 
 
 def is_of_dead_worker(error: Exception) -> bool:

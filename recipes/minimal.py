@@ -1,6 +1,6 @@
 """A complete method in one short file: the views of an image agree at the same points.
 
-    python recipes/minimal.py                   # on procedural scenes: a minute on a CPU
+    python recipes/minimal.py                   # on procedural scenes: one to two minutes on a CPU
     python recipes/minimal.py --data FOLDER     # on your images
     torchrun --nproc-per-node 8 -- recipes/minimal.py --data FOLDER
 
@@ -134,7 +134,7 @@ class Minimal(nn.Module):
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], views: list[dk.View], valid: Tensor) -> Tensor:
         """The loss of a batch of this process."""
-        maps = [encoders.level_maps(self.encoder, x, levels=1)[0] for x in images]
+        maps = [encoders.last_map(self.encoder, x) for x in images]
         projections = [self.projector(x) for x in maps]
         predictions = [self.predictor(x) for x in projections]
 
@@ -157,7 +157,7 @@ def probe(model: Minimal) -> float:
     device = encoders.device_of(model)
 
     def features(scenes: Tensor) -> Tensor:
-        return encoders.level_maps(model.encoder, normalize(scenes).to(device), levels=1)[0]
+        return encoders.last_map(model.encoder, normalize(scenes).to(device))
 
     model.eval()
     score = dk.probe_scenes(features)

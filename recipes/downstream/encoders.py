@@ -70,8 +70,8 @@ class Encoder(nn.Module):
         self.by_timm = hasattr(network, "forward_intermediates")
         self.eval().requires_grad_(requires_grad=False)
 
-        last_map = self(torch.zeros(1, 3, 224, 224))
-        self.stride = 224 // last_map.shape[-1]
+        coarsest = self(torch.zeros(1, 3, 224, 224))
+        self.stride = 224 // coarsest.shape[-1]
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT."""

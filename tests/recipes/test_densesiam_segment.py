@@ -46,7 +46,7 @@ WRONG = [
     (["--mapping", "nowhere.json"], "--mapping is nowhere.json"),
     (["--train-list", "nowhere.txt"], "--train-list is nowhere.txt"),
     (["--val-list", "nowhere.txt"], "--val-list is nowhere.txt"),
-    (["--arch", "resnet5"], "--arch is resnet5"),
+    (["--arch", "resnet5"], "--arch is resnet5: give a ResNet of timm"),
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--weights", "lost.safetensors"], "--weights is lost.safetensors"),
     (["--aux", "1"], "--aux is 1"),
@@ -798,12 +798,8 @@ def test_two_processes_score_the_whole_set_together(tmp_path, folder):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"preset": "paper"}, "--data"),
-        ({"data": Path("nowhere")}, "nowhere"),
         ({"data": "folder", "val_split": "exam"}, "exam"),
         ({"data": "folder", "batch": 64}, "--batch is 64"),
-        ({"data": "folder", "arch": "resnet5"}, "timm"),
-        ({"data": "folder", "weights": "lost.safetensors"}, "--weights is lost.safetensors"),
         ({"data": "folder", "weights": "random:resnet5"}, "no model resnet5"),
         ({"data": "folder", "weights": "random:tiny-vit"}, "--weights is random:tiny-vit: give a"),
         ({"data": "folder", "weights": "random:densenet121"}, "--weights is random:densenet121"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import evaluate
 import harness
@@ -318,7 +317,6 @@ def test_labels_follow_a_moving_object(tmp_path):
         ({"fit": "nothing"}, r"^--fit is nothing: .*splits.json has no 'nothing': choose one of"),
         ({"split": "nothing"}, r"^--split is nothing: .*has no 'nothing': choose one of"),
         ({"protocol": "video"}, "^--data is .*: the protocol video needs the folder of DAVIS"),
-        ({"mapping": Path("lost.json")}, "^--mapping is lost.json: give a JSON file that exists"),
     ],
 )
 def test_a_wrong_argument_gets_a_sentence(data, tmp_path, changes, sentence):
@@ -361,18 +359,6 @@ WRONG = [
 ]
 if not torch.cuda.is_available():
     WRONG.append((["random:tiny", "--device", "cuda"], "--device is cuda: no GPU"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG]
-)
-def test_a_wrong_option_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
-    assert harness.main(evaluate.evaluate, evaluate.read_options()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {sentence}")
-    assert error.count("\n") == 1
 
 
 def test_a_video_split_that_is_missing_is_named(tmp_path):

@@ -146,6 +146,7 @@ def test_a_wrong_option_is_answered_by_one_sentence(
     assert error.startswith(f"error: {start}")
     assert error.endswith(".\n")
     assert error.count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
