@@ -62,7 +62,7 @@ class Config:
     # Temperature of the teacher at the start and at the end, and the epochs between them.
     teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 300
+    epochs: int = 300  # Passes over the images.
     lr: float = 5e-4  # Learning rate for a batch of 256; it is scaled with the batch.
     warmup: float = 10.0  # Epochs in which the learning rate rises.
     weight_decay: tuple[float, float] = (0.04, 0.4)  # Weight decay at the start and at the end.
@@ -70,10 +70,10 @@ class Config:
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm of each parameter; 0 clips nothing.
     freeze: float = 1.0  # Epochs in which the last layers of the head stay as they are.
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -84,7 +84,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
+    views: Views = field(default_factory=Views)  # The two views of each image.
 
 
 PRESETS = {

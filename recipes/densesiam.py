@@ -34,6 +34,7 @@ class Loss:
     region: float = 0.1  # Weight of RegionSim.
     region_start: float = 0.5  # Share of the training after which RegionSim begins.
     grid: int = 7  # PixSim compares grid x grid points of the overlap; 0: no dense loss at all.
+    # Distance of PixSim: the cross-entropy of Eq 3, or the negative cosine of Eq 2.
     distance: Literal["cross_entropy_similarity", "negative_cosine"] = "cross_entropy_similarity"
     temperature: float = 0.1  # Temperature of RegionSim's InfoNCE.
     # Order of PixSim's steps (Table 4d).
@@ -63,11 +64,11 @@ class Config:
     batch: int = 512  # Images per step, over all processes.
     epochs: int = 800  # The paper trains 800 epochs on COCO and 200 on ImageNet.
     lr: float = 0.05  # Learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
-    seed: int = 0
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -78,8 +79,8 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
-    loss: Loss = field(default_factory=Loss)
+    views: Views = field(default_factory=Views)  # The two views of each image.
+    loss: Loss = field(default_factory=Loss)  # The terms of the loss.
 
 
 PRESETS = {

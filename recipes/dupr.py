@@ -50,14 +50,14 @@ class Config:
     # Batch statistics of the keys: of shuffled images, or synchronized between GPUs (sync).
     norm: Literal["shuffled", "sync"] = "shuffled"
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 200
+    epochs: int = 200  # Passes over the images.
     lr: float = 0.06  # Learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
     momentum: float = 0.999  # Momentum of the key encoder and its heads.
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -68,7 +68,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
+    views: Views = field(default_factory=Views)  # The two views of each image.
 
 
 PRESETS = {
