@@ -164,7 +164,9 @@ def check_options(config: Config) -> None:
     )
     most = config.max_clusters
     harness.check(
-        most is None or most >= 2, f"--max-clusters is {most}: give 2 or more, or leave it out."
+        most is None or 2 <= most <= config.start,
+        f"--max-clusters is {most}: give a number from 2 to {config.start}, that of the start "
+        "tokens, or leave it out.",
     )
     harness.check(
         config.position >= 0,
@@ -644,10 +646,4 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            harness.print_probes(run)
