@@ -605,6 +605,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
+        harness.warn_of_norm("the shuffle of the keys", config.arch, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
@@ -679,11 +680,5 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            line += "; C5: coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            measures = "coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
+            harness.print_probes(run, f"; C5: {measures}")

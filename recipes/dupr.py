@@ -177,22 +177,6 @@ def check_options(config: Config) -> None:
     )
 
 
-def warn_of_norm(config: Config, model: nn.Module, world: harness.World) -> None:
-    """Say, once, where --norm changes nothing."""
-    has_batch_norm = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in model.modules())
-    if not has_batch_norm:
-        reason = f"{config.arch} has no batch normalization"
-    elif world.size == 1:
-        reason = (
-            "there is one process, so a key has batch statistics of the same images as its query, "
-            "which may recognize it by them; torchrun starts several"
-        )
-    else:
-        return
-    if world.is_main:
-        print(f"warning: --norm {config.norm} has no effect: {reason}.", file=sys.stderr)
-
-
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
     """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
@@ -566,7 +550,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        warn_of_norm(config, model, world)
+        harness.warn_of_norm(f"--norm {config.norm}", config.arch, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
@@ -642,10 +626,4 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            harness.print_probes(run)

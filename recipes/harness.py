@@ -360,6 +360,29 @@ def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
     torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
 
 
+def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
+    """Say, once, where what is to give keys other batch statistics than their queries does not.
+
+    Args:
+        means: What is to do so, such as `--norm shuffled`.
+        arch: The name of the encoder.
+        model: The encoder, or what holds it.
+        world: This process.
+    """
+    has_batch_norm = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in model.modules())
+    if not has_batch_norm:
+        reason = f"{arch} has no batch normalization"
+    elif world.size == 1:
+        reason = (
+            "there is one process, so a key has batch statistics of the same images as its query, "
+            "which may recognize it by them; torchrun starts several"
+        )
+    else:
+        return
+    if world.is_main:
+        print(f"warning: {means} has no effect: {reason}.", file=sys.stderr)
+
+
 # ---- images ----------------------------------------------------------------------------------
 def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
     """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white.
@@ -1046,6 +1069,16 @@ class Run(ExitStack):
         path = self.folder / "pictures" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
+
+
+def print_probes(run: Run, more: str = "") -> None:
+    """A line for each checkpoint that the encoder was probed at, if any; `more` ends the line."""
+    line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
+    rows = run.rows("probe_miou")
+    if rows:
+        print("At step 0 the network is random.")
+    for row in rows:
+        print(line.format(**row))
 
 
 def _number(value: float | Tensor) -> float:
