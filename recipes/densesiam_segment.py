@@ -35,7 +35,7 @@ class Config:
     val_split: str = "val"  # Split to score.
     val_list: Path | None = None  # Text file with the images to score, one name a line.
     run: Path | None = None  # Run folder; by default runs/densesiam-segment-PRESET[-NAME OF DATA].
-    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels); --weights brings its own.
     weights: str | None = None  # Encoder to start from: FILE, timm:NAME or torchvision:NAME.
     aux: int = 128  # Pseudo-classes of the auxiliary head; 0 trains without it.
     segment: float = 1.0  # Weight of L_seg.

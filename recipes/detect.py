@@ -32,7 +32,7 @@ class Config:
     data: Path | None = None  # Folder of VOC, COCO, Cityscapes or boxes.json; the demo needs none.
     annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
     val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
-    scenes: int = 128  # Number of procedural scenes, to train and to test on.
+    scenes: int = 128  # Procedural scenes to train and to test on, without --data.
     run: Path | None = None  # Run folder; by default runs/detect-PRESET-DETECTOR[-NAME OF DATA].
     norm: Literal["trained", "frozen"] = "trained"  # Train the batch norms, or leave them as is.
     steps: int = 24_000  # Steps of the training.
@@ -45,8 +45,8 @@ class Config:
     sides: tuple[int, ...] = tuple(range(480, 801, 32))
     longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
-    width: int = 256  # Channels of the FPN.
-    rois: int = 512  # Regions per image that train the box head.
+    width: int = 256  # Channels of the FPN, if there is one.
+    rois: int = 512  # Regions per image that train the box head; RetinaNet has none.
     # Regions per image that the RPN proposes; on C4 twice as many in training.
     proposals: int = 1000
     seed: int = 0  # Seed of all random numbers.
