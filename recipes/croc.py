@@ -154,10 +154,7 @@ def check_options(config: Config) -> None:
         f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and 2 prototypes "
         "or more of each kind.",
     )
-    harness.check(
-        0 <= config.alpha < math.inf,
-        f"--alpha is {config.alpha}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--alpha", config.alpha)
     harness.check(
         2 <= config.start <= tokens,
         f"--start is {config.start}: give a number from 2 to {tokens}, the tokens of both views.",
@@ -179,10 +176,7 @@ def check_options(config: Config) -> None:
         "temperatures above 0, and a finite number of epochs, 0 or more.",
     )
 
-    harness.check(
-        0 <= config.warmup < math.inf,
-        f"--warmup is {config.warmup}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--warmup", config.warmup)
     start, end = config.weight_decay
     harness.check(
         0 <= start < math.inf and 0 <= end < math.inf,
@@ -200,10 +194,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.clip >= 0, f"--clip is {config.clip}: give a norm above 0, or 0 to clip nothing."
     )
-    harness.check(
-        0 <= config.freeze < math.inf,
-        f"--freeze is {config.freeze}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--freeze", config.freeze)
 
 
 # ==== views =======================================================================================

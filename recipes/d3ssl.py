@@ -11,7 +11,6 @@ Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.m
 
 import argparse
 import copy
-import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,10 +130,7 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     harness.check(
         config.arch == "tiny" or encoders.is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
@@ -170,20 +166,14 @@ def check_options(config: Config) -> None:
         0 <= jitter < 1, f"--soco-jitter is {jitter}: give a share from 0 to less than 1."
     )
 
-    harness.check(
-        0 <= config.depositioning < math.inf,
-        f"--depositioning is {config.depositioning}: give a finite weight, 0 or more.",
-    )
+    harness.check_finite("--depositioning", config.depositioning)
     harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
     harness.check(
         min(config.head) >= 1,
         f"--head is {harness.as_typed(config.head)}: give two widths, 1 or more each.",
     )
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
-    harness.check(
-        0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--temperature", config.temperature)
     momentum = config.momentum
     harness.check(
         0 <= momentum < 1,

@@ -9,7 +9,6 @@ losses. Logged values, deviations from the paper, time and results: docs/recipes
 """
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,10 +129,7 @@ import densekit as dk
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     encoders.check_levels(config.arch)
     harness.check(
         config.hidden >= 4,
@@ -143,23 +139,14 @@ def check_options(config: Config) -> None:
     harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
 
     loss = config.loss
-    harness.check(
-        0 <= loss.dense < math.inf,
-        f"--loss.dense is {loss.dense}: give a finite number, 0 or more.",
-    )
-    harness.check(
-        0 <= loss.region < math.inf,
-        f"--loss.region is {loss.region}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--loss.dense", loss.dense)
+    harness.check_finite("--loss.region", loss.region)
     harness.check(
         0 <= loss.region_start <= 1,
         f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",
     )
     harness.check(loss.grid >= 0, f"--loss.grid is {loss.grid}: give 0 (no dense loss), 1 or more.")
-    harness.check(
-        0 < loss.temperature < math.inf,
-        f"--loss.temperature is {loss.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--loss.temperature", loss.temperature)
     harness.check(
         loss.grid >= 1 or loss.pooled == "views",
         f"--loss.grid is {loss.grid}: give 1 or more with --loss.pooled overlap.",

@@ -148,18 +148,13 @@ def check_options(config: Config) -> None:
         config.aux == 0 or config.aux >= 2,
         f"--aux is {config.aux}: give 2 pseudo-classes or more, or 0 for no auxiliary head.",
     )
-    harness.check(
-        0 <= config.segment < math.inf,
-        f"--segment is {config.segment}: give a weight of 0 or more.",
-    )
-    harness.check(
-        0 <= config.region < math.inf, f"--region is {config.region}: give a weight of 0 or more."
-    )
+    harness.check_finite("--segment", config.segment)
+    harness.check_finite("--region", config.region)
     harness.check(
         0 <= config.region_start <= 1,
         f"--region-start is {config.region_start}: give a share from 0 to 1.",
     )
-    harness.check(0 <= config.sim < math.inf, f"--sim is {config.sim}: give a weight of 0 or more.")
+    harness.check_finite("--sim", config.sim)
     harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
@@ -169,10 +164,7 @@ def check_options(config: Config) -> None:
         f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, 0 or "
         "more, the smaller first.",
     )
-    harness.check(
-        0 <= config.weight_decay < math.inf,
-        f"--weight-decay is {config.weight_decay}: give 0 or more.",
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
 
 
 # ==== data ========================================================================================

@@ -9,7 +9,6 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,10 +184,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.proposals >= 1, f"--proposals is {config.proposals}: give 1 region or more."
     )
-    harness.check(
-        0 <= config.weight_decay < math.inf,
-        f"--weight-decay is {config.weight_decay}: give 0 or more.",
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
 
 
 # ==== data ========================================================================================

@@ -158,19 +158,13 @@ def check_options(config: Config) -> None:
             f"--keys is {config.keys}: give at most {loss.side**2}, the patches of an image at "
             f"C{FIRST_LEVEL + loss.level_index}.",
         )
-    harness.check(
-        0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--temperature", config.temperature)
     harness.check(
         config.norm == "shuffled" or harness.uses_cuda(config.device),
         "--norm is sync: give shuffled, since sync needs GPUs.",
     )
 
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     momentum = config.momentum
     harness.check(
         0 <= momentum < 1, f"--momentum is {momentum}: give a number from 0 to less than 1."

@@ -104,6 +104,16 @@ def check(allowed: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def check_finite(option: str, value: float) -> None:
+    """Check a number that may be 0, such as a weight."""
+    check(0 <= value < math.inf, f"{option} is {value}: give a finite number, 0 or more.")
+
+
+def check_above_zero(option: str, value: float) -> None:
+    """Check a number that may not be 0, such as a temperature."""
+    check(0 < value < math.inf, f"{option} is {value}: give a finite number above 0.")
+
+
 def as_typed(value: Any) -> str:
     """An option's value as it is typed on the command line: `(0.2, 1.0)` is `0.2 1.0`."""
     if isinstance(value, tuple):
@@ -114,10 +124,7 @@ def as_typed(value: Any) -> str:
 def check_training(config: Any) -> None:
     """Check the options that the recipes share; each wrong one is a UserError of its own."""
     check(config.batch >= 2, f"--batch is {config.batch}: give 2 images or more.")
-    check(
-        math.isfinite(config.lr) and config.lr >= 0,
-        f"--lr is {config.lr}: give a finite number, 0 or more.",
-    )
+    check_finite("--lr", config.lr)
     check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
     check(config.log_every >= 1, f"--log-every is {config.log_every}: give 1 step or more.")
     check(config.save_every >= 1, f"--save-every is {config.save_every}: give 1 step or more.")
