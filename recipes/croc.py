@@ -62,7 +62,7 @@ class Config:
     # Temperature of the teacher at the start and at the end, and the epochs between them.
     teacher_temperature: tuple[float, float, float] = (0.07, 0.07, 30.0)
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 300
+    epochs: int = 300  # Passes over the images.
     lr: float = 5e-4  # Learning rate for a batch of 256; it is scaled with the batch.
     warmup: float = 10.0  # Epochs in which the learning rate rises.
     weight_decay: tuple[float, float] = (0.04, 0.4)  # Weight decay at the start and at the end.
@@ -70,10 +70,10 @@ class Config:
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm of each parameter; 0 clips nothing.
     freeze: float = 1.0  # Epochs in which the last layers of the head stay as they are.
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -84,7 +84,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
+    views: Views = field(default_factory=Views)  # The two views of each image.
 
 
 PRESETS = {
@@ -154,17 +154,16 @@ def check_options(config: Config) -> None:
         f"--head is {harness.as_typed(config.head)}: give a width of 8 or more, and 2 prototypes "
         "or more of each kind.",
     )
-    harness.check(
-        0 <= config.alpha < math.inf,
-        f"--alpha is {config.alpha}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--alpha", config.alpha)
     harness.check(
         2 <= config.start <= tokens,
         f"--start is {config.start}: give a number from 2 to {tokens}, the tokens of both views.",
     )
     most = config.max_clusters
     harness.check(
-        most is None or most >= 2, f"--max-clusters is {most}: give 2 or more, or leave it out."
+        most is None or 2 <= most <= config.start,
+        f"--max-clusters is {most}: give a number from 2 to {config.start}, that of the start "
+        "tokens, or leave it out.",
     )
     harness.check(
         config.position >= 0,
@@ -177,10 +176,7 @@ def check_options(config: Config) -> None:
         "temperatures above 0, and a finite number of epochs, 0 or more.",
     )
 
-    harness.check(
-        0 <= config.warmup < math.inf,
-        f"--warmup is {config.warmup}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--warmup", config.warmup)
     start, end = config.weight_decay
     harness.check(
         0 <= start < math.inf and 0 <= end < math.inf,
@@ -198,10 +194,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.clip >= 0, f"--clip is {config.clip}: give a norm above 0, or 0 to clip nothing."
     )
-    harness.check(
-        0 <= config.freeze < math.inf,
-        f"--freeze is {config.freeze}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--freeze", config.freeze)
 
 
 # ==== views =======================================================================================
@@ -644,10 +637,4 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            harness.print_probes(run)

@@ -11,7 +11,6 @@ Logged values, deviations from the paper, time and results: docs/recipes/d3ssl.m
 
 import argparse
 import copy
-import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,13 +50,13 @@ class Config:
     temperature: float = 0.2  # Divisor of the cosines in InfoNCE.
     momentum: float = 0.999  # Momentum of the key encoder and its head.
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 800
+    epochs: int = 800  # Passes over the images.
     lr: float = 0.3  # Learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
-    seed: int = 0
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -68,7 +67,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
+    views: Views = field(default_factory=Views)  # The two views of each image.
 
 
 PRESETS = {
@@ -131,10 +130,7 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     harness.check(
         config.arch == "tiny" or encoders.is_resnet(config.arch),
         f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
@@ -170,20 +166,14 @@ def check_options(config: Config) -> None:
         0 <= jitter < 1, f"--soco-jitter is {jitter}: give a share from 0 to less than 1."
     )
 
-    harness.check(
-        0 <= config.depositioning < math.inf,
-        f"--depositioning is {config.depositioning}: give a finite weight, 0 or more.",
-    )
+    harness.check_finite("--depositioning", config.depositioning)
     harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
     harness.check(
         min(config.head) >= 1,
         f"--head is {harness.as_typed(config.head)}: give two widths, 1 or more each.",
     )
     harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
-    harness.check(
-        0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--temperature", config.temperature)
     momentum = config.momentum
     harness.check(
         0 <= momentum < 1,
@@ -605,6 +595,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
+        harness.warn_of_norm("the shuffle of the keys", config.arch, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
@@ -679,11 +670,5 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            line += "; C5: coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            measures = "coupling {coupling_rate_layer4:.3f}, cosine {mean_cosine_layer4:.3f}"
+            harness.print_probes(run, f"; C5: {measures}")

@@ -9,7 +9,6 @@ losses. Logged values, deviations from the paper, time and results: docs/recipes
 """
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +33,7 @@ class Loss:
     region: float = 0.1  # Weight of RegionSim.
     region_start: float = 0.5  # Share of the training after which RegionSim begins.
     grid: int = 7  # PixSim compares grid x grid points of the overlap; 0: no dense loss at all.
+    # Distance of PixSim: the cross-entropy of Eq 3, or the negative cosine of Eq 2.
     distance: Literal["cross_entropy_similarity", "negative_cosine"] = "cross_entropy_similarity"
     temperature: float = 0.1  # Temperature of RegionSim's InfoNCE.
     # Order of PixSim's steps (Table 4d).
@@ -63,11 +63,11 @@ class Config:
     batch: int = 512  # Images per step, over all processes.
     epochs: int = 800  # The paper trains 800 epochs on COCO and 200 on ImageNet.
     lr: float = 0.05  # Learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
-    seed: int = 0
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -78,8 +78,8 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
-    loss: Loss = field(default_factory=Loss)
+    views: Views = field(default_factory=Views)  # The two views of each image.
+    loss: Loss = field(default_factory=Loss)  # The terms of the loss.
 
 
 PRESETS = {
@@ -129,10 +129,7 @@ import densekit as dk
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     encoders.check_levels(config.arch)
     harness.check(
         config.hidden >= 4,
@@ -142,23 +139,14 @@ def check_options(config: Config) -> None:
     harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
 
     loss = config.loss
-    harness.check(
-        0 <= loss.dense < math.inf,
-        f"--loss.dense is {loss.dense}: give a finite number, 0 or more.",
-    )
-    harness.check(
-        0 <= loss.region < math.inf,
-        f"--loss.region is {loss.region}: give a finite number, 0 or more.",
-    )
+    harness.check_finite("--loss.dense", loss.dense)
+    harness.check_finite("--loss.region", loss.region)
     harness.check(
         0 <= loss.region_start <= 1,
         f"--loss.region-start is {loss.region_start}: give a share from 0 to 1.",
     )
     harness.check(loss.grid >= 0, f"--loss.grid is {loss.grid}: give 0 (no dense loss), 1 or more.")
-    harness.check(
-        0 < loss.temperature < math.inf,
-        f"--loss.temperature is {loss.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--loss.temperature", loss.temperature)
     harness.check(
         loss.grid >= 1 or loss.pooled == "views",
         f"--loss.grid is {loss.grid}: give 1 or more with --loss.pooled overlap.",
@@ -727,10 +715,4 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            harness.print_probes(run)

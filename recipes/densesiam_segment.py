@@ -35,7 +35,7 @@ class Config:
     val_split: str = "val"  # Split to score.
     val_list: Path | None = None  # Text file with the images to score, one name a line.
     run: Path | None = None  # Run folder; by default runs/densesiam-segment-PRESET[-NAME OF DATA].
-    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels); --weights brings its own.
     weights: str | None = None  # Encoder to start from: FILE, timm:NAME or torchvision:NAME.
     aux: int = 128  # Pseudo-classes of the auxiliary head; 0 trains without it.
     segment: float = 1.0  # Weight of L_seg.
@@ -49,13 +49,13 @@ class Config:
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
     frozen_views: bool = False  # Keep one crop and flip of each image for the whole run.
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 10
+    epochs: int = 10  # Passes over the images.
     lr: float = 0.05  # Constant learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
-    seed: int = 0
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 200  # Steps between two checkpoints, each with a picture and the scores.
     keep: tuple[int, ...] = ()  # Epochs whose checkpoints and encoders stay, such as 100 200.
@@ -148,18 +148,13 @@ def check_options(config: Config) -> None:
         config.aux == 0 or config.aux >= 2,
         f"--aux is {config.aux}: give 2 pseudo-classes or more, or 0 for no auxiliary head.",
     )
-    harness.check(
-        0 <= config.segment < math.inf,
-        f"--segment is {config.segment}: give a weight of 0 or more.",
-    )
-    harness.check(
-        0 <= config.region < math.inf, f"--region is {config.region}: give a weight of 0 or more."
-    )
+    harness.check_finite("--segment", config.segment)
+    harness.check_finite("--region", config.region)
     harness.check(
         0 <= config.region_start <= 1,
         f"--region-start is {config.region_start}: give a share from 0 to 1.",
     )
-    harness.check(0 <= config.sim < math.inf, f"--sim is {config.sim}: give a weight of 0 or more.")
+    harness.check_finite("--sim", config.sim)
     harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
@@ -169,10 +164,7 @@ def check_options(config: Config) -> None:
         f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, 0 or "
         "more, the smaller first.",
     )
-    harness.check(
-        0 <= config.weight_decay < math.inf,
-        f"--weight-decay is {config.weight_decay}: give 0 or more.",
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
 
 
 # ==== data ========================================================================================

@@ -9,7 +9,6 @@ torchvision. Other data, logged values, deviations from the papers, results: doc
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,27 +31,27 @@ class Config:
     data: Path | None = None  # Folder of VOC, COCO, Cityscapes or boxes.json; the demo needs none.
     annotations: tuple[str, ...] = ("train",)  # To train on: a .json of COCO, or lists, in --data.
     val_annotations: tuple[str, ...] = ("val",)  # To test on, in the same form.
-    scenes: int = 128  # Number of procedural scenes, to train and to test on.
+    scenes: int = 128  # Procedural scenes to train and to test on, without --data.
     run: Path | None = None  # Run folder; by default runs/detect-PRESET-DETECTOR[-NAME OF DATA].
     norm: Literal["trained", "frozen"] = "trained"  # Train the batch norms, or leave them as is.
-    steps: int = 24_000
+    steps: int = 24_000  # Steps of the training.
     milestones: tuple[int, ...] = (18_000, 22_000)  # Steps after which the rate falls tenfold.
     warmup: int = 100  # Steps in which the learning rate rises to its full value.
     batch: int = 16  # Images per step, over all processes.
     lr: float = 0.02  # Learning rate for a batch of 16; it is scaled with the batch.
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
     # Short sides in training; the last in tests.
     sides: tuple[int, ...] = tuple(range(480, 801, 32))
     longest: int = 1333  # Longest side in pixels; a longer image is made smaller than `sides` says.
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)  # Sides of the anchors, in pixels.
-    width: int = 256  # Channels of the FPN.
-    rois: int = 512  # Regions per image that train the box head.
+    width: int = 256  # Channels of the FPN, if there is one.
+    rois: int = 512  # Regions per image that train the box head; RetinaNet has none.
     # Regions per image that the RPN proposes; on C4 twice as many in training.
     proposals: int = 1000
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "fp32"  # What the networks compute in; weights are fp32.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 4000  # Steps between two checkpoints, each with a picture and the AP.
     # Range of values that is mapped to black ... white, for images whose file tells none.
@@ -185,10 +184,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.proposals >= 1, f"--proposals is {config.proposals}: give 1 region or more."
     )
-    harness.check(
-        0 <= config.weight_decay < math.inf,
-        f"--weight-decay is {config.weight_decay}: give 0 or more.",
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
 
 
 # ==== data ========================================================================================

@@ -50,14 +50,14 @@ class Config:
     # Batch statistics of the keys: of shuffled images, or synchronized between GPUs (sync).
     norm: Literal["shuffled", "sync"] = "shuffled"
     batch: int = 256  # Images per step, over all processes.
-    epochs: int = 200
+    epochs: int = 200  # Passes over the images.
     lr: float = 0.06  # Learning rate for a batch of 256; it is scaled with the batch.
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # Weight decay of all parameters.
     momentum: float = 0.999  # Momentum of the key encoder and its heads.
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
+    precision: Literal["fp32", "bf16"] = "bf16"  # What the networks compute in; weights are fp32.
     compile: bool = False  # Compile the model with torch.compile.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints, each with a picture and a probe.
@@ -68,7 +68,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
-    views: Views = field(default_factory=Views)
+    views: Views = field(default_factory=Views)  # The two views of each image.
 
 
 PRESETS = {
@@ -158,39 +158,17 @@ def check_options(config: Config) -> None:
             f"--keys is {config.keys}: give at most {loss.side**2}, the patches of an image at "
             f"C{FIRST_LEVEL + loss.level_index}.",
         )
-    harness.check(
-        0 < config.temperature < math.inf,
-        f"--temperature is {config.temperature}: give a finite number above 0.",
-    )
+    harness.check_above_zero("--temperature", config.temperature)
     harness.check(
         config.norm == "shuffled" or harness.uses_cuda(config.device),
         "--norm is sync: give shuffled, since sync needs GPUs.",
     )
 
-    decay = config.weight_decay
-    harness.check(
-        0 <= decay < math.inf, f"--weight-decay is {decay}: give a finite number, 0 or more."
-    )
+    harness.check_finite("--weight-decay", config.weight_decay)
     momentum = config.momentum
     harness.check(
         0 <= momentum < 1, f"--momentum is {momentum}: give a number from 0 to less than 1."
     )
-
-
-def warn_of_norm(config: Config, model: nn.Module, world: harness.World) -> None:
-    """Say, once, where --norm changes nothing."""
-    has_batch_norm = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in model.modules())
-    if not has_batch_norm:
-        reason = f"{config.arch} has no batch normalization"
-    elif world.size == 1:
-        reason = (
-            "there is one process, so a key has batch statistics of the same images as its query, "
-            "which may recognize it by them; torchrun starts several"
-        )
-    else:
-        return
-    if world.is_main:
-        print(f"warning: --norm {config.norm} has no effect: {reason}.", file=sys.stderr)
 
 
 # ==== views =======================================================================================
@@ -566,7 +544,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        warn_of_norm(config, model, world)
+        harness.warn_of_norm(f"--norm {config.norm}", config.arch, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(
@@ -642,10 +620,4 @@ def train(config: Config) -> None:
                 return
 
         if world.is_main:
-            line = (
-                "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}"
-            )
-            if config.data is None:
-                print("At step 0 the network is random.")
-            for row in run.rows("probe_miou"):
-                print(line.format(**row))
+            harness.print_probes(run)

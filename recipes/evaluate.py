@@ -138,14 +138,9 @@ def check_numbers(config: Config) -> None:
     )
     harness.check(config.neighbors >= 1, f"--neighbors is {config.neighbors}: give 1 or more.")
     harness.check(config.epochs >= 1, f"--epochs is {config.epochs}: give 1 or more.")
-    harness.check(
-        math.isfinite(config.lr) and config.lr >= 0, f"--lr is {config.lr}: give 0 or more."
-    )
+    harness.check_finite("--lr", config.lr)
     harness.check(config.objects >= 1, f"--objects is {config.objects}: give 1 or more.")
-    harness.check(
-        math.isfinite(config.cost) and config.cost > 0,
-        f"--cost is {config.cost}: give a number above 0.",
-    )
+    harness.check_above_zero("--cost", config.cost)
 
     harness.check(config.draws >= 1, f"--draws is {config.draws}: give 1 or more.")
     harness.check(config.batch >= 1, f"--batch is {config.batch}: give 1 image or more.")

@@ -19,6 +19,7 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     checkpoint: tyro.conf.Positional[str]  # A run folder, encoder.safetensors, or timm:NAME.
+    # Library whose networks take the weights, or onnx.
     to: Literal["torchvision", "timm", "detectron2", "mmdetection", "mmsegmentation", "onnx"]
     out: Path  # File to write; FILE.json beside it says how to load it.
     color_order: Literal["rgb", "bgr"] | None = None  # Default bgr for detectron2, rgb otherwise.

@@ -105,6 +105,16 @@ def check(allowed: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def check_finite(option: str, value: float) -> None:
+    """Check a number that may be 0, such as a weight."""
+    check(0 <= value < math.inf, f"{option} is {value}: give a finite number, 0 or more.")
+
+
+def check_above_zero(option: str, value: float) -> None:
+    """Check a number that may not be 0, such as a temperature."""
+    check(0 < value < math.inf, f"{option} is {value}: give a finite number above 0.")
+
+
 def as_typed(value: Any) -> str:
     """An option's value as it is typed on the command line: `(0.2, 1.0)` is `0.2 1.0`."""
     if isinstance(value, tuple):
@@ -115,10 +125,7 @@ def as_typed(value: Any) -> str:
 def check_training(config: Any) -> None:
     """Check the options that the recipes share; each wrong one is a UserError of its own."""
     check(config.batch >= 2, f"--batch is {config.batch}: give 2 images or more.")
-    check(
-        math.isfinite(config.lr) and config.lr >= 0,
-        f"--lr is {config.lr}: give a finite number, 0 or more.",
-    )
+    check_finite("--lr", config.lr)
     check(config.workers >= 0, f"--workers is {config.workers}: give 0 or more.")
     check(config.log_every >= 1, f"--log-every is {config.log_every}: give 1 step or more.")
     check(config.save_every >= 1, f"--save-every is {config.save_every}: give 1 step or more.")
@@ -360,6 +367,29 @@ def seeded(*key: int) -> Iterator[None]:
 def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
     """Seed what a step draws on its device, so that a resumed run draws the same numbers."""
     torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
+
+
+def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
+    """Say, once, where what is to give keys other batch statistics than their queries does not.
+
+    Args:
+        means: What is to do so, such as `--norm shuffled`.
+        arch: The name of the encoder.
+        model: The encoder, or what holds it.
+        world: This process.
+    """
+    has_batch_norm = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in model.modules())
+    if not has_batch_norm:
+        reason = f"{arch} has no batch normalization"
+    elif world.size == 1:
+        reason = (
+            "there is one process, so a key has batch statistics of the same images as its query, "
+            "which may recognize it by them; torchrun starts several"
+        )
+    else:
+        return
+    if world.is_main:
+        print(f"warning: {means} has no effect: {reason}.", file=sys.stderr)
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -1051,6 +1081,16 @@ class Run(ExitStack):
         path = self.folder / "pictures" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
+
+
+def print_probes(run: Run, more: str = "") -> None:
+    """A line for each checkpoint that the encoder was probed at, if any; `more` ends the line."""
+    line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
+    rows = run.rows("probe_miou")
+    if rows:
+        print("At step 0 the network is random.")
+    for row in rows:
+        print(line.format(**row))
 
 
 def _number(value: float | Tensor) -> float:

@@ -25,11 +25,11 @@ class Config:
     size: int = 64  # Side of the square views, in pixels.
     grid: int = 7  # Points that are compared along each side of the shared region.
     batch: int = 32  # Images per step, over all processes.
-    epochs: int = 4
+    epochs: int = 4  # Passes over the images.
     lr: float = 0.2  # Learning rate.
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
     workers: int = 1  # Loader processes of each training process.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints.
 

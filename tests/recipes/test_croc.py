@@ -35,6 +35,7 @@ WRONG = [
     (["--position", "nan"], "--position is nan"),
     (["--max-clusters", "1"], "--max-clusters is 1"),
     (["--max-clusters", "-3"], "--max-clusters is -3"),
+    (["--max-clusters", "13"], "--max-clusters is 13: give a number from 2 to 12"),
     (["--teacher-temperature", "0", "0.07", "30"], "--teacher-temperature is 0.0 0.07 30.0"),
     (["--teacher-temperature", "0.04", "nan", "30"], "--teacher-temperature is 0.04 nan 30.0"),
     (["--teacher-temperature", "0.04", "0.07", "-1"], "--teacher-temperature is 0.04 0.07 -1.0"),

@@ -964,11 +964,15 @@ def test_an_image_without_a_box_is_shown_in_silence(tmp_path):
         ("decoupling", ("cut", "mask", "depositioning")),  # jitter is one, too
     ],
 )
-def test_the_method_is_said_beside_the_weights(tmp_path, few_scenes, monkeypatch, method, names):
+def test_the_method_is_said_beside_the_weights(
+    tmp_path, few_scenes, monkeypatch, capsys, method, names
+):
     monkeypatch.setattr(d3ssl, "evaluate", lambda *arguments: None)
     changes = {name: getattr(PRESETS["region"], name) for name in names}
     d3ssl.train(replace(SMALL, run=tmp_path, epochs=1, **changes))
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
+    warning = "warning: the shuffle of the keys has no effect: there is one process"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_socos_augmentations_make_a_decoupling():

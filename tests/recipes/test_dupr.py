@@ -314,7 +314,7 @@ def test_pairs_that_overlap_less_have_no_patch_loss():
 def test_a_norm_without_effect_is_said(capsys):
     def said(norm, size, network, arch="tiny"):
         world = dupr.harness.World(0, size, torch.device("cpu"))
-        dupr.warn_of_norm(replace(SMALL, norm=norm, arch=arch), network, world)
+        dupr.harness.warn_of_norm(f"--norm {norm}", arch, network, world)
         return capsys.readouterr().err
 
     normed = encoders.build("tiny")
@@ -328,7 +328,7 @@ def test_a_norm_without_effect_is_said(capsys):
         )
         assert said(norm, 2, nn.GroupNorm(2, 4), "resnet50_gn") == sentence
     other = dupr.harness.World(1, 2, torch.device("cpu"))
-    dupr.warn_of_norm(SMALL, nn.Identity(), other)
+    dupr.harness.warn_of_norm("--norm shuffled", "tiny", nn.Identity(), other)
     assert capsys.readouterr().err == ""
 
 

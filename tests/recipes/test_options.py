@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -189,8 +190,23 @@ def run(name, *arguments, path):
     return subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *arguments],
         capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "PYTHONPATH": str(path)},
+        env={**os.environ, "PYTHONPATH": str(path), "COLUMNS": "120"},  # no option is wrapped
     )  # fmt: skip
+
+
+def help_texts(printed):
+    """What --help says of each option, without its default, and of each group of options."""
+    texts = {}
+    group = key = ""
+    for line in printed.splitlines():
+        content = line[2:-1].strip("\u2500").rstrip()
+        if line.startswith("\u256d"):  # the upper edge of a box, which names a group
+            group = key = content.strip("\u2500 ")
+        elif line.startswith("\u2502"):
+            if content.startswith("-") or (group == "positional arguments" and content[:1] != " "):
+                key, _, content = content.partition("  ")
+            texts[key] = f"{texts.get(key, '')} {content.strip()}".strip()
+    return {key: re.split(r" ?\((?:default|required)", text)[0] for key, text in texts.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -201,6 +217,9 @@ def test_help_and_unknown_options_answer_without_importing_torch(name, tmp_path)
     assert done.returncode == 0, done.stderr
     options = [f"--{x.name}".replace("_", "-") for x in dataclasses.fields(MODULES[name].Config)]
     assert sum(option in done.stdout for option in options) > len(options) / 2
+    texts = help_texts(done.stdout)
+    assert [key for key, text in texts.items() if not text] == []
+    assert len(set(texts.values())) == len(texts)  # a comment may be taken for that of the next
 
     wrong = run(name, *NEEDED[name], "--no-such-option", "3", path=tmp_path)
     assert wrong.returncode == 2

@@ -134,6 +134,19 @@ def test_views_are_the_same_in_any_run_and_fit_their_crops(recipe, folder):
             torch.testing.assert_close(crop[row], (alone.clamp(0, 1) * 255).round().byte())
 
 
+def test_the_views_are_checked_in_the_first_epoch(recipe, folder, monkeypatch):
+    checked = []
+    monkeypatch.setattr(dk, "check_views", lambda *given: checked.append(given))
+    dataset = recipe.module.TwoViews(image_source(recipe, folder), recipe.small)
+    _, views, *_ = dataset[[0, 12]]  # of both sizes
+    ((stacked, sizes),) = checked
+    assert torch.equal(stacked.box, torch.stack([view.box for view in views]))
+    assert sizes.tolist() == [[40, 48], [48, 40]]
+    dataset.epoch = 1
+    dataset[[3, 7]]
+    assert len(checked) == 1
+
+
 def test_views_and_colors_draw_other_numbers(recipe, folder, monkeypatch):
     drawn = {}
     generator, seeded = harness.generator, harness.seeded
