@@ -15,7 +15,8 @@ from torch import Tensor
 from downstream.fields import (
     FieldError,
     corners,
-    flag,
+    crowd_and_difficult,
+    flags,
     get,
     is_in_image,
     items,
@@ -116,7 +117,7 @@ def read_categories(data: dict, first: int, *, is_thing: bool) -> Categories:
         category_id = read_id(row, "id")
         if category_id in found:
             raise FieldError("stands twice")
-        thing = flag(row["isthing"], "isthing") if "isthing" in row else is_thing
+        thing = flags(row, ("thing",)).get("thing", is_thing)
         found[category_id] = (get(row, "name"), thing)
 
     read_rows(list_of(data, "categories"), "the category", "id", read)
@@ -187,13 +188,13 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
 def read_object(row: dict, info: Info, categories: Categories) -> LabeledObject:
     class_number = find_by_id(row, "category_id", categories.number_of_id, "category")
     box = corners(get(row, "bbox"), "bbox")
-    crowd = flag(row.get("iscrowd"), "iscrowd")
+    crowd, difficult = crowd_and_difficult(row)
     area = number_or_none(row.get("area"), "area")
     mask = None
     shape = segmentation(row.get("segmentation"), info.size)
     if shape is not None and is_in_image(shape, info.size):  # else there is nothing to learn
         mask = Mask(shape, info.size)
-    return LabeledObject(box, class_number, crowd=crowd, mask=mask, area=area)
+    return LabeledObject(box, class_number, crowd, difficult, mask, area)
 
 
 def draw_objects(objects: list[LabeledObject], size: tuple[int, int], crowd: int | None) -> Tensor:
@@ -279,13 +280,13 @@ def read_segments(row: dict, file: Path, info: Info, categories: Categories) -> 
         class_number = find_by_id(segment, "category_id", categories.number_of_id, "category")
         number_of_id[segment_id] = class_number
 
-        crowd = flag(segment.get("iscrowd"), "iscrowd")
+        crowd, difficult = crowd_and_difficult(segment)
         if crowd:
             crowds.add(segment_id)
         if class_number not in categories.stuff:
             box = corners(get(segment, "bbox"), "bbox")
             mask = Mask(partial(draw_segment, file, segment_id, number_of_id), info.size)
-            things.append(LabeledObject(box, class_number, crowd=crowd, mask=mask))
+            things.append(LabeledObject(box, class_number, crowd, difficult, mask))
     return Segments(file, number_of_id, frozenset(crowds), things)
 
 

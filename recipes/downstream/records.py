@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval import mask as coco_masks
 from harness import UserError
 from torch import Tensor
-from downstream.fields import items, whole
+from downstream.fields import list_of, named_fields, whole
 from downstream.label_files import (
     by_stem,
     check_files,
@@ -60,7 +60,7 @@ class Mask(NamedTuple):
 class LabeledObject(NamedTuple):
     box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
     number: int  # its class, an index into the classes of the set
-    crowd: bool = False  # many objects in one box
+    crowd: bool = False  # many objects in one box, or what is to be ignored like them
     difficult: bool = False  # hard to recognize, in PASCAL VOC
     mask: Mask | None = None
     area: float | None = None  # in pixels, where the file says it
@@ -192,9 +192,9 @@ def read_mapping(path: Path, classes: int) -> Mapping:
     content = read_small_json(path)
     new_of_old = {}
     with reading(path):
-        listed = items(content["names"], "names")
+        listed = list_of(content, "names")
         names = distinct_names(listed, range(len(listed)))
-        for key, value in content["map"].items():
+        for key, value in named_fields(content["map"], "it has the map").items():
             old = whole(key, "old class")
             new = whole(value, "new class")
             if old >= classes or new >= len(names):

@@ -349,7 +349,8 @@ def test_a_folder_may_ignore_another_number(tmp_path):
         ("classes.json", {"names": []}, r"classes.json cannot be used \(it has no 'labels'\)"),
         ("classes.json", '{"labels": ["a"], "labels": ["b"]}', r"the key 'labels' stands twice"),
         ("classes.json", {"labels": ["x"], "background": 1}, r"background is 1: the classes are 0"),
-        ("splits.json", ["val"], r"splits.json cannot be used \(list indices"),
+        ("splits.json", ["val"], r"splits.json cannot be used \(it is \['val'\]: fields by their"),
+        ("splits.json", 5, r"splits.json cannot be used \(it is 5: fields by their names"),
         ("splits.json", {"val": [9]}, r"it names the image 9, which is no text"),
         ("splits.json", {"val": "abc"}, r"has the val 'abc': a list is needed"),
         ("classes.json", {"labels": {"cat": 0}}, r"has the labels .*: a list is needed"),
@@ -1019,6 +1020,52 @@ def test_what_is_no_whole_number_is_a_sentence(value):
         fields.whole(value, "height", 1)
 
 
+def flagged(layout, root, key):
+    """A set of one object, with this flag."""
+    if layout == "coco":
+        make_coco(root, [{**PERSON, key: 1}])
+    if layout == "coco-panoptic":
+        path = make_panoptic(root) / "annotations" / "panoptic_val2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"][0]["segments_info"][1][key] = 1
+        text(path, content)
+    if layout == "folder":
+        make_folder(root)
+        text(root / "splits.json", {"val": ["a"]})
+        text(root / "boxes.json", [row(**{key: 1})])
+    if layout == "voc":
+        make_voc(root)
+        flag = f"</difficult><{key}>1</{key}>"
+        content = voc_object("dog", (1, 1, 3, 3)).replace("</difficult>", flag)
+        path = root / "VOCdevkit" / "VOC2012" / "Annotations" / "2007_000033.xml"
+        text(path, f"<annotation>{content}</annotation>")
+    return open_images(root, layout)
+
+
+@pytest.mark.parametrize("layout", ["coco", "coco-panoptic", "folder", "voc"])
+@pytest.mark.parametrize(
+    ("key", "crowd"),
+    [
+        *((key, True) for key in ("iscrowd", "isCrowd", "is_crowd", "crowd", "ignore", "Ignore")),
+        *((key, False) for key in ("difficult", "isDifficult")),
+    ],
+)
+def test_a_flag_is_read_however_its_key_is_spelled(layout, key, crowd, tmp_path):
+    found = flagged(layout, tmp_path, key)
+    x = found.records[0].objects[0]
+    assert (x.crowd, x.difficult) == (crowd, not crowd)
+    assert len(found.read_boxes(0)[0]) == 0
+
+
+def test_a_category_is_no_thing_however_its_key_is_spelled(tmp_path):
+    make_coco(tmp_path, [PERSON])
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][1]["isThing"] = False
+    text(path, content)
+    assert object_sets.object_classes(object_sets.read(tmp_path, (path,))) == ["dog"]
+
+
 def test_sizes_and_boxes_as_text_are_read(tmp_path):
     box = [str(x) for x in PERSON["bbox"]]
     make_coco(tmp_path, [{**PERSON, "bbox": box, "iscrowd": "0", "area": "12"}])
@@ -1312,6 +1359,7 @@ def test_a_mapping_counts_classes_not_the_numbers_in_the_files(tmp_path, mapping
         *({"map": pairs} for pairs in ({"3": 0}, {"-1": 0}, {"0": 1}, {"0": -1}, {"x": 0})),
         *({"map": pairs} for pairs in ({"0": None}, {"0": 0.5}, {"1": 0, "01": 0})),
         {"names": "pet"},
+        {"map": [0]},
         *({"things": things} for things in (2, -1, "two", 0.5, None, True)),
     ],
 )
