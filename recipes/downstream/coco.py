@@ -3,6 +3,7 @@
 This module is no command. Each reader makes the records of records.py.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,14 @@ def read_id(row: dict, key: str) -> Any:
     return value
 
 
+def read_name(row: dict) -> str:
+    """The name of a file; `./a.jpg` and `a.jpg` are one."""
+    name = get(row, "file_name")
+    if not isinstance(name, str) or not name:
+        raise FieldError(f"has the file_name {short(name)}: a text is needed")
+    return os.path.normpath(name)
+
+
 def read_infos(data: dict) -> dict[Any, Info]:
     """The images by their ids, in the order of their names."""
     infos: dict[Any, Info] = {}
@@ -85,9 +94,7 @@ def read_infos(data: dict) -> dict[Any, Info]:
 
     def read(row: dict) -> None:
         image_id = read_id(row, "id")
-        name = get(row, "file_name")
-        if not isinstance(name, str):
-            raise FieldError(f"has the file_name {short(name)}: a text is needed")
+        name = read_name(row)
         size = (whole(get(row, "height"), "height", 1), whole(get(row, "width"), "width", 1))
         if image_id in infos:
             raise FieldError(f"stands twice: it is {infos[image_id].name} and {name}")
@@ -246,7 +253,7 @@ def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
         def read(row: dict) -> None:
             info = find_by_id(row, "image_id", infos, "image")
             image_id = read_id(row, "image_id")
-            name = get(row, "file_name")
+            name = read_name(row)
             if image_id in segments:
                 raise FieldError(f"stands twice: in {segments[image_id].file.name} and {name}")
             if name in image_of_map:

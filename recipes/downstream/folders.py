@@ -26,6 +26,7 @@ from downstream.label_files import (
     choose,
     choose_folder,
     list_images,
+    missing_files,
     read_json,
     read_small_json,
     reading,
@@ -120,6 +121,9 @@ def read_boxes(
                 records[image] = record
             except FieldError as error:
                 raise ValueError(f"{name} {error}") from None
+        missing = missing_files(records)
+        if missing:
+            raise ValueError(f"of its rows {len(missing)} files are missing, such as {missing[0]}")
     return records
 
 

@@ -72,9 +72,9 @@ def make_folder(root):
     return root
 
 
-def row(**changes):
+def row(name="a", **changes):
     """A row of boxes.json with one object."""
-    return {"id": "a", "objects": [{"box": [0, 0, 2, 2], "cat": 1, **changes}]}
+    return {"id": name, "objects": [{"box": [0, 0, 2, 2], "cat": 1, **changes}]}
 
 
 COCO_CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
@@ -365,6 +365,12 @@ def test_a_folder_may_ignore_another_number(tmp_path):
         ("boxes.json", [{}], r"boxes.json cannot be used \(the row 0 has no 'id'\)"),
         ("boxes.json", [{"id": 7, "objects": []}], r"the row 7 has no text as its id"),
         ("boxes.json", [{"id": x, "objects": []} for x in ("a", "a.jpg")], "twice, for a.jpg"),
+        ("boxes.json", [{"id": x, "objects": []} for x in ("a", "./a")], "twice, for a.jpg"),
+        ("boxes.json", [row("z")], r"boxes.json .*of its rows 1 files are missing, such as .*z"),
+        ("boxes.json", [row("images/a")], r"of its rows 1 files are missing"),
+        ("splits.json", {"val": ["../a"]}, r"^'../a' is no image of .*images: give its name in"),
+        ("splits.json", {"val": ["/a.jpg"]}, r"^'/a.jpg' is no image of"),
+        ("splits.json", {"val": [""]}, r"^'' is no image of"),
         ("boxes.json", [row(box=[0, 0, 2])], r"has the box \[0, 0, 2\]: four numbers"),
         ("boxes.json", [row(box=[0, 0, "x", 2])], r"the row 'a' has the box 'x': a finite number"),
         ("boxes.json", [row(box=[0, 0, math.nan, 2])], r"the row 'a' has the box nan: a finite"),
@@ -1090,6 +1096,8 @@ def test_sizes_and_boxes_as_text_are_read(tmp_path):
         ([{"file_name": 5}], "the image 7 has the file_name 5: a text"),
         ([{}, {"file_name": "b.jpg"}], "the image 7 stands twice: it is a.jpg and b.jpg"),
         ([{}, {"id": 8}], "the image 8 is a.jpg, and so is the image 7"),
+        ([{}, {"id": 8, "file_name": "./a.jpg"}], "the image 8 is a.jpg, and so is the image 7"),
+        ([{"file_name": ""}], "the image 7 has the file_name '': a text"),
     ],
 )
 def test_a_broken_coco_image_is_one_sentence(images, sentence, tmp_path):
@@ -1154,12 +1162,15 @@ def test_two_files_of_one_name_are_an_error_that_names_both(layout, tmp_path):
         open_images(root, layout, first(layout))
 
 
-def test_two_panoptic_images_do_not_share_a_map(tmp_path):
+@pytest.mark.parametrize("name", ["139.png", "./139.png"])
+def test_two_panoptic_images_do_not_share_a_map(name, tmp_path):
     make_panoptic(tmp_path)
     path = tmp_path / "annotations" / "panoptic_val2017.json"
     content = json.loads(path.read_text())
     content["images"].append({"id": 140, "file_name": "140.jpg", "height": H, "width": W})
-    content["annotations"].append({**content["annotations"][0], "image_id": 140})
+    segments = content["annotations"][0]["segments_info"]
+    other = {"image_id": 140, "file_name": name, "segments_info": segments}
+    content["annotations"].append(other)
     text(path, content)
     with pytest.raises(UserError, match=r"image 140 has the map 139.png, and so has the image 139"):
         open_images(tmp_path)
