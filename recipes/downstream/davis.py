@@ -2,7 +2,7 @@
 
 This module is no command. In a mask 0 is the background, and 255 is to be ignored.
 
-    name, frames, masks = open_videos(Path("DAVIS"))[0]
+    name, frames, masks, _ = open_videos(Path("DAVIS"))[0]
 """
 
 from functools import partial

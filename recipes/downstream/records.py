@@ -69,14 +69,14 @@ class LabeledObject(NamedTuple):
 Box = Sequence[float]  # x0 y0 x1 y1
 
 
-def clip_box(box: Box, size: Sequence[int]) -> list[float]:
+def clip_box(box: Box, size: Sequence[float]) -> list[float]:
     """The part of a box in an image of this height and width."""
     height, width = size
     x0, y0, x1, y1 = box
     return [max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)]
 
 
-def has_area(box: Box, size: Sequence[int]) -> bool:
+def has_area(box: Box, size: Sequence[float]) -> bool:
     """Whether a box has an area in an image of this height and width; else it is no object."""
     x0, y0, x1, y1 = clip_box(box, size)
     return min(x1 - x0, y1 - y0) > SMALLEST

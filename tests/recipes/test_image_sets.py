@@ -66,7 +66,6 @@ def make_folder(root):
     rows = [
         {"box": [0.5, 1, 4.25, 5], "cat": 2, "crowd": 0},
         {"box": [0, 0, 9, 6], "cat": 1, "crowd": 1},
-        {"box": [3, 3, 3, 5], "cat": 1, "crowd": 0},
     ]
     text(root / "boxes.json", [{"id": "a", "kind": "inst", "objects": rows}])
     return root
@@ -307,8 +306,15 @@ def test_a_colored_label_map_is_refused(tmp_path):
 
 
 # ---- each layout -----------------------------------------------------------------------------
-def test_a_folder_has_its_labels_and_boxes_in_the_order_of_the_split(tmp_path):
-    found = open_images(make_folder(tmp_path))
+def test_a_folder_has_its_labels_and_boxes_in_the_order_of_the_split(tmp_path, capsys):
+    make_folder(tmp_path)
+    rows = json.loads((tmp_path / "boxes.json").read_text())
+    flat = {"box": [3, 3, 3, 5], "cat": 1}
+    swapped = {"box": [5, 4, 2, 1], "cat": 1}  # or x, y, width and height by mistake
+    rows[0]["objects"] += [flat, swapped]
+    text(tmp_path / "boxes.json", rows)
+    found = open_images(tmp_path)
+    assert "2 objects are left out: their boxes have no area" in capsys.readouterr().out
     assert found.names == ["b.jpg", "a.jpg"]
     assert found.classes == ["other", "cat", "dog"]
     assert found.background == 0
