@@ -22,10 +22,9 @@ from downstream.label_files import (
     read_frame,
     read_list,
     read_mask,
-    upright_size,
 )
 from downstream.layouts import LAYOUTS, open_set
-from downstream.records import IGNORED, LabeledObject, LabeledSet, clip_box, has_area
+from downstream.records import IGNORED, LabeledObject, LabeledSet, clip_box, has_area, image_size
 
 __all__ = [
     "LAYOUTS",
@@ -118,9 +117,7 @@ class ImageSet:
         record = self.records[index]
         if record.label_map is None:
             return None
-        source = record.image
-        size = source.shape[1:] if isinstance(source, Tensor) else upright_size(source)
-        return self.draw_labels(index, size)
+        return self.draw_labels(index, image_size(record.image))
 
     def draw_labels(self, index: int, image_size: Sequence[int]) -> Tensor | None:
         """The label map of an image of this size; None where it has none."""
@@ -163,12 +160,11 @@ class ImageSet:
         return found
 
     def said_size(self, index: int) -> Sequence[int]:
-        """Height and width, as the annotation says, or else the header of the file."""
+        """Height and width, as the annotation says, or else the image itself."""
         record = self.records[index]
         if record.size is not None or not record.objects:  # without objects none is needed
             return record.size or (0, 0)
-        source = record.image
-        return source.shape[1:] if isinstance(source, Tensor) else upright_size(source)
+        return image_size(record.image)
 
     def objects_in_image(self, index: int, image_size: Sequence[int]) -> list[LabeledObject]:
         """The objects whose boxes have an area in the image."""

@@ -25,6 +25,7 @@ from downstream.label_files import (
     read_small_json,
     reading,
     translate,
+    upright_size,
 )
 
 IGNORED = -1  # in the label map of a record: no class
@@ -95,6 +96,11 @@ class Record(NamedTuple):
     label_map: Callable[[int | None], Tensor] | None = None
     label_file: Path | None = None  # that the label map comes from
     classes: tuple[int, ...] | None = None  # those that the set gives to the whole image
+
+
+def image_size(image: Path | Tensor) -> Sequence[int]:
+    """Height and width of the `image` of a record; those of a file stand in its header."""
+    return image.shape[1:] if isinstance(image, Tensor) else upright_size(image)
 
 
 @dataclass

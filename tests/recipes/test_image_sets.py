@@ -1203,6 +1203,10 @@ def test_an_image_that_coco_stuff_has_no_map_of_is_not_dropped(tmp_path, capsys)
         ),
         ({"images": {}, "categories": [], "annotations": []}, "it has the images {}: a list"),
         ({"images": [], "annotations": []}, "it has no 'categories'"),
+        (
+            {"images": [], "categories": [], "annotations": [5]},
+            "the annotation number 0 of the list is 5: fields by their names",
+        ),
     ],
 )
 def test_a_coco_file_of_another_form_is_one_sentence_of_both_readers(content, sentence, tmp_path):
