@@ -162,7 +162,7 @@ def find_images(root: Path, path: Path, infos: dict[Any, Info]) -> Path:
 
 # ---- instances -----------------------------------------------------------------------------------
 def open_instances(root: Path, split: str) -> LabeledSet:
-    _, path = choose_file(split, root / "annotations", "instances_", ".json")
+    path = choose_file(split, root / "annotations", "instances_", ".json")
     return read_instances(root, path, read_json(path))
 
 
@@ -235,7 +235,7 @@ class Segments(NamedTuple):
 
 
 def open_panoptic(root: Path, split: str) -> LabeledSet:
-    _, path = choose_file(split, root / "annotations", "panoptic_", ".json")
+    path = choose_file(split, root / "annotations", "panoptic_", ".json")
     return read_panoptic(root, path, read_json(path))
 
 

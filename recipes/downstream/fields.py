@@ -193,7 +193,11 @@ def polygon(value: list) -> list[float]:
 
 
 def run_lengths(value: dict, size: tuple[int, int]) -> dict:
-    """Run lengths as COCO's program takes them, {"size", "counts"}, whose runs fill the image."""
+    """Run lengths as COCO's program takes them, {"size", "counts"}, whose runs fill the image.
+
+    They are checked here, because faster-coco-eval 1.7 takes runs that are too few, and what is
+    then drawn behind them is arbitrary.
+    """
     sides = get(value, "size")
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         raise FieldError(f"has run lengths of the size {short(sides)}: two numbers are needed")

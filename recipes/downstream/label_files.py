@@ -242,13 +242,12 @@ def choose(wanted: str, found: Iterable[str], where: Any) -> str:
     return fits[0]
 
 
-def choose_file(wanted: str, folder: Path, before: str, after: str) -> tuple[str, Path]:
+def choose_file(wanted: str, folder: Path, before: str, after: str) -> Path:
     """The file whose name lies between `before` and `after`, as `choose` understands it."""
     paths = {}
     for path in folder.glob(f"{before}*{after}"):
         paths[path.name.removeprefix(before).removesuffix(after)] = path
-    name = choose(wanted, paths, folder)
-    return name, paths[name]
+    return paths[choose(wanted, paths, folder)]
 
 
 def choose_folder(wanted: str, parent: Path) -> tuple[str, Path]:

@@ -31,7 +31,7 @@ from downstream.scene_sets import sample_set
 
 __all__ = ["Objects", "boxes_of", "object_classes", "read", "sample_set"]
 
-IGNORED = 1e12  # an area beyond the largest range of COCO's evaluation, which then ignores it
+IGNORED_AREA = 1e12  # beyond the largest range of COCO's evaluation, which then ignores it
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -129,7 +129,9 @@ class Objects:
         for number in range(len(self.infos)):
             self.objects.append([x for x in self.coco.imgToAnns[number] if not x["iscrowd"]])
         self.order = [i for i, x in enumerate(self.objects) if x or not train]
-        wanted = [x for objects in self.objects for x in objects if train or x["area"] < IGNORED]
+        wanted = [
+            x for objects in self.objects for x in objects if train or x["area"] < IGNORED_AREA
+        ]
         if not wanted:
             raise UserError("The annotations have no object to find.")
 
@@ -193,7 +195,7 @@ def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict:
     x0, y0, x1, y1 = clip_box(x.box, (info["height"], info["width"]))
     area = x.area if x.area and x.area > 0 else (x1 - x0) * (y1 - y0)
     if x.difficult:
-        area = IGNORED
+        area = IGNORED_AREA
     return {
         "image_id": info["id"],
         "category_id": label,

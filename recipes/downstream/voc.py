@@ -92,7 +92,7 @@ def as_objects(path: Path, found: Annotation, classes: list[str]) -> list[Labele
 # ---- sets ----------------------------------------------------------------------------------------
 def open_segmentation(root: Path, split: str) -> LabeledSet:
     """The images of a list in ImageSets/Segmentation, all of which have a label map."""
-    _, listing = choose_file(split, root / "ImageSets" / "Segmentation", "", ".txt")
+    listing = choose_file(split, root / "ImageSets" / "Segmentation", "", ".txt")
     images = ImageFolder(root / "JPEGImages")
     table = class_table(len(CLASSES))
     records = []

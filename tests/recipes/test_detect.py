@@ -166,7 +166,7 @@ def boxes_json(folder):
 
 def perfect(data):
     """What a detector would find that makes no mistake."""
-    rows = [x for objects in data.objects for x in objects if x["area"] < object_sets.IGNORED]
+    rows = [x for objects in data.objects for x in objects if x["area"] < object_sets.IGNORED_AREA]
     keys = ("image_id", "category_id", "bbox", "segmentation")
     return [{"score": 0.9, **{k: x[k] for k in keys if k in x}} for x in rows]
 
