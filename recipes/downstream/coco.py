@@ -3,6 +3,7 @@
 This module is no command. Each reader makes the records of records.py.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from downstream.fields import (
     FieldError,
     corners,
-    flag,
+    crowd_and_difficult,
+    flags,
     get,
     is_in_image,
     items,
@@ -77,6 +79,14 @@ def read_id(row: dict, key: str) -> Any:
     return value
 
 
+def read_name(row: dict) -> str:
+    """The name of a file; `./a.jpg` and `a.jpg` are one."""
+    name = get(row, "file_name")
+    if not isinstance(name, str) or not name:
+        raise FieldError(f"has the file_name {short(name)}: a text is needed")
+    return os.path.normpath(name)
+
+
 def read_infos(data: dict) -> dict[Any, Info]:
     """The images by their ids, in the order of their names."""
     infos: dict[Any, Info] = {}
@@ -84,9 +94,7 @@ def read_infos(data: dict) -> dict[Any, Info]:
 
     def read(row: dict) -> None:
         image_id = read_id(row, "id")
-        name = get(row, "file_name")
-        if not isinstance(name, str):
-            raise FieldError(f"has the file_name {short(name)}: a text is needed")
+        name = read_name(row)
         size = (whole(get(row, "height"), "height", 1), whole(get(row, "width"), "width", 1))
         if image_id in infos:
             raise FieldError(f"stands twice: it is {infos[image_id].name} and {name}")
@@ -116,7 +124,7 @@ def read_categories(data: dict, first: int, *, is_thing: bool) -> Categories:
         category_id = read_id(row, "id")
         if category_id in found:
             raise FieldError("stands twice")
-        thing = flag(row["isthing"], "isthing") if "isthing" in row else is_thing
+        thing = flags(row, ("thing",)).get("thing", is_thing)
         found[category_id] = (get(row, "name"), thing)
 
     read_rows(list_of(data, "categories"), "the category", "id", read)
@@ -154,7 +162,7 @@ def find_images(root: Path, path: Path, infos: dict[Any, Info]) -> Path:
 
 # ---- instances -----------------------------------------------------------------------------------
 def open_instances(root: Path, split: str) -> LabeledSet:
-    _, path = choose_file(split, root / "annotations", "instances_", ".json")
+    path = choose_file(split, root / "annotations", "instances_", ".json")
     return read_instances(root, path, read_json(path))
 
 
@@ -187,13 +195,13 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
 def read_object(row: dict, info: Info, categories: Categories) -> LabeledObject:
     class_number = find_by_id(row, "category_id", categories.number_of_id, "category")
     box = corners(get(row, "bbox"), "bbox")
-    crowd = flag(row.get("iscrowd"), "iscrowd")
+    crowd, difficult = crowd_and_difficult(row)
     area = number_or_none(row.get("area"), "area")
     mask = None
     shape = segmentation(row.get("segmentation"), info.size)
     if shape is not None and is_in_image(shape, info.size):  # else there is nothing to learn
         mask = Mask(shape, info.size)
-    return LabeledObject(box, class_number, crowd=crowd, mask=mask, area=area)
+    return LabeledObject(box, class_number, crowd, difficult, mask, area)
 
 
 def draw_objects(objects: list[LabeledObject], size: tuple[int, int], crowd: int | None) -> Tensor:
@@ -227,7 +235,7 @@ class Segments(NamedTuple):
 
 
 def open_panoptic(root: Path, split: str) -> LabeledSet:
-    _, path = choose_file(split, root / "annotations", "panoptic_", ".json")
+    path = choose_file(split, root / "annotations", "panoptic_", ".json")
     return read_panoptic(root, path, read_json(path))
 
 
@@ -245,7 +253,7 @@ def read_panoptic(root: Path, path: Path, data: dict) -> LabeledSet:
         def read(row: dict) -> None:
             info = find_by_id(row, "image_id", infos, "image")
             image_id = read_id(row, "image_id")
-            name = get(row, "file_name")
+            name = read_name(row)
             if image_id in segments:
                 raise FieldError(f"stands twice: in {segments[image_id].file.name} and {name}")
             if name in image_of_map:
@@ -279,13 +287,13 @@ def read_segments(row: dict, file: Path, info: Info, categories: Categories) -> 
         class_number = find_by_id(segment, "category_id", categories.number_of_id, "category")
         number_of_id[segment_id] = class_number
 
-        crowd = flag(segment.get("iscrowd"), "iscrowd")
+        crowd, difficult = crowd_and_difficult(segment)
         if crowd:
             crowds.add(segment_id)
         if class_number not in categories.stuff:
             box = corners(get(segment, "bbox"), "bbox")
             mask = Mask(partial(draw_segment, file, segment_id, number_of_id), info.size)
-            things.append(LabeledObject(box, class_number, crowd=crowd, mask=mask))
+            things.append(LabeledObject(box, class_number, crowd, difficult, mask))
     return Segments(file, number_of_id, frozenset(crowds), things)
 
 

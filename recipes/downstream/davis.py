@@ -2,7 +2,7 @@
 
 This module is no command. In a mask 0 is the background, and 255 is to be ignored.
 
-    name, frames, masks = open_videos(Path("DAVIS"))[0]
+    name, frames, masks, _ = open_videos(Path("DAVIS"))[0]
 """
 
 from functools import partial
@@ -58,7 +58,7 @@ def open_videos(
         wanted = year or "2017 or 2016"
         raise UserError(f"{data} is no DAVIS {wanted}: it lacks the lists in ImageSets.")
     one_object = LISTS[lists[0]] == "2016"
-    _, listing = choose_file(split, data / "ImageSets" / lists[0], "", ".txt")
+    listing = choose_file(split, data / "ImageSets" / lists[0], "", ".txt")
     resolution, _ = choose_folder(resolution, data / "JPEGImages")
 
     videos = []

@@ -4,6 +4,7 @@ This module is no command. A FieldError ends a sentence that begins with the ann
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,19 @@ def items(value: Any, key: str) -> list:
     return value
 
 
+def named_fields(content: Any, start: str = "it is") -> dict:
+    """Fields by their names, of a whole file; else a ValueError that ends a sentence of the file.
+
+    The `start` of the message is another one where the fields are a part of the file.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{start} {short(content)}: fields by their names are needed")
+    return content
+
+
 def list_of(content: Any, key: str) -> list:
     """A list of a whole file, by its key; else a ValueError that ends a sentence of the file."""
-    if not isinstance(content, dict):
-        raise ValueError(f"it is {short(content)}: fields by their names are needed")
-    if key not in content:
+    if key not in named_fields(content):
         raise ValueError(f"it has no {key!r}")
     if not isinstance(content[key], list):
         raise ValueError(f"it has the {key} {short(content[key])}: a list is needed")
@@ -92,6 +101,27 @@ def flag(value: Any, key: str) -> bool:
     if found not in (0, 1):
         raise FieldError(f"has the {key} {short(value)}: 0 or 1 is needed")
     return bool(found)
+
+
+def flags(row: dict, names: Collection[str]) -> dict[str, bool]:
+    """Those of some flags that a row has, in any spelling of their keys.
+
+    `crowd`, `iscrowd`, `is_crowd` and `isCrowd` are the flag `crowd`; what stands twice is yes if
+    one of them is.
+    """
+    found: dict[str, bool] = {}
+    for key, value in row.items():
+        name = key.lower().replace("_", "").removeprefix("is")
+        if name in names:
+            found[name] = flag(value, key) or found.get(name, False)
+    return found
+
+
+def crowd_and_difficult(row: dict) -> tuple[bool, bool]:
+    """Whether an object is a crowd, or to be ignored like one, and whether it is difficult."""
+    found = flags(row, ("crowd", "ignore", "difficult"))
+    crowd = found.get("crowd", False) or found.get("ignore", False)
+    return crowd, found.get("difficult", False)
 
 
 def four(value: Any, key: str) -> list[float]:
@@ -163,7 +193,11 @@ def polygon(value: list) -> list[float]:
 
 
 def run_lengths(value: dict, size: tuple[int, int]) -> dict:
-    """Run lengths as COCO's program takes them, {"size", "counts"}, whose runs fill the image."""
+    """Run lengths as COCO's program takes them, {"size", "counts"}, whose runs fill the image.
+
+    They are checked here, because faster-coco-eval 1.7 takes runs that are too few, and what is
+    then drawn behind them is arbitrary.
+    """
     sides = get(value, "size")
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         raise FieldError(f"has run lengths of the size {short(sides)}: two numbers are needed")

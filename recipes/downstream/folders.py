@@ -11,11 +11,12 @@ from typing import Any
 import harness
 from downstream.fields import (
     FieldError,
-    flag,
+    crowd_and_difficult,
     four,
     get,
     items,
     list_of,
+    named_fields,
     number_or_none,
     short,
     whole,
@@ -25,6 +26,7 @@ from downstream.label_files import (
     choose,
     choose_folder,
     list_images,
+    missing_files,
     read_json,
     read_small_json,
     reading,
@@ -45,7 +47,7 @@ def open_folder(root: Path, split: str) -> LabeledSet:
     path = root / "splits.json"
     splits = read_small_json(path)
     with reading(path):
-        name = choose(split, splits, path)
+        name = choose(split, named_fields(splits), path)
     return read_folder(root, (name,))
 
 
@@ -67,7 +69,7 @@ def read_folder(root: Path, wanted: tuple[str, ...]) -> LabeledSet:
     path = root / "splits.json"
     splits = read_small_json(path)
     with reading(path):
-        names = [name for split in wanted for name in items(splits[split], split)]
+        names = [name for split in wanted for name in list_of(splits, split)]
         strange = [name for name in names if not isinstance(name, str)]
         if strange:
             raise ValueError(f"it names the image {short(strange[0])}, which is no text")
@@ -119,6 +121,9 @@ def read_boxes(
                 records[image] = record
             except FieldError as error:
                 raise ValueError(f"{name} {error}") from None
+        missing = missing_files(records)
+        if missing:
+            raise ValueError(f"of its rows {len(missing)} files are missing, such as {missing[0]}")
     return records
 
 
@@ -145,12 +150,13 @@ def read_row(
                 "background, or null, in classes.json"
             )
         x0, y0, x1, y1 = four(get(x, "box"), "box")
+        crowd, difficult = crowd_and_difficult(x)
         objects.append(
             LabeledObject(
                 box=(x0, y0, x1, y1),
                 number=class_number,
-                crowd=flag(x.get("crowd"), "crowd"),
-                difficult=flag(x.get("difficult"), "difficult"),
+                crowd=crowd,
+                difficult=difficult,
                 area=number_or_none(x.get("area"), "area"),
             )
         )

@@ -6,6 +6,7 @@ name, frames, masks, _ = open_videos(Path("DAVIS"))[0]
 Crowds, difficult objects, and pixels of no class are ignored here: the readers only mark them.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -19,13 +20,11 @@ from downstream.davis import Video, open_videos
 from downstream.label_files import (
     UnknownNameError,
     read_frame,
-    read_json,
     read_list,
     read_mask,
-    upright_size,
 )
 from downstream.layouts import LAYOUTS, open_set
-from downstream.records import IGNORED, SMALLEST, LabeledObject, LabeledSet, clip_box, has_area
+from downstream.records import IGNORED, LabeledObject, LabeledSet, clip_box, has_area, image_size
 
 __all__ = [
     "LAYOUTS",
@@ -36,7 +35,6 @@ __all__ = [
     "open_images",
     "open_videos",
     "read_frame",
-    "read_json",
     "read_list",
     "read_mask",
 ]
@@ -119,9 +117,7 @@ class ImageSet:
         record = self.records[index]
         if record.label_map is None:
             return None
-        source = record.image
-        size = source.shape[1:] if isinstance(source, Tensor) else upright_size(source)
-        return self.draw_labels(index, size)
+        return self.draw_labels(index, image_size(record.image))
 
     def draw_labels(self, index: int, image_size: Sequence[int]) -> Tensor | None:
         """The label map of an image of this size; None where it has none."""
@@ -164,12 +160,11 @@ class ImageSet:
         return found
 
     def said_size(self, index: int) -> Sequence[int]:
-        """Height and width, as the annotation says, or else the header of the file."""
+        """Height and width, as the annotation says, or else the image itself."""
         record = self.records[index]
         if record.size is not None or not record.objects:  # without objects none is needed
             return record.size or (0, 0)
-        source = record.image
-        return source.shape[1:] if isinstance(source, Tensor) else upright_size(source)
+        return image_size(record.image)
 
     def objects_in_image(self, index: int, image_size: Sequence[int]) -> list[LabeledObject]:
         """The objects whose boxes have an area in the image."""
@@ -228,17 +223,15 @@ def open_images(
     found = open_set(data, layout, split, mapping)
     if labels:
         found.check_labels()
-        say_outside(found)
+        say_left_out(found)
     return ImageSet(found)
 
 
-def say_outside(found: LabeledSet) -> None:
-    """Count the objects that lie outside their image, where the annotation says its size."""
-    outside = 0
+def say_left_out(found: LabeledSet) -> None:
+    """Count the objects whose boxes have no area in their image."""
+    left_out = 0
     for record in found.records:
-        for x in record.objects or []:
-            is_drawn = min(x.box[2] - x.box[0], x.box[3] - x.box[1]) > SMALLEST
-            if is_drawn and record.size is not None and not has_area(x.box, record.size):
-                outside += 1
-    if outside and os.environ.get("RANK", "0") == "0":
-        print(f"{outside} objects are left out: their boxes have no area in the image.")
+        size = record.size or (math.inf, math.inf)  # unknown until the image is read
+        left_out += sum(not has_area(x.box, size) for x in record.objects or [])
+    if left_out and os.environ.get("RANK", "0") == "0":
+        print(f"{left_out} objects are left out: their boxes have no area in the image.")

@@ -48,9 +48,8 @@ def upright_size(path: Path) -> tuple[int, int]:
     """
     with reading(path), Image.open(path) as file:
         width, height = file.size
-        if isinstance(
-            file, TiffImagePlugin.TiffImageFile
-        ):  # Pillow may have turned the size already
+        if isinstance(file, TiffImagePlugin.TiffImageFile):
+            # Pillow may have turned the size already.
             width = file.tag_v2[256]
             height = file.tag_v2[257]
         if file.format == "PNG" and has_late_chunks(path):
@@ -190,7 +189,11 @@ class ImageFolder:
 
         Two files that differ in the extension alone are an error that names both.
         """
-        wanted = self.folder / name
+        place = Path(os.path.normpath(name))  # `./a` and `b/../a` are `a`
+        if place.is_absolute() or place.parts[:1] in ((), ("..",)):
+            raise UserError(f"{name!r} is no image of {self.folder}: give its name in that folder.")
+
+        wanted = self.folder / place
         for stem in (wanted.stem, wanted.name):  # `a.jpg` itself comes before `a.jpg.png`
             files = self.same_stem(wanted.parent, stem)
             if files and (stem == wanted.name or wanted in files):
@@ -199,8 +202,8 @@ class ImageFolder:
         return wanted if is_file_name else wanted.with_name(f"{wanted.name}.jpg")
 
 
-def check_files(paths: Iterable[Path]) -> None:
-    """A sentence that counts the files that are missing. Each folder is listed once."""
+def missing_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of some files that are missing. Each folder is listed once."""
     known: dict[Path, set[str]] = {}
     missing = []
     for path in paths:
@@ -212,6 +215,12 @@ def check_files(paths: Iterable[Path]) -> None:
                     known[folder] = {entry.name for entry in entries if entry.is_file()}
         if path.name not in known[path.parent]:
             missing.append(path)
+    return missing
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """A sentence that counts the files that are missing."""
+    missing = missing_files(paths)
     if missing:
         raise UserError(f"{len(missing)} files are missing, such as {missing[0]}.")
 
@@ -233,13 +242,12 @@ def choose(wanted: str, found: Iterable[str], where: Any) -> str:
     return fits[0]
 
 
-def choose_file(wanted: str, folder: Path, before: str, after: str) -> tuple[str, Path]:
+def choose_file(wanted: str, folder: Path, before: str, after: str) -> Path:
     """The file whose name lies between `before` and `after`, as `choose` understands it."""
     paths = {}
     for path in folder.glob(f"{before}*{after}"):
         paths[path.name.removeprefix(before).removesuffix(after)] = path
-    name = choose(wanted, paths, folder)
-    return name, paths[name]
+    return paths[choose(wanted, paths, folder)]
 
 
 def choose_folder(wanted: str, parent: Path) -> tuple[str, Path]:

@@ -17,13 +17,21 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from downstream import cityscapes, coco, folders, voc
 from downstream.fields import list_of
-from downstream.label_files import read_json, reading, upright_size
-from downstream.records import LabeledObject, LabeledSet, Mask, Record, clip_box, has_area
+from downstream.label_files import read_json, reading
+from downstream.records import (
+    LabeledObject,
+    LabeledSet,
+    Mask,
+    Record,
+    clip_box,
+    has_area,
+    image_size,
+)
 from downstream.scene_sets import sample_set
 
 __all__ = ["Objects", "boxes_of", "object_classes", "read", "sample_set"]
 
-IGNORED = 1e12  # an area beyond the largest range of COCO's evaluation, which then ignores it
+IGNORED_AREA = 1e12  # beyond the largest range of COCO's evaluation, which then ignores it
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -37,7 +45,8 @@ def read(data: Path, annotations: tuple[str, ...]) -> LabeledSet:
             raise UserError(f"{annotations[1]} is one file too many: name one .json of COCO alone.")
         content = read_json(first)
         with reading(first):
-            is_panoptic = any("segments_info" in x for x in list_of(content, "annotations")[:1])
+            rows = list_of(content, "annotations")
+            is_panoptic = any(isinstance(x, dict) and "segments_info" in x for x in rows[:1])
         if is_panoptic:
             return coco.read_panoptic(data, first, content)
         return coco.read_instances(data, first, content)
@@ -120,7 +129,9 @@ class Objects:
         for number in range(len(self.infos)):
             self.objects.append([x for x in self.coco.imgToAnns[number] if not x["iscrowd"]])
         self.order = [i for i, x in enumerate(self.objects) if x or not train]
-        wanted = [x for objects in self.objects for x in objects if train or x["area"] < IGNORED]
+        wanted = [
+            x for objects in self.objects for x in objects if train or x["area"] < IGNORED_AREA
+        ]
         if not wanted:
             raise UserError("The annotations have no object to find.")
 
@@ -171,10 +182,7 @@ class Objects:
 
 def image_info(number: int, record: Record, data: Path | None) -> dict:
     """An image in COCO's form; its size is read from the file where the set does not say it."""
-    size = record.size
-    if size is None:
-        image = record.image
-        size = image.shape[1:] if isinstance(image, Tensor) else upright_size(image)
+    size = record.size or image_size(record.image)
     name = record.name if data is None else os.path.relpath(record.image, data)
     return {"id": number, "file_name": name, "height": size[0], "width": size[1]}
 
@@ -187,7 +195,7 @@ def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict:
     x0, y0, x1, y1 = clip_box(x.box, (info["height"], info["width"]))
     area = x.area if x.area and x.area > 0 else (x1 - x0) * (y1 - y0)
     if x.difficult:
-        area = IGNORED
+        area = IGNORED_AREA
     return {
         "image_id": info["id"],
         "category_id": label,

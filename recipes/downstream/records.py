@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval import mask as coco_masks
 from harness import UserError
 from torch import Tensor
-from downstream.fields import items, whole
+from downstream.fields import list_of, named_fields, whole
 from downstream.label_files import (
     by_stem,
     check_files,
@@ -25,6 +25,7 @@ from downstream.label_files import (
     read_small_json,
     reading,
     translate,
+    upright_size,
 )
 
 IGNORED = -1  # in the label map of a record: no class
@@ -60,7 +61,7 @@ class Mask(NamedTuple):
 class LabeledObject(NamedTuple):
     box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
     number: int  # its class, an index into the classes of the set
-    crowd: bool = False  # many objects in one box
+    crowd: bool = False  # many objects in one box, or what is to be ignored like them
     difficult: bool = False  # hard to recognize, in PASCAL VOC
     mask: Mask | None = None
     area: float | None = None  # in pixels, where the file says it
@@ -69,14 +70,14 @@ class LabeledObject(NamedTuple):
 Box = Sequence[float]  # x0 y0 x1 y1
 
 
-def clip_box(box: Box, size: Sequence[int]) -> list[float]:
+def clip_box(box: Box, size: Sequence[float]) -> list[float]:
     """The part of a box in an image of this height and width."""
     height, width = size
     x0, y0, x1, y1 = box
     return [max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)]
 
 
-def has_area(box: Box, size: Sequence[int]) -> bool:
+def has_area(box: Box, size: Sequence[float]) -> bool:
     """Whether a box has an area in an image of this height and width; else it is no object."""
     x0, y0, x1, y1 = clip_box(box, size)
     return min(x1 - x0, y1 - y0) > SMALLEST
@@ -95,6 +96,11 @@ class Record(NamedTuple):
     label_map: Callable[[int | None], Tensor] | None = None
     label_file: Path | None = None  # that the label map comes from
     classes: tuple[int, ...] | None = None  # those that the set gives to the whole image
+
+
+def image_size(image: Path | Tensor) -> Sequence[int]:
+    """Height and width of the `image` of a record; those of a file stand in its header."""
+    return image.shape[1:] if isinstance(image, Tensor) else upright_size(image)
 
 
 @dataclass
@@ -192,9 +198,9 @@ def read_mapping(path: Path, classes: int) -> Mapping:
     content = read_small_json(path)
     new_of_old = {}
     with reading(path):
-        listed = items(content["names"], "names")
+        listed = list_of(content, "names")
         names = distinct_names(listed, range(len(listed)))
-        for key, value in content["map"].items():
+        for key, value in named_fields(content["map"], "it has the map").items():
             old = whole(key, "old class")
             new = whole(value, "new class")
             if old >= classes or new >= len(names):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from harness import UserError
-from downstream.fields import FieldError, flag, number, whole
+from downstream.fields import FieldError, crowd_and_difficult, number, whole
 from downstream.label_files import ImageFolder, choose, choose_file, read_list, reading
 from downstream.records import LabeledObject, LabeledSet, Record, class_table, read_label_map
 
@@ -26,6 +26,7 @@ class Described(NamedTuple):
 
     name: str  # of its class
     box: tuple[float, float, float, float]
+    crowd: bool
     difficult: bool
 
 
@@ -74,8 +75,9 @@ def read_object(item: ElementTree.Element) -> Described:
     y0 = number(item.findtext("bndbox/ymin"), "ymin")
     x1 = number(item.findtext("bndbox/xmax"), "xmax")
     y1 = number(item.findtext("bndbox/ymax"), "ymax")
-    difficult = flag((item.findtext("difficult") or "0").strip(), "difficult")
-    return Described(name, (x0 - 1, y0 - 1, x1, y1), difficult)
+    texts = {x.tag: (x.text or "0").strip() for x in item}
+    crowd, difficult = crowd_and_difficult(texts)
+    return Described(name, (x0 - 1, y0 - 1, x1, y1), crowd, difficult)
 
 
 def as_objects(path: Path, found: Annotation, classes: list[str]) -> list[LabeledObject]:
@@ -83,14 +85,14 @@ def as_objects(path: Path, found: Annotation, classes: list[str]) -> list[Labele
     for x in found.objects:
         if x.name not in classes[1:]:
             raise UserError(f"{path} cannot be used ({x.name!r} is none of the classes).")
-        objects.append(LabeledObject(x.box, classes.index(x.name), difficult=x.difficult))
+        objects.append(LabeledObject(x.box, classes.index(x.name), x.crowd, x.difficult))
     return objects
 
 
 # ---- sets ----------------------------------------------------------------------------------------
 def open_segmentation(root: Path, split: str) -> LabeledSet:
     """The images of a list in ImageSets/Segmentation, all of which have a label map."""
-    _, listing = choose_file(split, root / "ImageSets" / "Segmentation", "", ".txt")
+    listing = choose_file(split, root / "ImageSets" / "Segmentation", "", ".txt")
     images = ImageFolder(root / "JPEGImages")
     table = class_table(len(CLASSES))
     records = []

@@ -66,15 +66,14 @@ def make_folder(root):
     rows = [
         {"box": [0.5, 1, 4.25, 5], "cat": 2, "crowd": 0},
         {"box": [0, 0, 9, 6], "cat": 1, "crowd": 1},
-        {"box": [3, 3, 3, 5], "cat": 1, "crowd": 0},
     ]
     text(root / "boxes.json", [{"id": "a", "kind": "inst", "objects": rows}])
     return root
 
 
-def row(**changes):
+def row(name="a", **changes):
     """A row of boxes.json with one object."""
-    return {"id": "a", "objects": [{"box": [0, 0, 2, 2], "cat": 1, **changes}]}
+    return {"id": name, "objects": [{"box": [0, 0, 2, 2], "cat": 1, **changes}]}
 
 
 COCO_CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
@@ -307,8 +306,15 @@ def test_a_colored_label_map_is_refused(tmp_path):
 
 
 # ---- each layout -----------------------------------------------------------------------------
-def test_a_folder_has_its_labels_and_boxes_in_the_order_of_the_split(tmp_path):
-    found = open_images(make_folder(tmp_path))
+def test_a_folder_has_its_labels_and_boxes_in_the_order_of_the_split(tmp_path, capsys):
+    make_folder(tmp_path)
+    rows = json.loads((tmp_path / "boxes.json").read_text())
+    flat = {"box": [3, 3, 3, 5], "cat": 1}
+    swapped = {"box": [5, 4, 2, 1], "cat": 1}  # or x, y, width and height by mistake
+    rows[0]["objects"] += [flat, swapped]
+    text(tmp_path / "boxes.json", rows)
+    found = open_images(tmp_path)
+    assert "2 objects are left out: their boxes have no area" in capsys.readouterr().out
     assert found.names == ["b.jpg", "a.jpg"]
     assert found.classes == ["other", "cat", "dog"]
     assert found.background == 0
@@ -349,7 +355,8 @@ def test_a_folder_may_ignore_another_number(tmp_path):
         ("classes.json", {"names": []}, r"classes.json cannot be used \(it has no 'labels'\)"),
         ("classes.json", '{"labels": ["a"], "labels": ["b"]}', r"the key 'labels' stands twice"),
         ("classes.json", {"labels": ["x"], "background": 1}, r"background is 1: the classes are 0"),
-        ("splits.json", ["val"], r"splits.json cannot be used \(list indices"),
+        ("splits.json", ["val"], r"splits.json cannot be used \(it is \['val'\]: fields by their"),
+        ("splits.json", 5, r"splits.json cannot be used \(it is 5: fields by their names"),
         ("splits.json", {"val": [9]}, r"it names the image 9, which is no text"),
         ("splits.json", {"val": "abc"}, r"has the val 'abc': a list is needed"),
         ("classes.json", {"labels": {"cat": 0}}, r"has the labels .*: a list is needed"),
@@ -364,6 +371,12 @@ def test_a_folder_may_ignore_another_number(tmp_path):
         ("boxes.json", [{}], r"boxes.json cannot be used \(the row 0 has no 'id'\)"),
         ("boxes.json", [{"id": 7, "objects": []}], r"the row 7 has no text as its id"),
         ("boxes.json", [{"id": x, "objects": []} for x in ("a", "a.jpg")], "twice, for a.jpg"),
+        ("boxes.json", [{"id": x, "objects": []} for x in ("a", "./a")], "twice, for a.jpg"),
+        ("boxes.json", [row("z")], r"boxes.json .*of its rows 1 files are missing, such as .*z"),
+        ("boxes.json", [row("images/a")], r"of its rows 1 files are missing"),
+        ("splits.json", {"val": ["../a"]}, r"^'../a' is no image of .*images: give its name in"),
+        ("splits.json", {"val": ["/a.jpg"]}, r"^'/a.jpg' is no image of"),
+        ("splits.json", {"val": [""]}, r"^'' is no image of"),
         ("boxes.json", [row(box=[0, 0, 2])], r"has the box \[0, 0, 2\]: four numbers"),
         ("boxes.json", [row(box=[0, 0, "x", 2])], r"the row 'a' has the box 'x': a finite number"),
         ("boxes.json", [row(box=[0, 0, math.nan, 2])], r"the row 'a' has the box nan: a finite"),
@@ -1019,6 +1032,52 @@ def test_what_is_no_whole_number_is_a_sentence(value):
         fields.whole(value, "height", 1)
 
 
+def flagged(layout, root, key):
+    """A set of one object, with this flag."""
+    if layout == "coco":
+        make_coco(root, [{**PERSON, key: 1}])
+    if layout == "coco-panoptic":
+        path = make_panoptic(root) / "annotations" / "panoptic_val2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"][0]["segments_info"][1][key] = 1
+        text(path, content)
+    if layout == "folder":
+        make_folder(root)
+        text(root / "splits.json", {"val": ["a"]})
+        text(root / "boxes.json", [row(**{key: 1})])
+    if layout == "voc":
+        make_voc(root)
+        flag = f"</difficult><{key}>1</{key}>"
+        content = voc_object("dog", (1, 1, 3, 3)).replace("</difficult>", flag)
+        path = root / "VOCdevkit" / "VOC2012" / "Annotations" / "2007_000033.xml"
+        text(path, f"<annotation>{content}</annotation>")
+    return open_images(root, layout)
+
+
+@pytest.mark.parametrize("layout", ["coco", "coco-panoptic", "folder", "voc"])
+@pytest.mark.parametrize(
+    ("key", "crowd"),
+    [
+        *((key, True) for key in ("iscrowd", "isCrowd", "is_crowd", "crowd", "ignore", "Ignore")),
+        *((key, False) for key in ("difficult", "isDifficult")),
+    ],
+)
+def test_a_flag_is_read_however_its_key_is_spelled(layout, key, crowd, tmp_path):
+    found = flagged(layout, tmp_path, key)
+    x = found.records[0].objects[0]
+    assert (x.crowd, x.difficult) == (crowd, not crowd)
+    assert len(found.read_boxes(0)[0]) == 0
+
+
+def test_a_category_is_no_thing_however_its_key_is_spelled(tmp_path):
+    make_coco(tmp_path, [PERSON])
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][1]["isThing"] = False
+    text(path, content)
+    assert object_sets.object_classes(object_sets.read(tmp_path, (path,))) == ["dog"]
+
+
 def test_sizes_and_boxes_as_text_are_read(tmp_path):
     box = [str(x) for x in PERSON["bbox"]]
     make_coco(tmp_path, [{**PERSON, "bbox": box, "iscrowd": "0", "area": "12"}])
@@ -1043,6 +1102,8 @@ def test_sizes_and_boxes_as_text_are_read(tmp_path):
         ([{"file_name": 5}], "the image 7 has the file_name 5: a text"),
         ([{}, {"file_name": "b.jpg"}], "the image 7 stands twice: it is a.jpg and b.jpg"),
         ([{}, {"id": 8}], "the image 8 is a.jpg, and so is the image 7"),
+        ([{}, {"id": 8, "file_name": "./a.jpg"}], "the image 8 is a.jpg, and so is the image 7"),
+        ([{"file_name": ""}], "the image 7 has the file_name '': a text"),
     ],
 )
 def test_a_broken_coco_image_is_one_sentence(images, sentence, tmp_path):
@@ -1107,12 +1168,15 @@ def test_two_files_of_one_name_are_an_error_that_names_both(layout, tmp_path):
         open_images(root, layout, first(layout))
 
 
-def test_two_panoptic_images_do_not_share_a_map(tmp_path):
+@pytest.mark.parametrize("name", ["139.png", "./139.png"])
+def test_two_panoptic_images_do_not_share_a_map(name, tmp_path):
     make_panoptic(tmp_path)
     path = tmp_path / "annotations" / "panoptic_val2017.json"
     content = json.loads(path.read_text())
     content["images"].append({"id": 140, "file_name": "140.jpg", "height": H, "width": W})
-    content["annotations"].append({**content["annotations"][0], "image_id": 140})
+    segments = content["annotations"][0]["segments_info"]
+    other = {"image_id": 140, "file_name": name, "segments_info": segments}
+    content["annotations"].append(other)
     text(path, content)
     with pytest.raises(UserError, match=r"image 140 has the map 139.png, and so has the image 139"):
         open_images(tmp_path)
@@ -1139,6 +1203,10 @@ def test_an_image_that_coco_stuff_has_no_map_of_is_not_dropped(tmp_path, capsys)
         ),
         ({"images": {}, "categories": [], "annotations": []}, "it has the images {}: a list"),
         ({"images": [], "annotations": []}, "it has no 'categories'"),
+        (
+            {"images": [], "categories": [], "annotations": [5]},
+            "the annotation number 0 of the list is 5: fields by their names",
+        ),
     ],
 )
 def test_a_coco_file_of_another_form_is_one_sentence_of_both_readers(content, sentence, tmp_path):
@@ -1312,6 +1380,7 @@ def test_a_mapping_counts_classes_not_the_numbers_in_the_files(tmp_path, mapping
         *({"map": pairs} for pairs in ({"3": 0}, {"-1": 0}, {"0": 1}, {"0": -1}, {"x": 0})),
         *({"map": pairs} for pairs in ({"0": None}, {"0": 0.5}, {"1": 0, "01": 0})),
         {"names": "pet"},
+        {"map": [0]},
         *({"things": things} for things in (2, -1, "two", 0.5, None, True)),
     ],
 )
