@@ -266,7 +266,7 @@ class TwoViews:
             for augment, view_crops in zip(self.photometric, crops, strict=True):
                 changed = [augment(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        return augmented, views, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -496,7 +496,7 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the teacher's encoder."""
-    images, views, _ = preview
+    images, views, _, _ = preview
     draw(model, images, views, run.picture_path(step))
 
     if config.data is None:
@@ -585,7 +585,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.warmup_cosine(step, steps, peak=peak_lr, warmup=warmup_steps, end=end_lr)
             start, end = config.weight_decay
             weight_decay = dk.cosine_schedule(step, steps, start=start, end=end)

@@ -270,7 +270,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, boxes, valid, unreadable
+        return augmented, views, boxes, valid, torch.tensor(indices), unreadable
 
 
 SOCO_PROBABILITY = 0.5  # That SoCo's program cuts into a proposal, and that it jitters a box.
@@ -506,7 +506,7 @@ def evaluate(
 
 def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
     """A row per image: the student's view 1, small view 2 and view 3, the teacher's two views."""
-    images, views, boxes, valid, _ = preview
+    images, views, boxes, valid, _, _ = preview
     torch.manual_seed(config.seed)  # the same augmentations each time
     view1, view2, small, view3 = augment(images, views, boxes, valid, config)
     panels = [draw_boxes(view) for view in (view1, small, view3, view1, view2)]
@@ -625,7 +625,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, boxes, valid, unreadable in bar:
+        for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.

@@ -236,7 +236,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        return augmented, views, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -558,7 +558,7 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the encoder."""
-    images, views, _ = preview
+    images, views, _, _ = preview
     model.eval()
     draw(model, images, views, run.picture_path(step))
 
@@ -675,7 +675,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
 

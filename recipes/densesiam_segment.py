@@ -294,7 +294,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, view, unreadable
+        return augmented, view, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -639,7 +639,7 @@ def train(config: Config) -> None:
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, view, unreadable in bar:
+        for images, view, indices, unreadable in bar:
             with_region = has_region and step >= config.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)

@@ -456,7 +456,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     for index in tqdm(
         share, "test", leave=False, disable=not world.is_main, ncols=harness.bar_width()
     ):
-        images, targets, skipped = data[[index]]
+        images, targets, _, skipped = data[[index]]
         unreadable += skipped
         if skipped:  # this is the next readable image, which is tested anyway
             continue
@@ -596,7 +596,7 @@ def train(config: Config) -> None:
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, targets, unreadable in bar:
+        for images, targets, indices, unreadable in bar:
             # torchvision draws the image sizes and the samples of the losses.
             harness.seed_step(config.seed, step, world.rank, stream=DRAWS)
             lr = learning_rate(step, config)

@@ -239,7 +239,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        return augmented, views, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -414,7 +414,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     """Save pictures of matches and of similarity against IoU. Without --data, also probe."""
     model.eval()
     encoder = model.student["encoder"]
-    images, views, _ = preview
+    images, views, _, _ = preview
     # All pictures are drawn on the CPU.
     maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
     views = [dk.views_to(view, "cpu") for view in views]
@@ -575,7 +575,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.

@@ -105,7 +105,7 @@ class TwoViews:
             for view in views:
                 crops = dk.crop_views(pixels, view, self.config.size)
                 augmented.append(torch.stack([augment(crop) for crop in crops]))
-        return augmented, views, pairs.valid, unreadable
+        return augmented, views, pairs.valid, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -193,7 +193,7 @@ def train(config: Config) -> None:
             workers=config.workers,
         )
         facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
-        for images, views, valid, unreadable in harness.progress(
+        for images, views, valid, indices, unreadable in harness.progress(
             batches, start=step, stop=steps, world=world
         ):
             lr = dk.cosine_schedule(step, steps, start=config.lr, end=0.0)

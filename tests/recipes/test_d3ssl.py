@@ -602,7 +602,7 @@ def test_the_chosen_boxes_are_some_that_view_2_holds():
     source, full = some_source(), set()
     dataset, indices = TwoViews(source, SMALL), [0, 5, 2, 7, 6, 3]
     for dataset.epoch in range(20):
-        _, (view1, view2), boxes, valid, _ = dataset[indices]
+        _, (view1, view2), boxes, valid, *_ = dataset[indices]
         assert boxes.shape == (6, SMALL.regions, 4)
         for row, index in enumerate(indices):
             h, w = source[index][0].shape[1:]
@@ -668,7 +668,7 @@ def test_what_stands_in_for_an_unreadable_file_brings_its_own_proposals(folder):
     for name in ("1.png", "2.png", "4.png"):
         (folder / name).write_text("no image")
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, unreadable = dataset[[0, 1, 2, 3, 4]]
+    _, _, boxes, valid, _, unreadable = dataset[[0, 1, 2, 3, 4]]
     assert valid.sum(1).tolist() == [1] * 5
     want = [[k, 2, 20 + k, 38] for k in (0, 3, 3, 3, 0)]  # 4 is the last
     torch.testing.assert_close(boxes[:, 0], torch.tensor(want).float())
@@ -681,7 +681,7 @@ def test_boxes_follow_an_image_that_was_resized_since(folder):
     boxes = {f"{k}.png": [[8, 0, 96, 80]] for k in range(5)}
     write_proposals(folder, boxes, dict.fromkeys(boxes, (160, 96)))  # four times, and twice
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, _ = dataset[[0, 4]]
+    _, _, boxes, valid, *_ = dataset[[0, 4]]
     assert valid[:, 0].all()
     torch.testing.assert_close(boxes[:, 0], torch.tensor([[4.0, 0, 48, 20]] * 2))
 
@@ -898,7 +898,7 @@ def some_preview():
 def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_path, monkeypatch):
     drawn = []
     source, preview = some_preview()
-    _, _, boxes, valid, _ = preview
+    _, _, boxes, valid, *_ = preview
     valid[:] = torch.tensor([True, False, True, False])
     std, mean = torch.tensor(d3ssl.STD), torch.tensor(d3ssl.MEAN)
     colors = [((k + torch.zeros(3)) / 4 - mean) / std for k in range(4)]
