@@ -288,6 +288,41 @@ def build_encoder(arch: str, drop_path: float) -> Any:
     return encoder
 
 
+# What is drawn for an image: which paths are dropped, and the start tokens.
+PATHS = 1
+START = 2
+
+
+class DropPath(nn.Module):
+    """Drop a path of the network for some images, and scale it for the others, as timm's does.
+
+    It is dropped for the images whose `noise`, which is set before each pass, is below the rate.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.noise: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        scale = (self.noise >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * scale[:, None, None]
+
+
+def replace_drop_paths(encoder: nn.Module) -> list[DropPath]:
+    """Put a DropPath of ours in the place of each of timm's; they are returned in order."""
+    replaced = []
+    for module in encoder.modules():
+        for name, child in module.named_children():
+            if isinstance(child, timm.layers.DropPath):
+                drop_path = DropPath(child.drop_prob)
+                setattr(module, name, drop_path)
+                replaced.append(drop_path)
+    return replaced
+
+
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The final tokens; queries, keys and values of the last block (Eq 21).
 
@@ -373,6 +408,7 @@ class CrOC(nn.Module):
         for module in self.teacher.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0  # only the student drops paths
+        self.drop_paths = replace_drop_paths(self.student)
 
     def project(self, network: nn.ModuleDict, rows: Tensor, kind: str) -> Tensor:
         """Cosine of each row's embedding and each prototype; `kind` is "image" or "cluster"."""
@@ -382,12 +418,30 @@ class CrOC(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return dk.l2_normalize(embeddings) @ dk.l2_normalize(prototypes).mT
 
+    def encode_student(self, pixels: Tensor, seeds: Tensor) -> Tensor:
+        """The final tokens of the student, which drops paths by the seed of each image."""
+        noise = harness.noise(seeds, (2, len(self.drop_paths)), PATHS)
+        by_path = rearrange(noise, "b v paths -> paths (v b)")
+        for drop_path, own_noise in zip(self.drop_paths, by_path, strict=True):
+            drop_path.noise = own_noise
+        tokens = self.student["encoder"].forward_features(pixels)
+        for drop_path in self.drop_paths:
+            drop_path.noise = None
+        return tokens
+
     def find_clusters(
-        self, tokens: Tensor, queries: Tensor, keys: Tensor, values: Tensor, views: list[dk.View]
+        self,
+        tokens: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        views: list[dk.View],
+        seeds: Tensor,
     ) -> tuple[Tensor, dk.PrunedClusters]:
         """The chosen number of clusters, and the clusters of both views together (Sec 3.3).
 
-        Each attention head has clusters of its own.
+        Each attention head has clusters of its own. The start tokens of each image follow from its
+        seed.
         """
         config = self.config
         choices = {"queries": queries, "keys": keys, "values": values, "last": tokens[:, None]}
@@ -406,7 +460,8 @@ class CrOC(nn.Module):
         view_positions = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
         positions = repeat(torch.cat(view_positions, 1), "b n xy -> b heads n xy", heads=z.shape[1])
 
-        start = dk.sample_tokens(r, config.start)
+        noise = harness.noise(seeds, r.shape[1:], START)
+        start = dk.sample_tokens(r, config.start, noise=noise)
         found = dk.sinkhorn_merge(
             z,
             positions,
@@ -428,18 +483,21 @@ class CrOC(nn.Module):
 
     # ==== loss ====================================================================================
     def forward(
-        self, images: list[Tensor], views: list[dk.View], temperature: float
+        self, images: list[Tensor], views: list[dk.View], temperature: float, seeds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, and the terms that are logged."""
+        """The total loss, and the terms that are logged.
+
+        The dropped paths and the start tokens of each image follow from its seed.
+        """
         pixels = torch.cat(images)
-        student_tokens = self.student["encoder"].forward_features(pixels)
+        student_tokens = self.encode_student(pixels, seeds)
         teacher_tokens, queries, keys, values = encode(self.teacher["encoder"], pixels)
 
         loss, terms = self.distill("image", student_tokens[:, 0], teacher_tokens[:, 0], temperature)
         if not self.config.alpha:
             return loss, terms
 
-        counts, pruned = self.find_clusters(teacher_tokens, queries, keys, values, views)
+        counts, pruned = self.find_clusters(teacher_tokens, queries, keys, values, views, seeds)
         # The clusters of all heads are on one axis. Both views have the same clusters.
         masks = rearrange(pruned.assignments, "b heads v n k -> (v b) n (heads k)")
         valid = repeat(pruned.valid, "b heads k -> (v b) (heads k)", v=2)
@@ -496,8 +554,9 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the teacher's encoder."""
-    images, views, _, _ = preview
-    draw(model, images, views, run.picture_path(step))
+    images, views, indices, _ = preview
+    seeds = harness.image_seeds(config.seed, step, indices)
+    draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
@@ -511,12 +570,14 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
 
 
-def draw(model: CrOC, images: list[Tensor], views: list[dk.View], path: Path) -> None:
+def draw(
+    model: CrOC, images: list[Tensor], views: list[dk.View], seeds: Tensor, path: Path
+) -> None:
     """A row per image: for each of its views the crop, the clusters of three heads, PCA colors."""
     pixels = torch.cat(images)
     tokens, queries, keys, values = encode(model.teacher["encoder"], pixels)
     maps = to_map(tokens).cpu()
-    _, pruned = model.find_clusters(tokens, queries, keys, values, views)
+    _, pruned = model.find_clusters(tokens, queries, keys, values, views, seeds)
 
     # A random color for each cluster, the same at every step; there are at most as many clusters
     # as start tokens. The tokens of pruned clusters are black.
@@ -596,9 +657,10 @@ def train(config: Config) -> None:
             ramp_steps = ramp_epochs * steps_per_epoch
             temperature = dk.linear_schedule(step, ramp_steps, start=start, end=end)
 
-            harness.seed_step(config.seed, step, world.rank)  # for start tokens and dropped paths
+            # For start tokens and dropped paths.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = ddp(images, views, temperature)
+                loss, terms = ddp(images, views, temperature, seeds)
 
             optimizer.zero_grad()
             loss.backward()

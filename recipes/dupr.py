@@ -330,10 +330,12 @@ class DUPR(nn.Module):
         views: list[dk.View],
         banks: dict[str, dk.Bank],
         order: Tensor,
+        seeds: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, dk.Bank]]:
         """The total loss, the terms that are logged, and the banks with the keys of this batch.
 
-        `order` says how the images of the keys are shuffled.
+        `order` says how the images of the keys are shuffled. The seed of each image says which of
+        its keys enter the banks.
         """
         config = self.config
         group = torch.distributed.group.WORLD
@@ -346,7 +348,7 @@ class DUPR(nn.Module):
         total_loss = torch.zeros((), device=images[0].device)
         terms = {}
         new_banks = {}
-        for loss in self.losses:
+        for stream, loss in enumerate(self.losses):
             query_map = query_maps[loss.level_index]
             key_map = key_maps[loss.level_index]
             # A row is the features of one patch, or of one image.
@@ -384,7 +386,8 @@ class DUPR(nn.Module):
             total_loss = total_loss + loss.weight * terms[loss.name]
 
             # Every process pushes the keys of all processes, so that the banks stay the same.
-            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
+            noise = harness.noise(seeds, (key.shape[1],), stream)
+            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image, noise=noise)
             all_keys = dk.all_gather(own_keys, group)
             # All rows of an image are valid, or none is.
             all_valid = dk.all_gather(valid[:, :1], group)
@@ -584,9 +587,10 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
-            harness.seed_step(config.seed, step, world.rank)  # for the keys that enter the banks
+            # For the keys that enter the banks.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, banks = ddp(images, views, banks, order.to(device))
+                loss, terms, banks = ddp(images, views, banks, order.to(device), seeds)
 
             optimizer.zero_grad()
             loss.backward()

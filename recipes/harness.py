@@ -369,6 +369,46 @@ def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
     torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
 
 
+def image_seeds(seed: int, step: int, indices: Tensor) -> Tensor:
+    """A seed for what a step draws on the device for each image, int64 (b,); see `noise`.
+
+    It depends on the three numbers alone: not on the process, the other images or the device. So
+    any number of processes draws the same, and so does a run that resumes.
+    """
+    digest = hashlib.blake2b(repr((seed, step, STEP)).encode(), digest_size=8).digest()
+    step_seed = int.from_bytes(digest, "little", signed=True)
+    return _mix(indices * GOLDEN + step_seed)
+
+
+def noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), float32 (b, *shape), which depend on the seed of each image alone.
+
+    They are hashes of the seed, the stream and the place in the shape: the same on every device,
+    in eager and in compiled mode. What is drawn beside something else needs a stream of its own.
+    """
+    count = math.prod(shape)
+    first = stream * 2**32  # no stream has more numbers than this
+    place = torch.arange(first, first + count, device=seeds.device)
+    hashes = _mix(seeds[:, None] + place * GOLDEN)
+    top_bits = (hashes >> 40) & (2**24 - 1)  # as many as a float32 holds
+    return (top_bits.float() / 2**24).view(len(seeds), *shape)
+
+
+# The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits. In
+# int64, products and sums keep their lowest 64 bits.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Hash each number, so that each bit of the result depends on all bits of the number."""
+    # A shift to the right repeats the sign, which the mask removes.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX2
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     """Say, once, where what is to give keys other batch statistics than their queries does not.
 
