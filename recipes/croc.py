@@ -501,10 +501,11 @@ class CrOC(nn.Module):
         # The clusters of all heads are on one axis. Both views have the same clusters.
         masks = rearrange(pruned.assignments, "b heads v n k -> (v b) n (heads k)")
         valid = repeat(pruned.valid, "b heads k -> (v b) (heads k)", v=2)
-        student_rows = pool_clusters(student_tokens, masks)[valid]
-        teacher_rows = pool_clusters(teacher_tokens, masks)[valid]
+        student_rows = pool_clusters(student_tokens, masks)
+        teacher_rows = pool_clusters(teacher_tokens, masks)
+        # What is not valid is masked, not left out: the shapes do not depend on the clusters.
         cluster_loss, cluster_terms = self.distill(
-            "cluster", student_rows, teacher_rows, temperature
+            "cluster", student_rows, teacher_rows, temperature, valid
         )
 
         terms |= cluster_terms
@@ -513,12 +514,17 @@ class CrOC(nn.Module):
         return loss + self.config.alpha * cluster_loss, terms
 
     def distill(
-        self, kind: str, student_rows: Tensor, teacher_rows: Tensor, temperature: float
+        self,
+        kind: str,
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        temperature: float,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO's loss of one kind of rows (Eq 4 and 6).
 
-        The rows of view 1 come first, then equally many of view 2. Afterwards the center moves
-        towards the mean of the teacher's outputs.
+        The rows of view 1 come first, then equally many of view 2, of which the same are `valid`.
+        Afterwards the center moves towards the mean of the teacher's outputs.
         """
         group = torch.distributed.group.WORLD
         student_outputs = self.project(self.student, student_rows, kind)
@@ -534,16 +540,17 @@ class CrOC(nn.Module):
             reduction="none",
         )
         # The means are over the rows of all processes, which may have different numbers of them.
-        loss = dk.masked_mean(row_losses, group=group)
+        valid_pairs = None if valid is None else valid.tensor_split(2)[0]
+        loss = dk.masked_mean(row_losses, valid_pairs, group=group)
 
         # The loss is a sum: the entropy of the teacher, and the divergence of the student from the
         # teacher. The cross-entropy of a distribution with itself is its entropy.
         sharpened = (teacher_outputs - center) / temperature
         row_entropies = dk.cross_entropy_similarity(sharpened, sharpened, reduction="none")
-        entropy = dk.masked_mean(row_entropies, group=group)
+        entropy = dk.masked_mean(row_entropies, valid, group=group)
         terms = {kind: loss, f"{kind}_entropy": entropy, f"{kind}_kl": loss.detach() - entropy}
 
-        center.copy_(dk.update_center(center, teacher_outputs, momentum=0.9, group=group))
+        center.copy_(dk.update_center(center, teacher_outputs, valid, momentum=0.9, group=group))
         return loss, terms
 
 
@@ -594,10 +601,22 @@ def draw(
 
 
 # ==== loop ========================================================================================
+def clip_each(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
+    """Clip the gradient of each parameter by itself; the norm of all of them before.
+
+    It does what `clip_grad_norm_` does to one parameter after the other, with fewer calls.
+    """
+    gradients = [x.grad for x in parameters if x.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    shares = (largest_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, shares.unbind())
+    return norms.norm()
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("croc", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -665,10 +684,8 @@ def train(config: Config) -> None:
             optimizer.zero_grad()
             loss.backward()
             # Each parameter is clipped by itself, as in DINO.
-            norms = [nn.utils.clip_grad_norm_(x, largest_norm) for x in parameters]
-            grad_norm = torch.stack(norms).norm()
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            grad_norm = clip_each(parameters, largest_norm)
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             if step < config.freeze * steps_per_epoch:
                 # Without a gradient, the optimizer leaves the last layers as they are.
                 model.student["last"].zero_grad()
@@ -678,11 +695,15 @@ def train(config: Config) -> None:
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("image", "cluster"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("image", "cluster"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

@@ -633,7 +633,7 @@ def method_of(loss_config: Loss) -> str:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -701,17 +701,20 @@ def train(config: Config) -> None:
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("sim", "dense", "region"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("sim", "dense", "region"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)
