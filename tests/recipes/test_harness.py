@@ -544,7 +544,7 @@ def test_a_row_is_the_mean_over_its_steps_whatever_is_read_in_between(tmp_path_f
             run = harness.Run(folder, Config(), world)
             run.resume(net, optimizer)
             for step, event in enumerate(events):
-                run.record(step, {k: torch.tensor(x).double() for k, x in terms[step].items()})
+                run.record(step, {k: torch.from_numpy(np.array(x)) for k, x in terms[step].items()})
                 if (step + 1) % every == 0:
                     for name, mean in run.take_means().items():
                         found[step + 1, name] = mean
