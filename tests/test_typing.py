@@ -351,7 +351,7 @@ def outcome(function, args, kwargs):
     """What a call returns, or the sentence with which it is refused."""
     try:
         return function(*args, **kwargs)
-    except TypeError as refusal:
+    except (TypeError, jaxtyping.AnnotationError) as refusal:
         return str(refusal)
 
 
