@@ -89,8 +89,12 @@ from densekit.k_means import KMeans, kmeans, kmeans_plus_plus, minibatch_kmeans,
 from densekit.losses import (
     VarianceCovariance,
     cross_entropy_similarity,
+    gram_loss,
     info_nce,
+    kernel_alignment,
     negative_cosine,
+    neighbor_distribution_loss,
+    neighbor_order_loss,
     self_distillation,
     symmetric_loss,
     update_center,
@@ -161,6 +165,7 @@ from densekit.sampling import (
 )
 from densekit.scenes import SCENE_CLASSES, Scenes, sample_scenes
 from densekit.schedules import cosine_schedule, linear_schedule, warmup_cosine
+from densekit.sorting import SoftSort, soft_sort
 from densekit.video import boundary_f_measure, propagate_labels, propagate_video, region_similarity
 from densekit.views import (
     BoxesInView,
@@ -223,6 +228,7 @@ __all__ = [
     "Scenes",
     "SegmentationScore",
     "SimilarityCurve",
+    "SoftSort",
     "VarianceCovariance",
     "View",
     "ViewPairs",
@@ -264,6 +270,7 @@ __all__ = [
     "fit_linear_probe",
     "fit_svm",
     "full_view",
+    "gram_loss",
     "grid_pairs",
     "grid_points",
     "gridsample",
@@ -276,6 +283,7 @@ __all__ = [
     "init_bank",
     "intersect_boxes",
     "intersect_views",
+    "kernel_alignment",
     "kmeans",
     "kmeans_plus_plus",
     "knn_votes",
@@ -298,6 +306,8 @@ __all__ = [
     "nearest_maps",
     "nearest_rows",
     "negative_cosine",
+    "neighbor_distribution_loss",
+    "neighbor_order_loss",
     "object_knn",
     "pair_views",
     "patch_pairs",
@@ -334,6 +344,7 @@ __all__ = [
     "similarity_iou_curve",
     "sinkhorn",
     "sinkhorn_merge",
+    "soft_sort",
     "split_assignments",
     "stack_views",
     "swav_codes",
