@@ -260,7 +260,11 @@ def positional_cost(
 
 @typed
 def sample_tokens(
-    weights: Float[Tensor, "*batch n"], count: int, *, generator: torch.Generator | None = None
+    weights: Float[Tensor, "*batch n"],
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n"] | None = None,
 ) -> Integer[Tensor, "*batch count"]:
     """Sample tokens without replacement, each in proportion to the weights that remain.
 
@@ -269,11 +273,14 @@ def sample_tokens(
             weight 0 is selected only if no other token remains.
         count: Number of tokens to select.
         generator: Source of the random numbers, on the weights' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         Indices of the tokens, all different, in the order of selection.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: There are fewer tokens than `count`.
 
     Examples:
@@ -291,11 +298,11 @@ def sample_tokens(
         )
 
     weights = widened(weights)
-    draws = sample_uniform(weights.shape, weights, generator=generator)
+    draws = sample_uniform(weights.shape, weights, generator=generator, noise=noise)
     # The token with the largest log w + Gumbel noise is the first sample, the token with the next
     # largest value is a sample of the remaining tokens, and so on.
-    noise = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
-    return (_log(weights) + noise).topk(count).indices
+    gumbel = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
+    return (_log(weights) + gumbel).topk(count).indices
 
 
 @typed

@@ -229,13 +229,21 @@ def block_rows(width: int) -> int:
 
 
 def sample_uniform(
-    shape: Sequence[int], like: Tensor, *, generator: torch.Generator | None
+    shape: Sequence[int],
+    like: Tensor,
+    *,
+    generator: torch.Generator | None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Sample uniform numbers in [0, 1), on the device of `like`, in its dtype but at least float32.
 
-    Half precision therefore gets the same numbers as float32.
+    Half precision therefore gets the same numbers as float32. With `noise`, which has this shape,
+    its numbers are the result.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
+    if noise is not None:
+        # A number just below 1 must not be rounded to 1.
+        return noise.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2)
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=like.device)
 
 

@@ -270,7 +270,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, boxes, valid, unreadable
+        return augmented, views, boxes, valid, torch.tensor(indices), unreadable
 
 
 SOCO_PROBABILITY = 0.5  # That SoCo's program cuts into a proposal, and that it jitters a box.
@@ -284,77 +284,115 @@ class Input(NamedTuple):
     valid: Tensor  # (b, K): which of the boxes hold a proposal
 
 
+# What is drawn for an image. Each number of a stream is for one view of one proposal.
+SHIFT = 1
+CUT = 2
+BESIDE = 3
+JITTER = 4
+SOCO_CUTOUT = 5
+SOCO_JITTER = 6
+
+
 def augment(
-    images: list[Tensor], views: list[dk.View], boxes: Tensor, valid: Tensor, config: Config
+    images: list[Tensor],
+    views: list[dk.View],
+    boxes: Tensor,
+    valid: Tensor,
+    seeds: Tensor,
+    config: Config,
 ) -> list[Input]:
-    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8)."""
+    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8).
+
+    What is drawn for an image follows from its seed. The views are on the second axis of tensors
+    (b, v, K, 4), so that each function is called once for all of them.
+    """
     images1, images2 = images
     side = images1.shape[-1]
-    boxes1 = dk.boxes_in_view(views[0], boxes).boxes * side
-    boxes2 = dk.boxes_in_view(views[1], boxes).boxes * side
+    in_views = dk.boxes_in_view(dk.stack_views(views), torch.stack([boxes, boxes]))
+    boxes1, boxes2 = in_views.boxes * side
 
-    images3, boxes3 = move_proposals(images2, boxes2, valid, config)
+    # All proposals of view 3 are moved by one vector.
+    shift_noise = harness.noise(seeds, (2,), SHIFT)
+    shift = dk.sample_shift(boxes2, (side, side), valid, noise=shift_noise)
+    boxes3 = dk.shift_boxes(boxes2, shift)
+
+    # The small view lies in a corner of its mask, whose other pixels nobody uses.
+    changed = torch.stack([boxes1, boxes2 / 2, boxes3], 1)
+    cut1, cut_small, cut3 = cut_masks(changed, side, valid, seeds, config).unbind(1)
+    beside1, beside_small, moved = beside_masks(changed, side, valid, seeds, config).unbind(1)
+    covered1 = cut1 | beside1
+    covered_small = cut_small | beside_small
+    if any(config.soco_cutout):
+        soco1, soco_small = soco_masks(changed[:, :2], side, valid, seeds, config).unbind(1)
+        covered1 = covered1 | soco1
+        covered_small = covered_small | soco_small
+
+    half = side // 2
     half_size = nn.functional.avg_pool2d(images2, 2)
-    small_covered = cover_proposals(half_size, boxes2 / 2, valid, config)
-    images1_covered = cover_proposals(images1, boxes1, valid, config)
+    # They are covered with 0, which is the mean of the data.
+    images1_covered = dk.fill_mask(images1, covered1)
+    small_covered = dk.fill_mask(half_size, covered_small[:, :half, :half])
+    images3 = dk.composite(images2, images2.roll(1, 0), moved & ~cut3, shift)
+
+    jittered = torch.stack([boxes1, boxes2, boxes2, boxes3], 1)
+    jittered1, jittered2, jittered_small, jittered3 = jitter_boxes(
+        jittered, side, seeds, config
+    ).unbind(1)
     return [
-        Input(images1_covered, jitter_boxes(boxes1, side, config), valid),
-        Input(images2, jitter_boxes(boxes2, side, config), valid),
-        Input(small_covered, jitter_boxes(boxes2, side, config), valid),
-        Input(images3, jitter_boxes(boxes3, side, config), valid),
+        Input(images1_covered, jittered1, valid),
+        Input(images2, jittered2, valid),
+        Input(small_covered, jittered_small, valid),
+        Input(images3, jittered3, valid),
     ]
 
 
-def move_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config):
-    """Paste the proposals of an image, cut and shifted, on another image; also their new boxes."""
-    size = images.shape[-2:]
-    shift = dk.sample_shift(boxes, size, valid)
-    moved = dk.shift_boxes(boxes, shift)
-    mask = dk.boxes_to_mask(moved, size, valid) & ~cut_mask(images, moved, valid, config)
-    others = images.roll(1, 0)
-    return dk.composite(images, others, mask, shift), moved
+def of_views(valid: Tensor, boxes: Tensor) -> Tensor:
+    """Which of the boxes (b, v, K, 4) hold a proposal, (b, v, K)."""
+    return valid[:, None].expand(boxes.shape[:-1])
 
 
-def cover_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """Cover a part of each proposal (PRC), and a rectangle beside it (PRM)."""
-    beside = dk.sample_surrounding_boxes(boxes, ratio=config.mask)
-    beside_mask = dk.boxes_to_mask(beside, images.shape[-2:], valid)
-    mask = beside_mask | cut_mask(images, boxes, valid, config)
-    if any(config.soco_cutout):
-        mask = mask | soco_cutout_mask(images, boxes, valid, config)
-    return dk.fill_mask(images, mask)  # with 0, which is the mean of the data
+def cut_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+    """The pixels to cut out of the proposals of each view (PRC)."""
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 3), CUT)
+    cutout = dk.sample_cutout(boxes, ratio=config.cut, noise=noise)
+    return dk.proposal_cutout(boxes, cutout, (side, side), of_views(valid, boxes)).mask
 
 
-def cut_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """The pixels to cut out of the proposals (PRC)."""
-    cutout = dk.sample_cutout(boxes, ratio=config.cut)
-    return dk.proposal_cutout(boxes, cutout, images.shape[-2:], valid).mask
+def beside_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+    """In all views but the last a rectangle beside each proposal (PRM), there the proposals."""
+    noise = harness.noise(seeds, (boxes.shape[1] - 1, boxes.shape[2], 3), BESIDE)
+    beside = dk.sample_surrounding_boxes(boxes[:, :-1], ratio=config.mask, noise=noise)
+    marked = torch.cat([beside, boxes[:, -1:]], 1)
+    return dk.boxes_to_mask(marked, (side, side), of_views(valid, marked))
 
 
-def soco_cutout_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+def soco_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
     """A square whose center lies anywhere in a proposal, for some of them (SoCo's cutout)."""
     low, high = config.soco_cutout
-    share = low + (high - low) * torch.rand_like(boxes[..., 0])
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 4), SOCO_CUTOUT)
+    share = low + (high - low) * noise[..., 0]
     half_side = (share * dk.box_area(boxes)).sqrt()[..., None] / 2
-    center = dk.sample_points(boxes, 1).squeeze(-2)
+    center = dk.sample_points(boxes, 1, noise=noise[..., None, 1:3]).squeeze(-2)
     squares = torch.cat([center - half_side, center + half_side], -1)
-    chosen = torch.rand_like(boxes[..., 0]) < SOCO_PROBABILITY
-    return dk.boxes_to_mask(squares, images.shape[-2:], valid & chosen)
+    chosen = noise[..., 3] < SOCO_PROBABILITY
+    return dk.boxes_to_mask(squares, (side, side), of_views(valid, boxes) & chosen)
 
 
-def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
+def jitter_boxes(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
     """Random boxes inside those in pixels (RBJ), in [0, 1]."""
     if config.soco_jitter:
-        boxes = soco_jitter(boxes, side, config)
-    return dk.sample_inner_boxes(boxes, scale=config.jitter) / side
+        boxes = soco_jitter(boxes, side, seeds, config)
+    noise = harness.noise(seeds, boxes.shape[1:], JITTER)
+    return dk.sample_inner_boxes(boxes, scale=config.jitter, noise=noise) / side
 
 
-def soco_jitter(boxes: Tensor, side: int, config: Config) -> Tensor:
+def soco_jitter(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
     """Boxes of which some are moved and resized, but not beyond the view (SoCo's box jitter)."""
     share = config.soco_jitter
-    moved = dk.clip_boxes(dk.sample_jittered_boxes(boxes, center=share, size=share), (side, side))
-    chosen = torch.rand_like(boxes[..., :1]) < SOCO_PROBABILITY
-    return torch.where(chosen, moved, boxes)
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 5), SOCO_JITTER)
+    moved = dk.sample_jittered_boxes(boxes, center=share, size=share, noise=noise[..., :4])
+    chosen = noise[..., 4:] < SOCO_PROBABILITY
+    return torch.where(chosen, dk.clip_boxes(moved, (side, side)), boxes)
 
 
 # ==== model =======================================================================================
@@ -428,14 +466,16 @@ class D3SSL(nn.Module):
         valid: Tensor,
         bank: dk.Bank,
         order: Tensor,
+        seeds: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dk.Bank]:
         """The total loss, the terms that are logged, and the bank with the keys of this batch.
 
-        `order` says how the images of the keys are shuffled.
+        `order` says how the images of the keys are shuffled. The augmentation of the regions of
+        each image follows from its seed.
         """
         config = self.config
         group = torch.distributed.group.WORLD
-        view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+        view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
         query1 = embed(self.student, view1, config.bins)
         query2 = embed(self.student, small, config.bins // 2)
         key1 = self.embed_keys(view1, order)
@@ -506,9 +546,9 @@ def evaluate(
 
 def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
     """A row per image: the student's view 1, small view 2 and view 3, the teacher's two views."""
-    images, views, boxes, valid, _ = preview
-    torch.manual_seed(config.seed)  # the same augmentations each time
-    view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+    images, views, boxes, valid, indices, _ = preview
+    seeds = harness.image_seeds(config.seed, 0, indices)  # the same augmentations each time
+    view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
     panels = [draw_boxes(view) for view in (view1, small, view3, view1, view2)]
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
@@ -568,7 +608,7 @@ def method_of(config: Config) -> str:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("d3ssl", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -625,7 +665,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, boxes, valid, unreadable in bar:
+        for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.
@@ -634,25 +674,29 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
-            harness.seed_step(config.seed, step, world.rank)  # for the augmentation of the regions
+            # For the augmentation of the regions.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device))
+                loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device), seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("decoupling", "depositioning"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("decoupling", "depositioning"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, source, preview, config, run, step)

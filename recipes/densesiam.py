@@ -236,7 +236,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        return augmented, views, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -267,6 +267,11 @@ def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
     )
 
 
+# What is drawn for an image: random points, and the candidates that hard points are chosen from.
+POINTS = 1
+CANDIDATES = 2
+
+
 def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.PairedPoints:
     """Points of the image, in the frames of both views; `valid` says which images are used."""
     points1 = dk.image_to_view(views[0], points)
@@ -274,18 +279,18 @@ def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.Paire
     return dk.PairedPoints(points, points1, points2, valid[:, None].expand(points.shape[:-1]))
 
 
-def sample_pairs(views: list[dk.View], count: int) -> dk.PairedPoints:
-    """Random points of the overlap of the views."""
+def sample_pairs(views: list[dk.View], noise: Tensor) -> dk.PairedPoints:
+    """Random points of the overlap of the views, which follow from noise (b, points, 2)."""
     overlap = dk.intersect_views(*views)
-    points = dk.sample_points(overlap.box, count)
+    points = dk.sample_points(overlap.box, noise.shape[1], noise=noise)
     return pair_points(views, points, overlap.valid)
 
 
-def overlap_pairs(views: list[dk.View], loss_config: Loss) -> dk.PairedPoints:
+def overlap_pairs(views: list[dk.View], loss_config: Loss, seeds: Tensor) -> dk.PairedPoints:
     """Points of the overlap of the views: a grid, or random ones (Table A2)."""
     if loss_config.points == "grid":
         return dk.grid_pairs(*views, loss_config.grid)
-    return sample_pairs(views, loss_config.grid**2)
+    return sample_pairs(views, harness.noise(seeds, (loss_config.grid**2, 2), POINTS))
 
 
 def sample_maps(maps: list[Tensor], pairs: dk.PairedPoints) -> list[Tensor]:
@@ -343,9 +348,12 @@ class DenseSiam(nn.Module):
 
     # ==== loss ====================================================================================
     def forward(
-        self, images: list[Tensor], views: list[dk.View], with_region: bool
+        self, images: list[Tensor], views: list[dk.View], with_region: bool, seeds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
+        """The total loss, and the terms that are logged; `with_region` adds RegionSim.
+
+        The random points of each image follow from its seed.
+        """
         maps = [last_map(self.encoder, x) for x in images]
         loss, terms = self.global_loss(maps, views)
         if not has_dense_heads(self.loss):
@@ -354,7 +362,7 @@ class DenseSiam(nn.Module):
             terms["dense"] = self.matched_loss(maps, views)
             return loss + self.loss.dense * terms["dense"], terms
 
-        samples = self.sample_heads(maps, views)
+        samples = self.sample_heads(maps, views, seeds)
         terms["dense"] = self.dense_loss(samples)
         overlap = samples.pairs.valid
         terms["overlap"] = overlap.float().mean()  # share of the pairs of views that overlap
@@ -385,20 +393,20 @@ class DenseSiam(nn.Module):
         spread = deviation * projections[0].shape[1] ** 0.5
         return loss, {"sim": loss, "spread": spread}
 
-    def sample_heads(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_heads(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """The outputs of PixSim's heads for both views at the same points of the image."""
         if self.loss.order == "sample_project_predict":
-            return self.sample_first(maps, views)
+            return self.sample_first(maps, views, seeds)
         if self.loss.order == "project_sample_predict":
-            return self.sample_between(maps, views)
+            return self.sample_between(maps, views, seeds)
 
         # The maps are sampled last, after the projection and the prediction (Table 4d).
         projected_maps = [self.dense_projector(x) for x in maps]
         predicted_maps = [self.dense_predictor(x) for x in projected_maps]
         if self.loss.points == "hard":
-            pairs = self.hard_pairs(projected_maps, predicted_maps, views)
+            pairs = self.hard_pairs(projected_maps, predicted_maps, views, seeds)
         else:
-            pairs = overlap_pairs(views, self.loss)
+            pairs = overlap_pairs(views, self.loss, seeds)
         projections = sample_maps(projected_maps, pairs)
         predictions = sample_maps(predicted_maps, pairs)
         return Samples(projections, predictions, pairs)
@@ -444,17 +452,17 @@ class DenseSiam(nn.Module):
         pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
         return pooled, pairs.valid[:, 0]
 
-    def sample_first(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_first(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """Sample the features, then project and predict them."""
-        pairs = overlap_pairs(views, self.loss)
+        pairs = overlap_pairs(views, self.loss, seeds)
         features = sample_maps(maps, pairs)
         projections = [apply_to_rows(self.dense_projector, x) for x in features]
         predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
         return Samples(projections, predictions, pairs)
 
-    def sample_between(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_between(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """Project the maps, sample the projections, then predict from these."""
-        pairs = overlap_pairs(views, self.loss)
+        pairs = overlap_pairs(views, self.loss, seeds)
         projected_maps = [self.dense_projector(x) for x in maps]
         projections = sample_maps(projected_maps, pairs)
         predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
@@ -462,17 +470,22 @@ class DenseSiam(nn.Module):
 
     @torch.no_grad()
     def hard_pairs(
-        self, projected_maps: list[Tensor], predicted_maps: list[Tensor], views: list[dk.View]
+        self,
+        projected_maps: list[Tensor],
+        predicted_maps: list[Tensor],
+        views: list[dk.View],
+        seeds: Tensor,
     ) -> dk.PairedPoints:
         """Random points, some of which are the most dissimilar of many candidates (Table A2)."""
         count = self.loss.grid**2
-        candidates = sample_pairs(views, self.loss.candidates * count)
+        noise = harness.noise(seeds, (self.loss.candidates * count, 2), CANDIDATES)
+        candidates = sample_pairs(views, noise)
         projections = sample_maps(projected_maps, candidates)
         predictions = sample_maps(predicted_maps, candidates)
         distance = partial(getattr(dk, self.loss.distance), reduction="none")
         dissimilarity = dk.symmetric_loss(distance, predictions, projections)
 
-        others = sample_pairs(views, count)
+        others = sample_pairs(views, harness.noise(seeds, (count, 2), POINTS))
         points = dk.hard_points(
             candidates.points, dissimilarity, others.points, beta=self.loss.hard_share
         )
@@ -558,7 +571,7 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the encoder."""
-    images, views, _ = preview
+    images, views, _, _ = preview
     model.eval()
     draw(model, images, views, run.picture_path(step))
 
@@ -620,7 +633,7 @@ def method_of(loss_config: Loss) -> str:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -675,30 +688,33 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
 
-            harness.seed_step(config.seed, step, world.rank)  # for random points
+            seeds = harness.image_seeds(config.seed, step, indices)  # for random points
             with_region = regionsim and step >= config.loss.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = ddp(images, views, with_region)
+                loss, terms = ddp(images, views, with_region, seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("sim", "dense", "region"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("sim", "dense", "region"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

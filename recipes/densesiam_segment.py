@@ -294,7 +294,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, view, unreadable
+        return augmented, view, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -341,7 +341,8 @@ def replay(maps: Tensor, view: dk.View) -> Tensor:
 def segment_loss(logits: Tensor, weighting: str) -> Tensor:
     """L_seg: cross-entropy of each row of logits, (n, classes), with the class that wins in it."""
     labels = logits.argmax(-1)
-    counts = torch.bincount(labels, minlength=logits.shape[-1])
+    # `bincount` would wait for the device.
+    counts = labels.new_zeros(logits.shape[-1]).scatter_add(0, labels, torch.ones_like(labels))
     if weighting == "frequency":
         weights = counts / len(labels)
     elif weighting == "balanced":
@@ -639,7 +640,7 @@ def train(config: Config) -> None:
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, view, unreadable in bar:
+        for images, view, _, unreadable in bar:
             with_region = has_region and step >= config.region_start * steps
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
@@ -648,17 +649,20 @@ def train(config: Config) -> None:
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("dense", "segment", "region"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("dense", "segment", "region"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)

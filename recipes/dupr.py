@@ -239,7 +239,7 @@ class TwoViews:
             for view_crops in crops:
                 changed = [self.photometric(crop) for crop in view_crops]
                 augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        return augmented, views, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -330,10 +330,12 @@ class DUPR(nn.Module):
         views: list[dk.View],
         banks: dict[str, dk.Bank],
         order: Tensor,
+        seeds: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, dk.Bank]]:
         """The total loss, the terms that are logged, and the banks with the keys of this batch.
 
-        `order` says how the images of the keys are shuffled.
+        `order` says how the images of the keys are shuffled. The seed of each image says which of
+        its keys enter the banks.
         """
         config = self.config
         group = torch.distributed.group.WORLD
@@ -346,7 +348,7 @@ class DUPR(nn.Module):
         total_loss = torch.zeros((), device=images[0].device)
         terms = {}
         new_banks = {}
-        for loss in self.losses:
+        for stream, loss in enumerate(self.losses):
             query_map = query_maps[loss.level_index]
             key_map = key_maps[loss.level_index]
             # A row is the features of one patch, or of one image.
@@ -384,7 +386,8 @@ class DUPR(nn.Module):
             total_loss = total_loss + loss.weight * terms[loss.name]
 
             # Every process pushes the keys of all processes, so that the banks stay the same.
-            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
+            noise = harness.noise(seeds, (key.shape[1],), stream)
+            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image, noise=noise)
             all_keys = dk.all_gather(own_keys, group)
             # All rows of an image are valid, or none is.
             all_valid = dk.all_gather(valid[:, :1], group)
@@ -414,7 +417,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     """Save pictures of matches and of similarity against IoU. Without --data, also probe."""
     model.eval()
     encoder = model.student["encoder"]
-    images, views, _ = preview
+    images, views, _, _ = preview
     # All pictures are drawn on the CPU.
     maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
     views = [dk.views_to(view, "cpu") for view in views]
@@ -519,7 +522,7 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("dupr", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -575,7 +578,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.
@@ -584,25 +587,29 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
-            harness.seed_step(config.seed, step, world.rank)  # for the keys that enter the banks
+            # For the keys that enter the banks.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, banks = ddp(images, views, banks, order.to(device))
+                loss, terms, banks = ddp(images, views, banks, order.to(device), seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("image5", "patch4", "patch5"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("image5", "patch4", "patch5"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

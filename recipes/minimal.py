@@ -105,7 +105,7 @@ class TwoViews:
             for view in views:
                 crops = dk.crop_views(pixels, view, self.config.size)
                 augmented.append(torch.stack([augment(crop) for crop in crops]))
-        return augmented, views, pairs.valid, unreadable
+        return augmented, views, pairs.valid, torch.tensor(indices), unreadable
 
 
 # ==== model =======================================================================================
@@ -168,7 +168,7 @@ def probe(model: Minimal) -> float:
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check_options(config)
-    group = harness.process_group(config.device)
+    group = harness.process_group(config.device, fixed_shapes=True)
     with group as world, harness.Run(config.run, config, world) as run:
         source = harness.image_source(config.data, scenes=2048)
         dataset = TwoViews(source, config)
@@ -193,7 +193,7 @@ def train(config: Config) -> None:
             workers=config.workers,
         )
         facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
-        for images, views, valid, unreadable in harness.progress(
+        for images, views, valid, _, unreadable in harness.progress(
             batches, start=step, stop=steps, world=world
         ):
             lr = dk.cosine_schedule(step, steps, start=config.lr, end=0.0)
@@ -201,15 +201,19 @@ def train(config: Config) -> None:
             loss = ddp(images, views, valid)
             optimizer.zero_grad()
             loss.backward()
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss})
+            run.record(step, {"loss": loss})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
             due = step % config.save_every == 0 or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 run.log(step, probe_miou=probe(model))

@@ -138,8 +138,8 @@ class Objects:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, indices: list[int]) -> tuple[list[Tensor], list[dict], list[str]]:
-        """A batch: images, targets in torchvision's form, and the files that are unreadable."""
+    def __getitem__(self, indices: list[int]) -> tuple:
+        """A batch: images, targets in torchvision's form, indices, and the files that failed."""
         draws = harness.generator(self.seed, self.epoch, indices[0])
         flips = torch.rand(len(indices), generator=draws) < 0.5
         images = []
@@ -157,7 +157,7 @@ class Objects:
             images.append(image)
             targets.append(target)
             unreadable += skipped
-        return images, targets, unreadable
+        return images, targets, torch.tensor(indices), unreadable
 
     def target(self, number: int, image: Tensor) -> dict:
         info = self.infos[number]

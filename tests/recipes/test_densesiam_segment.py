@@ -359,7 +359,7 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
     dataset, flips = plain_views(Coordinates()), set()
     for epoch in range(6):
         dataset.epoch = epoch
-        (near, whole), view, _ = dataset[[0, 1, 2, 3]]
+        (near, whole), view, *_ = dataset[[0, 1, 2, 3]]
         replayed = replay(avg_pool2d(whole, 4), view)
         pooled = avg_pool2d(near, 4)
         center = slice(2, -2)  # nearer the border a crop does not see what is beside it
@@ -423,7 +423,7 @@ def test_photometric_changes_differ_between_the_views_but_not_between_runs(folde
     source = open_training(small_on(folder))
     dataset = TwoViews(source, replace(SMALL, image=32, size=32))
     state = torch.get_rng_state()
-    (near, whole), _, _ = dataset[[3, 9, 12]]  # of both sizes
+    (near, whole), *_ = dataset[[3, 9, 12]]  # of both sizes
     again, *_ = dataset[[3, 9, 12]]
     assert torch.equal(near, again[0])
     assert torch.equal(whole, again[1])

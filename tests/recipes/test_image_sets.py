@@ -827,7 +827,7 @@ def test_evaluation_and_detection_see_the_same_objects(write, tmp_path_factory, 
         if write is as_coco:  # which has no difficult objects
             image = [(box, name, crowd, False) for box, name, crowd, _ in image]
         own, own_classes = found.read_boxes(i)
-        _, (target,), _ = data[[i]]
+        _, (target,), *_ = data[[i]]
         trained = [x for x in image if not x[2] and x[0][0] < W and x[0][1] < H]
         clipped = [[x, y, min(x + w, W), min(y + h, H)] for (x, y, w, h), *_ in trained]
         assert target["boxes"].tolist() == clipped
@@ -970,7 +970,7 @@ def test_an_outline_between_the_pixels_is_no_mask_to_train_on(tmp_path):
     detected = object_sets.read(tmp_path, ("annotations/instances_val2017.json",))
     config = SimpleNamespace(data=tmp_path, detector="mask-rcnn-fpn", seed=0)
     data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
-    _, (target,), _ = data[[0]]
+    _, (target,), *_ = data[[0]]
     assert [len(target[key]) for key in ("boxes", "labels", "masks")] == [1, 1, 1]
     assert target["masks"].sum() == 12
 
