@@ -3,7 +3,6 @@
 Half precision is converted to float32.
 """
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -84,7 +83,6 @@ def soft_sort(
     return SoftSort(x, plan)
 
 
-@functools.cache
 def _layers(n: int, network: Network) -> tuple[list[list[int]], list[list[float]]]:
     """List the layers of a network on n wires.
 
@@ -95,7 +93,8 @@ def _layers(n: int, network: Network) -> tuple[list[list[int]], list[list[float]
     """
     partners = []
     signs = []
-    for layer in _odd_even(n) if network == "odd_even" else _bitonic(n):
+    pairs = _odd_even(n) if network == "odd_even" else _bitonic(n)
+    for layer in pairs or [[]]:  # without a pair, the plan still has the values' graph
         partner = list(range(n))
         sign = [1.0] * n
         for smaller, larger in layer:

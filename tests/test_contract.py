@@ -489,7 +489,7 @@ TRAINS = {
 }
 NETWORK = {"dynamic": "the network is made for the number of values: it is compiled for it"}
 STRUCTURE = {
-    "dynamic": "groups of images are clustered one after the other: it is compiled for them",
+    "compile dynamic": "k-means of each group makes a graph of thousands of operations",
     "empty": "raises without a token, as k-means does",
     "bfloat16 float16": "a rounding changes the clusters that k-means finds",
 }
