@@ -1,4 +1,4 @@
-"""Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and covariance.
+"""Losses of rows: of single rows, of rows against others, and of the structure of a set of rows.
 
 Channels come last: all losses take rows (..., d), such as (b, n, d). `map_to_rows` turns a map
 (..., d, h, w) into rows. A map that is passed as it is can be told where it has four or more axes,
@@ -25,24 +25,32 @@ from densekit.numerics import (
     check_temperature,
     fit_valid,
     full_precision,
+    in_range,
     l2_normalize,
     masked_mean,
     refuse_maps,
+    safe_divide,
     widened,
 )
+from densekit.sorting import Network, check_steepness, soft_sort
 from densekit.typing import Bool, Float, Scalar, Tensor, typed
 
 __all__ = [
     "VarianceCovariance",
     "cross_entropy_similarity",
+    "gram_loss",
     "info_nce",
+    "kernel_alignment",
     "negative_cosine",
+    "neighbor_distribution_loss",
+    "neighbor_order_loss",
     "self_distillation",
     "symmetric_loss",
     "update_center",
     "variance_covariance",
 ]
 
+Metric = Literal["cosine", "euclidean"]
 Reduction = Literal["mean", "none"]
 
 
@@ -332,6 +340,316 @@ def self_distillation(
     return cross_entropy_similarity(
         widened(student) / student_temperature, sharp, valid, reduction=reduction
     )
+
+
+@typed
+def kernel_alignment(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n e"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    unit: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute 1 - CKA: whether two sets of tokens have the same similarities, each set centered.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    With the tokens S and T of one image, each about its mean over the valid tokens, `CKA = |S^T
+    T|^2 / (|S^T S| |T^T T|)`, in Frobenius norms: the cosine of the centered n x n matrices of
+    products `S S^T` and `T T^T`. It compares structures: rotating or mirroring all tokens of a
+    side, scaling them by one factor, or moving them by one vector changes nothing, and the two
+    sides may have different numbers of channels. A token counts by its squared distance to the
+    mean, so a few tokens of high norm dominate; `unit` prevents this.
+
+    Args:
+        student: Tokens of the student; the gradient flows to them only.
+        teacher: Tokens of the teacher at the same n points; they are detached.
+        valid: Tokens to use, of shape `*batch n`; an axis may have size 1. By default all.
+        unit: Scale each token to length one first.
+        reduction: "mean" over the images with two or more valid tokens, or "none" for one value for
+            each image (0 with fewer valid tokens).
+
+    Returns:
+        The loss in [0, 1], in at least float32; 1 with a gradient of zero where all tokens of one
+        side are equal.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+
+    Examples:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+        >>> turned = torch.stack([x[:, 1], -x[:, 0]], 1)
+        >>> kernel_alignment(3 * x + 1, turned).abs() < 1e-6
+        tensor(True)
+
+    References:
+        PaKA (arXiv 2509.05606); Kornblith et al., Similarity of Neural Network Representations
+        Revisited, Eq 3 to 5.
+    """
+    where = "losses.kernel_alignment"
+    refuse_maps(where, "student", student)
+    refuse_maps(where, "teacher", teacher)
+    valid = fit_valid(where, valid, student.shape[:-1])
+    own = _spread(student, valid, unit)
+    other = _spread(teacher.detach(), valid, unit)
+    dtype = torch.promote_types(own.dtype, other.dtype)
+    cosine = _kernel_cosine(own.to(dtype), other.to(dtype))
+
+    count = torch.ones_like(own[..., 0]) if valid is None else valid
+    return _reduce((1 - cosine).clamp(0, 1), count.sum(-1) > 1, reduction)
+
+
+def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
+    """Center the valid rows of each set, and scale the set to norm one; a set of equal rows is 0.
+
+    The rows are taken about the first valid one, so that equal rows give exactly zero.
+    """
+    rows = _valid_rows(widened(rows), valid)
+    rows = l2_normalize(rows) if unit else rows
+    if valid is None:
+        count = rows.shape[-2]
+        first = rows[..., :1, :]
+    else:
+        count = valid.sum(-1)[..., None, None].clamp(min=1)
+        is_first = valid & (valid.cumsum(-1) == 1)
+        first = torch.where(is_first[..., None], rows, 0.0).sum(-2, keepdim=True)
+
+    moved = _valid_rows(rows - first.detach(), valid)
+    centered = _valid_rows(moved - moved.sum(-2, keepdim=True) / count, valid)
+    return l2_normalize(centered.flatten(-2)).view(centered.shape)
+
+
+def _kernel_cosine(rows: Tensor, others: Tensor) -> Tensor:
+    """Compute the cosine of `rows rows^T` and `others others^T`; 0 where one of them is 0."""
+    n = rows.shape[-2]
+    d, e = rows.shape[-1], others.shape[-1]
+    with full_precision(rows):
+        if n * (d + e) < d * d + d * e + e * e:  # the same numbers, from matrices n x n
+            own = rows @ rows.mT
+            other = others @ others.mT
+            product = (own * other).sum((-2, -1))
+        else:
+            own = rows.mT @ rows
+            other = others.mT @ others
+            product = (rows.mT @ others).square().sum((-2, -1))
+    square = own.square().sum((-2, -1)) * other.square().sum((-2, -1))
+    return safe_divide(product, torch.where(square > 0, square, torch.inf).sqrt())
+
+
+@typed
+def gram_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n e"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    clip_negative: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute Gram anchoring: the mean squared difference of the cosines of all pairs of tokens.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    With the tokens of one image scaled to length one, S and T, the loss is `|S S^T - T T^T|^2 /
+    n^2`. The paper sums over the pairs; the mean makes the weight independent of the number of
+    tokens. Multiplying a token by a number above 0, or rotating or mirroring all tokens of a side
+    changes nothing; moving all tokens by one vector does, unlike in `kernel_alignment`.
+
+    Args:
+        student: Tokens of the student; the gradient flows to them only.
+        teacher: Tokens of the Gram teacher at the same n points, such as those of the weights at
+            the start; they are detached. They may have another number of channels.
+        valid: Tokens to use, of shape `*batch n`; an axis may have size 1. By default all.
+        clip_negative: Count cosines below 0 as 0, on both sides.
+        reduction: "mean" over the images with a valid token, or "none" for one value for each image
+            (0 without a valid token).
+
+    Returns:
+        The loss in [0, 4], in at least float32; the cosines of a zero vector are 0.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+
+    Examples:
+        >>> x = torch.eye(2)
+        >>> gram_loss(x, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))  # two of four pairs differ by 1
+        tensor(0.5000)
+
+    References:
+        DINOv3 (arXiv 2508.10104), Eq 2.
+    """
+    where = "losses.gram_loss"
+    refuse_maps(where, "student", student)
+    refuse_maps(where, "teacher", teacher)
+    valid = fit_valid(where, valid, student.shape[:-1])
+    grams = []
+    for tokens in (student, teacher.detach()):
+        rows = l2_normalize(_valid_rows(tokens, valid))  # the pairs of zeros are equal on both sides
+        with full_precision(rows):
+            gram = rows @ rows.mT
+        grams.append(gram.relu() if clip_negative else gram)
+
+    total = (grams[0] - grams[1]).square().sum((-2, -1))
+    used = torch.ones_like(total[..., None]).expand(student.shape[:-1]) if valid is None else valid
+    count = used.sum(-1)
+    return _reduce(total / count.clamp(min=1).square(), count > 0, reduction)
+
+
+@typed
+def neighbor_order_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n d"],
+    references: Float[Tensor, "*batch r d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    steepness: Scalar = 100.0,
+    teacher_steepness: Scalar | None = None,
+    metric: Metric = "cosine",
+    network: Network = "bitonic",
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute NeCo's loss: the student orders the references by similarity as the teacher does.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    The similarities of each point with the r references are sorted by `soft_sort`, in ascending
+    order, on both sides. With the plans q of the teacher and p of the student, the loss of a point
+    is `-sum_ij q_ij log p_ij / r` over the references i and their ranks j. It is never below the
+    entropy of q (its value at student = teacher, with one steepness), so report it minus that.
+
+    Args:
+        student: Points of the student; the gradient flows to them only.
+        teacher: The same n points of the teacher; they are detached.
+        references: r rows of the teacher to compare with; they are detached. For one set that all
+            images share, expand it.
+        valid: Points to use, of shape `*batch n`; an axis may have size 1. By default all.
+        steepness: Steepness of the student's comparisons, as in `soft_sort`. Its effect depends on
+            the spread of the similarities.
+        teacher_steepness: Steepness of the teacher's comparisons; by default the student's.
+        metric: "cosine", or "euclidean" for distances, which put the nearest reference first.
+        network: As in `soft_sort`.
+        reduction: "mean" over the valid points, or "none" for one value for each point (0 where not
+            valid).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats; 0 without references.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+        ValueError: A steepness is not a finite number above 0.
+
+    Examples:
+        >>> x = torch.eye(3)
+        >>> apart = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.5, 0.0, 1.0]])
+        >>> neighbor_order_loss(x, apart, apart, steepness=1e6).round(decimals=2)
+        tensor(0.)
+
+    References:
+        NeCo (arXiv 2408.11054), Sec 3; Petersen et al., Monotonic Differentiable Sorting Networks.
+    """
+    where = "losses.neighbor_order_loss"
+    check_steepness(where, steepness)
+    if teacher_steepness is None:
+        teacher_steepness = steepness
+    check_steepness(where, teacher_steepness, "teacher_steepness")
+    refuse_maps(where, "student", student)
+
+    valid = fit_valid(where, valid, student.shape[:-1])
+    references = references.detach()
+    near = _proximity(_valid_rows(student, valid), references, metric)
+    target = _proximity(_valid_rows(teacher.detach(), valid), references, metric)
+    plan = soft_sort(near, steepness=steepness, network=network).plan
+    wanted = soft_sort(target, steepness=teacher_steepness, network=network).plan.detach()
+    log_plan = plan.clamp(min=torch.finfo(plan.dtype).tiny).log()  # a share may be zero by rounding
+    loss = -(wanted * log_plan).sum((-2, -1)) / max(1, references.shape[-2])
+    return _reduce(loss, valid, reduction)
+
+
+def _proximity(rows: Tensor, references: Tensor, metric: Metric) -> Tensor:
+    """Compute the cosines, or the distances, of each row and each reference."""
+    if metric == "cosine":
+        own, other = l2_normalize(rows), l2_normalize(references)
+        dtype = torch.promote_types(own.dtype, other.dtype)
+        with full_precision(own):
+            return own.to(dtype) @ other.to(dtype).mT
+    difference = widened(rows)[..., :, None, :] - widened(references)[..., None, :, :]
+    square = difference.square().sum(-1)
+    apart = square > 0  # at zero distance the root has no slope
+    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+
+
+@typed
+def neighbor_distribution_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n d"],
+    references: Float[Tensor, "*batch r d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    allowed: Bool[Tensor, "*batch n r"] | None = None,
+    *,
+    student_temperature: Scalar = 0.1,
+    teacher_temperature: Scalar = 0.04,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute the cross-entropy of the points' similarities with references, teacher to student.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    `P_t = softmax(cos(t, R) / t_t)` and `P_s = softmax(cos(s, R) / t_s)` over the allowed
+    references R, and the loss of a point is `-sum P_t log P_s`. It is the loss of
+    `neighbor_order_loss` without the sorting. It is never below the entropy of P_t, so report it
+    minus that.
+
+    Args:
+        student: Points of the student; the gradient flows to them only.
+        teacher: The same n points of the teacher; they are detached.
+        references: r rows of the teacher to compare with; they are detached. For one set that all
+            images share, expand it.
+        valid: Points to use, of shape `*batch n`; an axis may have size 1. By default all.
+        allowed: References of each point; by default all. Leave out the point itself and its image.
+            A reference that no point of its set is allowed to use changes nothing, even if it is
+            NaN. A point without a reference does not count.
+        student_temperature: Divisor of the student's cosines; it may be a tensor.
+        teacher_temperature: Divisor of the teacher's cosines; it is smaller than the student's. It
+            may be a tensor, which is detached.
+        reduction: "mean" over the points that count, or "none" for one value for each point (0
+            where it does not count).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+        ValueError: A temperature is not positive.
+
+    Examples:
+        >>> x = torch.eye(4)
+        >>> apart = ~torch.eye(4, dtype=torch.bool)
+        >>> neighbor_distribution_loss(x, x, x, allowed=apart)  # log 3
+        tensor(1.0986)
+
+    References:
+        ReSSL (arXiv 2107.09282), Eq 3 to 5, here for patches.
+    """
+    where = "losses.neighbor_distribution_loss"
+    check_temperature(where, student_temperature, "student_temperature")
+    check_temperature(where, teacher_temperature, "teacher_temperature")
+    refuse_maps(where, "student", student)
+
+    use = fit_valid(where, valid, student.shape[:-1])
+    if allowed is None:
+        allowed = torch.ones_like(student[..., :1], dtype=torch.bool)
+        allowed = allowed.expand(*student.shape[:-1], references.shape[-2])
+    if use is not None:
+        allowed = allowed & use[..., None]
+
+    references = _valid_rows(references.detach(), allowed.any(-2))
+    logits = []
+    for points in (_valid_rows(student, use), _valid_rows(teacher.detach(), use)):
+        near = _proximity(points, references, "cosine")
+        temperature = teacher_temperature if logits else student_temperature
+        near = near / in_range(temperature, near.dtype)
+        logits.append(torch.where(allowed, near, -torch.inf))
+    return cross_entropy_similarity(*logits, allowed.any(-1), reduction=reduction)
 
 
 @typed

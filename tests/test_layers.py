@@ -14,10 +14,10 @@ ROOMS = [  # from the ground up: a module imports from the lines below its own a
     {"typing"},
     {"distributed", "scenes", "schedules", "ema"},
     {"numerics"},
-    {"bank", "boxes", "metrics"},
+    {"bank", "boxes", "metrics", "sorting"},
     {"views", "pooling", "regions", "losses", "clustering", "neighbors", "video"},
     {"sampling", "k_means"},
-    {"matching", "sorting", "probes", "diagnostics"},
+    {"matching", "probes", "diagnostics"},
     {"testing", "viz"},
 ]
 LAYERS = {module: layer for layer, modules in enumerate(ROOMS) for module in modules}
