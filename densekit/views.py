@@ -559,7 +559,7 @@ def sample_inner_views(
     flip: float = 0.5,
     vertical_flip: float = 0.0,
     generator: torch.Generator | None = None,
-) -> View:
+) -> Annotated[View, _OTHER_AXES]:
     """Sample random views inside other views, as `sample_views` does inside an image.
 
     So each point of an inner view is in the outer view too, as PaKA's small crops of a student are

