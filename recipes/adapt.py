@@ -470,7 +470,7 @@ def layer_of_parameters(encoder: Any, *, by_stage: bool) -> dict[str, int]:
 
 
 def freeze_blocks(encoder: Any, trainable: int) -> None:
-    """Freeze all blocks, or stages of a convolutional network, but the last ones; 0 freezes none."""
+    """Freeze all blocks, or stages, but the last ones; with 0 nothing is frozen."""
     layers = layer_of_parameters(encoder, by_stage=not is_vit(encoder))
     used = {name: x for name, x in layers.items() if encoder.get_parameter(name).requires_grad}
     kept = sorted(set(used.values()))[-trainable:]
@@ -498,7 +498,7 @@ def build_head(channels: int, config: Config) -> nn.Module:
 
 
 class Features(NamedTuple):
-    """The maps of views, (v, b, d, h, w), in float32."""
+    """The maps of views, (v, b, d, h, w), in float32 or more."""
 
     tokens: Tensor  # of the encoder
     outputs: Tensor  # of the head; the tokens, where there is none
@@ -514,7 +514,8 @@ class Adapt(nn.Module):
         super().__init__()
         self.config = config
         self.pairs = list_pairs(config)
-        encoder = encoders.build(start.architecture, levels=1, drop_path_rate=config.drop_path)
+        options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+        encoder = encoders.build(start.architecture, levels=1, **options)
         encoder.load_state_dict(start.network.state_dict())
         if config.checkpoint_activations:
             encoder.set_grad_checkpointing(True)
@@ -557,7 +558,7 @@ class Adapt(nn.Module):
     def normalize(self, crops: Tensor) -> Tensor:
         """Crops (b, v, c, h, w) of uint8 as images of all views, (v b, c, h, w)."""
         images = rearrange(crops, "b v c h w -> (v b) c h w")
-        return (images.float() / 255 - self.mean) / self.std
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def encode(self, network: nn.ModuleDict, crops: Tensor) -> Features:
         """The features of crops (b, v, c, h, w)."""
@@ -567,8 +568,8 @@ class Adapt(nn.Module):
         if self.has_head:
             outputs = dk.rows_to_map(network["head"](dk.map_to_rows(maps)), size)
         by_view = "(v b) d h w -> v b d h w"
-        tokens = rearrange(maps, by_view, b=len(crops)).float()
-        return Features(tokens, rearrange(outputs, by_view, b=len(crops)).float())
+        tokens = rearrange(dk.widen(maps), by_view, b=len(crops))
+        return Features(tokens, rearrange(dk.widen(outputs), by_view, b=len(crops)))
 
     def encode_student(self, crops: Tensor, seeds: Tensor, stream: int) -> Features:
         """The features of the student, which drops paths by the seed of each image."""
@@ -590,12 +591,12 @@ class Adapt(nn.Module):
         """
         pixels = self.normalize(crops)
         if pixels.shape[-1] == size:
-            maps = encoders.last_map(self.start, pixels)
-            same = rearrange(maps, "(v b) d h w -> v b d h w", b=len(crops)).float()
+            maps = dk.widen(encoders.last_map(self.start, pixels))
+            same = rearrange(maps, "(v b) d h w -> v b d h w", b=len(crops))
             return same, same
         small = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-        plain = encoders.last_map(self.start, small).float()
-        fine = encoders.last_map(self.start, pixels).float()
+        plain = dk.widen(encoders.last_map(self.start, small))
+        fine = dk.widen(encoders.last_map(self.start, pixels))
         grid = (plain.shape[-2], plain.shape[-1])
         fine = nn.functional.interpolate(fine, grid, mode="bicubic")
         by_view = "(v b) d h w -> v b d h w"
@@ -695,8 +696,8 @@ class Adapt(nn.Module):
                 cosines.append(-cosine)
 
         of_large = nn.functional.one_hot(torch.tensor([g for g, _ in self.pairs]), LARGE)
-        of_large = of_large.to(valid.device, torch.float32)
-        counts = valid.float() @ of_large  # (b, 2)
+        of_large = of_large.to(losses[0])
+        counts = valid.to(of_large.dtype) @ of_large  # (b, 2)
 
         def mean_of_images(values: list[Tensor]) -> Tensor:
             all_pairs = torch.stack(values, 1) * valid
@@ -723,7 +724,7 @@ class Adapt(nn.Module):
         config = self.config
         if config.method == "cosine":
             cosines = dk.negative_cosine(student, teacher, valid, reduction="none")
-            return cosines.mean(1), torch.zeros_like(seeds, dtype=torch.float32)
+            return cosines.mean(1), torch.zeros_like(cosines[:, 0])
         if config.method == "paka":
             loss = dk.kernel_alignment(
                 student, teacher, valid, unit=self.has_head, reduction="none"
@@ -809,6 +810,7 @@ def gather_in_order(x: Tensor) -> Tensor:
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
 TOKENS = 2048  # tokens at most that the health is measured on
+HEALTH = ("effective_rank", "off_diagonal_cosine", "position_share", "norm_outliers")
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
 
@@ -936,17 +938,20 @@ def counts_path(run: harness.Run, step: int) -> Path:
     return run.folder / "scores" / f"step-{step:08d}.safetensors"
 
 
-def print_scores(run: harness.Run, step: int) -> None:
-    """The scores before and after with their intervals, and that of the difference."""
-    paths = [counts_path(run, 0), counts_path(run, step)]
-    if not all(path.exists() for path in paths):
+def print_results(run: harness.Run, step: int) -> None:
+    """The health and the scores before and after, and the interval of the difference."""
+    rows = run.rows("effective_rank")
+    for name in HEALTH:
+        print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+    if not counts_path(run, 0).exists():
         return
-    before, after = [safetensors.torch.load(path.read_bytes()) for path in paths]
+    before = safetensors.torch.load(counts_path(run, 0).read_bytes())
+    after = safetensors.torch.load(counts_path(run, step).read_bytes())
     print("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])
         texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found]
-        print(f"{name:9}  {texts[0]}  {texts[1]}  {texts[2]}")
+        print(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
 
 
 def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Interval, dk.Interval]:
@@ -1040,6 +1045,22 @@ def parameter_groups(model: Adapt, config: Config) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def scale_of(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """The state of the scaler of fp16, as tensors for a checkpoint; without fp16 it is 1 and 0."""
+    state = scaler.state_dict()
+    return {
+        "scale": torch.tensor(state.get("scale", 1.0), dtype=torch.float64),
+        "growth": torch.tensor(state.get("_growth_tracker", 0)),
+    }
+
+
+def load_scale(scaler: torch.amp.GradScaler, state: dict[str, Tensor]) -> None:
+    """Continue with the state of `scale_of`, where fp16 is used."""
+    if scaler.is_enabled():
+        numbers = {"scale": float(state["scale"]), "_growth_tracker": int(state["growth"])}
+        scaler.load_state_dict(scaler.state_dict() | numbers)
+
+
 def split(part: int, parts: int, *batch: Any) -> Any:
     """One of equal parts of a batch: of each tensor in it some images, one after the other."""
 
@@ -1088,7 +1109,7 @@ def train(config: Config) -> None:
         largest_norm = config.clip or math.inf  # an infinite norm clips nothing
         optimizer = torch.optim.AdamW(groups, config.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        scale = {"scale": torch.tensor(scaler.get_scale()), "growth": torch.tensor(0)}
+        scale = scale_of(scaler)
 
         batches = partial(
             harness.batches,
@@ -1105,11 +1126,7 @@ def train(config: Config) -> None:
         health_at_start = measure_health(start_maps)
 
         step = run.resume(model, optimizer, scale=scale)
-        if scaler.is_enabled():
-            scaler.load_state_dict(
-                scaler.state_dict()
-                | {"scale": scale["scale"].item(), "_growth_tracker": int(scale["growth"])}
-            )
+        load_scale(scaler, scale)
         if step == 0:
             run.log(step, **health_at_start)
             if world.is_main:
@@ -1205,9 +1222,6 @@ def train(config: Config) -> None:
             if due and world.is_main:
                 evaluate(model, preview, start_maps, start, config, run, step)
             if due or stop:
-                if scaler.is_enabled():
-                    scale["scale"].fill_(scaler.get_scale())
-                    scale["growth"].fill_(scaler.state_dict()["_growth_tracker"])
                 run.save(
                     step,
                     model,
@@ -1215,10 +1229,10 @@ def train(config: Config) -> None:
                     encoder=saved_encoder(model, config),
                     facts=facts,
                     epoch=kept.get(step),
-                    scale=scale,
+                    scale=scale_of(scaler),
                 )
             if stop:
                 return
 
         if world.is_main:
-            print_scores(run, step)
+            print_results(run, step)
