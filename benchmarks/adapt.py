@@ -9,6 +9,8 @@ the images of the split --train, without their labels, and scores on --split.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import resource
@@ -44,15 +46,14 @@ CHOSEN = {
 TRIED = {
     "paka": [
         {"lr": 3e-4, "head_lr": 1e-3}, {"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"},
-        {"lr": 1e-4, "head_lr": 1e-3}, {"lr": 1e-4, "head": "none", "anchor": 1.0},
+        {"lr": 1e-4, "head_lr": 1e-3},
     ],
-    "gram": [{"lr": 1e-4}, {"lr": 3e-5}, {"lr": 3e-4}],
-    "neighbors": [
-        {"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"}, {"lr": 1e-4, "head_lr": 1e-3},
-    ],
-    "neco": [{"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"}],
+    "gram": [{"lr": 3e-5}, {"lr": 1e-4}],
+    "neighbors": [{"lr": 1e-4, "head": "none"}, {"lr": 1e-4, "head_lr": 1e-3}],
+    "neco": [{"lr": 1e-4, "head_lr": 1e-3}, {"lr": 1e-4, "head": "none"}],
     "cosine": [
         {"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"}, {"lr": 1e-4, "head_lr": 1e-3},
+        {"lr": 3e-5, "head_lr": 1e-3},
     ],
 }  # fmt: skip
 
@@ -96,14 +97,14 @@ def list_jobs(arguments: argparse.Namespace) -> list[dict]:
     for seed in [0] if arguments.search else arguments.seeds:
         for method in arguments.methods:
             settings = TRIED[method] if arguments.search else [CHOSEN[method]]
-            for setting in settings:
-                for folder in arguments.folders:
-                    jobs.append({
-                        "folder": str(folder.resolve()), "set": folder.resolve().name,
-                        "train": arguments.train, "split": arguments.split, "method": method,
-                        "seed": seed, "setting": {"steps": STEPS, **setting},
-                        "search": arguments.search,
-                    })  # fmt: skip
+            for setting, folder in itertools.product(settings, arguments.folders):
+                job = {
+                    "folder": str(folder.resolve()), "set": folder.resolve().name,
+                    "train": arguments.train, "split": arguments.split, "method": method,
+                    "seed": seed, "setting": {"steps": STEPS, **setting},
+                    "search": arguments.search,
+                }  # fmt: skip
+                jobs.append(job)
     return jobs
 
 
@@ -141,7 +142,7 @@ def run_job(job: dict) -> None:
 
     labeled = adapt.Score(folder, job["train"], job["split"], SIZE)
     config = replace(config, score=labeled)
-    before = adapt.score(start.network, start, config)
+    before = score_start(adapt, start, config)
     after = adapt.score(network, start, config)
     scores = {}
     for name, counts in before.items():
@@ -156,6 +157,21 @@ def run_job(job: dict) -> None:
     }  # fmt: skip
     row.pop("folder")
     print("\n" + json.dumps(row))
+
+
+def score_start(adapt, start, config) -> dict:
+    """The scores of the start weights, which are kept until the machine starts again."""
+    import safetensors.torch
+
+    key = f"{config.score.data} {config.score.fit} {config.score.split} {SIZE} {config.weights}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir(), f"densekit-adapt-{name}.safetensors")
+    if not path.exists():
+        counts = adapt.score(start.network, start, config)
+        own = path.with_suffix(f".{os.getpid()}")  # another run may write at the same time
+        safetensors.torch.save_file(counts, own)
+        own.replace(path)
+    return safetensors.torch.load_file(path)
 
 
 def make_config(adapt, job: dict, listed: Path, run: Path, images: int):

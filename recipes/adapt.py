@@ -63,9 +63,8 @@ class Config:
     method: Literal["paka", "gram", "neco", "neighbors", "cosine", "none"] = "paka"
     # The teacher follows the student, or stays as it starts; that of gram always stays.
     teacher: Literal["ema", "frozen"] = "ema"
-    clean_teacher: Literal["auto", "yes", "no"] = (
-        "auto"  # No colors are changed; auto: but in neco.
-    )
+    # Whether the teacher sees the colors as they are: auto is yes, but no with neco.
+    clean_teacher: Literal["auto", "yes", "no"] = "auto"
     anchor: float = 0.0  # Weight of Gram anchoring to the start weights, beside another method.
     head: Literal["mlp", "none"] = "mlp"  # Head that the losses see; it is dropped at the end.
     hidden: int = 2048  # Width of the head's two hidden layers.
@@ -705,7 +704,7 @@ class Adapt(nn.Module):
             return of_views.sum(1) / (counts > 0).sum(1).clamp(min=1)
 
         per_image = mean_of_images(losses)
-        terms = {"cosine": torch.stack(cosines).mean()}
+        terms = {"similarity": torch.stack(cosines).mean()}
         used = valid.any(1)
         terms[self.config.method] = dk.masked_mean(per_image.detach(), used)
         if self.config.method in SORTED:
