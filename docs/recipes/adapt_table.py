@@ -9,6 +9,7 @@ PROTOCOLS = ("retrieval", "kmeans", "ridge")
 
 
 def read_rows(file):
+    """The rows of a file beside the page; none where it does not exist yet."""
     path = Path("docs/recipes", file)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
