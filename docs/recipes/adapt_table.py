@@ -36,7 +36,7 @@ def results(rows):
             f"**{name}, {split}**: trained on {images} images, scored on {scored} of {height} x "
             f"{width} pixels, with masks at their own size.",
             "",
-            "| method | runs | retrieval | k-means | ridge | seconds | GB |",
+            "| method | runs | retrieval | k-means | ridge | CPU seconds | GB |",
             "|---|---|---|---|---|---|---|",
             f"| *before* | | *{before[0]}* | *{before[1]}* | *{before[2]}* | | |",
         ]
