@@ -22,8 +22,10 @@ The modules, whose public names can all be imported from the package too, but fo
     clustering: Clustering of tokens: Sinkhorn transport, merging of centroids, pruning.
     k_means: k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest
         centroid.
-    losses: Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and
-        covariance.
+    sorting: Differentiable sorting: a fixed network of comparisons, each of which mixes its two
+        values.
+    losses: Losses of rows: of single rows, of rows against others, and of the structure of a set of
+        rows.
     metrics: Scores of predictions: confusion, IoU, matched clusters, accuracy, precision,
         intervals.
     probes: Classifiers on frozen features: linear layers and support vector machines, and their
@@ -31,7 +33,7 @@ The modules, whose public names can all be imported from the package too, but fo
     neighbors: Nearest neighbors by cosine: votes for classes, nearest rows, retrieval of maps.
     video: Videos: labels propagated from frame to frame, and the scores J and F of object masks.
     diagnostics: Measures of a model without labels: affinity, similarity against IoU, coupling,
-        position.
+        health.
     scenes: Procedural scenes of many objects, with ground truth, for tests, demos and
         documentation.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures

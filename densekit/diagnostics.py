@@ -631,7 +631,7 @@ def dense_structure_score(
     group: int = 8,
     generator: torch.Generator | None = None,
 ) -> DenseStructure:
-    """Compute the dense structure estimator, which follows the dense quality of a model in training.
+    """Compute the dense structure score: features in tight, distant clusters, of many dimensions.
 
     The tokens are scaled to length one. k-means finds clusters in each image and in each group of
     images. `inter` is the mean distance of a token to the nearest other centroid of its group;

@@ -5,13 +5,14 @@ The functions that `__all__` does not list are helpers for the modules of densek
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from densekit.distributed import Group, all_sum
 from densekit.messages import about_map, looks_like_map
 from densekit.typing import Bool, Float, Scalar, Shaped, Size, Tensor, typed
@@ -200,6 +201,17 @@ def readable(*tensors: Tensor) -> bool:
         and forward_ad.unpack_dual(x).tangent is None
         for x in tensors
     )
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call a function so that its backward pass computes it again, instead of storing its parts.
+
+    Inside a graph, where the compiler decides what to store, and inside a transform such as vmap or
+    grad, which does not allow it, it is called as it is.
+    """
+    if torch.compiler.is_compiling() or any(map(is_functorch_wrapped_tensor, tensors)):
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:

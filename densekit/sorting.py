@@ -3,12 +3,11 @@
 Half precision is converted to float32.
 """
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
 import torch
-from densekit.numerics import check, in_range, widened
+from densekit.numerics import check_temperature, in_range, widened
 from densekit.typing import Float, Scalar, Tensor, typed
 
 __all__ = ["SoftSort", "soft_sort"]
@@ -53,7 +52,7 @@ def soft_sort(
         The sorted values and the plan, in at least float32.
 
     Raises:
-        ValueError: The steepness is not a finite number above 0.
+        ValueError: The steepness is not above 0.
 
     Examples:
         >>> found = soft_sort(torch.tensor([3.0, 1.0, 2.0]), steepness=1e6)
@@ -65,48 +64,46 @@ def soft_sort(
     References:
         Petersen et al., Monotonic Differentiable Sorting Networks, Eq 4 and Sec 4 (Cauchy).
     """
-    check_steepness("sorting.soft_sort", steepness)
+    check_temperature("sorting.soft_sort", steepness, "steepness")
     x = widened(values)
     n = x.shape[-1]
     steepness = in_range(steepness, x.dtype)
     plan = torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape, n)
-    for partner, sign in _layers(n, network):
-        other = x[..., partner]
-        reach = steepness * x.new_tensor(sign) * (other - x)
+    partners, signs = _layers(n, network)
+    indices = torch.tensor(partners, dtype=torch.long, device=x.device)
+    for index, sign in zip(indices, x.new_tensor(signs), strict=True):
+        other = x.index_select(-1, index)
+        reach = steepness * sign * (other - x)
         one = torch.ones_like(reach)
-        keep = torch.atan2(one, -reach) / math.pi
+        keep = torch.atan2(one, -reach) / math.pi  # 1/2 + atan(reach) / pi, exact near 0 too
         give = torch.atan2(one, reach) / math.pi
         x = keep * x + give * other
-        plan = keep[..., None, :] * plan + give[..., None, :] * plan[..., partner]
+        swapped = plan.index_select(-1, index)
+        plan = keep[..., None, :] * plan + give[..., None, :] * swapped
     return SoftSort(x, plan)
 
 
-def check_steepness(where: str, value: Scalar, name: str = "steepness") -> None:
-    """Raise an error for a steepness that is not above 0; the value of a tensor is not read."""
-    fits = isinstance(value, Tensor) or 0 < value < math.inf
-    check(where, name, value, fits, "a finite number above 0")
-
-
-@functools.cache
-def _layers(n: int, network: Network) -> tuple[tuple[list[int], list[float]], ...]:
+def _layers(n: int, network: Network) -> tuple[list[list[int]], list[list[float]]]:
     """List the layers of a network on n wires.
 
     Returns:
-        For each layer, the partner of each wire, and 1 for the wire that gets the smaller value, -1
-        for the one that gets the larger. A wire without a partner is its own, which changes
-        nothing: its value is mixed with itself.
+        For each layer, the partner of each wire; and 1 for each wire that gets the smaller value,
+        -1 for the one that gets the larger. A wire without a partner is its own partner: its value
+        is mixed with itself, which changes nothing.
     """
+    partners = []
+    signs = []
     pairs = _odd_even(n) if network == "odd_even" else _bitonic(n)
-    layers = []
-    for layer in pairs:
+    for layer in pairs or [[]]:  # without a pair, the plan still has the values' graph
         partner = list(range(n))
         sign = [1.0] * n
         for smaller, larger in layer:
             partner[smaller] = larger
             partner[larger] = smaller
             sign[larger] = -1.0
-        layers.append((partner, sign))
-    return tuple(layers)
+        partners.append(partner)
+        signs.append(sign)
+    return partners, signs
 
 
 def _odd_even(n: int) -> list[list[tuple[int, int]]]:

@@ -36,6 +36,7 @@ from downstream import encoders
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import on_processes as on_gloo_processes
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -1089,6 +1090,90 @@ def test_a_step_draws_the_same_numbers_whenever_it_runs():
         assert all(other != first for other in others)
         torch.manual_seed(harness.generator(7, 3, 0, 2).initial_seed())
         assert torch.rand(4).tolist() == first  # the losses of earlier versions depend on it
+
+
+def drawn_by(rank, group):
+    """The numbers of this process's images, of 8."""
+    own = torch.arange(8)[rank :: group.size()]
+    return own, harness.noise(harness.image_seeds(3, 5, own), (4, 2), 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_noise_of_an_image_is_the_same_on_any_number_of_processes(size):
+    want = harness.noise(harness.image_seeds(3, 5, torch.arange(8)), (4, 2), 1)
+    for own, numbers in on_gloo_processes(size, drawn_by):
+        assert torch.equal(numbers, want[own])
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**7), st.permutations(range(6)))
+def test_the_noise_of_an_image_does_not_depend_on_the_others(seed, step, order):
+    seeds = harness.image_seeds(seed, step, torch.tensor(order))
+    numbers = harness.noise(seeds, (3, 5))
+    assert numbers.dtype == torch.float32
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    for row, index in enumerate(order):
+        alone = harness.image_seeds(seed, step, torch.tensor([index]))
+        assert torch.equal(harness.noise(alone, (3, 5))[0], numbers[row])
+    assert torch.equal(harness.noise(seeds, (15,)).unflatten(1, (3, 5)), numbers)
+    assert harness.noise(seeds, (0, 2)).shape == (6, 0, 2)
+
+
+def test_neighbors_in_every_part_of_the_key_have_independent_uniform_noise():
+    n = 40_000
+    few = torch.arange(200)
+    by_index = harness.noise(harness.image_seeds(0, 0, torch.arange(n)), (1,))[:, 0]
+    by_place = harness.noise(harness.image_seeds(0, 0, few[:1]), (n,))[0]
+    by_step = torch.cat(
+        [harness.noise(harness.image_seeds(0, k, few), (1,)) for k in range(200)], 1
+    ).flatten()
+    by_seed = torch.cat(
+        [harness.noise(harness.image_seeds(k, 0, few), (1,)) for k in range(200)], 1
+    ).flatten()
+    seeds = harness.image_seeds(0, 0, few)
+    by_stream = torch.cat([harness.noise(seeds, (1,), k) for k in range(200)], 1).flatten()
+    for numbers in (by_index, by_place, by_step, by_seed, by_stream):
+        expected = torch.arange(1, n + 1) / n
+        distance = (numbers.sort().values - expected).abs().max()
+        assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov, at a level of 0.1 %
+        for lag in (1, 2, 200):
+            pairs = torch.stack([numbers[:-lag], numbers[lag:]])
+            assert pairs.corrcoef()[0, 1].abs() < 3.3 / n**0.5
+
+
+def test_each_bit_of_a_seed_flips_half_of_the_bits_of_the_noise():
+    seeds = harness.image_seeds(0, 0, torch.arange(2000))
+    before = (harness.noise(seeds, (1,))[:, 0] * 2**24).int()
+    place = torch.arange(24)
+    for bit in range(64):
+        other = seeds ^ (-(2**63) if bit == 63 else 2**bit)
+        after = (harness.noise(other, (1,))[:, 0] * 2**24).int()
+        flips = ((before ^ after)[:, None] >> place & 1).double().mean(0)
+        assert ((flips - 0.5).abs() < 0.06).all()  # five standard deviations
+
+
+def test_the_noise_is_that_of_the_published_generator():
+    """SplitMix64 in Python's integers, which have no end."""
+
+    def mix(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    seeds = harness.image_seeds(1, 2, torch.tensor([0, 7, 2**40]))
+    got = harness.noise(seeds, (3,), 2)
+    for row, seed in zip(got.tolist(), seeds.tolist(), strict=True):
+        places = [2 * 2**32 + k for k in range(3)]
+        want = [mix((seed + place * 0x9E3779B97F4A7C15) % 2**64) for place in places]
+        assert row == [(x >> 40) / 2**24 for x in want]
+
+
+@pytest.mark.slow
+def test_the_noise_is_the_same_when_compiled():
+    def numbers(indices):
+        return harness.noise(harness.image_seeds(4, 9, indices), (5, 3), 2)
+
+    indices = torch.arange(33)
+    assert torch.equal(torch.compile(numbers, fullgraph=True)(indices), numbers(indices))
 
 
 # ---- batches ---------------------------------------------------------------------------------
