@@ -293,36 +293,6 @@ PATHS = 1
 START = 2
 
 
-class DropPath(nn.Module):
-    """Drop a path of the network for some images, and scale it for the others, as timm's does.
-
-    It is dropped for the images whose `noise`, which is set before each pass, is below the rate.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-        self.noise: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        scale = (self.noise >= self.rate).to(x.dtype) / (1 - self.rate)
-        return x * scale[:, None, None]
-
-
-def replace_drop_paths(encoder: nn.Module) -> list[DropPath]:
-    """Put a DropPath of ours in the place of each of timm's; they are returned in order."""
-    replaced = []
-    for module in encoder.modules():
-        for name, child in module.named_children():
-            if isinstance(child, timm.layers.DropPath):
-                drop_path = DropPath(child.drop_prob)
-                setattr(module, name, drop_path)
-                replaced.append(drop_path)
-    return replaced
-
-
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The final tokens; queries, keys and values of the last block (Eq 21).
 
@@ -408,7 +378,7 @@ class CrOC(nn.Module):
         for module in self.teacher.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0  # only the student drops paths
-        self.drop_paths = replace_drop_paths(self.student)
+        self.drop_paths = encoders.replace_drop_paths(self.student)
 
     def project(self, network: nn.ModuleDict, rows: Tensor, kind: str) -> Tensor:
         """Cosine of each row's embedding and each prototype; `kind` is "image" or "cluster"."""
