@@ -685,7 +685,7 @@ def _add_distances(cost: Tensor, centers: Tensor, places: Tensor, weight: float)
     """
     x = places[..., :1, :] - centers[..., :1]
     y = places[..., 1:2, :] - centers[..., 1:2]
-    distance = x.mul_(x).addcmul_(y, y).sqrt_()
+    distance = x.mul_(x).add_(y.mul_(y)).sqrt_()
     if not distance.numel():
         return distance
     farthest = distance.amax((-2, -1), keepdim=True)
