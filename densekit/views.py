@@ -731,10 +731,10 @@ def view_to_matrix(
         ValueError: The size is not positive.
 
     Examples:
-        >>> view = View(torch.tensor([10.0, 0.0, 74.0, 48.0]), torch.tensor(False))
+        >>> view = View(torch.tensor([10.0, 8.0, 74.0, 56.0]), torch.tensor(False))
         >>> view_to_matrix(view, (24, 32), pixel_centers="half")
         tensor([[ 0.5000,  0.0000, -5.0000],
-                [ 0.0000,  0.5000,  0.0000],
+                [ 0.0000,  0.5000, -4.0000],
                 [ 0.0000,  0.0000,  1.0000]])
     """
     box, *flips = _fields(view)

@@ -31,7 +31,7 @@ INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "messages": {"about_map", "explain", "explain_devices", "looks_like_map"},
     "numerics": {
         *("block_rows", "broadcasts", "check", "check_cells", "check_size", "check_temperature"),
-        *("fit_valid", "full_precision", "interpolation_weights", "readable"),
+        *("fit_valid", "full_precision", "in_range", "interpolation_weights", "readable"),
         *("refuse_channels_last", "refuse_maps", "safe_divide", "sample_uniform", "take_rows"),
         "widened",
     },
