@@ -201,7 +201,7 @@ def check_options(config: Config) -> None:
 def photometric(
     view_config: Views, *, blur_probability: float, solarize_probability: float
 ) -> transforms.Compose:
-    """DINO's random changes of a crop's colors and sharpness, and the normalization."""
+    """DINO's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -215,25 +215,22 @@ def photometric(
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=blur_probability),
             transforms.RandomSolarize(128, p=solarize_probability),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+    """Two augmented crops of each image, and the `View` of each crop.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, and the files that could not be read.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, its index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
         self.view_config = config.views
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = [  # one for each view, as in DINO
             photometric(config.views, blur_probability=1.0, solarize_probability=0.0),
             photometric(config.views, blur_probability=0.1, solarize_probability=0.2),
@@ -242,31 +239,24 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, scale=self.view_config.scale, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size, interpolation="bicubic")
-            in_range = view_crops.clamp(0, 1)  # bicubic interpolation leaves the range
-            crops.append((in_range * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side, "bicubic") for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for augment, view_crops in zip(self.photometric, crops, strict=True):
-                changed = [augment(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, torch.tensor(indices), unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augments_and_crops = zip(self.photometric, crops, strict=True)
+            augmented = tuple(augment(crop) for augment, crop in augments_and_crops)
+        return augmented, views, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -620,6 +610,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.

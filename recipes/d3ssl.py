@@ -187,7 +187,7 @@ def check_options(config: Config) -> None:
 
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
-    """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
+    """MoCo v2's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -200,19 +200,17 @@ def photometric(view_config: Views) -> transforms.Compose:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: each image as a whole and a crop, the `View` of both, and K proposals.
+    """Each image as a whole and a crop, the `View` of both, and K proposals.
 
-    The proposals (b, K, 4) are in pixels of the image, with which of them to use. `source` is from
-    `proposals.image_source`. `dataset[indices]` is the batch of these images: the crops, their
-    views, the proposals, and the files that could not be read.
+    `source` is from `proposals.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, the proposals (K, 4) in pixels of the image and which of them to use, its
+    index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
@@ -220,57 +218,39 @@ class TwoViews:
         self.seed = config.seed
         self.view_config = config.views
         self.regions = config.regions
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images = []
-        proposals = []
-        unreadable = []
-        for index in indices:
-            image, failures = self.source[index]
-            # The next image that can be read stands in for unreadable ones.
-            index_read = (index + len(failures)) % len(self)
-            images.append(image)
-            proposals.append(self.source.boxes[index_read])
-            unreadable.extend(failures)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
+        # The next image that can be read stands in for unreadable ones.
+        proposals = self.source.boxes[(index + len(unreadable)) % len(self)]
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        view2 = dk.sample_views(sizes, scale=self.view_config.scale, generator=generator)
-        width_height = sizes.flip(-1).float()
-        whole_image = torch.cat([torch.zeros_like(width_height), width_height], -1)
-        flip = torch.rand(len(sizes), generator=generator) < 0.5
-        view1 = dk.View(whole_image, flip)
-        views = [view1, view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        view2 = dk.sample_views(size, scale=self.view_config.scale, generator=generator)
+        flip = torch.rand((), generator=generator) < 0.5
+        view1 = dk.full_view(size)._replace(flip=flip)
+        views = (view1, view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        shares = nn.utils.rnn.pad_sequence(proposals, batch_first=True)
-        in_pixels = shares * width_height.repeat(1, 2)[:, None]
+        in_pixels = proposals * view1.box[2:].repeat(2)
         in_view2 = dk.boxes_in_view(view2, in_pixels).valid
         boxes, valid = dk.sample_boxes(in_pixels, self.regions, in_view2, generator=generator)
         # An image without a proposal in view 2 gets the box of view 2, which is not valid.
-        has_proposal = valid[:, :1, None]
-        boxes = torch.where(has_proposal, boxes, view2.box[:, None])
+        has_proposal = valid[:1, None]
+        boxes = torch.where(has_proposal, boxes, view2.box)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size)
-            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, boxes, valid, torch.tensor(indices), unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augmented = tuple(self.photometric(crop) for crop in crops)
+        return augmented, views, boxes, valid, torch.tensor(index), list(unreadable)
 
 
 SOCO_PROBABILITY = 0.5  # That SoCo's program cuts into a proposal, and that it jitters a box.
@@ -650,6 +630,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.

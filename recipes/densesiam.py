@@ -176,7 +176,7 @@ def check_options(config: Config) -> None:
 
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
-    """SimSiam's random changes of a crop's colors and sharpness, and the normalization."""
+    """SimSiam's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -189,54 +189,44 @@ def photometric(view_config: Views) -> transforms.Compose:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+    """Two augmented crops of each image, and the `View` of each crop.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, and the files that could not be read.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, its index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
         self.view_config = config.views
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, scale=self.view_config.scale, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size)
-            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, torch.tensor(indices), unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augmented = tuple(self.photometric(crop) for crop in crops)
+        return augmented, views, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -676,6 +666,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.

@@ -218,9 +218,8 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
 
 
 # ==== views =======================================================================================
-def to_bytes(crop: Tensor) -> Tensor:
-    """An image in [0, 1] as uint8, rounded; ToPILImage alone would cut the fractions off."""
-    return (255 * crop).round().byte()
+# Images in [0, 1]: the encoder normalizes them by the means of its own pre-training.
+UNIT_RANGE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def photometric(config: Config) -> transforms.Compose:
@@ -232,7 +231,6 @@ def photometric(config: Config) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            to_bytes,
             transforms.ToPILImage(),  # PIL is the quickest on a CPU
             transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
@@ -240,23 +238,22 @@ def photometric(config: Config) -> transforms.Compose:
             transforms.RandomApply([transforms.ColorJitter(hue=config.hue)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: a crop of each center square, the whole square, and the crop's `View`.
+    """A crop of each image's center square, the whole square, and the crop's `View`.
 
-    The box of that view is in units of the square's side. `source` is from `open_training`. A batch
-    ends with the files that could not be read.
+    The box of that view is in units of the square's side. `source` is from `open_training`.
+    `dataset[epoch, index]` is one image: its crops, of 8 bits, the view, its index, and the files
+    that could not be read.
     """
 
     def __init__(self, source: Any, config: Config):
         self.source = source
         self.config = config
-        self.epoch = 0  # `harness.batches` sets it
         self.square = transforms.Compose(
             [transforms.Resize(config.image), transforms.CenterCrop(config.image)]
         )
@@ -265,36 +262,32 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def sample_crops(self, indices: list[int]) -> dk.View:
-        """A random square crop of each image, perhaps mirrored, in units of the square's side."""
-        epoch = 0 if self.config.frozen_views else self.epoch
-        generators = [harness.generator(self.config.seed, epoch, index) for index in indices]
-        numbers = torch.stack([torch.rand(4, generator=generator) for generator in generators])
+    def sample_crop(self, epoch: int, index: int) -> dk.View:
+        """A random square crop of an image, perhaps mirrored, in units of the square's side."""
+        epoch = 0 if self.config.frozen_views else epoch
+        numbers = torch.rand(4, generator=harness.generator(self.config.seed, epoch, index))
 
-        side = 0.5 + 0.5 * numbers[:, :1]
-        corner = numbers[:, 1:3] * (1 - side)
-        box = torch.cat([corner, corner + side], 1)
-        return dk.View(box, flip=numbers[:, 3] < 0.5)
+        side = 0.5 + 0.5 * numbers[:1]
+        corner = numbers[1:3] * (1 - side)
+        box = torch.cat([corner, corner + side])
+        return dk.View(box, flip=numbers[3] < 0.5)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        squares = torch.stack([self.square(image) for image in images]) / 255
-        view = self.sample_crops(indices)
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        square = self.square(image)
+        view = self.sample_crop(epoch, index)
 
         in_pixels = view._replace(box=view.box * self.config.image)
-        if self.epoch == 0:
-            dk.check_views(in_pixels, (self.config.image, self.config.image))
-        near = dk.crop_views(squares, in_pixels, self.config.size)
-        whole = resize(squares, [self.config.size])
-        crops = [near, whole]
-
-        augmented = []
+        size = (self.config.image, self.config.image)
+        if epoch == 0:
+            dk.check_views(in_pixels, size)
+        near = harness.crop_bytes(square, in_pixels, self.config.size)
+        whole = harness.crop_bytes(square, dk.full_view(size), self.config.size)
         # The colors need other random numbers than the views.
-        with harness.seeded(self.config.seed, self.epoch, indices[0], harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, view, torch.tensor(indices), unreadable
+        with harness.seeded(self.config.seed, epoch, index, harness.COLORS):
+            augmented = (self.photometric(near), self.photometric(whole))
+        return augmented, view, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -637,6 +630,7 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            normalize=UNIT_RANGE,
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)

@@ -456,7 +456,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     for index in tqdm(
         share, "test", leave=False, disable=not world.is_main, ncols=harness.bar_width()
     ):
-        images, targets, _, skipped = data[[index]]
+        images, targets, _, skipped = data[0, index]
         unreadable += skipped
         if skipped:  # this is the next readable image, which is tested anyway
             continue

@@ -23,9 +23,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -36,7 +38,7 @@ import torch.distributed.checkpoint.state_dict as dsd
 from PIL import Image, ImageOps
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, default_convert, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 import densekit as dk
@@ -457,7 +459,8 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    # The channels of a pixel stay side by side: torch resizes such bytes several times faster.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # Tags of a TIFF, and values of two of them.
@@ -673,15 +676,59 @@ def image_source(
     return SceneImages(scenes)
 
 
-def read_batch(source: Any, indices: Sequence[int]) -> tuple[list[Tensor], list[str]]:
-    """Images of a source, and a "path: reason" of every file that could not be read."""
-    images = []
-    unreadable = []
-    for index in indices:
-        image, failures = source[index]
-        images.append(image)
-        unreadable.extend(failures)
-    return images, unreadable
+def crop_bytes(
+    image: Tensor,
+    view: dk.View,
+    size: int | tuple[int, int],
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Tensor:
+    """One view of one image, both of 8 bits: `dk.crop_views` within one gray level, but quicker.
+
+    Args:
+        image: A whole image, uint8 (3, H, W).
+        view: A view without leading axes.
+        size: Size of the crop in pixels, or its side.
+        interpolation: The resize filter.
+
+    Returns:
+        The crop, uint8 (3, h, w).
+    """
+    height, width = image.shape[-2:]
+    left, top, right, bottom = view.box.tolist()
+    is_inside = 0 <= left < right <= width and 0 <= top < bottom <= height
+    is_whole = is_inside and all(edge == int(edge) for edge in (left, top, right, bottom))
+    if not is_whole:  # its edges lie within pixels
+        crop = dk.crop_views(image / 255, view, size, interpolation=interpolation)
+        return _as_bytes(crop * 255)
+
+    pixels = image[None, :, int(top) : int(bottom), int(left) : int(right)]
+    sides = (size, size) if isinstance(size, int) else size
+    resize = partial(nn.functional.interpolate, size=sides, mode=interpolation, antialias=True)
+    if interpolation == "bilinear":
+        crop = resize(pixels)[0]
+    else:  # bytes would be clipped between the two passes, where bicubic overshoots
+        crop = _as_bytes(resize(pixels.float())[0])
+
+    if view.flip:
+        crop = crop.flip(-1)
+    if view.vertical_flip is not None and view.vertical_flip:
+        crop = crop.flip(-2)
+    return crop
+
+
+def _as_bytes(pixels: Tensor) -> Tensor:
+    """Gray levels 0 ... 255 as uint8, rounded."""
+    return pixels.round().clamp(0, 255).byte()
+
+
+def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images of 8 bits (b, 3, h, w) as floats with this mean and standard deviation of each color.
+
+    Both are of images in [0, 1].
+    """
+    mean_column = images.new_tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255
+    std_column = images.new_tensor(std, dtype=torch.float32).view(3, 1, 1) * 255
+    return images.float().sub_(mean_column).div_(std_column)
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -748,10 +795,6 @@ def share_batch(items: Any) -> Any:
     return items
 
 
-def _convert_batch(items: Any) -> Any:
-    return share_batch(default_convert(items))
-
-
 def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
     """The batches of a DataLoader; a dead process of it is a UserError, and a slow one is named."""
     iterator = iter(loader)
@@ -770,6 +813,95 @@ def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
         yield items
 
 
+IMAGES_PER_ITEM = 8  # what a loader process makes at a time, unless its batches are large
+ITEMS_PER_BATCH = 32  # at most: each item needs file descriptors
+BATCHES_AHEAD = 2
+
+
+class LoaderPlan(NamedTuple):
+    """What the loader processes of one process make, and how much of it may wait for a step."""
+
+    images_per_item: int  # an item is a part of a batch
+    items_per_batch: int
+    items_per_worker: int  # that wait, or are being made
+
+
+def plan_loader(images: int, workers: int) -> LoaderPlan:
+    """How to share the batches of a process, of so many images each, among its workers."""
+    even_share = math.ceil(images / max(1, workers))
+    per_item = max(min(IMAGES_PER_ITEM, even_share), math.ceil(images / ITEMS_PER_BATCH))
+    per_batch = math.ceil(images / per_item)
+    per_worker = max(2, math.ceil(BATCHES_AHEAD * per_batch / max(1, workers)))
+    return LoaderPlan(per_item, per_batch, per_worker)
+
+
+def image_keys(
+    images: int, batch: int, world: World, *, seed: int, start: int, stop: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, index) of each image that this process has in the steps `start` to `stop`.
+
+    Every epoch has an order of its own, drawn from (seed, epoch). In a step all processes together
+    have the same images, however many they are.
+    """
+    per_epoch = batches_per_epoch(images, batch, world)
+    while start < stop:
+        epoch, done = divmod(start, per_epoch)
+        order = torch.randperm(images, generator=generator(seed, epoch))
+        own = order[world.rank : per_epoch * batch : world.size].view(per_epoch, -1)
+        own = own[done:][: stop - start]
+        for indices in own:
+            yield [(epoch, index) for index in indices.tolist()]
+        start += len(own)
+
+
+def _items(keys: Iterable[list[Any]], images_per_item: int) -> Iterator[list[Any]]:
+    """Parts of the lists of keys, each of so many images; the last of a list may be smaller."""
+    for batch_keys in keys:
+        for first in range(0, len(batch_keys), images_per_item):
+            yield batch_keys[first : first + images_per_item]
+
+
+def _join(parts: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """Join the tensors of like parts by `join`, field by field; lists are put after each other."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return join(parts)
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
+    if isinstance(first, tuple):
+        fields = [_join(column, join) for column in zip(*parts, strict=True)]
+        return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
+    raise TypeError(f"An image's item holds tensors, lists and tuples of them, no {type(first)}.")
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which would move the channels of the images apart."""
+    return torch.cat([part[None] for part in parts])
+
+
+def _collate(images: list[Any]) -> Any:
+    """The items of a few images as one, which a loader process hands over."""
+    return share_batch(_join(images, _stack))
+
+
+def _finish_batch(parts: Sequence[Any], normalize: tuple | None) -> list[Any]:
+    """Put the parts of a batch together, on their device; the images become floats."""
+    fields = _join(parts, torch.cat)
+    batch = [list(field) if type(field) is tuple else field for field in fields]
+    if normalize is not None:
+        mean, std = normalize
+        batch[0] = [normalize_images(x, mean, std) for x in batch[0]]
+    return batch
+
+
+def make_batch(
+    dataset: Any, indices: Sequence[int], *, epoch: int = 0, normalize: tuple | None = None
+) -> list[Any]:
+    """The batch of these images in an epoch, on the CPU: see `batches`."""
+    items = [dataset[epoch, index] for index in indices]
+    return _finish_batch([_collate(items)], normalize)
+
+
 def batches(
     dataset: Any,
     batch: int,
@@ -779,45 +911,52 @@ def batches(
     start: int,
     stop: int,
     workers: int = 0,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     patience: Patience = PATIENCE,
 ) -> Iterator[Any]:
     """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
 
-    Every epoch has an order of its own, drawn from (seed, epoch); a resumed run goes on with the
-    batch that comes next.
+    `image_keys` deals the images; a resumed run goes on with the batch that comes next. The loader
+    processes live until the last step, so that nothing waits at the end of an epoch. Each makes a
+    few images at a time, `plan_loader` says how many.
+
+    An item of the dataset is a tuple of tensors, of tuples of tensors, and of lists. In a batch
+    each tensor has a leading axis of images, a tuple is a list of such tensors, and a list holds
+    the entries of all images.
 
     Args:
-        dataset: `dataset[indices]` makes the batch of a list of indices, and draws from
-            (seed, `dataset.epoch`, indices) alone; `len(dataset)` is the number of images.
+        dataset: `dataset[epoch, index]` makes the item of one image, and draws from
+            (seed, epoch, index) alone; `len(dataset)` is the number of images.
         batch: Images a step, over all processes.
         world: This process.
         seed: The run's seed.
         start: The first step.
         stop: The step before which to end.
         workers: Loader processes of this process; 0 loads in the process itself.
+        normalize: Mean and standard deviation of each color, in [0, 1]. The first field, a tuple
+            of images of 8 bits, then becomes floats on the device. Without it, it stays as it is.
         patience: How long to wait for a batch.
     """
-    per_epoch = batches_per_epoch(len(dataset), batch, world)
-    while start < stop:
-        epoch, done = divmod(start, per_epoch)
-        dataset.epoch = epoch
-        order = torch.randperm(len(dataset), generator=generator(seed, epoch))
-        own = order[world.rank : per_epoch * batch : world.size].view(per_epoch, -1)
-        own = own[done:][: stop - start].tolist()
-        loader = DataLoader(
-            dataset,
-            batch_size=None,  # an element of the sampler is a list of indices: a whole batch
-            sampler=own,
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=start_worker,
-            collate_fn=_convert_batch,
-            pin_memory=world.device.type == "cuda",
-            generator=generator(seed, epoch),
-        )
-        for items in load(loader, patience):
-            yield tree_map_only(Tensor, lambda x: x.to(world.device, non_blocking=True), items)
-        start += len(own)
+    keys = image_keys(len(dataset), batch, world, seed=seed, start=start, stop=stop)
+    plan = plan_loader(batch // world.size, workers)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_items(keys, plan.images_per_item),
+        num_workers=workers,
+        prefetch_factor=plan.items_per_worker if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=start_worker,
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+        generator=generator(seed),
+    )
+    items = load(loader, patience)
+    for _ in range(start, stop):
+        parts = []
+        for part in islice(items, plan.items_per_batch):
+            move = partial(Tensor.to, device=world.device, non_blocking=True)
+            parts.append(tree_map_only(Tensor, move, part))
+        yield _finish_batch(parts, normalize)
 
 
 def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:

@@ -72,40 +72,37 @@ augment = transforms.Compose(
     [
         transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
         transforms.RandomGrayscale(p=0.2),
-        transforms.Normalize(MEAN, STD),
     ]
 )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
+    """Two augmented crops of each image, and the `View` of each crop."""
 
     def __init__(self, source, config: Config):
         self.source = source
         self.config = config
-        self.epoch = 0  # `harness.batches` sets it
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        key = (self.config.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
+        seed = self.config.seed
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        pairs = dk.sample_view_pairs(sizes, min_overlap=0.1, generator=harness.generator(*key))
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, min_overlap=0.1, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        augmented = []
-        with harness.seeded(*key, harness.COLORS):
-            for view in views:
-                crops = dk.crop_views(pixels, view, self.config.size)
-                augmented.append(torch.stack([augment(crop) for crop in crops]))
-        return augmented, views, pairs.valid, torch.tensor(indices), unreadable
+        crops = [harness.crop_bytes(image, view, self.config.size) for view in views]
+        # The colors need other random numbers than the views.
+        with harness.seeded(seed, epoch, index, harness.COLORS):
+            augmented = tuple(augment(crop) for crop in crops)
+        return augmented, views, pairs.valid, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -191,6 +188,7 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            normalize=(MEAN, STD),
         )
         facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
         for images, views, valid, _, unreadable in harness.progress(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import d3ssl
+import harness
 import numpy as np
 import proposals
 import pytest
@@ -606,8 +607,9 @@ def some_source():
 def test_the_chosen_boxes_are_some_that_view_2_holds():
     source, full = some_source(), set()
     dataset, indices = TwoViews(source, SMALL), [0, 5, 2, 7, 6, 3]
-    for dataset.epoch in range(20):
-        _, (view1, view2), boxes, valid, *_ = dataset[indices]
+    for epoch in range(20):
+        batch = harness.make_batch(dataset, indices, epoch=epoch)
+        _, (view1, view2), boxes, valid, *_ = batch
         assert boxes.shape == (6, SMALL.regions, 4)
         for row, index in enumerate(indices):
             h, w = source[index][0].shape[1:]
@@ -632,12 +634,11 @@ def test_the_chosen_boxes_are_some_that_view_2_holds():
 def test_the_boxes_are_drawn_from_the_seed_the_epoch_and_the_images():
     config = replace(SMALL, views=Views(size=8, scale=(1.0, 1.0)))
     dataset = TwoViews(some_source(), config)
-    first, again = ([dataset[[7, 3]][k] for k in (2, 3)] for _ in "12")
+    first, again = (harness.make_batch(dataset, [7, 3])[2:4] for _ in "12")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    dataset.epoch = 1
-    assert not torch.equal(dataset[[7, 3]][2], first[0])
+    assert not torch.equal(harness.make_batch(dataset, [7, 3], epoch=1)[2], first[0])
     seeded = TwoViews(some_source(), replace(config, seed=1))
-    assert not torch.equal(seeded[[7, 3]][2], first[0])
+    assert not torch.equal(harness.make_batch(seeded, [7, 3])[2], first[0])
 
 
 def write_proposals(folder, boxes, sizes):
@@ -673,7 +674,7 @@ def test_what_stands_in_for_an_unreadable_file_brings_its_own_proposals(folder):
     for name in ("1.png", "2.png", "4.png"):
         (folder / name).write_text("no image")
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, _, unreadable = dataset[[0, 1, 2, 3, 4]]
+    _, _, boxes, valid, _, unreadable = harness.make_batch(dataset, range(5))
     assert valid.sum(1).tolist() == [1] * 5
     want = [[k, 2, 20 + k, 38] for k in (0, 3, 3, 3, 0)]  # 4 is the last
     torch.testing.assert_close(boxes[:, 0], torch.tensor(want).float())
@@ -686,7 +687,7 @@ def test_boxes_follow_an_image_that_was_resized_since(folder):
     boxes = {f"{k}.png": [[8, 0, 96, 80]] for k in range(5)}
     write_proposals(folder, boxes, dict.fromkeys(boxes, (160, 96)))  # four times, and twice
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, *_ = dataset[[0, 4]]
+    _, _, boxes, valid, *_ = harness.make_batch(dataset, [0, 4])
     assert valid[:, 0].all()
     torch.testing.assert_close(boxes[:, 0], torch.tensor([[4.0, 0, 48, 20]] * 2))
 
@@ -897,7 +898,8 @@ def fake_run(folder, *steps):
 def some_preview():
     """Four scenes, and the batch of them that is drawn."""
     source = proposals.SceneProposals(4)
-    return source, TwoViews(source, SMALL)[[0, 1, 2, 3]]
+    normalize = (d3ssl.MEAN, d3ssl.STD)
+    return source, harness.make_batch(TwoViews(source, SMALL), range(4), normalize=normalize)
 
 
 def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -109,18 +110,18 @@ class Config:
 
 
 class Noise:
-    """Batches whose values depend on (seed, epoch, indices) through torch's global generator."""
+    """Values that depend on (seed, epoch, index) through torch's global generator."""
 
     def __init__(self, count=22):
-        self.count, self.epoch, self.read = count, None, []
+        self.count, self.read = count, []
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, indices):
-        self.read.append(indices)
-        with harness.seeded(3, self.epoch, *indices):
-            return indices, torch.randn(len(indices), 4)
+    def __getitem__(self, key):
+        self.read.append(key)
+        with harness.seeded(3, *key):
+            return torch.tensor(key), torch.randn(4)
 
 
 class Queue(NamedTuple):
@@ -1178,25 +1179,31 @@ def test_the_noise_is_the_same_when_compiled():
 
 
 class Indices:
-    """A dataset whose batches are the indices asked for, with the epoch."""
+    """A dataset whose items are the epoch and the index."""
 
     def __init__(self, count):
-        self.count, self.epoch = count, None
+        self.count = count
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, indices):
-        return self.epoch, indices
+    def __getitem__(self, key):
+        return torch.tensor(key[0]), torch.tensor(key[1])
 
 
 def dealt(count, batch, size, start, stop, seed=0):
     """For each process, the epoch and the indices of each batch."""
-    worlds = [harness.World(rank, size, CPU) for rank in range(size)]
-    return [
-        list(harness.batches(Indices(count), batch, w, seed=seed, start=start, stop=stop))
-        for w in worlds
-    ]
+    shares = []
+    for rank in range(size):
+        world = harness.World(rank, size, CPU)
+        share = []
+        for epochs, indices in harness.batches(
+            Indices(count), batch, world, seed=seed, start=start, stop=stop
+        ):
+            (epoch,) = set(epochs.tolist())
+            share.append((epoch, indices.tolist()))
+        shares.append(share)
+    return shares
 
 
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(1, 5), st.integers(0, 15), st.data())
@@ -1239,55 +1246,116 @@ def test_batches_are_the_same_whatever_the_workers(workers):
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))  # the loader took nothing from the global stream
     assert len(made) == 6
-    expected = Noise(23)
-    for step, (indices, values) in enumerate(made, 7):
-        expected.epoch = step // 5
-        assert torch.equal(values, expected[indices][1])
+    for step, (keys, values) in enumerate(made, 7):
+        assert keys[:, 0].tolist() == [step // 5] * 4
+        for key, value in zip(keys.tolist(), values, strict=True):
+            assert torch.equal(value, Noise(23)[key][1])
     if workers == 0:
-        assert len(dataset.read) == 6  # the batches before the start were not loaded
+        assert len(dataset.read) == 6 * 4  # the images before the start were not loaded
     whole = list(harness.batches(Noise(23), 4, ALONE, seed=1, start=0, stop=13))[7:]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(made, whole, strict=True))
+
+
+@pytest.mark.parametrize(("size", "workers", "images_per_item"), [(1, 2, 3), (2, 1, 1), (4, 0, 8)])
+def test_what_is_drawn_for_an_image_belongs_to_it_alone(
+    size, workers, images_per_item, monkeypatch
+):
+    """By hashes: not to the process, the worker, or the images that are made together."""
+
+    def hashes(size, workers):
+        drawn = {}
+        for rank in range(size):
+            world = harness.World(rank, size, CPU)
+            options = {"seed": 1, "start": 1, "stop": 5, "workers": workers}
+            for keys, values in harness.batches(Noise(26), 8, world, **options):
+                for key, value in zip(keys.tolist(), values, strict=True):
+                    drawn[tuple(key)] = hashlib.sha256(value.numpy().tobytes()).hexdigest()
+        return drawn
+
+    expected = hashes(1, 0)
+    assert len(set(expected.values())) == 4 * 8
+    monkeypatch.setattr(harness, "IMAGES_PER_ITEM", images_per_item)
+    assert hashes(size, workers) == expected
+
+
+def test_one_group_of_loader_processes_works_over_all_epochs():
+    class Processes(Indices):
+        def __getitem__(self, key):
+            return torch.tensor([key[0], os.getpid()]), torch.tensor(key[1])
+
+    options = {"seed": 0, "start": 0, "stop": 12, "workers": 2}
+    made = [batch[0] for batch in harness.batches(Processes(8), 4, ALONE, **options)]
+    epochs, processes = torch.cat(made).unbind(1)
+    assert epochs.unique().tolist() == [*range(6)]
+    assert len(processes.unique()) == 2
+    assert os.getpid() not in processes
+
+
+def test_the_keys_of_a_long_training_are_dealt_as_they_are_needed():
+    keys = harness.image_keys(100, 10, ALONE, seed=0, start=7, stop=10**12)
+    assert [key[0] for key in next(keys)] == [0] * 10
+
+
+@given(st.integers(1, 2048), st.integers(0, 32))
+def test_a_plan_of_the_loader_is_two_batches_ahead_and_little_more(images, workers):
+    plan = harness.plan_loader(images, workers)
+    assert plan.images_per_item * (plan.items_per_batch - 1) < images
+    assert images <= plan.images_per_item * plan.items_per_batch
+    assert plan.items_per_batch <= 32
+    if workers:
+        waiting = workers * plan.items_per_worker * plan.images_per_item
+        # Each worker may have two items, and the last item of a batch may be a smaller one.
+        most = 2 * images + 3 * max(images, workers) + 64
+        assert 2 * images <= waiting <= most
+        assert min(workers, images) <= plan.items_per_batch * 8
 
 
 def test_loader_processes_let_the_garbage_of_their_parent_be(monkeypatch):
     """A process group that is collected in a fork waits for ever for threads it does not have."""
 
     class Frozen(Indices):
-        def __getitem__(self, indices):
-            return len(frozen), torch.get_num_threads()
+        def __getitem__(self, key):
+            return (torch.tensor([len(frozen), torch.get_num_threads()]),)
 
     frozen = []  # the tests freeze each of their forks: what counts is that the harness does too
     collector = SimpleNamespace(freeze=lambda: frozen.append(True))
     monkeypatch.setattr(harness, "gc", collector)
     options = {"seed": 0, "start": 0, "stop": 1, "workers": 1}
-    assert list(harness.batches(Frozen(2), 2, ALONE, **options)) == [[1, 1]]
+    ((found,),) = harness.batches(Frozen(2), 2, ALONE, **options)
+    assert found.tolist() == [[1, 1]] * 2
     assert frozen == []
 
 
-def test_tensors_of_a_batch_come_in_their_records():
+def test_a_batch_has_the_structure_of_its_items():
     class Records(Indices):
-        def __getitem__(self, indices):
-            return Queue(torch.ones(2), torch.tensor(1)), ["a: broken"], [torch.zeros(3)]
+        def __getitem__(self, key):
+            index = torch.tensor(key[1])
+            names = [f"{key[1]}: broken"] * key[1]
+            return Queue(torch.ones(2), index), names, (torch.zeros(3), index), [index.expand(key)]
 
-    ((record, names, tensors),) = harness.batches(Records(4), 4, ALONE, seed=0, start=0, stop=1)
+    batch = harness.make_batch(Records(4), [2, 0, 1], epoch=5)
+    record, names, tensors, ragged = batch
     assert isinstance(record, Queue)
-    assert record.bank.tolist() == [1, 1]
-    assert names == ["a: broken"]
-    assert tensors[0].shape == (3,)
+    assert record.bank.tolist() == [[1, 1]] * 3
+    assert record.position.tolist() == [2, 0, 1]
+    assert names == ["2: broken", "2: broken", "1: broken"]
+    assert isinstance(tensors, list)
+    assert tensors[0].shape == (3, 3)
+    assert tensors[1].tolist() == [2, 0, 1]
+    assert [x.shape for x in ragged] == [(5, 2), (5, 0), (5, 1)]
 
 
 class Troubled(Indices):
-    """The third batch does not come: its loader process is in trouble."""
+    """The image 0 does not come: its loader process is in trouble."""
 
     def __init__(self, trouble):
         super().__init__(16)
         self.trouble = trouble
 
-    def __getitem__(self, indices):
-        batch = torch.zeros(len(indices), 1000)
-        if 0 in indices:
+    def __getitem__(self, key):
+        if key[1] == 0:
             getattr(self, self.trouble)()
-        return batch
+        return (torch.zeros(1000),)
 
     def killed(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -1341,8 +1409,8 @@ class BreaksOff(Indices):
         super().__init__(4)
         self.error = error
 
-    def __getitem__(self, indices):
-        return BrokenOff(self.error)
+    def __getitem__(self, key):
+        return ([BrokenOff(self.error)],)
 
 
 @pytest.mark.parametrize(
@@ -1367,7 +1435,7 @@ def test_a_loader_process_that_dies_while_it_sends_is_one_sentence(error, reason
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_images_is_none_of_the_loader(workers, monkeypatch):
     class Broken(Indices):
-        def __getitem__(self, indices):
+        def __getitem__(self, key):
             raise OSError("no such image")
 
     monkeypatch.setattr(harness, "DYING", 0.1)
@@ -1666,11 +1734,11 @@ def test_a_guess_is_said_once_by_all_loader_processes(tmp_path, capfd, unsaid):
         source = harness.FolderImages(tmp_path, **options)
 
         class Images(Indices):
-            def __getitem__(self, indices):
-                return torch.stack([source[i][0] for i in indices])
+            def __getitem__(self, key):
+                return (source[key[1]][0],)
 
         loader = harness.batches(Images(8), 2, ALONE, seed=0, start=0, stop=4, workers=2)
-        return {int(x) for batch in loader for x in batch.unique()}
+        return {int(x) for (images,) in loader for x in images.unique()}
 
     assert read(value_range=(0.0, 2.0)) == {128}
     assert capfd.readouterr().err == ""
@@ -1873,14 +1941,36 @@ def test_unreadable_files_are_replaced_and_named(broken):
     assert torch.equal(source[8][0], source[0][0])
 
 
-def test_a_batch_of_images_and_all_that_was_passed_over(broken):
-    source = harness.FolderImages(broken)
-    images, unreadable = harness.read_batch(source, [0, 1, 3])
-    for image, index in zip(images, (0, 2, 8), strict=True):
-        assert torch.equal(image, source[index][0])
-    assert unreadable == [*source[1][1], *source[3][1]]
-    assert len(unreadable) == 6
-    assert harness.read_batch(harness.SceneImages(2), [1])[1] == []
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(1, 24),
+    st.sampled_from(["bilinear", "bicubic"]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_a_crop_of_bytes_is_within_one_gray_level_of_the_exact_one(
+    flip, vertical_flip, size, side, interpolation, is_whole, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8).movedim(-1, 0)
+    corner, far = torch.rand(2, 2, generator=generator) * torch.tensor(size[::-1])
+    box = torch.cat([corner.minimum(far), corner.maximum(far)])
+    if is_whole:
+        box = torch.cat([box[:2].floor(), box[2:].floor() + 1])
+    view = dk.View(box, torch.tensor(flip), torch.tensor(vertical_flip))
+    crop = harness.crop_bytes(image, view, side, interpolation)
+    exact = dk.crop_views(image / 255, view, side, interpolation=interpolation).clamp(0, 1) * 255
+    assert crop.dtype == torch.uint8
+    torch.testing.assert_close(crop.float(), exact, atol=1 + 1e-3, rtol=0)
+
+
+def test_normalized_images_are_those_of_torchvision():
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    pixels = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+    found = harness.normalize_images(pixels, mean, std)
+    torch.testing.assert_close(found, Normalize(mean, std)(pixels / 255), atol=1e-5, rtol=0)
 
 
 def test_unnormalized_images_are_the_pictures_again():
@@ -1901,8 +1991,8 @@ def test_all_unreadable_is_one_sentence(tmp_path, capfd):
         source[1]
 
     class Source(Indices):
-        def __getitem__(self, indices):
-            return [source[i] for i in indices]
+        def __getitem__(self, key):
+            return (source[key[1]][0],)
 
     def read_in_a_worker(workers):
         next(harness.batches(Source(2), 2, ALONE, seed=0, start=0, stop=1, workers=workers))
