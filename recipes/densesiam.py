@@ -571,9 +571,10 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the encoder."""
-    images, views, _, _ = preview
+    images, views, indices, _ = preview
     model.eval()
-    draw(model, images, views, run.picture_path(step))
+    seeds = harness.image_seeds(config.seed, step, indices)
+    draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
@@ -587,7 +588,9 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     model.train()
 
 
-def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Path) -> None:
+def draw(
+    model: DenseSiam, images: list[Tensor], views: list[dk.View], seeds: Tensor, path: Path
+) -> None:
     """A row per image: for each of its views the matched points, pseudo-categories, PCA colors."""
     pixels = torch.cat(images)
     maps = last_map(model.encoder, pixels)
@@ -601,7 +604,7 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
 
     if model.loss.grid:
-        mark_pairs(tiles[0], overlap_pairs(views, model.loss), palette)
+        mark_pairs(tiles[0], overlap_pairs(views, model.loss, seeds), palette)
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
 
