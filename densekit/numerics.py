@@ -214,6 +214,15 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
+def row_of(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return a few Python numbers as a row, in the dtype and on the device of another tensor.
+
+    `like.new_tensor(numbers)` copies them from the CPU, for which the host waits.
+    """
+    at = {"dtype": like.dtype, "device": like.device}
+    return torch.stack([torch.full((), number, **at) for number in numbers])
+
+
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
     rows = rows.long()  # `gather` does not take every integer dtype

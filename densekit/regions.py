@@ -15,6 +15,7 @@ from densekit.numerics import (
     check_size,
     full_precision,
     readable,
+    row_of,
     safe_divide,
     sample_uniform,
     take_rows,
@@ -242,8 +243,10 @@ def proposal_cutout(
     # as there are few: a proposal has up to four edges along each axis.
     by_pixel = 4 * boxes.shape[-2] > max(size)
     split_axes = () if by_pixel else (0, 1)
-    lines = [range(0, length + 1, 1 if by_pixel else length) for length in (size[1], size[0])]
-    edges = [boxes.new_tensor(line).expand(*boxes.shape[:-2], -1) for line in lines]
+    at = {"dtype": boxes.dtype, "device": boxes.device}
+    lengths = (size[1], size[0])
+    lines = [torch.arange(0, x + 1, 1 if by_pixel else x, **at) for x in lengths]
+    edges = [line.expand(*boxes.shape[:-2], -1) for line in lines]
     counts = (len(lines[1]) - 1, len(lines[0]) - 1)
     cells = torch.zeros(*boxes.shape[:-2], *counts, dtype=torch.bool, device=boxes.device)
 
@@ -459,7 +462,7 @@ def sample_shift(
     wide = widened(boxes)
     used = usable[..., None]
 
-    sides = wide.new_tensor([size[1], size[0]])
+    sides = row_of([size[1], size[0]], wide)
     # The padding gives an envelope to an image without boxes.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
     first = torch.cat([torch.where(used, wide[..., :2], torch.inf), nowhere], -2).amin(-2)

@@ -20,6 +20,7 @@ from densekit.numerics import (
     full_precision,
     readable,
     refuse_channels_last,
+    row_of,
     safe_divide,
     sample_uniform,
     widened,
@@ -1155,7 +1156,9 @@ def _height_and_width(
 ) -> tuple[Tensor, Tensor]:
     """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
     if not isinstance(size, Tensor):
-        size = torch.tensor(size, device=device)
+        # On the device from the start: a copy from the CPU is waited for.
+        height, width = (torch.full((), side, device=device) for side in size)
+        return height.float(), width.float()
     sizes = size.to(device=device, dtype=torch.float32)
     height, width = sizes.unbind(-1)
     return height, width
@@ -1166,7 +1169,7 @@ def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
     if not isinstance(size, Tensor):
         fits = min(size) > 0
         check(f"views.{function}", "size", size, fits, "a positive (h, w) in pixels")
-        return widened(boxes).new_tensor(size[::-1])
+        return row_of(size[::-1], widened(boxes))
     if not broadcasts(size.shape[:-1], boxes.shape[:-1]):
         raise TypeError(
             f"densekit.views.{function}: argument 'size' has shape {tuple(size.shape)}, and the "
@@ -1180,7 +1183,7 @@ def _view_sides(function: str, size: int | Size, like: Tensor) -> Tensor:
     h, w = (size, size) if isinstance(size, int) else size
     fits = min(h, w) > 0
     check(f"views.{function}", "size", size, fits, "a positive size in pixels")
-    return widened(like).new_tensor([w, h])
+    return row_of([w, h], widened(like))
 
 
 def _view(box: Tensor, flip: Tensor | None, vertical_flip: Tensor | None) -> View:

@@ -655,10 +655,11 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
+            order = order.to(device, non_blocking=True)
             # For the augmentation of the regions.
             seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device), seeds)
+                loss, terms, bank = ddp(images, views, boxes, valid, bank, order, seeds)
 
             optimizer.zero_grad()
             loss.backward()

@@ -623,6 +623,18 @@ def method_of(loss_config: Loss) -> str:
 
 
 # ==== loop ========================================================================================
+def spread(model: DenseSiam, with_region: bool) -> nn.parallel.DistributedDataParallel:
+    """The model, whose gradients are averaged over the processes.
+
+    The heads of RegionSim have no gradient, and no weight decay, before it begins. To find that out
+    by itself, DistributedDataParallel would let the host wait for the device in each step.
+    """
+    for name, parameter in model.named_parameters():
+        if "region" in name:
+            parameter.requires_grad_(with_region)
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam", config)
@@ -645,9 +657,9 @@ def train(config: Config) -> None:
             model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
-        # The heads of RegionSim have no gradient, and no weight decay, before it begins.
         regionsim = has_regionsim(config.loss)
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=regionsim)
+        with_region = False
+        ddp = spread(model, with_region)
 
         predictors = []  # their learning rate stays constant
         others = []
@@ -687,7 +699,10 @@ def train(config: Config) -> None:
             optimizer.param_groups[0].update(lr=lr)
 
             seeds = harness.image_seeds(config.seed, step, indices)  # for random points
-            with_region = regionsim and step >= config.loss.region_start * steps
+            has_begun = regionsim and step >= config.loss.region_start * steps
+            if has_begun and not with_region:
+                with_region = True
+                ddp = spread(model, with_region)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, views, with_region, seeds)
 

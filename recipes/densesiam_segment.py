@@ -580,6 +580,18 @@ def draw(matching: Matching, path: Path) -> None:
 
 
 # ==== loop ========================================================================================
+def spread(model: Segmenter, with_region: bool) -> nn.parallel.DistributedDataParallel:
+    """The model, whose gradients are averaged over the processes.
+
+    The heads of L_region have no gradient, and no weight decay, before it begins. To find that out
+    by itself, DistributedDataParallel would let the host wait for the device in each step.
+    """
+    for name, parameter in model.named_parameters():
+        if "region" in name:
+            parameter.requires_grad_(with_region)
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam-segment", config)
@@ -600,9 +612,9 @@ def train(config: Config) -> None:
         if device.type == "cuda":
             model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
-        # The heads of L_region have no gradient, and no weight decay, before it begins.
         has_region = config.region > 0
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_region)
+        with_region = False
+        ddp = spread(model, with_region)
 
         optimizer = torch.optim.SGD(
             model.parameters(), lr, momentum=0.9, weight_decay=config.weight_decay
@@ -635,7 +647,10 @@ def train(config: Config) -> None:
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view, _, unreadable in bar:
-            with_region = has_region and step >= config.region_start * steps
+            has_begun = has_region and step >= config.region_start * steps
+            if has_begun and not with_region:
+                with_region = True
+                ddp = spread(model, with_region)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
 

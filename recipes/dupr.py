@@ -578,10 +578,11 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
+            order = order.to(device, non_blocking=True)
             # For the keys that enter the banks.
             seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, banks = ddp(images, views, banks, order.to(device), seeds)
+                loss, terms, banks = ddp(images, views, banks, order, seeds)
 
             optimizer.zero_grad()
             loss.backward()

@@ -77,8 +77,9 @@ class Encoder(nn.Module):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT."""
-        mean = images.new_tensor(self.mean).view(3, 1, 1)
-        std = images.new_tensor(self.std).view(3, 1, 1)
+        # `new_tensor` would copy them from the CPU, and the host would wait for the device.
+        mean = torch.stack([images.new_full((1, 1), x) for x in self.mean])
+        std = torch.stack([images.new_full((1, 1), x) for x in self.std])
         normalized = (images - mean) / std
 
         if self.by_timm:

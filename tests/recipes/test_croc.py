@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 from croc import PRESETS, CrOC, Views
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import on_processes
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
@@ -282,6 +284,57 @@ def test_processes_have_the_loss_and_the_gradient_of_one(size):
         torch.testing.assert_close(own_loss, loss)
         torch.testing.assert_close(own_gradients, gradients)
         torch.testing.assert_close(own_centers, centers)
+
+
+def select_valid(distill):
+    """`CrOC.distill` on the valid rows alone, which then have no axis for the images."""
+
+    def selected(self, kind, student_rows, teacher_rows, temperature, valid=None):
+        if valid is not None:
+            student_rows, teacher_rows = student_rows[valid], teacher_rows[valid]
+        return distill(self, kind, student_rows, teacher_rows, temperature)
+
+    return selected
+
+
+def selecting_part(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrOC, "distill", select_valid(CrOC.distill))
+        return part_of_the_batch(*arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_masked_clusters_are_the_selected_ones(size):
+    """On four processes, one has no valid cluster at all."""
+    torch.manual_seed(1)
+    model, (images, views) = CrOC(SMALL).double(), batch(4, torch.float64)
+    views = [dk.View(view.box.clone(), view.flip) for view in views]
+    for view in views:
+        view.box[1] += 1000
+    arguments = (model.state_dict(), images, views)
+    masked = on_processes(size, part_of_the_batch, *arguments)
+    selected = on_processes(size, selecting_part, *arguments)
+    assert masked[0][1]["cluster"] > 0
+    torch.testing.assert_close(masked, selected)
+
+
+@given(st.data())
+def test_each_gradient_is_clipped_as_by_torch_alone(data):
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=4))
+    largest = data.draw(st.floats(0.01, 10) | st.just(math.inf))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [*shapes, [2]]]
+    for parameter in parameters[:-1]:  # the last one has no gradient
+        parameter.grad = torch.randn(parameter.shape) * 10 ** data.draw(st.integers(-9, 3))
+    copies = [nn.Parameter(torch.zeros_like(x)) for x in parameters]
+    for parameter, copy in zip(parameters, copies, strict=True):
+        copy.grad = None if parameter.grad is None else parameter.grad.clone()
+
+    norms = [nn.utils.clip_grad_norm_(x, largest) for x in copies]
+    norm = croc.clip_each(parameters, largest)
+    torch.testing.assert_close(norm, torch.stack(norms).norm())
+    torch.testing.assert_close([x.grad for x in parameters[:-1]], [x.grad for x in copies[:-1]])
+    assert parameters[-1].grad is None
 
 
 def test_the_flags_of_the_authors_program_give_its_clusters_and_centroids(monkeypatch):

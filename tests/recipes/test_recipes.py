@@ -236,9 +236,8 @@ def test_a_run_in_bfloat16_stays_close(name, tmp_path, folder, plain_rows):
     assert_stays_close(name, folder, tmp_path, plain_rows, precision="bf16")
 
 
-# Neither says anything of the result; the second is of a break in CrOC's graph, at `[valid]`.
+# It says nothing of the result.
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_run_stays_close(name, tmp_path, folder, plain_rows, monkeypatch):
     def compile_in_eager(self, disable):  # the graph without the minutes of code generation
         torch.nn.Module.compile(self, backend="aot_eager", disable=disable)

@@ -6,7 +6,9 @@ Its own loop runs on fake tensors, which have shapes and no values: whatever rea
 import contextlib
 import importlib
 import itertools
+import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import croc
 import d3ssl
@@ -24,10 +26,10 @@ from test_densesiam import SMALL as DENSESIAM
 from test_densesiam_segment import SMALL as SEGMENT
 from test_dupr import SMALL as DUPR
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 RECIPES = {
@@ -45,6 +47,15 @@ class EndedError(Exception):
     """The test has seen enough."""
 
 
+def own_lines():
+    """The lines of recipes and of densekit that led here."""
+    frames = traceback.extract_stack()
+    own = [x for x in frames if "recipes/" in x.filename or "densekit/" in x.filename]
+    return [
+        f"{Path(x.filename).name}:{x.lineno} {x.line}" for x in own if "test_" not in x.filename
+    ]
+
+
 class Copies(TorchDispatchMode):
     """Notes each copy between devices that a host waits for."""
 
@@ -60,7 +71,7 @@ class Copies(TorchDispatchMode):
             source = args[0] if name == "_to_copy" else args[1]
             waits = not kwargs.get("non_blocking", False) and not (name == "copy_" and args[2:])
             if source.device.type != result.device.type and waits:
-                self.waiting.append(function)
+                self.waiting.append(own_lines())
         return result
 
 
@@ -117,9 +128,10 @@ def fake_loop(request, monkeypatch, tmp_path):
             def process_group(*_, **__):
                 yield harness.World(0, 1, torch.device(device))
 
-            def make_fake(model, **_):
-                convert_module(model, convert)
-                stack.enter_context(mode)
+            def make_fake(model):
+                if not any(isinstance(x, FakeTensor) for x in model.parameters()):
+                    convert_module(model, convert)
+                    stack.enter_context(mode)
                 return wrap(model)
 
             fake_batch = convert(batch)
@@ -133,6 +145,7 @@ def fake_loop(request, monkeypatch, tmp_path):
             monkeypatch.setattr(module, "evaluate", lambda *_: None, raising=False)
             monkeypatch.setattr(module, "probe", lambda *_: 0.0, raising=False)
             monkeypatch.setattr(nn.Module, "to", stay)
+            monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
             monkeypatch.setattr(nn.parallel, "DistributedDataParallel", make_fake)
             changes = {"epochs": 2, "log_every": 10**6, "save_every": 10**6}
             module.train(replace(config, run=tmp_path / "run", **changes))
@@ -162,3 +175,24 @@ def test_a_step_reads_no_value(fake_loop, monkeypatch):
     with pytest.raises(EndedError):
         fake_loop("cpu")
     assert recorded == list(range(STEPS))
+
+
+# Older versions of torch ask for a driver, and end the process where there is none.
+@pytest.mark.skipif(TORCH < (2, 15), reason="fake GPU tensors need a GPU in this version of torch")
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_waits_for_no_copy(fake_loop):
+    """A backward pass needs a real GPU."""
+    copies = Copies()
+
+    def end_after_forward(model):
+        def forward(*arguments):
+            with copies:
+                outputs = model(*arguments)
+            assert all(x.is_cuda for x in tree_leaves(outputs))
+            raise EndedError
+
+        return forward
+
+    with pytest.raises(EndedError):
+        fake_loop("cuda", end_after_forward)
+    assert copies.waiting == [], "\n".join(map(str, copies.waiting))
