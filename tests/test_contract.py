@@ -667,6 +667,14 @@ TABLE = [
     ),
     row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
     row("info_nce", masked_negatives, (0, 1, 2), temperature=0.5, reduction="none"),
+    row(
+        "info_nce",
+        masked_negatives,
+        (0, 1, 2),
+        temperature=0.5,
+        reduction="none",
+        normalized=True,
+    ),
     row("variance_covariance", one_set, (0,)),
     row(
         "variance_covariance",
