@@ -396,8 +396,8 @@ def soco_jitter(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tens
 
 
 # ==== model =======================================================================================
-# The dtype of the products with the keys of the bank; their sums are float32.
-PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The dtype of the products with the keys of the bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def embed(network: Any, view: Input, bins: int) -> Tensor:

@@ -243,8 +243,8 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
-# The dtype of the products with the keys of a bank; their sums are float32.
-PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The dtype of the products with the keys of a bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 FIRST_LEVEL = 2  # The levels are C2 to C5. Lists of all levels begin with C2.
 
 

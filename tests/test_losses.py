@@ -870,7 +870,10 @@ SHAPES = {
     "center": (3,),
     **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), ()),
 }
-OTHERS = {"valid", "reduction", "momentum", "group", "target", "epsilon"}
+OTHERS = {
+    *("valid", "reduction", "momentum", "group", "target", "epsilon"),
+    *("normalized", "product_dtype"),
+}
 ALL_LOSSES = [
     getattr(densekit, name)
     for name in densekit.losses.__all__
