@@ -95,6 +95,9 @@ def push_to_bank(
 ) -> Bank:
     """Add keys to a bank, in order; each key replaces the oldest one.
 
+    Push keys that `l2_normalize` returned, and `info_nce(..., normalized=True)` need not normalize
+    the whole bank in every step.
+
     Call it after the loss of a batch. A key that is pushed before is a negative of its own query,
     and then no loss of this query is below log 2 = 0.69, however well the two agree.
 

@@ -12,7 +12,7 @@ the graph. Half precision is converted to float32. This module knows no geometry
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -170,6 +170,8 @@ def info_nce(
     *,
     temperature: Scalar,
     reduction: Reduction = "mean",
+    normalized: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*reduced"]:
     """Compute InfoNCE: contrast each query's own key with negative keys.
 
@@ -190,6 +192,12 @@ def info_nce(
     With given negatives, neither the loss nor its gradient stores an array of queries times
     negatives; a forward derivative of the gradient, as in `torch.func.hessian`, does.
 
+    A large bank costs less if its keys are normalized once, at the push, and not again in every
+    step: push `l2_normalize(key)`, and call the loss with `normalized=True` on queries and keys
+    that `l2_normalize` returned. On a GPU, `product_dtype=torch.bfloat16` computes the products
+    with the negatives several times faster. This is the only part of the loss that leaves float32,
+    and only if you ask for it: inside autocast too, the default computes in float32.
+
     For several levels or kinds of features, add weighted calls, as `recipes/dupr.py` does. To
     weight the queries, use `reduction="none"`.
 
@@ -205,13 +213,21 @@ def info_nce(
         temperature: Divisor of the cosine; as a tensor it gets a gradient, and is not checked.
         reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
             not valid).
+        normalized: Whether all valid queries, keys and negatives are unit vectors. Then they are
+            used as they are. This is not checked, since that would read the values: with longer
+            vectors the loss is that of another temperature.
+        product_dtype: Dtype in which queries are multiplied by negatives, or by the keys of their
+            set. A device adds up the products in float32, and exponentials, sums and the queries'
+            own products are in float32. With torch.bfloat16 a logit is off by up to 1 % of `1 / t`.
+            By default the dtype of the loss.
 
     Returns:
-        The loss, not negative, in at least float32, in nats.
+        The loss, not negative, in at least float32, in nats. With a smaller `product_dtype` it may
+        be below zero by its rounding, if there are no given negatives.
 
     Raises:
         TypeError: The shapes differ, or rows look like maps.
-        ValueError: The temperature is not positive.
+        ValueError: The temperature is not positive, or `product_dtype` is not a floating dtype.
 
     Examples:
         >>> x = torch.eye(4)
@@ -230,14 +246,18 @@ def info_nce(
         _check_negatives(others, query)
 
     valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
-    query = l2_normalize(_valid_rows(query, valid))
-    key = l2_normalize(_valid_rows(key, valid))
+    unit = widened if normalized else l2_normalize
+    query = unit(_valid_rows(query, valid))
+    key = unit(_valid_rows(key, valid))
+    dtype = query.dtype if product_dtype is None else product_dtype
+    check("losses.info_nce", "product_dtype", dtype, dtype.is_floating_point, "a floating dtype")
     with full_precision(query):
         if others is None:
-            loss = _info_nce_in_set(query, key, valid, temperature)
+            loss = _info_nce_in_set(query, key, valid, temperature, dtype)
         else:
-            others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
-            loss = _info_nce_of_negatives(query, key, others, use, temperature)
+            if not normalized:
+                others = l2_normalize(_valid_rows(others, use))
+            loss = _info_nce_of_negatives(query, key, others, use, temperature, dtype)
     return _reduce(loss, valid, reduction)
 
 
@@ -252,10 +272,14 @@ def _check_negatives(others: Tensor, query: Tensor) -> None:
 
 
 def _info_nce_in_set(
-    query: Tensor, key: Tensor, valid: Tensor | None, temperature: Scalar
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor | None,
+    temperature: Scalar,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query, where the other valid keys of its set are the negatives."""
-    logits = query @ key.mT / temperature
+    logits = (query.to(dtype) @ key.mT.to(dtype)).to(query.dtype) / temperature
     positive = logits.diagonal(dim1=-2, dim2=-1)
     if valid is not None:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
@@ -264,19 +288,22 @@ def _info_nce_in_set(
 
 
 def _info_nce_of_negatives(
-    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: Scalar
+    query: Tensor,
+    key: Tensor,
+    others: Tensor,
+    use: Tensor | None,
+    temperature: Scalar,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query with the negatives `others`, those that `use` allows."""
     positive = (query * key).sum(-1) / temperature
-    bias = others.new_zeros(others.shape[:-1])
-    if use is not None:  # finite, since -inf would be NaN without any valid negative
-        bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
-
+    if use is None:
+        use = torch.ones(others.shape[:-1], dtype=torch.bool, device=others.device)
     rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
     if _in_forward_mode():
-        total = _logsumexp(rows / temperature, others, bias)
+        total = _logsumexp(rows / temperature, others, use, dtype)
     else:
-        total, _ = _LogSumExp.apply(rows / temperature, others, bias)
+        total, _ = _LogSumExp.apply(rows / temperature, others, use, dtype)
     # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
     return torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
 
@@ -855,7 +882,7 @@ def variance_covariance(
 
 
 class _LogSumExp(Function):
-    """Compute `logsumexp(query @ others.mT + bias)` in parts, with its gradient for the query.
+    """Compute `logsumexp(query @ others.mT)` over `use` in parts, with its gradient for the query.
 
     The logits of 49 patches of 256 images and a bank of 65,536 keys would be an array of 3 GB,
     several times. The gradient is the mean of the others, weighted by their softmax, and is
@@ -865,18 +892,20 @@ class _LogSumExp(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, others: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        biased = _append(query, torch.ones_like(query[..., 0]))
+    def forward(
+        query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
         most = torch.full_like(query[..., :1], -torch.inf)
         mass = torch.zeros_like(most)
         weighted = torch.zeros_like(query)
-        for keys in _some_at_a_time(query, others, bias):
-            logits = biased @ keys.mT
+        for keys in _some_at_a_time(query, others, use, dtype):
+            logits = (biased @ keys.mT).to(query.dtype)
             new_most = torch.maximum(most, logits.amax(-1, keepdim=True))
             weight = logits.sub_(new_most).exp_()
             fade = (most - new_most).exp()
             mass = mass * fade + weight.sum(-1, keepdim=True)
-            weighted = weighted * fade + weight @ keys[..., :-1]
+            weighted = weighted * fade + (weight.to(dtype) @ keys[..., :-1]).to(query.dtype)
             most = new_most
 
         mass = mass.clamp(min=1)  # it is at least 1 if there is any column
@@ -884,39 +913,43 @@ class _LogSumExp(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, *output)
+        *tensors, ctx.product_dtype = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        query, others, bias, total, mean = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        query, others, use, total, mean = ctx.saved_tensors
         gradient = gradients[0][..., None]
         if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
-            return mean * gradient, None, None
+            return mean * gradient, None, None, None
 
         # Compute it again, for second derivatives or for the gradient with respect to the others.
-        biased = _append(query, torch.ones_like(query[..., 0]))
+        dtype = ctx.product_dtype
+        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
         mean = torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
-            for keys in _some_at_a_time(query, others, bias):
-                share = (biased @ keys.mT).sub_(total[..., None]).exp_()
-                mean = mean + share @ keys[..., :-1]
-                part = share.mT @ (query * gradient)
-                of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
-        return mean * gradient, torch.cat(of_others, -2), None
+            for keys in _some_at_a_time(query, others, use, dtype):
+                logits = (biased @ keys.mT).to(query.dtype)
+                share = logits.sub_(total[..., None]).exp_().to(dtype)
+                mean = mean + (share @ keys[..., :-1]).to(query.dtype)
+                part = share.mT @ (query * gradient).to(dtype)
+                part = part.sum_to_size(*others.shape[:-2], *part.shape[-2:])
+                of_others.append(part.to(others.dtype))
+        return mean * gradient, torch.cat(of_others, -2), None, None
 
 
-def _logsumexp(query: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+def _logsumexp(query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the same of plain operations, which have derivatives of every order and mode.
 
     A `Function` with a rule for forward mode is wrong without a warning where forward modes are
     nested (https://github.com/pytorch/pytorch/issues/197867).
     """
-    biased = _append(query, torch.ones_like(query[..., 0]))
-    parts = _some_at_a_time(query, others, bias)
-    totals = [(biased @ keys.mT).logsumexp(-1) for keys in parts]
-    totals.append(torch.full_like(biased[..., 0], -torch.inf))  # of no negatives at all
+    biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
+    parts = _some_at_a_time(query, others, use, dtype)
+    totals = [(biased @ keys.mT).to(query.dtype).logsumexp(-1) for keys in parts]
+    totals.append(torch.full_like(query[..., 0], -torch.inf))  # of no negatives at all
     return torch.stack(totals, -1).logsumexp(-1)
 
 
@@ -929,12 +962,21 @@ def _append(x: Tensor, last: Tensor) -> Tensor:
     return torch.cat([x, last[..., None]], -1)
 
 
-def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]:
-    """Split `others` into parts, with the bias appended so that the matrix product adds it."""
+def _some_at_a_time(
+    query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield parts of `others` with a last column, which the product adds: 0, or a large negative.
+
+    It is finite, since minus infinity would be NaN without any valid negative.
+    """
     most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; a CPU's cache can store them
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
-    parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
-    return [_append(rows, last) for rows, last in parts if last.shape[-1]]
+    far_below = torch.finfo(dtype).min / 2
+    for rows, allowed in zip(others.split(count, -2), use.split(count, -1), strict=True):
+        if allowed.shape[-1]:
+            part = _valid_rows(rows.to(dtype), allowed)
+            last = part.new_zeros(allowed.shape).masked_fill(~allowed, far_below)
+            yield _append(part, last)
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -109,7 +109,7 @@ def typed(function: _Function) -> _Function:
 
 
 def _remember(passed: dict[Hashable, Hashable], form: Hashable, form_of_result: Hashable) -> None:
-    """Note that a call passed. Calls that never repeat, as of images of any size, do not pile up."""
+    """Note that a call passed. Calls that never repeat, such as of images, do not pile up."""
     if len(passed) >= _MOST_FORMS:
         passed.clear()
     passed[form] = form_of_result

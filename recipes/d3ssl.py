@@ -376,6 +376,10 @@ def soco_jitter(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tens
 
 
 # ==== model =======================================================================================
+# The dtype of the products with the keys of the bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
 def embed(network: Any, view: Input, bins: int) -> Tensor:
     """The outputs of the head for each region, (b, K, d) (Eq 1); only valid ones have a meaning."""
     encoder = network["encoder"]
@@ -458,8 +462,11 @@ class D3SSL(nn.Module):
         view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
         query1 = embed(self.student, view1, config.bins)
         query2 = embed(self.student, small, config.bins // 2)
-        key1 = self.embed_keys(view1, order)
-        key2 = self.embed_keys(view2, order)
+        # Unit vectors, normalized once: the bank holds the keys as they are.
+        query1 = dk.l2_normalize(query1)
+        query2 = dk.l2_normalize(query2)
+        key1 = dk.l2_normalize(self.embed_keys(view1, order))
+        key2 = dk.l2_normalize(self.embed_keys(view2, order))
 
         # The means are over the valid regions of all processes (Eq 10).
         mean = partial(dk.masked_mean, valid=valid, group=group)
@@ -469,9 +476,11 @@ class D3SSL(nn.Module):
             valid=valid,
             temperature=config.temperature,
             reduction="none",
+            normalized=True,
+            product_dtype=PRODUCT_DTYPES[config.precision],
         )
         decoupling = mean(info_nce(query1, key2) + info_nce(query2, key1))  # Eq 4
-        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")  # logged only
+        region_cosines = (query1.detach() * key2).sum(-1)  # logged only
         terms = {
             "decoupling": decoupling,
             "filled": bank.filled,
@@ -481,13 +490,13 @@ class D3SSL(nn.Module):
         loss = decoupling
 
         if config.depositioning:
-            query3 = embed(self.student, view3, config.bins)
+            query3 = dk.l2_normalize(embed(self.student, view3, config.bins))
             depositioning = mean(info_nce(query3, key2) + info_nce(query3, key1))  # Eq 9
             terms["depositioning"] = depositioning
             loss = loss + config.depositioning * depositioning
 
         # Every process pushes the keys of all processes, so that the banks stay the same.
-        all_keys = dk.all_gather(dk.l2_normalize(key1), group)
+        all_keys = dk.all_gather(key1, group)
         all_valid = dk.all_gather(valid, group)
         return loss, terms, dk.push_to_bank(bank, all_keys, all_valid)
 

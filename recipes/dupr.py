@@ -233,6 +233,8 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
+# The dtype of the products with the keys of a bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 FIRST_LEVEL = 2  # The levels are C2 to C5. Lists of all levels begin with C2.
 
 
@@ -357,6 +359,8 @@ class DUPR(nn.Module):
                 keys_per_image = 1
             query = self.student["heads"][loss.name](query_rows)
             key = self.teacher["heads"][loss.name](key_rows)
+            query = dk.l2_normalize(query)
+            key = dk.l2_normalize(key)  # once: the bank holds it as it is
 
             # The means are over the valid rows of all processes.
             bank = banks[loss.name]
@@ -368,8 +372,10 @@ class DUPR(nn.Module):
                 valid,
                 temperature=config.temperature,
                 reduction="none",
+                normalized=True,
+                product_dtype=PRODUCT_DTYPES[config.precision],
             )
-            row_cosines = -dk.negative_cosine(query.detach(), key, reduction="none")  # logged only
+            row_cosines = (query.detach() * key).sum(-1)  # logged only
             terms[loss.name] = mean(row_losses)
             terms[f"{loss.name}_cosine"] = mean(row_cosines)
             terms[filled_name] = bank.filled  # the same for all banks of a kind
@@ -377,7 +383,7 @@ class DUPR(nn.Module):
 
             # Every process pushes the keys of all processes, so that the banks stay the same.
             noise = harness.noise(seeds, (key.shape[1],), stream)
-            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image, noise=noise)
+            own_keys = dk.sample_keys(key, keys_per_image, noise=noise)
             all_keys = dk.all_gather(own_keys, group)
             # All rows of an image are valid, or none is.
             all_valid = dk.all_gather(valid[:, :1], group)

@@ -722,6 +722,14 @@ TABLE = [
     row("neighbor_distribution_loss", sets_and_allowed, (0,), reduction="none", close=4),
     row("soft_sort", some_values, (0,), steepness=3.0, without=NETWORK),
     row("soft_sort", some_values, (0,), steepness=3.0, network="odd_even", without=NETWORK),
+    row(
+        "info_nce",
+        masked_negatives,
+        (0, 1, 2),
+        temperature=0.5,
+        reduction="none",
+        normalized=True,
+    ),
     row("variance_covariance", one_set, (0,)),
     row(
         "variance_covariance",

@@ -340,6 +340,7 @@ def test_images_without_any_proposal_stay_clean_and_finite():
 
 def filled_bank(count=13, dtype=torch.float64):
     keys = uniform(torch.Generator().manual_seed(1), count, 8, low=-1).to(dtype)
+    keys = normalize(keys, dim=-1)  # as the keys that the model pushes
     return dk.push_to_bank(dk.init_bank(16, 8, dtype=dtype), keys)
 
 

@@ -406,7 +406,9 @@ def test_a_grid_of_no_point_is_simsiam(tmp_path):
     want, _ = baseline(images, views, False, SEEDS)
     assert torch.equal(loss, want)
     assert set(terms) == {"sim", "spread"}
-    densesiam.draw(model.float(), [x.float() for x in images], views, SEEDS, tmp_path / "picture.png")
+    densesiam.draw(
+        model.float(), [x.float() for x in images], views, SEEDS, tmp_path / "picture.png"
+    )
 
 
 @pytest.mark.parametrize(

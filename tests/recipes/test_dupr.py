@@ -90,6 +90,7 @@ def filled_banks(model, count, dtype=torch.float32):
     names = [name for name, _ in model.student["heads"].named_children()]
     banks = {name: dk.init_bank(32, 8) for name in names}
     keys = [torch.randn(count, 8, generator=generator, dtype=dtype) for _ in banks]
+    keys = [normalize(x, dim=-1) for x in keys]  # as the keys that the model pushes
     banks = {name: bank._replace(features=bank.features.to(dtype)) for name, bank in banks.items()}
     return {x: dk.push_to_bank(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
 
