@@ -628,6 +628,7 @@ def test_the_effective_rank_knows_no_turn_no_scale_and_no_shift(n, d, exponent, 
     assert 1 - 1e-9 <= rank <= max(1, min(n - 1, d)) + 1e-9
     moved = rows @ turn(generator, d) * 10.0**exponent + gaussian(generator, d)
     torch.testing.assert_close(effective_rank(moved), rank, rtol=1e-7, atol=0)
+    torch.testing.assert_close(effective_rank(rows.float()).double(), rank, rtol=1e-4, atol=0)
     plain = effective_rank(rows, centered=False)
     assert 1 - 1e-9 <= plain <= min(n, d) + 1e-9
     turned = effective_rank(rows @ turn(generator, d) * 10.0**exponent, centered=False)
