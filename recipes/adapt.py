@@ -152,6 +152,7 @@ from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
@@ -340,11 +341,11 @@ def list_pairs(config: Config) -> list[tuple[int, int]]:
 
 
 class ManyViews:
-    """Batches of images: crops of each image, the `View` of each crop, and the valid pairs.
+    """Crops of each image, the `View` of each crop, and the valid pairs.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, which pairs of views overlap enough, and the files that could not be read.
-    What is drawn for an image depends on (seed, epoch, index) alone.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, which pairs of views overlap enough, its index, and the files that could not
+    be read.
     """
 
     def __init__(self, source, config: Config):
@@ -357,45 +358,37 @@ class ManyViews:
         clean = {"auto": config.method != "neco", "yes": True, "no": False}
         self.clean_teacher = clean[config.clean_teacher]
         self.pairs = torch.tensor(list_pairs(config)).T
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        items = [self.make_views(x, index) for x, index in zip(images, indices, strict=True)]
-        crops, views, valid = zip(*items, strict=True)
-        crops = Crops(*[torch.stack(x) for x in zip(*crops, strict=True)])
-        return crops, dk.stack_views(views), torch.stack(valid), torch.tensor(indices), unreadable
-
-    def make_views(self, image: Tensor, index: int) -> tuple[Crops, dk.View, Tensor]:
-        """The crops of one image, their views, and which pairs of them overlap enough."""
-        key = (self.seed, self.epoch, index)
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
         size = (image.shape[-2], image.shape[-1])
-        large, small = self.sample_views(size, harness.generator(*key))
+        large, small = self.sample_views(size, harness.generator(self.seed, epoch, index))
         boxes = torch.cat([large.box, small.box])
         views = dk.View(boxes, torch.cat([large.flip, small.flip]))
-        if self.epoch == 0:
-            dk.check_views(views, torch.tensor(size))
+        if epoch == 0:
+            dk.check_views(views, size)
         first, second = boxes[self.pairs]
         overlap = self.share_in_common(first, second, size)
         valid = (overlap > 0) & (overlap >= self.view_config.min_overlap)
 
-        pixels = image[:3] / 255
-        large_crops = self.crop(pixels, large, self.view_config.size)
-        small_crops = self.crop(pixels, small, self.view_config.small_size)
+        large_crops = self.crop(image, large, self.view_config.size)
+        small_crops = self.crop(image, small, self.view_config.small_size)
         teacher_crops = large_crops
         if self.teacher_size != self.view_config.size:
-            teacher_crops = self.crop(pixels, large, self.teacher_size)
+            teacher_crops = self.crop(image, large, self.teacher_size)
         # The colors need other random numbers than the views.
-        with harness.seeded(*key, harness.COLORS):
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
             student_large = self.change_colors(large_crops)
             student_small = self.change_colors(small_crops)
             if not self.clean_teacher:
                 teacher_crops = self.change_colors(teacher_crops)
-        return Crops(teacher_crops, student_large, student_small), views, valid
+        crops = Crops(teacher_crops, student_large, student_small)
+        return crops, views, valid, torch.tensor(index), list(unreadable)
 
     def sample_views(
         self, size: tuple[int, int], generator: torch.Generator
@@ -434,11 +427,10 @@ class ManyViews:
         boxes1, boxes2 = torch.broadcast_tensors(boxes1, boxes2)
         return dk.box_area(dk.intersect_boxes(boxes1, boxes2)) / math.prod(size)
 
-    def crop(self, pixels: Tensor, view: dk.View, size: int) -> Tensor:
+    def crop(self, image: Tensor, views: dk.View, size: int) -> Tensor:
         """The crops of an image by several views, uint8."""
-        same = pixels.expand(len(view.flip), *pixels.shape)
-        crops = dk.crop_views(same, view, size)
-        return (crops * 255).round().byte()
+        crops = [harness.crop_bytes(image, view, size) for view in dk.unstack_views(views)]
+        return torch.stack(crops) if crops else image.new_zeros(0, 3, size, size)
 
     def change_colors(self, crops: Tensor) -> Tensor:
         changed = [self.photometric(crop) for crop in crops]
@@ -1067,7 +1059,7 @@ def split(part: int, parts: int, *batch: Any) -> Any:
         count = len(x) // parts
         return x[part * count : (part + 1) * count]
 
-    return torch.utils._pytree.tree_map_only(Tensor, cut, batch)
+    return tree_map_only(Tensor, cut, batch)
 
 
 def train(config: Config) -> None:

