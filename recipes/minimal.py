@@ -52,6 +52,7 @@ if __name__ == "__main__":
 import harness
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class TwoViews:
         if epoch == 0:
             dk.check_views(dk.stack_views(views), size)
 
-        crops = [harness.crop_bytes(image, view, self.config.size) for view in views]
+        crops = [crop_bytes(image, view, self.config.size) for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(seed, epoch, index, harness.COLORS):
             augmented = tuple(augment(crop) for crop in crops)
