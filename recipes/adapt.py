@@ -690,7 +690,7 @@ class Adapt(nn.Module):
                 cosine = dk.negative_cosine(points.features2, points.features1, points.valid)
                 cosines.append(-cosine)
 
-        of_large = self.of_large.to(losses[0].dtype)
+        of_large = self.get_buffer("of_large").to(losses[0].dtype)
         counts = valid.to(of_large.dtype) @ of_large  # (b, 2)
 
         def mean_of_images(values: list[Tensor]) -> Tensor:

@@ -915,15 +915,16 @@ def batches(
         pin_memory=world.device.type == "cuda",
         generator=generator(seed),
     )
-    if normalize is not None:  # once, and not in every step
-        normalize = tuple(torch.tensor(x, device=world.device) for x in normalize)
+    columns = None
+    if normalize is not None:  # on the device once, and not in every step
+        columns = tuple(torch.tensor(x, device=world.device) for x in normalize)
     items = load(loader, patience)
     for _ in range(start, stop):
         parts = []
         for part in islice(items, plan.items_per_batch):
             move = partial(Tensor.to, device=world.device, non_blocking=True)
             parts.append(tree_map_only(Tensor, move, part))
-        yield _finish_batch(parts, normalize)
+        yield _finish_batch(parts, columns)
 
 
 def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:
