@@ -423,7 +423,13 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
         picture_path=lambda step: tmp_path / "picture.png",
     )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
-    dupr.evaluate(model, ([x, x], [view, view], []), replace(model.config, data="."), run, 0)
+    dupr.evaluate(
+        model,
+        ([x, x], [view, view], torch.arange(len(x)), []),
+        replace(model.config, data="."),
+        run,
+        0,
+    )
     assert logged["matched"] == 1
     assert logged["similarity_iou_1.0"].item() == pytest.approx(1)
     assert model.training
