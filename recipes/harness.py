@@ -686,14 +686,15 @@ def image_source(
 def normalize_images(
     images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """Images of 8 bits (b, 3, h, w) as floats with this mean and standard deviation of each color.
+    """Images of 8 bits (b, 3, h, w) as floats, less the mean and divided by the deviation.
 
-    Both are of images in [0, 1].
+    Mean and standard deviation of each color are those of images in [0, 1].
     """
     # What is on the device already is not copied, so that nothing waits.
     mean_column = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     std_column = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    return images.float().sub_(mean_column * 255).div_(std_column * 255)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.sub_(mean_column * 255).div_(std_column * 255)
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -836,7 +837,7 @@ def _join(parts: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> A
     if isinstance(first, tuple):
         fields = [_join(column, join) for column in zip(*parts, strict=True)]
         return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
-    raise TypeError(f"An image's item holds tensors, lists and tuples of them, no {type(first)}.")
+    raise TypeError(f"An item is a tuple of tensors, tuples and lists; it holds {first!r}.")
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

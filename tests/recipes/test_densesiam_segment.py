@@ -355,7 +355,11 @@ def plain_views(source, **changes):
     return dataset
 
 
-def test_features_of_coordinates_show_the_same_image_points_in_both_views():
+def test_features_of_coordinates_show_the_same_image_points_in_both_views(monkeypatch):
+    def crop(image, view, size):  # not rounded to bytes
+        return dk.crop_views(image.float(), view, size)
+
+    monkeypatch.setattr(densesiam_segment, "crop_bytes", crop)
     dataset, flips = plain_views(Coordinates()), set()
     for epoch in range(6):
         images, view, *_ = harness.make_batch(
@@ -366,8 +370,7 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
         pooled = avg_pool2d(near, 4)
         center = slice(2, -2)  # nearer the border a crop does not see what is beside it
         inside = (..., center, center)
-        # Both crops have 8 bits: each is at most half a gray level off.
-        torch.testing.assert_close(replayed[inside], pooled[inside], atol=1 / 255, rtol=0)
+        torch.testing.assert_close(replayed[inside], pooled[inside], atol=1e-4, rtol=0)
         assert (replayed - pooled).abs().max() < 0.5 * 4 * 4 / 255  # half a cell of 4 pixels
         for maps, box, flip in zip(replayed, view.box, view.flip, strict=True):
             x = box[0] + (torch.arange(16) + 0.5) / 16 * (box[2] - box[0])

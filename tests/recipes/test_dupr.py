@@ -428,7 +428,11 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
     )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
     dupr.evaluate(
-        model, ([x, x], [view, view], torch.arange(6), []), replace(model.config, data="."), run, 0
+        model,
+        ([x, x], [view, view], torch.arange(len(x)), []),
+        replace(model.config, data="."),
+        run,
+        0,
     )
     assert logged["matched"] == 1
     assert logged["similarity_iou_1.0"].item() == pytest.approx(1)
