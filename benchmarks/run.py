@@ -237,7 +237,9 @@ def step() -> None:
 
         def function() -> None:
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-                total, _ = model(images, views, with_region)
+                total, _ = model(
+                    images, views, with_region, torch.arange(len(images[0]), device=DEVICE)
+                )
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
@@ -265,7 +267,9 @@ def memory() -> None:
                 for _ in range(2):  # the second step holds the momentum too
                     images, views = inputs(64, torch.device("cpu"))
                     with torch.autocast("cpu", torch.bfloat16):
-                        total, _ = model(images, views, with_region)
+                        total, _ = model(
+                            images, views, with_region, torch.arange(len(images[0]), device=DEVICE)
+                        )
                     total.backward()
                     optimizer.step()
                     optimizer.zero_grad()
@@ -354,7 +358,7 @@ def clustering() -> None:
 
     def train() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss, _ = model(images, views, 0.07)
+            loss, _ = model(images, views, 0.07, torch.arange(len(images[0]), device=DEVICE))
         loss.backward()
 
     step, locate = times(train, lambda: model.find_clusters(*encoded, views), rounds=5)
@@ -500,7 +504,7 @@ def moco() -> None:
         def function() -> None:
             dk.ema_update(model.teacher, model.student, momentum=0.999, buffers="keep")
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-                loss, *_ = model(images, views, banks, order)
+                loss, *_ = model(images, views, banks, order, order)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -594,9 +598,9 @@ def regions() -> None:
 
     def step() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            model(*regions, bank, order)[0].backward()
+            model(*regions, bank, order, order)[0].backward()
 
-    part, all_of_it = times(lambda: d3ssl.augment(*regions, config), step, rounds=5)
+    part, all_of_it = times(lambda: d3ssl.augment(*regions, order, config), step, rounds=5)
     row(
         f"region augmentation in a step of D3SSL, ResNet-50, batch {batch}",
         f"{part * 1e3:.1f} ms",

@@ -22,8 +22,10 @@ The modules, whose public names can all be imported from the package too, but fo
     clustering: Clustering of tokens: Sinkhorn transport, merging of centroids, pruning.
     k_means: k-means: start centroids, Lloyd's iteration, batches of a large set, the nearest
         centroid.
-    losses: Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and
-        covariance.
+    sorting: Differentiable sorting: a fixed network of comparisons, each of which mixes its two
+        values.
+    losses: Losses of rows: of single rows, of rows against others, and of the structure of a set of
+        rows.
     metrics: Scores of predictions: confusion, IoU, matched clusters, accuracy, precision,
         intervals.
     probes: Classifiers on frozen features: linear layers and support vector machines, and their
@@ -31,7 +33,7 @@ The modules, whose public names can all be imported from the package too, but fo
     neighbors: Nearest neighbors by cosine: votes for classes, nearest rows, retrieval of maps.
     video: Videos: labels propagated from frame to frame, and the scores J and F of object masks.
     diagnostics: Measures of a model without labels: affinity, similarity against IoU, coupling,
-        position.
+        health.
     scenes: Procedural scenes of many objects, with ground truth, for tests, demos and
         documentation.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures
@@ -65,15 +67,21 @@ from densekit.clustering import (
 )
 from densekit.diagnostics import (
     CouplingImages,
+    DenseStructure,
     LayerBias,
     SimilarityCurve,
     affinity_matrix,
     coupling_images,
     coupling_rate,
+    dense_structure_score,
+    effective_rank,
     layer_bias,
     layer_features,
     mean_cosine_similarity,
+    norm_outliers,
+    off_diagonal_cosine,
     pca_colors,
+    position_share,
     similarity_iou_curve,
 )
 from densekit.distributed import (
@@ -89,8 +97,12 @@ from densekit.k_means import KMeans, kmeans, kmeans_plus_plus, minibatch_kmeans,
 from densekit.losses import (
     VarianceCovariance,
     cross_entropy_similarity,
+    gram_loss,
     info_nce,
+    kernel_alignment,
     negative_cosine,
+    neighbor_distribution_loss,
+    neighbor_order_loss,
     self_distillation,
     symmetric_loss,
     update_center,
@@ -161,6 +173,7 @@ from densekit.sampling import (
 )
 from densekit.scenes import SCENE_CLASSES, Scenes, sample_scenes
 from densekit.schedules import cosine_schedule, linear_schedule, warmup_cosine
+from densekit.sorting import SoftSort, soft_sort
 from densekit.video import boundary_f_measure, propagate_labels, propagate_video, region_similarity
 from densekit.views import (
     BoxesInView,
@@ -180,6 +193,7 @@ from densekit.views import (
     index_views,
     intersect_views,
     pair_views,
+    sample_inner_views,
     sample_view_pairs,
     sample_views,
     stack_views,
@@ -203,6 +217,7 @@ __all__ = [
     "ConfusionScores",
     "CouplingImages",
     "Cutout",
+    "DenseStructure",
     "Interval",
     "KMeans",
     "LayerBias",
@@ -223,6 +238,7 @@ __all__ = [
     "Scenes",
     "SegmentationScore",
     "SimilarityCurve",
+    "SoftSort",
     "VarianceCovariance",
     "View",
     "ViewPairs",
@@ -259,11 +275,14 @@ __all__ = [
     "coupling_rate",
     "crop_views",
     "cross_entropy_similarity",
+    "dense_structure_score",
+    "effective_rank",
     "ema_update",
     "fill_mask",
     "fit_linear_probe",
     "fit_svm",
     "full_view",
+    "gram_loss",
     "grid_pairs",
     "grid_points",
     "gridsample",
@@ -276,6 +295,7 @@ __all__ = [
     "init_bank",
     "intersect_boxes",
     "intersect_views",
+    "kernel_alignment",
     "kmeans",
     "kmeans_plus_plus",
     "knn_votes",
@@ -298,11 +318,16 @@ __all__ = [
     "nearest_maps",
     "nearest_rows",
     "negative_cosine",
+    "neighbor_distribution_loss",
+    "neighbor_order_loss",
+    "norm_outliers",
     "object_knn",
+    "off_diagonal_cosine",
     "pair_views",
     "patch_pairs",
     "pca_colors",
     "pool_masks",
+    "position_share",
     "positional_cost",
     "positive_pairs",
     "probe_scenes",
@@ -318,6 +343,7 @@ __all__ = [
     "sample_boxes_at_iou",
     "sample_cutout",
     "sample_inner_boxes",
+    "sample_inner_views",
     "sample_jittered_boxes",
     "sample_keys",
     "sample_points",
@@ -334,6 +360,7 @@ __all__ = [
     "similarity_iou_curve",
     "sinkhorn",
     "sinkhorn_merge",
+    "soft_sort",
     "split_assignments",
     "stack_views",
     "swav_codes",

@@ -95,6 +95,9 @@ def push_to_bank(
 ) -> Bank:
     """Add keys to a bank, in order; each key replaces the oldest one.
 
+    Push keys that `l2_normalize` returned, and `info_nce(..., normalized=True)` need not normalize
+    the whole bank in every step.
+
     Call it after the loss of a batch. A key that is pushed before is a negative of its own query,
     and then no loss of this query is below log 2 = 0.69, however well the two agree.
 
@@ -174,7 +177,11 @@ def bank_negatives(bank: Bank) -> Negatives:
 
 @typed
 def sample_keys(
-    keys: Float[Tensor, "*batch n d"], count: int, *, generator: torch.Generator | None = None
+    keys: Float[Tensor, "*batch n d"],
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch count d"]:
     """Randomly select `count` keys per image, without replacement.
 
@@ -184,12 +191,14 @@ def sample_keys(
         keys: n keys for each image.
         count: Number of keys to select per image.
         generator: Source of the random numbers, on the keys' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         The selected keys, in random order.
 
     Raises:
-        TypeError: The keys look like maps.
+        TypeError: The keys look like maps, or the shapes do not match.
         ValueError: The count is negative or above n.
 
     Examples:
@@ -205,5 +214,5 @@ def sample_keys(
         raise ValueError(
             f"densekit.bank.sample_keys: count is {count}, but there are {n} keys; give 0 to {n}."
         )
-    draws = sample_uniform(keys.shape[:-1], keys, generator=generator)
+    draws = sample_uniform(keys.shape[:-1], keys, generator=generator, noise=noise)
     return take_rows(keys, draws.topk(count).indices)

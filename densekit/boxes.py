@@ -186,6 +186,7 @@ def sample_boxes(
     valid: Bool[Tensor, "*batch n"] | None = None,
     *,
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n"] | None = None,
 ) -> SampledBoxes:
     """Randomly select `count` boxes per image, without replacement.
 
@@ -197,6 +198,8 @@ def sample_boxes(
         valid: Boxes to select from; by default all. A box that is reversed, empty or not finite is
             never selected.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         The selected boxes in random order, valid ones first. Where an image has fewer than `count`
@@ -220,7 +223,10 @@ def sample_boxes(
     usable = _valid(boxes) if valid is None else valid & _valid(boxes)
     boxes = torch.nn.functional.pad(torch.where(usable[..., None], boxes, 0.0), (0, 0, 0, count))
     usable = torch.nn.functional.pad(usable, (0, count))
-    draws = sample_uniform(boxes.shape[:-1], boxes, generator=generator).where(usable, -1.0)
+    if noise is not None:
+        noise = torch.nn.functional.pad(noise, (0, count))
+    draws = sample_uniform(boxes.shape[:-1], boxes, generator=generator, noise=noise)
+    draws = draws.where(usable, -1.0)
     chosen = draws.topk(count).indices
     boxes = take_rows(boxes, chosen)
     usable = usable.gather(-1, chosen)
@@ -229,7 +235,11 @@ def sample_boxes(
 
 @typed
 def sample_boxes_at_iou(
-    boxes: Float[Tensor, "*batch 4"], iou: float, *, generator: torch.Generator | None = None
+    boxes: Float[Tensor, "*batch 4"],
+    iou: float,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch 3"] | None = None,
 ) -> Float[Tensor, "*batch 4"]:
     """Sample moved boxes of the same size that have a given IoU with the original boxes.
 
@@ -240,11 +250,14 @@ def sample_boxes_at_iou(
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
         iou: The intersection over union, in [0, 1]; with 0 the two boxes touch at a corner.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         The moved boxes, in the same frame.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: The IoU is outside [0, 1].
 
     Examples:
@@ -256,7 +269,7 @@ def sample_boxes_at_iou(
         DUPR, Fig 5 (RoIs of a given IoU with a ground-truth box).
     """
     check("boxes.sample_boxes_at_iou", "iou", iou, 0 <= iou <= 1, "a number in [0, 1]")
-    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator, noise=noise)
     shared = 2 * iou / (1 + iou)  # share of one box that both cover: (1 - |dx|) (1 - |dy|)
     part = draws[..., :1]
     kept = shared ** torch.cat([part, 1 - part], -1)

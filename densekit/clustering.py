@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _MOST = 8  # iterations of one kernel: marginals of unequal sums let the factors drift apart
-_HEAVIEST = 1e30  # a larger weight is the same in any dtype, but would overflow in float32
+_HEAVIEST = 1e15  # a larger weight is the same in any dtype, but might overflow in float32
 _SAFE = 30  # scaled by rows and columns, exp(-30) stays in exp(-60) ... exp(60): normal floats
 
 
@@ -260,7 +260,11 @@ def positional_cost(
 
 @typed
 def sample_tokens(
-    weights: Float[Tensor, "*batch n"], count: int, *, generator: torch.Generator | None = None
+    weights: Float[Tensor, "*batch n"],
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n"] | None = None,
 ) -> Integer[Tensor, "*batch count"]:
     """Sample tokens without replacement, each in proportion to the weights that remain.
 
@@ -269,11 +273,14 @@ def sample_tokens(
             weight 0 is selected only if no other token remains.
         count: Number of tokens to select.
         generator: Source of the random numbers, on the weights' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         Indices of the tokens, all different, in the order of selection.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: There are fewer tokens than `count`.
 
     Examples:
@@ -291,11 +298,11 @@ def sample_tokens(
         )
 
     weights = widened(weights)
-    draws = sample_uniform(weights.shape, weights, generator=generator)
+    draws = sample_uniform(weights.shape, weights, generator=generator, noise=noise)
     # The token with the largest log w + Gumbel noise is the first sample, the token with the next
     # largest value is a sample of the remaining tokens, and so on.
-    noise = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
-    return (_log(weights) + noise).topk(count).indices
+    gumbel = -(-draws.clamp(min=torch.finfo(draws.dtype).tiny).log()).log()
+    return (_log(weights) + gumbel).topk(count).indices
 
 
 @typed
@@ -415,33 +422,34 @@ def _merge(
     batch_range,
     by_semantic,
 ):
-    """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster."""
+    """Compute `sinkhorn_merge` with costs and plans of shape (k, n): token sums are faster.
+
+    No gradient flows, so what a step has made is changed in place.
+    """
     d = tokens.shape[-1]
     k = start.shape[-1]
     row = _distribution(weights)
     # A token without weight becomes a copy of a start token, so the range of the cost ignores it.
     has_weight = row[..., None] > 0
-    features = l2_normalize(tokens)
-    features = torch.where(has_weight, features, take_rows(features, start[..., :1]))
+    features = l2_normalize(torch.where(has_weight, tokens, take_rows(tokens, start[..., :1])))
     positions = positions.to(tokens.dtype)
     positions = torch.where(has_weight, positions, take_rows(positions, start[..., :1]))
     # One table contains everything of a cluster: feature, position, token weight.
     places = torch.cat([positions.mT, row[..., None, :]], -2).mT
     tables = (features, places)
     clusters = torch.cat([take_rows(x, start) for x in tables], -1)
+    columns = features.mT.contiguous()  # so the product of every step is quicker
+    above = torch.ones(k, k, dtype=torch.bool, device=tokens.device).triu(1)
 
     plans = []
     costs = []
     centers = []
     merges = []
     for left in range(k, 1, -1):
-        semantic = -l2_normalize(clusters[..., :d]) @ features.mT  # Eq 9
+        semantic = -l2_normalize(clusters[..., :d]) @ columns  # Eq 9
         cost = semantic
         if position_weight:  # Eq 18
-            far = positional_cost(clusters[..., d:-1], positions)
-            cost = far
-            if position_weight < math.inf:
-                cost = torch.add(semantic, far, alpha=min(position_weight, _HEAVIEST))
+            cost = _add_distances(semantic, clusters[..., d:-1], places.mT, position_weight)
         every = batch_range and cost.numel() > 0
         axes = tuple(range(cost.ndim)) if every else (-2, -1)
         cost = _unit_range(cost, axes)
@@ -462,7 +470,7 @@ def _merge(
             directions = means[..., :d]
             if cosine:
                 directions = l2_normalize(directions)
-            pair = _most_alike(directions)
+            pair = _most_alike(directions, above[:left, :left])
 
             two = take_rows(means, pair)
             part = take_rows(mass, pair)
@@ -666,26 +674,46 @@ def _transport(cost: Tensor, row: Tensor, col: Tensor, reg: float, iterations: i
     """Compute `sinkhorn` of a (k, n) cost in [0, 1] with row (n) and col (k), as a (k, n) plan."""
     if reg * _SAFE < 1:
         return sinkhorn(cost.mT, row, col, reg=reg, iterations=iterations).mT
-    kernel = (cost / -reg).exp()
+    kernel = (cost / -reg).exp_()
+    row = row[..., None, :]
+    col = col[..., None, :]
     u = row
     v = torch.ones_like(col)
     for _ in range(iterations):
-        u = row / (kernel * v[..., None]).sum(-2)
-        v = col / (kernel * u[..., None, :]).sum(-1)
-    return kernel * u[..., None, :] * v[..., None]
+        u = row / _product(v, kernel)
+        v = col / _product(u, kernel.mT)
+    return kernel.mul_(u).mul_(v.mT)
 
 
-def _most_alike(clusters: Tensor) -> Tensor:
+def _add_distances(cost: Tensor, centers: Tensor, places: Tensor, weight: float) -> Tensor:
+    """Add the weighted `positional_cost` of tokens (2 or more rows, n) to a (k, n) cost.
+
+    An infinite weight leaves the positional cost alone.
+    """
+    x = places[..., :1, :] - centers[..., :1]
+    y = places[..., 1:2, :] - centers[..., 1:2]
+    distance = x.mul_(x).add_(y.mul_(y)).sqrt_()
+    if not distance.numel():
+        return distance
+    farthest = distance.amax((-2, -1), keepdim=True)
+    farthest = torch.where(farthest == 0, torch.inf, farthest)
+    if weight == math.inf:
+        return distance.div_(farthest)
+    return torch.addcmul(cost, distance, min(weight, _HEAVIEST) / farthest)
+
+
+def _most_alike(clusters: Tensor, above: Tensor) -> Tensor:
     """Return the two rows i < j with the largest product; the first such pair."""
     k = clusters.shape[-2]
-    above = torch.ones(k, k, dtype=torch.bool, device=clusters.device).triu(1)
-    best = torch.where(above, clusters @ clusters.mT, -torch.inf).flatten(-2).argmax(-1)
+    products = torch.where(above, clusters @ clusters.mT, -torch.inf)
+    best = products.flatten(-2).max(-1).indices  # argmax takes ten times as long on a CPU
     return torch.stack([best // k, best % k], -1)
 
 
 def _unit_range(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     low = x.amin(axes, keepdim=True)
-    return safe_divide(x - low, x.amax(axes, keepdim=True) - low)
+    span = x.amax(axes, keepdim=True) - low
+    return (x - low).div_(torch.where(span == 0, torch.inf, span))
 
 
 def _distribution(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of a model without labels: affinity, similarity against IoU, coupling, position."""
+"""Measures of a model without labels: affinity, similarity against IoU, coupling, health."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from densekit.boxes import sample_boxes_at_iou
+from densekit.k_means import kmeans, kmeans_plus_plus
 from densekit.numerics import (
     check,
     check_temperature,
@@ -14,9 +15,13 @@ from densekit.numerics import (
     l2_normalize,
     map_to_rows,
     masked_mean,
+    readable,
     refuse_channels_last,
+    refuse_maps,
     rows_to_map,
     safe_divide,
+    sample_uniform,
+    take_rows,
     widened,
 )
 from densekit.pooling import roi_align
@@ -25,17 +30,25 @@ from densekit.typing import Bool, Float, Scalar, Size, Tensor, typed
 
 __all__ = [
     "CouplingImages",
+    "DenseStructure",
     "LayerBias",
     "SimilarityCurve",
     "affinity_matrix",
     "coupling_images",
     "coupling_rate",
+    "dense_structure_score",
+    "effective_rank",
     "layer_bias",
     "layer_features",
     "mean_cosine_similarity",
+    "norm_outliers",
+    "off_diagonal_cosine",
     "pca_colors",
+    "position_share",
     "similarity_iou_curve",
 ]
+
+_IMAGES = 256  # of which the dimension is measured together: it depends on their number
 
 
 class SimilarityCurve(NamedTuple):
@@ -76,6 +89,24 @@ class LayerBias(NamedTuple):
 
     coupling_rate: Float[Tensor, " layers"]
     mean_cosine: Float[Tensor, " layers"]
+
+
+class DenseStructure(NamedTuple):
+    """How well dense features fall into clusters, and how many dimensions they use.
+
+    Attributes:
+        inter: Mean distance of a token to the nearest centroid of another cluster, in units of the
+            tokens' mean distance to their mean.
+        intra: Mean radius of the clusters, in the same unit.
+        dimension: Effective rank of the tokens of different images, divided by the largest possible
+            one.
+        score: `inter - intra + dimension`; more is better.
+    """
+
+    inter: Float[Tensor, ""]
+    intra: Float[Tensor, ""]
+    dimension: Float[Tensor, ""]
+    score: Float[Tensor, ""]
 
 
 @typed
@@ -430,6 +461,295 @@ def layer_bias(
         rates.append(torch.stack(rates_of_layers))
         cosines.append(torch.stack([mean_cosine_similarity(maps) for maps in nine]))
     return LayerBias(torch.cat(rates, -1).mean(-1), torch.cat(cosines, -1).mean(-1))
+
+
+@typed
+def effective_rank(
+    rows: Float[Tensor, "*batch n d"], *, centered: bool = True
+) -> Float[Tensor, "*batch"]:
+    """Compute how many dimensions the rows use: the exponential of an entropy.
+
+    Channels come last: the n rows of a set, such as tokens, are (..., n, d). For maps use
+    `map_to_rows`. With the singular values `s_i` of the rows about their mean and their shares `p_i
+    = s_i / sum_j s_j`, the rank is `exp(-sum_i p_i log p_i)`. It is 1 if all rows lie on a line,
+    and d if all directions are used alike. A rank that falls during training shows a collapse of
+    dimensions. It depends on the number of rows, so compare it for the same number.
+
+    Args:
+        rows: n rows in each set.
+        centered: Subtract the mean of the rows first.
+
+    Returns:
+        The rank in [1, min(n, d)], in at least float32, computed in float64. Sets without any
+        spread have rank 1. Singular values that are rounding errors count as 0.
+
+    Raises:
+        TypeError: The rows look like maps.
+
+    Examples:
+        >>> effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+        tensor(2.)
+
+    References:
+        Roy and Vetterli, The effective rank: a measure of effective dimensionality, Def 1.
+    """
+    refuse_maps("diagnostics.effective_rank", "rows", rows)
+    x = rows.double()
+    if centered:
+        x = x - x[..., :1, :].detach()  # equal rows become exactly zero
+        x = x - x.sum(-2, keepdim=True) / max(1, x.shape[-2])
+    return _entropy_rank(x).to(widened(rows[..., :0]).dtype)
+
+
+def _entropy_rank(rows: Tensor) -> Tensor:
+    """Compute the effective rank of the rows as they are."""
+    with full_precision(rows):
+        values = torch.linalg.svdvals(rows)
+    least = torch.finfo(values.dtype).eps * max(rows.shape[-2:])
+    total = values.sum(-1, keepdim=True)
+    share = safe_divide(values, total)
+    used = share > least
+    share = torch.where(used, share, 1.0)  # whose logarithm is 0
+    return (-(share * share.log()).sum(-1)).exp()
+
+
+@typed
+def off_diagonal_cosine(rows: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch"]:
+    """Compute the mean cosine of all pairs of different rows of a set.
+
+    Channels come last: the n rows of a set, such as tokens, are (..., n, d). For maps use
+    `map_to_rows`. It is computed as `(|sum_i u_i|^2 - n) / (n (n - 1))` from the rows u_i of length
+    one, without an array of pairs. It is 1 if all rows have one direction, as after a collapse, and
+    never below `-1 / (n - 1)`.
+
+    Args:
+        rows: n rows in each set.
+
+    Returns:
+        The mean cosine, in at least float32, computed in float64; 0 for fewer than two rows. The
+        cosines of a zero row are 0.
+
+    Raises:
+        TypeError: The rows look like maps.
+
+    Examples:
+        >>> off_diagonal_cosine(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]))
+        tensor(0.3333)
+    """
+    refuse_maps("diagnostics.off_diagonal_cosine", "rows", rows)
+    n = rows.shape[-2]
+    unit = l2_normalize(rows.double())
+    pairs = unit.sum(-2).square().sum(-1) - unit.square().sum((-2, -1))
+    return (pairs / max(1, n * (n - 1))).to(widened(rows[..., :0]).dtype)
+
+
+@typed
+def position_share(
+    features: Float[Tensor, "n d h w"], *, adjusted: bool = True
+) -> Float[Tensor, ""]:
+    """Measure how much of the features' variance their position in the image explains.
+
+    With the mean over the images `m_p` of position p and the mean m of all, the share is `sum (m_p
+    - m)^2 / sum (f - m)^2`, both sums over all tokens: the R^2 of an analysis of variance.
+    Photographs have the sky above, so use random crops and flips, and compare two models on the
+    same ones. A share that rises means that features encode their place instead of the content.
+
+    Args:
+        features: Feature maps of different images.
+        adjusted: Correct for the number of images, as the adjusted R^2 does: features without an
+            effect of their position then give 0 on average. It may be below 0.
+
+    Returns:
+        The share, in at least float32, computed in float64: 1 if all images have the same maps, 0
+        for features without any variance. With one image it is 0 if adjusted, since nothing is
+        known.
+
+    Examples:
+        >>> place = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> position_share(place.expand(4, 1, 2, 2))
+        tensor(1.)
+    """
+    rows = map_to_rows(features.double())
+    images, positions, _ = rows.shape
+    rows = rows - rows[:1, :1].detach()  # equal features become exactly zero
+    mean = rows.sum((0, 1)) / max(1, images * positions)
+    of_position = rows.sum(0) / max(1, images)
+    total = (rows - mean).square().sum()
+    rest = (rows - of_position).square().sum()
+    share = safe_divide(total - rest, total)
+    if adjusted:
+        tokens = images * positions
+        freedom = (tokens - 1) / max(1, tokens - positions)
+        share = 1 - freedom * safe_divide(rest, total) if images > 1 else 0.0 * share
+        share = torch.where(total == 0, 0.0, share)
+    return share.to(widened(features[:0]).dtype)
+
+
+@typed
+def norm_outliers(features: Float[Tensor, "n d h w"], *, factor: float = 3.0) -> Float[Tensor, ""]:
+    """Compute the share of tokens whose norm is above `factor` times the median norm.
+
+    Such tokens, mostly on plain background, hold global information in large vision transformers;
+    they spoil dense features. Measure the output of the last block before the final norm, which
+    hides them (`layer_features`).
+
+    Args:
+        features: Feature maps before the final norm.
+        factor: Multiple of the median norm of all tokens of all maps.
+
+    Returns:
+        The share in [0, 1], in at least float32; norms are computed in float64. It is 0 without
+        tokens.
+
+    Raises:
+        ValueError: The factor is not above 0.
+
+    Examples:
+        >>> features = torch.ones(1, 1, 2, 5)
+        >>> features[0, 0, 0, 0] = 100
+        >>> norm_outliers(features)
+        tensor(0.1000)
+
+    References:
+        Darcet et al. 2023, Vision Transformers Need Registers, Sec 2.1 (which cut at a fixed norm).
+    """
+    check("diagnostics.norm_outliers", "factor", factor, factor > 0, "one above 0")
+    norms = torch.linalg.vector_norm(map_to_rows(features.double()), dim=-1).flatten()
+    ranked = norms.sort().values
+    count = len(norms)
+    median = (ranked[(count - 1) // 2 : count // 2 + 1]).mean() if count else norms.sum()
+    share = (norms > factor * median).double().sum() / max(1, count)
+    return share.to(widened(features[:0]).dtype)
+
+
+@typed
+def dense_structure_score(
+    features: Float[Tensor, "n d h w"],
+    *,
+    local_clusters: int = 3,
+    global_clusters: int = 24,
+    group: int = 8,
+    generator: torch.Generator | None = None,
+) -> DenseStructure:
+    """Compute the dense structure score: features in tight, distant clusters, of many dimensions.
+
+    The tokens are scaled to length one. k-means finds clusters in each image and in each group of
+    images. `inter` is the mean distance of a token to the nearest other centroid of its group;
+    `intra` is the mean of the clusters' radii, averaged over images and over groups, where the
+    radius of N members is the sum of the singular values of the centered members, divided by
+    `sqrt(max(N - 1, d))`. Both are in units of the tokens' mean distance to their mean. `dimension`
+    is the effective rank (not centered) of one random token of each image, divided by the smaller
+    one of the number of images and d, averaged over as many draws as there are tokens in an image.
+
+    Compare checkpoints of one run, on the same images: the score does not compare architectures.
+    k-means is random, so average the score over a few seeds. The dimension is measured on 256
+    images together, since it depends on their number; the paper used 1,024. Further images that
+    make no 256 are left out of it.
+
+    Args:
+        features: Feature maps of the last layer, of different images; the paper uses 2,048 of them.
+            Values that are not finite count as 0.
+        local_clusters: Clusters in each image.
+        global_clusters: Clusters in each group of images.
+        group: Images in a group; the last group may have fewer.
+        generator: Source of the random numbers, on the features' device.
+
+    Returns:
+        The parts and the score `inter - intra + dimension`, in at least float32; no gradient flows.
+
+    Raises:
+        ValueError: A number of clusters, or of images in a group, is below 1, or there is no token.
+
+    Examples:
+        >>> structure = dense_structure_score(torch.rand(16, 8, 7, 7))
+        >>> [x.shape for x in structure]
+        [torch.Size([]), torch.Size([]), torch.Size([]), torch.Size([])]
+
+    References:
+        DSE (arXiv 2510.17299).
+    """
+    where = "diagnostics.dense_structure_score"
+    given = {"local_clusters": local_clusters, "global_clusters": global_clusters, "group": group}
+    for name, number in given.items():
+        check(where, name, number, number >= 1, "1 or more")
+    n, _, h, w = features.shape
+    check(where, "the number of tokens", n * h * w, n * h * w > 0, "1 or more")
+
+    rows = l2_normalize(map_to_rows(features.detach()))
+    rows = torch.where(rows.isfinite(), rows, 0.0)
+    local = _clusters(rows, local_clusters, generator)
+    intra_image = _radius(rows, local, local_clusters)
+    radii = []
+    distances = []
+    for images in rows.split(group):
+        tokens = images.flatten(0, 1)
+        labels = _clusters(tokens, global_clusters, generator)
+        radii.append(_radius(tokens, labels, global_clusters))
+        distances.append(_separation(tokens, labels, global_clusters))
+
+    scale = _token_scale(rows)
+    inter = safe_divide(torch.cat(distances).mean(), scale)
+    intra = safe_divide((intra_image.mean() + torch.stack(radii).mean()) / 2, scale)
+    order = sample_uniform(rows.shape[:2], rows, generator=generator).argsort(-1)
+    dimension = _dimension(rows, order)
+    return DenseStructure(inter, intra, dimension, inter - intra + dimension)
+
+
+def _clusters(tokens: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return the clusters of tokens that k-means finds."""
+    start = kmeans_plus_plus(tokens, count, generator=generator)
+    return kmeans(tokens, start).labels
+
+
+def _token_scale(tokens: Tensor) -> Tensor:
+    """Compute the mean distance of all tokens to their mean."""
+    tokens = tokens.flatten(0, -2)
+    return torch.linalg.vector_norm(tokens - tokens.mean(0), dim=-1).mean()
+
+
+def _radius(tokens: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """Compute the mean radius of the clusters of each set that have two or more members."""
+    own = labels[..., None] == torch.arange(clusters, device=labels.device)
+    count = own.sum(-2)
+    rank = (own.cumsum(-2) - 1).gather(-1, labels[..., None])
+    # The members of each cluster, one behind the other, with zeros behind them.
+    most = int(count.max()) if readable(labels) else tokens.shape[-2]
+    place = (labels[..., None] * most + rank).expand(tokens.shape)
+    members = tokens.new_zeros(*tokens.shape[:-2], clusters * most, tokens.shape[-1])
+    members = members.scatter(-2, place, tokens).unflatten(-2, (clusters, most))
+    used = (torch.arange(most, device=labels.device) < count[..., None])[..., None]
+
+    mean = members.sum(-2, keepdim=True) / count.clamp(min=1)[..., None, None]
+    with full_precision(tokens):
+        values = torch.linalg.svdvals(torch.where(used, members - mean, 0.0))
+    freedom = (count - 1).clamp(min=max(1, tokens.shape[-1])).to(values)
+    large = count > 1
+    radius = torch.where(large, values.sum(-1) / freedom.sqrt(), 0.0)
+    return safe_divide(radius.sum(-1), large.sum(-1).to(radius))
+
+
+def _separation(tokens: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """Compute the distance of each token to the nearest centroid of another cluster; 0 without."""
+    own = labels[..., None] == torch.arange(clusters, device=labels.device)
+    count = own.sum(-2)
+    with full_precision(tokens):
+        total = own.to(tokens.dtype).mT @ tokens
+    centers = total / count.clamp(min=1)[..., None]
+    distance = torch.cdist(tokens, centers, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = torch.where(own | (count == 0)[..., None, :], torch.inf, distance)
+    nearest = distance.amin(-1)
+    return torch.where(nearest.isfinite(), nearest, 0.0)
+
+
+def _dimension(tokens: Tensor, order: Tensor) -> Tensor:
+    """Compute the relative effective rank of one token of each image (n, p, d), the mean over p.
+
+    The order says which token of an image each of the p draws takes.
+    """
+    shuffled = take_rows(tokens, order)
+    parts = [part for part in shuffled.split(_IMAGES) if len(part) == min(_IMAGES, len(tokens))]
+    ranks = [_entropy_rank(part.movedim(1, 0)).mean() / min(part.shape[::2]) for part in parts]
+    return torch.stack(ranks).mean()
 
 
 @typed

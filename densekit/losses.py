@@ -1,18 +1,19 @@
-"""Losses of rows: cosine, cross-entropy, InfoNCE, self-distillation, variance and covariance.
+"""Losses of rows: of single rows, of rows against others, and of the structure of a set of rows.
 
 Channels come last: all losses take rows (..., d), such as (b, n, d). `map_to_rows` turns a map
 (..., d, h, w) into rows. A map that is passed as it is can be told where it has four or more axes,
 h equals w, and d is above both w and 3; then a TypeError says so.
 
-One rule says where gradients flow, for all losses: what an argument list calls `teacher` or
-`center` is detached by the loss, and everything else gets its gradient.
+One rule says where gradients flow, for all losses: what an argument list calls `teacher`, `center`
+or `references` is detached by the loss, and everything else gets its gradient.
 
 A loss is the mean over the valid entries. When no entry is valid it is zero, but still connected to
 the graph. Half precision is converted to float32. This module knows no geometry.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,24 +26,33 @@ from densekit.numerics import (
     check_temperature,
     fit_valid,
     full_precision,
+    in_range,
     l2_normalize,
     masked_mean,
+    recomputed,
     refuse_maps,
+    safe_divide,
     widened,
 )
+from densekit.sorting import Network, soft_sort
 from densekit.typing import Bool, Float, Scalar, Tensor, typed
 
 __all__ = [
     "VarianceCovariance",
     "cross_entropy_similarity",
+    "gram_loss",
     "info_nce",
+    "kernel_alignment",
     "negative_cosine",
+    "neighbor_distribution_loss",
+    "neighbor_order_loss",
     "self_distillation",
     "symmetric_loss",
     "update_center",
     "variance_covariance",
 ]
 
+Metric = Literal["cosine", "euclidean"]
 Reduction = Literal["mean", "none"]
 
 
@@ -160,6 +170,8 @@ def info_nce(
     *,
     temperature: Scalar,
     reduction: Reduction = "mean",
+    normalized: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*reduced"]:
     """Compute InfoNCE: contrast each query's own key with negative keys.
 
@@ -180,6 +192,12 @@ def info_nce(
     With given negatives, neither the loss nor its gradient stores an array of queries times
     negatives; a forward derivative of the gradient, as in `torch.func.hessian`, does.
 
+    A large bank costs less if its keys are normalized once, at the push, and not again in every
+    step: push `l2_normalize(key)`, and call the loss with `normalized=True` on queries and keys
+    that `l2_normalize` returned. On a GPU, `product_dtype=torch.bfloat16` computes the products
+    with the negatives several times faster. This is the only part of the loss that leaves float32,
+    and only if you ask for it: inside autocast too, the default computes in float32.
+
     For several levels or kinds of features, add weighted calls, as `recipes/dupr.py` does. To
     weight the queries, use `reduction="none"`.
 
@@ -195,13 +213,21 @@ def info_nce(
         temperature: Divisor of the cosine; as a tensor it gets a gradient, and is not checked.
         reduction: "mean" over the valid queries, or "none" for one value for each query (0 where
             not valid).
+        normalized: Whether all valid queries, keys and negatives are unit vectors. Then they are
+            used as they are. This is not checked, since that would read the values: with longer
+            vectors the loss is that of another temperature.
+        product_dtype: Dtype in which queries are multiplied by negatives, or by the keys of their
+            set. A device adds up the products in float32, and exponentials, sums and the queries'
+            own products are in float32. With torch.bfloat16 a logit is off by up to 1 % of `1 / t`.
+            By default the dtype of the loss.
 
     Returns:
-        The loss, not negative, in at least float32, in nats.
+        The loss, not negative, in at least float32, in nats. With a smaller `product_dtype` it may
+        be below zero by its rounding, if there are no given negatives.
 
     Raises:
         TypeError: The shapes differ, or rows look like maps.
-        ValueError: The temperature is not positive.
+        ValueError: The temperature is not positive, or `product_dtype` is not a floating dtype.
 
     Examples:
         >>> x = torch.eye(4)
@@ -220,14 +246,18 @@ def info_nce(
         _check_negatives(others, query)
 
     valid = fit_valid("losses.info_nce", valid, query.shape[:-1])
-    query = l2_normalize(_valid_rows(query, valid))
-    key = l2_normalize(_valid_rows(key, valid))
+    unit = widened if normalized else l2_normalize
+    query = unit(_valid_rows(query, valid))
+    key = unit(_valid_rows(key, valid))
+    dtype = query.dtype if product_dtype is None else product_dtype
+    check("losses.info_nce", "product_dtype", dtype, dtype.is_floating_point, "a floating dtype")
     with full_precision(query):
         if others is None:
-            loss = _info_nce_in_set(query, key, valid, temperature)
+            loss = _info_nce_in_set(query, key, valid, temperature, dtype)
         else:
-            others = l2_normalize(_valid_rows(others, use)).to(query.dtype)
-            loss = _info_nce_of_negatives(query, key, others, use, temperature)
+            if not normalized:
+                others = l2_normalize(_valid_rows(others, use))
+            loss = _info_nce_of_negatives(query, key, others, use, temperature, dtype)
     return _reduce(loss, valid, reduction)
 
 
@@ -242,10 +272,14 @@ def _check_negatives(others: Tensor, query: Tensor) -> None:
 
 
 def _info_nce_in_set(
-    query: Tensor, key: Tensor, valid: Tensor | None, temperature: Scalar
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor | None,
+    temperature: Scalar,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query, where the other valid keys of its set are the negatives."""
-    logits = query @ key.mT / temperature
+    logits = (query.to(dtype) @ key.mT.to(dtype)).to(query.dtype) / temperature
     positive = logits.diagonal(dim1=-2, dim2=-1)
     if valid is not None:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
@@ -254,19 +288,22 @@ def _info_nce_in_set(
 
 
 def _info_nce_of_negatives(
-    query: Tensor, key: Tensor, others: Tensor, use: Tensor | None, temperature: Scalar
+    query: Tensor,
+    key: Tensor,
+    others: Tensor,
+    use: Tensor | None,
+    temperature: Scalar,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query with the negatives `others`, those that `use` allows."""
     positive = (query * key).sum(-1) / temperature
-    bias = others.new_zeros(others.shape[:-1])
-    if use is not None:  # finite, since -inf would be NaN without any valid negative
-        bias = bias.masked_fill(~use, torch.finfo(bias.dtype).min / 2)
-
+    if use is None:
+        use = torch.ones(others.shape[:-1], dtype=torch.bool, device=others.device)
     rows = query.flatten(0, -2) if others.ndim == 2 else query  # shared: one plain product
     if _in_forward_mode():
-        total = _logsumexp(rows / temperature, others, bias)
+        total = _logsumexp(rows / temperature, others, use, dtype)
     else:
-        total, _ = _LogSumExp.apply(rows / temperature, others, bias)
+        total, _ = _LogSumExp.apply(rows / temperature, others, use, dtype)
     # log(1 + exp(x)); with this threshold all derivatives are finite, and float64 is exact.
     return torch.nn.functional.softplus(total.view(positive.shape) - positive, threshold=60)
 
@@ -332,6 +369,343 @@ def self_distillation(
     return cross_entropy_similarity(
         widened(student) / student_temperature, sharp, valid, reduction=reduction
     )
+
+
+@typed
+def kernel_alignment(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n e"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    unit: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute 1 - CKA: whether two sets of tokens have the same similarities, each set centered.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    With the tokens S and T of one image, each about its mean over the valid tokens, `CKA = |S^T
+    T|^2 / (|S^T S| |T^T T|)`, in Frobenius norms: the cosine of the centered n x n matrices of
+    products `S S^T` and `T T^T`. It compares structures: rotating or mirroring all tokens of a
+    side, scaling them by one factor, or moving them by one vector changes nothing, and the two
+    sides may have different numbers of channels. A token counts by its squared distance to the
+    mean, so a few tokens of high norm dominate; `unit` prevents this.
+
+    Args:
+        student: Tokens of the student; the gradient flows to them only.
+        teacher: Tokens of the teacher at the same n points; they are detached.
+        valid: Tokens to use, of shape `*batch n`; an axis may have size 1. By default all.
+        unit: Scale each token to length one first.
+        reduction: "mean" over the images with two or more valid tokens, or "none" for one value for
+            each image (0 with fewer valid tokens).
+
+    Returns:
+        The loss in [0, 1], in at least float32; 1 with a gradient of zero where all tokens of one
+        side are equal.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+
+    Examples:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+        >>> turned = torch.stack([x[:, 1], -x[:, 0]], 1)
+        >>> kernel_alignment(3 * x + 1, turned).abs() < 1e-6
+        tensor(True)
+
+    References:
+        PaKA (arXiv 2509.05606); Kornblith et al., Similarity of Neural Network Representations
+        Revisited, Eq 3 to 5.
+    """
+    where = "losses.kernel_alignment"
+    refuse_maps(where, "student", student)
+    refuse_maps(where, "teacher", teacher)
+    valid = fit_valid(where, valid, student.shape[:-1])
+    own = _spread(student, valid, unit)
+    other = _spread(teacher.detach(), valid, unit)
+    dtype = torch.promote_types(own.dtype, other.dtype)
+    cosine = _kernel_cosine(own.to(dtype), other.to(dtype))
+
+    count = torch.ones_like(own[..., 0]) if valid is None else valid
+    return _reduce((1 - cosine).clamp(0, 1), count.sum(-1) > 1, reduction)
+
+
+def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
+    """Center the valid rows of each set, and scale the set to norm one; a set of equal rows is 0.
+
+    The rows are taken about the first valid one, so that equal rows give exactly zero.
+    """
+    rows = _valid_rows(widened(rows), valid)
+    rows = l2_normalize(rows) if unit else rows
+    if valid is None:
+        count = rows.shape[-2]
+        first = rows[..., :1, :]
+    else:
+        count = valid.sum(-1)[..., None, None].clamp(min=1)
+        is_first = valid & (valid.cumsum(-1) == 1)
+        first = torch.where(is_first[..., None], rows, 0.0).sum(-2, keepdim=True)
+
+    moved = _valid_rows(rows - first.detach(), valid)
+    centered = _valid_rows(moved - moved.sum(-2, keepdim=True) / count, valid)
+    return l2_normalize(centered.flatten(-2)).view(centered.shape)
+
+
+def _kernel_cosine(rows: Tensor, others: Tensor) -> Tensor:
+    """Compute the cosine of `rows rows^T` and `others others^T`; 0 where one of them is 0."""
+    n = rows.shape[-2]
+    d, e = rows.shape[-1], others.shape[-1]
+    with full_precision(rows):
+        if n * (d + e) < d * d + d * e + e * e:  # the same numbers, from matrices n x n
+            own = rows @ rows.mT
+            other = others @ others.mT
+            product = (own * other).sum((-2, -1))
+        else:
+            own = rows.mT @ rows
+            other = others.mT @ others
+            product = (rows.mT @ others).square().sum((-2, -1))
+    square = own.square().sum((-2, -1)) * other.square().sum((-2, -1))
+    return safe_divide(product, torch.where(square > 0, square, torch.inf).sqrt())
+
+
+@typed
+def gram_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n e"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    clip_negative: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute Gram anchoring: the mean squared difference of the cosines of all pairs of tokens.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    With the tokens of one image scaled to length one, S and T, the loss is `|S S^T - T T^T|^2 /
+    n^2`. The paper sums over the pairs; the mean makes the weight independent of the number of
+    tokens. Multiplying a token by a number above 0, or rotating or mirroring all tokens of a side
+    changes nothing; moving all tokens by one vector does, unlike in `kernel_alignment`.
+
+    Args:
+        student: Tokens of the student; the gradient flows to them only.
+        teacher: Tokens of the Gram teacher at the same n points, such as those of the weights at
+            the start; they are detached. They may have another number of channels.
+        valid: Tokens to use, of shape `*batch n`; an axis may have size 1. By default all.
+        clip_negative: Count cosines below 0 as 0, on both sides.
+        reduction: "mean" over the images with a valid token, or "none" for one value for each image
+            (0 without a valid token).
+
+    Returns:
+        The loss in [0, 4], in at least float32; the cosines of a zero vector are 0.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+
+    Examples:
+        >>> x = torch.eye(2)
+        >>> gram_loss(x, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))  # two of four pairs differ by 1
+        tensor(0.5000)
+
+    References:
+        DINOv3 (arXiv 2508.10104), Eq 2.
+    """
+    where = "losses.gram_loss"
+    refuse_maps(where, "student", student)
+    refuse_maps(where, "teacher", teacher)
+    valid = fit_valid(where, valid, student.shape[:-1])
+    grams = []
+    for tokens in (student, teacher.detach()):
+        rows = l2_normalize(
+            _valid_rows(tokens, valid)
+        )  # the pairs of zeros are equal on both sides
+        with full_precision(rows):
+            gram = rows @ rows.mT
+        grams.append(gram.relu() if clip_negative else gram)
+
+    total = (grams[0] - grams[1]).square().sum((-2, -1))
+    used = torch.ones_like(total[..., None]).expand(student.shape[:-1]) if valid is None else valid
+    count = used.sum(-1)
+    return _reduce(total / count.clamp(min=1).square(), count > 0, reduction)
+
+
+@typed
+def neighbor_order_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n d"],
+    references: Float[Tensor, "*batch r d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    steepness: Scalar = 100.0,
+    teacher_steepness: Scalar | None = None,
+    metric: Metric = "cosine",
+    network: Network = "bitonic",
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute NeCo's loss: the student orders the references by similarity as the teacher does.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    The similarities of each point with the r references are sorted by `soft_sort`, in ascending
+    order, on both sides. With the plans q of the teacher and p of the student, the loss of a point
+    is `-sum_ij q_ij log p_ij / r` over the references i and their ranks j. It is never below the
+    entropy of q (its value at student = teacher, with one steepness), so report it minus that.
+
+    The backward pass sorts again, some points at a time, so that the plans of all layers are never
+    in memory together: with 49 points and references of 64 images, 0.4 GB instead of 1.7 GB on a
+    CPU, in about the same time.
+
+    Args:
+        student: Points of the student; the gradient flows to them only.
+        teacher: The same n points of the teacher; they are detached.
+        references: r rows of the teacher to compare with; they are detached. For one set that all
+            images share, expand it.
+        valid: Points to use, of shape `*batch n`; an axis may have size 1. By default all.
+        steepness: Steepness of the student's comparisons, as in `soft_sort`. Its effect depends on
+            the spread of the similarities.
+        teacher_steepness: Steepness of the teacher's comparisons; by default the student's.
+        metric: "cosine", or "euclidean" for distances, which put the nearest reference first.
+        network: As in `soft_sort`.
+        reduction: "mean" over the valid points, or "none" for one value for each point (0 where not
+            valid).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats; 0 without references.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+        ValueError: A steepness is not above 0.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0]])
+        >>> references = torch.tensor([[3.0, 1.0], [0.0, 1.0]])
+        >>> neighbor_order_loss(x, x, references, steepness=1e6) < 0.01
+        tensor(True)
+        >>> neighbor_order_loss(-x, x, references, steepness=1e6) > 5  # the opposite order
+        tensor(True)
+
+    References:
+        NeCo (arXiv 2408.11054), Sec 3; Petersen et al., Monotonic Differentiable Sorting Networks.
+    """
+    where = "losses.neighbor_order_loss"
+    if teacher_steepness is None:
+        teacher_steepness = steepness
+    check_temperature(where, steepness, "steepness")
+    check_temperature(where, teacher_steepness, "teacher_steepness")
+    refuse_maps(where, "student", student)
+
+    valid = fit_valid(where, valid, student.shape[:-1])
+    references = references.detach()
+    near = _proximity(_valid_rows(student, valid), references, metric)
+    target = _proximity(_valid_rows(teacher.detach(), valid), references, metric)
+    sort = partial(soft_sort, steepness=steepness, network=network)
+    teacher_sort = partial(soft_sort, steepness=teacher_steepness, network=network)
+
+    parts = [
+        recomputed(lambda x, y: _order_cost(sort(x).plan, teacher_sort(y).plan), some, wanted)
+        for some, wanted in _plans_at_a_time(near, target)
+    ]
+    loss = torch.cat(parts).view(near.shape[:-1])
+    return _reduce(loss, valid, reduction)
+
+
+def _order_cost(plan: Tensor, wanted: Tensor) -> Tensor:
+    """Compute the mean cross-entropy of the rows of plans (b, r, r)."""
+    log_plan = plan.clamp(min=torch.finfo(plan.dtype).tiny).log()  # a share may be rounded to zero
+    return -(wanted.detach() * log_plan).sum((-2, -1)) / max(1, plan.shape[-1])
+
+
+def _plans_at_a_time(near: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split similarities (..., r) into parts (b, r), whose plans fit in memory layer by layer."""
+    r = near.shape[-1]
+    # The layers of one part, some 50 times as many numbers, are in memory in the backward pass.
+    rows = max(1, 2 ** (24 if near.is_cuda else 19) // max(1, r * r))
+    parts = zip(near.reshape(-1, r).split(rows), target.reshape(-1, r).split(rows), strict=True)
+    return list(parts)
+
+
+def _proximity(rows: Tensor, references: Tensor, metric: Metric) -> Tensor:
+    """Compute the cosines, or the distances, of each row and each reference."""
+    if metric == "cosine":
+        own, other = l2_normalize(rows), l2_normalize(references)
+        dtype = torch.promote_types(own.dtype, other.dtype)
+        with full_precision(own):
+            return own.to(dtype) @ other.to(dtype).mT
+    difference = widened(rows)[..., :, None, :] - widened(references)[..., None, :, :]
+    square = difference.square().sum(-1)
+    apart = square > 0  # at zero distance the root has no slope
+    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+
+
+@typed
+def neighbor_distribution_loss(
+    student: Float[Tensor, "*batch n d"],
+    teacher: Float[Tensor, "*batch n d"],
+    references: Float[Tensor, "*batch r d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    allowed: Bool[Tensor, "*batch n r"] | None = None,
+    *,
+    student_temperature: Scalar = 0.1,
+    teacher_temperature: Scalar = 0.04,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    """Compute the cross-entropy of the points' similarities with references, teacher to student.
+
+    Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
+
+    `P_t = softmax(cos(t, R) / t_t)` and `P_s = softmax(cos(s, R) / t_s)` over the allowed
+    references R, and the loss of a point is `-sum P_t log P_s`. It is the loss of
+    `neighbor_order_loss` without the sorting. It is never below the entropy of P_t, so report it
+    minus that.
+
+    Args:
+        student: Points of the student; the gradient flows to them only.
+        teacher: The same n points of the teacher; they are detached.
+        references: r rows of the teacher to compare with; they are detached. For one set that all
+            images share, expand it.
+        valid: Points to use, of shape `*batch n`; an axis may have size 1. By default all.
+        allowed: References of each point; by default all. Leave out the point itself and its image.
+            A reference that no point of its set is allowed to use changes nothing, even if it is
+            NaN. A point without a reference does not count.
+        student_temperature: Divisor of the student's cosines; it may be a tensor.
+        teacher_temperature: Divisor of the teacher's cosines; it is smaller than the student's. It
+            may be a tensor, which is detached.
+        reduction: "mean" over the points that count, or "none" for one value for each point (0
+            where it does not count).
+
+    Returns:
+        The loss, not negative, in at least float32, in nats.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+        ValueError: A temperature is not positive.
+
+    Examples:
+        >>> x = torch.eye(4)
+        >>> apart = ~torch.eye(4, dtype=torch.bool)
+        >>> neighbor_distribution_loss(x, x, x, allowed=apart)  # log 3
+        tensor(1.0986)
+
+    References:
+        ReSSL (arXiv 2107.09282), Eq 3 to 5, here for patches.
+    """
+    where = "losses.neighbor_distribution_loss"
+    check_temperature(where, student_temperature, "student_temperature")
+    check_temperature(where, teacher_temperature, "teacher_temperature")
+    refuse_maps(where, "student", student)
+
+    use = fit_valid(where, valid, student.shape[:-1])
+    if allowed is None:
+        allowed = torch.ones_like(student[..., :1], dtype=torch.bool)
+        allowed = allowed.expand(*student.shape[:-1], references.shape[-2])
+    if use is not None:
+        allowed = allowed & use[..., None]
+
+    references = _valid_rows(references.detach(), allowed.any(-2))
+    logits = []
+    for points in (_valid_rows(student, use), _valid_rows(teacher.detach(), use)):
+        near = _proximity(points, references, "cosine")
+        temperature = teacher_temperature if logits else student_temperature
+        near = near / in_range(temperature, near.dtype)
+        logits.append(torch.where(allowed, near, -torch.inf))
+    return cross_entropy_similarity(*logits, allowed.any(-1), reduction=reduction)
 
 
 @typed
@@ -508,7 +882,7 @@ def variance_covariance(
 
 
 class _LogSumExp(Function):
-    """Compute `logsumexp(query @ others.mT + bias)` in parts, with its gradient for the query.
+    """Compute `logsumexp(query @ others.mT)` over `use` in parts, with its gradient for the query.
 
     The logits of 49 patches of 256 images and a bank of 65,536 keys would be an array of 3 GB,
     several times. The gradient is the mean of the others, weighted by their softmax, and is
@@ -518,18 +892,20 @@ class _LogSumExp(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, others: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        biased = _append(query, torch.ones_like(query[..., 0]))
+    def forward(
+        query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
         most = torch.full_like(query[..., :1], -torch.inf)
         mass = torch.zeros_like(most)
         weighted = torch.zeros_like(query)
-        for keys in _some_at_a_time(query, others, bias):
-            logits = biased @ keys.mT
+        for keys in _some_at_a_time(query, others, use, dtype):
+            logits = (biased @ keys.mT).to(query.dtype)
             new_most = torch.maximum(most, logits.amax(-1, keepdim=True))
             weight = logits.sub_(new_most).exp_()
             fade = (most - new_most).exp()
             mass = mass * fade + weight.sum(-1, keepdim=True)
-            weighted = weighted * fade + weight @ keys[..., :-1]
+            weighted = weighted * fade + (weight.to(dtype) @ keys[..., :-1]).to(query.dtype)
             most = new_most
 
         mass = mass.clamp(min=1)  # it is at least 1 if there is any column
@@ -537,39 +913,43 @@ class _LogSumExp(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs, *output)
+        *tensors, ctx.product_dtype = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        query, others, bias, total, mean = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        query, others, use, total, mean = ctx.saved_tensors
         gradient = gradients[0][..., None]
         if not (torch.is_grad_enabled() or ctx.needs_input_grad[1]):
-            return mean * gradient, None, None
+            return mean * gradient, None, None, None
 
         # Compute it again, for second derivatives or for the gradient with respect to the others.
-        biased = _append(query, torch.ones_like(query[..., 0]))
+        dtype = ctx.product_dtype
+        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
         mean = torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
-            for keys in _some_at_a_time(query, others, bias):
-                share = (biased @ keys.mT).sub_(total[..., None]).exp_()
-                mean = mean + share @ keys[..., :-1]
-                part = share.mT @ (query * gradient)
-                of_others.append(part.sum_to_size(*others.shape[:-2], *part.shape[-2:]))
-        return mean * gradient, torch.cat(of_others, -2), None
+            for keys in _some_at_a_time(query, others, use, dtype):
+                logits = (biased @ keys.mT).to(query.dtype)
+                share = logits.sub_(total[..., None]).exp_().to(dtype)
+                mean = mean + (share @ keys[..., :-1]).to(query.dtype)
+                part = share.mT @ (query * gradient).to(dtype)
+                part = part.sum_to_size(*others.shape[:-2], *part.shape[-2:])
+                of_others.append(part.to(others.dtype))
+        return mean * gradient, torch.cat(of_others, -2), None, None
 
 
-def _logsumexp(query: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+def _logsumexp(query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the same of plain operations, which have derivatives of every order and mode.
 
     A `Function` with a rule for forward mode is wrong without a warning where forward modes are
     nested (https://github.com/pytorch/pytorch/issues/197867).
     """
-    biased = _append(query, torch.ones_like(query[..., 0]))
-    parts = _some_at_a_time(query, others, bias)
-    totals = [(biased @ keys.mT).logsumexp(-1) for keys in parts]
-    totals.append(torch.full_like(biased[..., 0], -torch.inf))  # of no negatives at all
+    biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
+    parts = _some_at_a_time(query, others, use, dtype)
+    totals = [(biased @ keys.mT).to(query.dtype).logsumexp(-1) for keys in parts]
+    totals.append(torch.full_like(query[..., 0], -torch.inf))  # of no negatives at all
     return torch.stack(totals, -1).logsumexp(-1)
 
 
@@ -582,12 +962,21 @@ def _append(x: Tensor, last: Tensor) -> Tensor:
     return torch.cat([x, last[..., None]], -1)
 
 
-def _some_at_a_time(query: Tensor, others: Tensor, bias: Tensor) -> list[Tensor]:
-    """Split `others` into parts, with the bias appended so that the matrix product adds it."""
+def _some_at_a_time(
+    query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield parts of `others` with a last column, which the product adds: 0, or a large negative.
+
+    It is finite, since minus infinity would be NaN without any valid negative.
+    """
     most = 2 ** (27 if query.is_cuda else 22)  # numbers of a product; a CPU's cache can store them
     count = max(256, most // max(1, math.prod(query.shape[:-1])))
-    parts = zip(others.split(count, -2), bias.split(count, -1), strict=True)
-    return [_append(rows, last) for rows, last in parts if last.shape[-1]]
+    far_below = torch.finfo(dtype).min / 2
+    for rows, allowed in zip(others.split(count, -2), use.split(count, -1), strict=True):
+        if allowed.shape[-1]:
+            part = _valid_rows(rows.to(dtype), allowed)
+            last = part.new_zeros(allowed.shape).masked_fill(~allowed, far_below)
+            yield _append(part, last)
 
 
 def _valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:

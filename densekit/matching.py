@@ -21,6 +21,7 @@ from densekit.numerics import (
     full_precision,
     l2_normalize,
     refuse_maps,
+    row_of,
     widened,
 )
 from densekit.numerics import take_rows as _take_rows
@@ -325,7 +326,7 @@ def candidate_regions(
         indexing="xy",
     )
     corner = torch.stack([x, y], -1).flatten(0, 1)
-    boxes1 = torch.cat([corner, corner + window], -1) / torch.tensor([w, h, w, h], **at)
+    boxes1 = torch.cat([corner, corner + window], -1) / row_of([w, h, w, h], corner)
     boxes1 = boxes1.expand(*view1.flip.shape, *boxes1.shape)
     boxes = boxes_view_to_image(view1, boxes1)
     boxes2 = boxes_image_to_view(view2, boxes)

@@ -5,13 +5,14 @@ The functions that `__all__` does not list are helpers for the modules of densek
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from densekit.distributed import Group, all_sum
 from densekit.messages import about_map, looks_like_map
 from densekit.typing import Bool, Float, Scalar, Shaped, Size, Tensor, typed
@@ -202,6 +203,26 @@ def readable(*tensors: Tensor) -> bool:
     )
 
 
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call a function so that its backward pass computes it again, instead of storing its parts.
+
+    Inside a graph, where the compiler decides what to store, and inside a transform such as vmap or
+    grad, which does not allow it, it is called as it is.
+    """
+    if torch.compiler.is_compiling() or any(map(is_functorch_wrapped_tensor, tensors)):
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def row_of(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return a few Python numbers as a row, in the dtype and on the device of another tensor.
+
+    `like.new_tensor(numbers)` copies them from the CPU, for which the host waits.
+    """
+    at = {"dtype": like.dtype, "device": like.device}
+    return torch.stack([torch.full((), number, **at) for number in numbers])
+
+
 def take_rows(table: Tensor, rows: Tensor) -> Tensor:
     """Take rows of tables `(*batch, n, d)` by indices `(*batch, k)`; return `(*batch, k, d)`."""
     rows = rows.long()  # `gather` does not take every integer dtype
@@ -217,13 +238,21 @@ def block_rows(width: int) -> int:
 
 
 def sample_uniform(
-    shape: Sequence[int], like: Tensor, *, generator: torch.Generator | None
+    shape: Sequence[int],
+    like: Tensor,
+    *,
+    generator: torch.Generator | None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Sample uniform numbers in [0, 1), on the device of `like`, in its dtype but at least float32.
 
-    Half precision therefore gets the same numbers as float32.
+    Half precision therefore gets the same numbers as float32. With `noise`, which has this shape,
+    its numbers are the result.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
+    if noise is not None:
+        # A number just below 1 must not be rounded to 1.
+        return noise.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2)
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=like.device)
 
 

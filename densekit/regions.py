@@ -15,6 +15,7 @@ from densekit.numerics import (
     check_size,
     full_precision,
     readable,
+    row_of,
     safe_divide,
     sample_uniform,
     take_rows,
@@ -57,6 +58,7 @@ def sample_jittered_boxes(
     center: float = 0.1,
     size: float = 0.1,
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n 4"] | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
     """Move and resize boxes at random.
 
@@ -65,11 +67,14 @@ def sample_jittered_boxes(
         center: Largest shift of a center, as a share of the box's width and height.
         size: Largest change of the width and of the height, as a share; both change independently.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         Jittered boxes, in the same frame.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: `center` is negative, or `size` is outside [0, 1).
 
     Examples:
@@ -82,7 +87,7 @@ def sample_jittered_boxes(
     where = "regions.sample_jittered_boxes"
     check(where, "center", center, 0 <= center < math.inf, "0 or more")
     check(where, "size", size, 0 <= size < 1, "a number from 0 to below 1")
-    draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator) - 1
+    draws = 2 * sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator, noise=noise) - 1
     wide = widened(boxes)
     extent = wide[..., 2:] - wide[..., :2]
     middle = (wide[..., :2] + wide[..., 2:]) / 2 + center * draws[..., :2] * extent
@@ -96,6 +101,7 @@ def sample_inner_boxes(
     *,
     scale: tuple[float, float] = (0.8, 1.0),
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n 4"] | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
     """Sample a random box inside each box (restricted box jitter, RBJ).
 
@@ -107,11 +113,14 @@ def sample_inner_boxes(
         scale: Smallest and largest share of the width and of the height, which are sampled
             independently.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         Boxes inside the given ones, at uniformly random positions, in the same frame.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: `scale` is not within (0, 1].
 
     Examples:
@@ -127,7 +136,7 @@ def sample_inner_boxes(
     fits = 0 < low <= high <= 1
     check("regions.sample_inner_boxes", "scale", scale, fits, "0 < smallest <= largest <= 1")
 
-    draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator, noise=noise)
     first = widened(boxes[..., :2])
     last = widened(boxes[..., 2:])
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
@@ -144,6 +153,7 @@ def sample_cutout(
     *,
     ratio: tuple[float, float] = (0.2, 0.5),
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n 3"] | None = None,
 ) -> Float[Tensor, "*batch n 3"]:
     """Sample the parameters of `proposal_cutout`: the size and the position of each proposal's cut.
 
@@ -151,11 +161,14 @@ def sample_cutout(
         boxes: The proposals; only their number and device matter.
         ratio: Smallest and largest share rho of a proposal's area that may be cut.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         rho, and the position of the cut along x and y, in [0, 1].
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: The ratio is not within [0, 1].
 
     Examples:
@@ -168,7 +181,7 @@ def sample_cutout(
     low, high = ratio
     fits = 0 <= low <= high <= 1
     check("regions.sample_cutout", "ratio", ratio, fits, "0 <= smallest <= largest <= 1")
-    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator, noise=noise)
     return torch.cat([low + (high - low) * draws[..., :1], draws[..., 1:]], -1)
 
 
@@ -230,8 +243,10 @@ def proposal_cutout(
     # as there are few: a proposal has up to four edges along each axis.
     by_pixel = 4 * boxes.shape[-2] > max(size)
     split_axes = () if by_pixel else (0, 1)
-    lines = [range(0, length + 1, 1 if by_pixel else length) for length in (size[1], size[0])]
-    edges = [boxes.new_tensor(line).expand(*boxes.shape[:-2], -1) for line in lines]
+    at = {"dtype": boxes.dtype, "device": boxes.device}
+    lengths = (size[1], size[0])
+    lines = [torch.arange(0, x + 1, 1 if by_pixel else x, **at) for x in lengths]
+    edges = [line.expand(*boxes.shape[:-2], -1) for line in lines]
     counts = (len(lines[1]) - 1, len(lines[0]) - 1)
     cells = torch.zeros(*boxes.shape[:-2], *counts, dtype=torch.bool, device=boxes.device)
 
@@ -277,6 +292,7 @@ def sample_surrounding_boxes(
     ratio: tuple[float, float] = (0.2, 0.6),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n 3"] | None = None,
 ) -> Float[Tensor, "*batch n 4"]:
     """Sample a rectangle beside each proposal, in a random direction (random mask, PRM).
 
@@ -289,11 +305,14 @@ def sample_surrounding_boxes(
         ratio: Smallest and largest area, as a share of the proposal's area; 0 means no rectangle.
         aspect: Smallest and largest width divided by height; the aspect is log-uniform.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         One rectangle for each proposal, in the same frame; it may leave the image.
 
     Raises:
+        TypeError: The shapes do not match.
         ValueError: A range is negative or not in order, or an aspect is 0.
 
     Examples:
@@ -310,7 +329,7 @@ def sample_surrounding_boxes(
     fits = 0 < aspect[0] <= aspect[1] < math.inf
     check(where, "aspect", aspect, fits, "0 < smallest <= largest")
 
-    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator)
+    draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator, noise=noise)
     wide = widened(boxes)
     share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
     shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
@@ -410,6 +429,7 @@ def sample_shift(
     valid: Bool[Tensor, "*batch n"] | None = None,
     *,
     generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch 2"] | None = None,
 ) -> Float[Tensor, "*batch 2"]:
     """Sample one shift for all boxes of an image that keeps them inside the image.
 
@@ -418,6 +438,8 @@ def sample_shift(
         size: Size `(h, w)` of the image.
         valid: Boxes to use; by default all.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         `(dx, dy)` in whole pixels, in at least float32, uniform over the shifts that keep every
@@ -440,7 +462,7 @@ def sample_shift(
     wide = widened(boxes)
     used = usable[..., None]
 
-    sides = wide.new_tensor([size[1], size[0]])
+    sides = row_of([size[1], size[0]], wide)
     # The padding gives an envelope to an image without boxes.
     nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
     first = torch.cat([torch.where(used, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
@@ -452,7 +474,7 @@ def sample_shift(
     low = torch.where(fits, low, 0.0)
     high = torch.where(fits, high, 0.0)
 
-    draws = sample_uniform((*low.shape[:-1], 2), low, generator=generator)
+    draws = sample_uniform((*low.shape[:-1], 2), low, generator=generator, noise=noise)
     return (low + (draws * (high - low + 1)).floor()).minimum(high)
 
 

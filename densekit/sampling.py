@@ -97,7 +97,11 @@ def grid_points(
 
 @typed
 def sample_points(
-    boxes: Float[Tensor, "*batch 4"], count: int, *, generator: torch.Generator | None = None
+    boxes: Float[Tensor, "*batch 4"],
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "*batch n 2"] | None = None,
 ) -> Float[Tensor, "*batch n 2"]:
     """Sample points uniformly inside each box.
 
@@ -105,13 +109,16 @@ def sample_points(
         boxes: Boxes `(x1, y1, x2, y2)`, in any frame.
         count: Number of points for each box.
         generator: Source of the random numbers, on the boxes' device.
+        noise: Uniform numbers in [0, 1) from which the draw follows; by default they are drawn from
+            `generator`.
 
     Returns:
         `n = count` points `(x, y)` for each box, in the boxes' frame. The points of a box that is
         not finite contain no NaN but have no meaning.
 
     Raises:
-        ValueError: The count is negative.
+        TypeError: The shapes do not match.
+        ValueError: The count is negative, or the noise is of another number of points.
 
     Examples:
         >>> sample_points(torch.tensor([[0.0, 0.0, 4.0, 8.0]]), 49).shape
@@ -121,7 +128,13 @@ def sample_points(
         DenseSiam, Table A2 (k = 1, beta = 0).
     """
     check("sampling.sample_points", "count", count, count >= 0, "0 or more")
-    draws = sample_uniform((*boxes.shape[:-1], count, 2), boxes, generator=generator)
+    points = count if noise is None else noise.shape[-2]
+    if points != count:
+        raise ValueError(
+            f"densekit.sampling.sample_points: count is {count}, but noise is of {points} points; "
+            "give two numbers for each point."
+        )
+    draws = sample_uniform((*boxes.shape[:-1], count, 2), boxes, generator=generator, noise=noise)
     boxes = torch.where(boxes.isfinite().all(-1)[..., None], boxes, 0.0)[..., None, :]
     corners = boxes.to(draws).unflatten(-1, (2, 2)).expand(*draws.shape, 2)
     return torch.lerp(corners[..., 0, :], corners[..., 1, :], draws).to(boxes.dtype)

@@ -20,6 +20,7 @@ from densekit.numerics import (
     full_precision,
     readable,
     refuse_channels_last,
+    row_of,
     safe_divide,
     sample_uniform,
     widened,
@@ -44,6 +45,7 @@ __all__ = [
     "index_views",
     "intersect_views",
     "pair_views",
+    "sample_inner_views",
     "sample_view_pairs",
     "sample_views",
     "stack_views",
@@ -498,7 +500,20 @@ def sample_views(
     batch = _check_sampling("sample_views", size, batch, scale, ratio, flip, vertical_flip)
     device = None if generator is None else generator.device
     height, width = _height_and_width(size, device)
+    return _sample_views(height, width, batch, scale, ratio, flip, vertical_flip, generator)
 
+
+def _sample_views(
+    height: Tensor,
+    width: Tensor,
+    batch: tuple[int, ...],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+    vertical_flip: float,
+    generator: torch.Generator | None,
+) -> View:
+    """Sample views of images of these sides, in whole pixels."""
     # For each view: ten areas, ten ratios, the position (x, y), the flip.
     shape = (*batch, *height.shape, 23)
     draws = sample_uniform(shape, height, generator=generator)
@@ -533,6 +548,58 @@ def sample_views(
         draws = sample_uniform(flips.shape, height, generator=generator)
         vertical_flips = draws < vertical_flip
     return View(box, flips, vertical_flips)
+
+
+@typed
+def sample_inner_views(
+    outer: View,
+    batch: int | tuple[int, ...] = (),
+    *,
+    scale: tuple[float, float] = (0.1, 0.5),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Annotated[View, _OTHER_AXES]:
+    """Sample random views inside other views, as `sample_views` does inside an image.
+
+    So each point of an inner view is in the outer view too, as PaKA's small crops of a student are
+    in the large crop of its teacher. The flips are those of the source image: they do not depend on
+    the flips of the outer view.
+
+    Args:
+        outer: Views to sample in, such as the large views of `sample_views`. Of a box that is not
+            in whole pixels, the whole pixels inside are used.
+        batch: Leading axes of the result, in front of those of `outer`; a number is one axis.
+        scale: Smallest and largest share of the outer view's area.
+        ratio: Smallest and largest width divided by height.
+        flip: Probability that a view is mirrored left to right.
+        vertical_flip: Probability that a view is mirrored top to bottom.
+        generator: Source of the random numbers, on the outer views' device.
+
+    Returns:
+        Views of shape `(*batch, *outer)` in the image frame, in at least float32. Where the outer
+        box contains no whole pixel, the box is not valid.
+
+    Raises:
+        ValueError: `scale`, `ratio` or the probability of a flip is out of its range, or an axis of
+            `batch` is negative.
+
+    Examples:
+        >>> large = sample_views((480, 640), (8,))
+        >>> small = sample_inner_views(large, 2)
+        >>> small.box.shape, bool((small.box[..., :2] >= large.box[:, :2]).all())
+        (torch.Size([2, 8, 4]), True)
+
+    References:
+        PaKA (arXiv 2509.05606); DenseSiam, App A.
+    """
+    batch = _check_sampling("sample_inner_views", (1, 1), batch, scale, ratio, flip, vertical_flip)
+    low, high = widened(outer.box.detach()).unflatten(-1, (2, 2)).unbind(-2)
+    start = low.ceil()
+    width, height = (high.floor() - start).clamp(min=0).unbind(-1)
+    inner = _sample_views(height, width, batch, scale, ratio, flip, vertical_flip, generator)
+    return View(inner.box + torch.cat([start, start], -1), inner.flip, inner.vertical_flip)
 
 
 @typed
@@ -731,10 +798,10 @@ def view_to_matrix(
         ValueError: The size is not positive.
 
     Examples:
-        >>> view = View(torch.tensor([10.0, 0.0, 74.0, 48.0]), torch.tensor(False))
+        >>> view = View(torch.tensor([10.0, 8.0, 74.0, 56.0]), torch.tensor(False))
         >>> view_to_matrix(view, (24, 32), pixel_centers="half")
         tensor([[ 0.5000,  0.0000, -5.0000],
-                [ 0.0000,  0.5000,  0.0000],
+                [ 0.0000,  0.5000, -4.0000],
                 [ 0.0000,  0.0000,  1.0000]])
     """
     box, *flips = _fields(view)
@@ -1089,7 +1156,9 @@ def _height_and_width(
 ) -> tuple[Tensor, Tensor]:
     """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
     if not isinstance(size, Tensor):
-        size = torch.tensor(size, device=device)
+        # On the device from the start: a copy from the CPU is waited for.
+        height, width = (torch.full((), side, device=device) for side in size)
+        return height.float(), width.float()
     sizes = size.to(device=device, dtype=torch.float32)
     height, width = sizes.unbind(-1)
     return height, width
@@ -1100,7 +1169,7 @@ def _sides(function: str, size: Size | Tensor, boxes: Tensor) -> Tensor:
     if not isinstance(size, Tensor):
         fits = min(size) > 0
         check(f"views.{function}", "size", size, fits, "a positive (h, w) in pixels")
-        return widened(boxes).new_tensor(size[::-1])
+        return row_of(size[::-1], widened(boxes))
     if not broadcasts(size.shape[:-1], boxes.shape[:-1]):
         raise TypeError(
             f"densekit.views.{function}: argument 'size' has shape {tuple(size.shape)}, and the "
@@ -1114,7 +1183,7 @@ def _view_sides(function: str, size: int | Size, like: Tensor) -> Tensor:
     h, w = (size, size) if isinstance(size, int) else size
     fits = min(h, w) > 0
     check(f"views.{function}", "size", size, fits, "a positive size in pixels")
-    return widened(like).new_tensor([w, h])
+    return row_of([w, h], widened(like))
 
 
 def _view(box: Tensor, flip: Tensor | None, vertical_flip: Tensor | None) -> View:

@@ -201,7 +201,7 @@ def check_options(config: Config) -> None:
 def photometric(
     view_config: Views, *, blur_probability: float, solarize_probability: float
 ) -> transforms.Compose:
-    """DINO's random changes of a crop's colors and sharpness, and the normalization."""
+    """DINO's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.2, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -215,25 +215,22 @@ def photometric(
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=blur_probability),
             transforms.RandomSolarize(128, p=solarize_probability),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+    """Two augmented crops of each image, and the `View` of each crop.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, and the files that could not be read.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, its index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
         self.view_config = config.views
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = [  # one for each view, as in DINO
             photometric(config.views, blur_probability=1.0, solarize_probability=0.0),
             photometric(config.views, blur_probability=0.1, solarize_probability=0.2),
@@ -242,31 +239,24 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, scale=self.view_config.scale, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size, interpolation="bicubic")
-            in_range = view_crops.clamp(0, 1)  # bicubic interpolation leaves the range
-            crops.append((in_range * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side, "bicubic") for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for augment, view_crops in zip(self.photometric, crops, strict=True):
-                changed = [augment(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augments_and_crops = zip(self.photometric, crops, strict=True)
+            augmented = tuple(augment(crop) for augment, crop in augments_and_crops)
+        return augmented, views, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -286,6 +276,11 @@ def build_encoder(arch: str, drop_path: float) -> Any:
         raise harness.UserError(sentence) from error
     harness.check(has_plain_attention and has_plain_tokens, sentence)
     return encoder
+
+
+# What is drawn for an image: which paths are dropped, and the start tokens.
+PATHS = 1
+START = 2
 
 
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -373,6 +368,7 @@ class CrOC(nn.Module):
         for module in self.teacher.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0  # only the student drops paths
+        self.drop_paths = encoders.replace_drop_paths(self.student)
 
     def project(self, network: nn.ModuleDict, rows: Tensor, kind: str) -> Tensor:
         """Cosine of each row's embedding and each prototype; `kind` is "image" or "cluster"."""
@@ -382,12 +378,30 @@ class CrOC(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return dk.l2_normalize(embeddings) @ dk.l2_normalize(prototypes).mT
 
+    def encode_student(self, pixels: Tensor, seeds: Tensor) -> Tensor:
+        """The final tokens of the student, which drops paths by the seed of each image."""
+        noise = harness.noise(seeds, (2, len(self.drop_paths)), PATHS)
+        by_path = rearrange(noise, "b v paths -> paths (v b)")
+        for drop_path, own_noise in zip(self.drop_paths, by_path, strict=True):
+            drop_path.noise = own_noise
+        tokens = self.student["encoder"].forward_features(pixels)
+        for drop_path in self.drop_paths:
+            drop_path.noise = None
+        return tokens
+
     def find_clusters(
-        self, tokens: Tensor, queries: Tensor, keys: Tensor, values: Tensor, views: list[dk.View]
+        self,
+        tokens: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        views: list[dk.View],
+        seeds: Tensor,
     ) -> tuple[Tensor, dk.PrunedClusters]:
         """The chosen number of clusters, and the clusters of both views together (Sec 3.3).
 
-        Each attention head has clusters of its own.
+        Each attention head has clusters of its own. The start tokens of each image follow from its
+        seed.
         """
         config = self.config
         choices = {"queries": queries, "keys": keys, "values": values, "last": tokens[:, None]}
@@ -406,7 +420,8 @@ class CrOC(nn.Module):
         view_positions = [dk.coordinate_map(view, size).flatten(1, 2) for view in views]
         positions = repeat(torch.cat(view_positions, 1), "b n xy -> b heads n xy", heads=z.shape[1])
 
-        start = dk.sample_tokens(r, config.start)
+        noise = harness.noise(seeds, r.shape[1:], START)
+        start = dk.sample_tokens(r, config.start, noise=noise)
         found = dk.sinkhorn_merge(
             z,
             positions,
@@ -428,25 +443,29 @@ class CrOC(nn.Module):
 
     # ==== loss ====================================================================================
     def forward(
-        self, images: list[Tensor], views: list[dk.View], temperature: float
+        self, images: list[Tensor], views: list[dk.View], temperature: float, seeds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, and the terms that are logged."""
+        """The total loss, and the terms that are logged.
+
+        The dropped paths and the start tokens of each image follow from its seed.
+        """
         pixels = torch.cat(images)
-        student_tokens = self.student["encoder"].forward_features(pixels)
+        student_tokens = self.encode_student(pixels, seeds)
         teacher_tokens, queries, keys, values = encode(self.teacher["encoder"], pixels)
 
         loss, terms = self.distill("image", student_tokens[:, 0], teacher_tokens[:, 0], temperature)
         if not self.config.alpha:
             return loss, terms
 
-        counts, pruned = self.find_clusters(teacher_tokens, queries, keys, values, views)
+        counts, pruned = self.find_clusters(teacher_tokens, queries, keys, values, views, seeds)
         # The clusters of all heads are on one axis. Both views have the same clusters.
         masks = rearrange(pruned.assignments, "b heads v n k -> (v b) n (heads k)")
         valid = repeat(pruned.valid, "b heads k -> (v b) (heads k)", v=2)
-        student_rows = pool_clusters(student_tokens, masks)[valid]
-        teacher_rows = pool_clusters(teacher_tokens, masks)[valid]
+        student_rows = pool_clusters(student_tokens, masks)
+        teacher_rows = pool_clusters(teacher_tokens, masks)
+        # What is not valid is masked, not left out: the shapes do not depend on the clusters.
         cluster_loss, cluster_terms = self.distill(
-            "cluster", student_rows, teacher_rows, temperature
+            "cluster", student_rows, teacher_rows, temperature, valid
         )
 
         terms |= cluster_terms
@@ -455,12 +474,17 @@ class CrOC(nn.Module):
         return loss + self.config.alpha * cluster_loss, terms
 
     def distill(
-        self, kind: str, student_rows: Tensor, teacher_rows: Tensor, temperature: float
+        self,
+        kind: str,
+        student_rows: Tensor,
+        teacher_rows: Tensor,
+        temperature: float,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO's loss of one kind of rows (Eq 4 and 6).
 
-        The rows of view 1 come first, then equally many of view 2. Afterwards the center moves
-        towards the mean of the teacher's outputs.
+        The rows of view 1 come first, then equally many of view 2, of which the same are `valid`.
+        Afterwards the center moves towards the mean of the teacher's outputs.
         """
         group = torch.distributed.group.WORLD
         student_outputs = self.project(self.student, student_rows, kind)
@@ -476,16 +500,17 @@ class CrOC(nn.Module):
             reduction="none",
         )
         # The means are over the rows of all processes, which may have different numbers of them.
-        loss = dk.masked_mean(row_losses, group=group)
+        valid_pairs = None if valid is None else valid.tensor_split(2)[0]
+        loss = dk.masked_mean(row_losses, valid_pairs, group=group)
 
         # The loss is a sum: the entropy of the teacher, and the divergence of the student from the
         # teacher. The cross-entropy of a distribution with itself is its entropy.
         sharpened = (teacher_outputs - center) / temperature
         row_entropies = dk.cross_entropy_similarity(sharpened, sharpened, reduction="none")
-        entropy = dk.masked_mean(row_entropies, group=group)
+        entropy = dk.masked_mean(row_entropies, valid, group=group)
         terms = {kind: loss, f"{kind}_entropy": entropy, f"{kind}_kl": loss.detach() - entropy}
 
-        center.copy_(dk.update_center(center, teacher_outputs, momentum=0.9, group=group))
+        center.copy_(dk.update_center(center, teacher_outputs, valid, momentum=0.9, group=group))
         return loss, terms
 
 
@@ -496,8 +521,9 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the teacher's encoder."""
-    images, views, _ = preview
-    draw(model, images, views, run.picture_path(step))
+    images, views, indices, _ = preview
+    seeds = harness.image_seeds(config.seed, step, indices)
+    draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
@@ -511,12 +537,14 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
         run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
 
 
-def draw(model: CrOC, images: list[Tensor], views: list[dk.View], path: Path) -> None:
+def draw(
+    model: CrOC, images: list[Tensor], views: list[dk.View], seeds: Tensor, path: Path
+) -> None:
     """A row per image: for each of its views the crop, the clusters of three heads, PCA colors."""
     pixels = torch.cat(images)
     tokens, queries, keys, values = encode(model.teacher["encoder"], pixels)
     maps = to_map(tokens).cpu()
-    _, pruned = model.find_clusters(tokens, queries, keys, values, views)
+    _, pruned = model.find_clusters(tokens, queries, keys, values, views, seeds)
 
     # A random color for each cluster, the same at every step; there are at most as many clusters
     # as start tokens. The tokens of pruned clusters are black.
@@ -533,10 +561,22 @@ def draw(model: CrOC, images: list[Tensor], views: list[dk.View], path: Path) ->
 
 
 # ==== loop ========================================================================================
+def clip_each(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
+    """Clip the gradient of each parameter by itself; the norm of all of them before.
+
+    It does what `clip_grad_norm_` does to one parameter after the other, with fewer calls.
+    """
+    gradients = [x.grad for x in parameters if x.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    shares = (largest_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, shares.unbind())
+    return norms.norm()
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("croc", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -570,6 +610,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -585,7 +626,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.warmup_cosine(step, steps, peak=peak_lr, warmup=warmup_steps, end=end_lr)
             start, end = config.weight_decay
             weight_decay = dk.cosine_schedule(step, steps, start=start, end=end)
@@ -596,17 +637,16 @@ def train(config: Config) -> None:
             ramp_steps = ramp_epochs * steps_per_epoch
             temperature = dk.linear_schedule(step, ramp_steps, start=start, end=end)
 
-            harness.seed_step(config.seed, step, world.rank)  # for start tokens and dropped paths
+            # For start tokens and dropped paths.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = ddp(images, views, temperature)
+                loss, terms = ddp(images, views, temperature, seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # Each parameter is clipped by itself, as in DINO.
-            norms = [nn.utils.clip_grad_norm_(x, largest_norm) for x in parameters]
-            grad_norm = torch.stack(norms).norm()
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            grad_norm = clip_each(parameters, largest_norm)
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             if step < config.freeze * steps_per_epoch:
                 # Without a gradient, the optimizer leaves the last layers as they are.
                 model.student["last"].zero_grad()
@@ -616,11 +656,15 @@ def train(config: Config) -> None:
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("image", "cluster"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("image", "cluster"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

@@ -187,7 +187,7 @@ def check_options(config: Config) -> None:
 
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
-    """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
+    """MoCo v2's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -200,19 +200,17 @@ def photometric(view_config: Views) -> transforms.Compose:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: each image as a whole and a crop, the `View` of both, and K proposals.
+    """Each image as a whole and a crop, the `View` of both, and K proposals.
 
-    The proposals (b, K, 4) are in pixels of the image, with which of them to use. `source` is from
-    `proposals.image_source`. `dataset[indices]` is the batch of these images: the crops, their
-    views, the proposals, and the files that could not be read.
+    `source` is from `proposals.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, the proposals (K, 4) in pixels of the image and which of them to use, its
+    index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
@@ -220,57 +218,39 @@ class TwoViews:
         self.seed = config.seed
         self.view_config = config.views
         self.regions = config.regions
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images = []
-        proposals = []
-        unreadable = []
-        for index in indices:
-            image, failures = self.source[index]
-            # The next image that can be read stands in for unreadable ones.
-            index_read = (index + len(failures)) % len(self)
-            images.append(image)
-            proposals.append(self.source.boxes[index_read])
-            unreadable.extend(failures)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
+        # The next image that can be read stands in for unreadable ones.
+        proposals = self.source.boxes[(index + len(unreadable)) % len(self)]
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        view2 = dk.sample_views(sizes, scale=self.view_config.scale, generator=generator)
-        width_height = sizes.flip(-1).float()
-        whole_image = torch.cat([torch.zeros_like(width_height), width_height], -1)
-        flip = torch.rand(len(sizes), generator=generator) < 0.5
-        view1 = dk.View(whole_image, flip)
-        views = [view1, view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        view2 = dk.sample_views(size, scale=self.view_config.scale, generator=generator)
+        flip = torch.rand((), generator=generator) < 0.5
+        view1 = dk.full_view(size)._replace(flip=flip)
+        views = (view1, view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        shares = nn.utils.rnn.pad_sequence(proposals, batch_first=True)
-        in_pixels = shares * width_height.repeat(1, 2)[:, None]
+        in_pixels = proposals * view1.box[2:].repeat(2)
         in_view2 = dk.boxes_in_view(view2, in_pixels).valid
         boxes, valid = dk.sample_boxes(in_pixels, self.regions, in_view2, generator=generator)
         # An image without a proposal in view 2 gets the box of view 2, which is not valid.
-        has_proposal = valid[:, :1, None]
-        boxes = torch.where(has_proposal, boxes, view2.box[:, None])
+        has_proposal = valid[:1, None]
+        boxes = torch.where(has_proposal, boxes, view2.box)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size)
-            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, boxes, valid, unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augmented = tuple(self.photometric(crop) for crop in crops)
+        return augmented, views, boxes, valid, torch.tensor(index), list(unreadable)
 
 
 SOCO_PROBABILITY = 0.5  # That SoCo's program cuts into a proposal, and that it jitters a box.
@@ -284,80 +264,122 @@ class Input(NamedTuple):
     valid: Tensor  # (b, K): which of the boxes hold a proposal
 
 
+# What is drawn for an image. Each number of a stream is for one view of one proposal.
+SHIFT = 1
+CUT = 2
+BESIDE = 3
+JITTER = 4
+SOCO_CUTOUT = 5
+SOCO_JITTER = 6
+
+
 def augment(
-    images: list[Tensor], views: list[dk.View], boxes: Tensor, valid: Tensor, config: Config
+    images: list[Tensor],
+    views: list[dk.View],
+    boxes: Tensor,
+    valid: Tensor,
+    seeds: Tensor,
+    config: Config,
 ) -> list[Input]:
-    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8)."""
+    """View 1, view 2, the small view 2 and view 3, each with jittered boxes (Eq 2 and 6 to 8).
+
+    What is drawn for an image follows from its seed. The views are on the second axis of tensors
+    (b, v, K, 4), so that each function is called once for all of them.
+    """
     images1, images2 = images
     side = images1.shape[-1]
-    boxes1 = dk.boxes_in_view(views[0], boxes).boxes * side
-    boxes2 = dk.boxes_in_view(views[1], boxes).boxes * side
+    in_views = dk.boxes_in_view(dk.stack_views(views), torch.stack([boxes, boxes]))
+    boxes1, boxes2 = in_views.boxes * side
 
-    images3, boxes3 = move_proposals(images2, boxes2, valid, config)
+    # All proposals of view 3 are moved by one vector.
+    shift_noise = harness.noise(seeds, (2,), SHIFT)
+    shift = dk.sample_shift(boxes2, (side, side), valid, noise=shift_noise)
+    boxes3 = dk.shift_boxes(boxes2, shift)
+
+    # The small view lies in a corner of its mask, whose other pixels nobody uses.
+    changed = torch.stack([boxes1, boxes2 / 2, boxes3], 1)
+    cut1, cut_small, cut3 = cut_masks(changed, side, valid, seeds, config).unbind(1)
+    beside1, beside_small, moved = beside_masks(changed, side, valid, seeds, config).unbind(1)
+    covered1 = cut1 | beside1
+    covered_small = cut_small | beside_small
+    if any(config.soco_cutout):
+        soco1, soco_small = soco_masks(changed[:, :2], side, valid, seeds, config).unbind(1)
+        covered1 = covered1 | soco1
+        covered_small = covered_small | soco_small
+
+    half = side // 2
     half_size = nn.functional.avg_pool2d(images2, 2)
-    small_covered = cover_proposals(half_size, boxes2 / 2, valid, config)
-    images1_covered = cover_proposals(images1, boxes1, valid, config)
+    # They are covered with 0, which is the mean of the data.
+    images1_covered = dk.fill_mask(images1, covered1)
+    small_covered = dk.fill_mask(half_size, covered_small[:, :half, :half])
+    images3 = dk.composite(images2, images2.roll(1, 0), moved & ~cut3, shift)
+
+    jittered = torch.stack([boxes1, boxes2, boxes2, boxes3], 1)
+    jittered1, jittered2, jittered_small, jittered3 = jitter_boxes(
+        jittered, side, seeds, config
+    ).unbind(1)
     return [
-        Input(images1_covered, jitter_boxes(boxes1, side, config), valid),
-        Input(images2, jitter_boxes(boxes2, side, config), valid),
-        Input(small_covered, jitter_boxes(boxes2, side, config), valid),
-        Input(images3, jitter_boxes(boxes3, side, config), valid),
+        Input(images1_covered, jittered1, valid),
+        Input(images2, jittered2, valid),
+        Input(small_covered, jittered_small, valid),
+        Input(images3, jittered3, valid),
     ]
 
 
-def move_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config):
-    """Paste the proposals of an image, cut and shifted, on another image; also their new boxes."""
-    size = images.shape[-2:]
-    shift = dk.sample_shift(boxes, size, valid)
-    moved = dk.shift_boxes(boxes, shift)
-    mask = dk.boxes_to_mask(moved, size, valid) & ~cut_mask(images, moved, valid, config)
-    others = images.roll(1, 0)
-    return dk.composite(images, others, mask, shift), moved
+def of_views(valid: Tensor, boxes: Tensor) -> Tensor:
+    """Which of the boxes (b, v, K, 4) hold a proposal, (b, v, K)."""
+    return valid[:, None].expand(boxes.shape[:-1])
 
 
-def cover_proposals(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """Cover a part of each proposal (PRC), and a rectangle beside it (PRM)."""
-    beside = dk.sample_surrounding_boxes(boxes, ratio=config.mask)
-    beside_mask = dk.boxes_to_mask(beside, images.shape[-2:], valid)
-    mask = beside_mask | cut_mask(images, boxes, valid, config)
-    if any(config.soco_cutout):
-        mask = mask | soco_cutout_mask(images, boxes, valid, config)
-    return dk.fill_mask(images, mask)  # with 0, which is the mean of the data
+def cut_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+    """The pixels to cut out of the proposals of each view (PRC)."""
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 3), CUT)
+    cutout = dk.sample_cutout(boxes, ratio=config.cut, noise=noise)
+    return dk.proposal_cutout(boxes, cutout, (side, side), of_views(valid, boxes)).mask
 
 
-def cut_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
-    """The pixels to cut out of the proposals (PRC)."""
-    cutout = dk.sample_cutout(boxes, ratio=config.cut)
-    return dk.proposal_cutout(boxes, cutout, images.shape[-2:], valid).mask
+def beside_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+    """In all views but the last a rectangle beside each proposal (PRM), there the proposals."""
+    noise = harness.noise(seeds, (boxes.shape[1] - 1, boxes.shape[2], 3), BESIDE)
+    beside = dk.sample_surrounding_boxes(boxes[:, :-1], ratio=config.mask, noise=noise)
+    marked = torch.cat([beside, boxes[:, -1:]], 1)
+    return dk.boxes_to_mask(marked, (side, side), of_views(valid, marked))
 
 
-def soco_cutout_mask(images: Tensor, boxes: Tensor, valid: Tensor, config: Config) -> Tensor:
+def soco_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
     """A square whose center lies anywhere in a proposal, for some of them (SoCo's cutout)."""
     low, high = config.soco_cutout
-    share = low + (high - low) * torch.rand_like(boxes[..., 0])
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 4), SOCO_CUTOUT)
+    share = low + (high - low) * noise[..., 0]
     half_side = (share * dk.box_area(boxes)).sqrt()[..., None] / 2
-    center = dk.sample_points(boxes, 1).squeeze(-2)
+    center = dk.sample_points(boxes, 1, noise=noise[..., None, 1:3]).squeeze(-2)
     squares = torch.cat([center - half_side, center + half_side], -1)
-    chosen = torch.rand_like(boxes[..., 0]) < SOCO_PROBABILITY
-    return dk.boxes_to_mask(squares, images.shape[-2:], valid & chosen)
+    chosen = noise[..., 3] < SOCO_PROBABILITY
+    return dk.boxes_to_mask(squares, (side, side), of_views(valid, boxes) & chosen)
 
 
-def jitter_boxes(boxes: Tensor, side: int, config: Config) -> Tensor:
+def jitter_boxes(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
     """Random boxes inside those in pixels (RBJ), in [0, 1]."""
     if config.soco_jitter:
-        boxes = soco_jitter(boxes, side, config)
-    return dk.sample_inner_boxes(boxes, scale=config.jitter) / side
+        boxes = soco_jitter(boxes, side, seeds, config)
+    noise = harness.noise(seeds, boxes.shape[1:], JITTER)
+    return dk.sample_inner_boxes(boxes, scale=config.jitter, noise=noise) / side
 
 
-def soco_jitter(boxes: Tensor, side: int, config: Config) -> Tensor:
+def soco_jitter(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
     """Boxes of which some are moved and resized, but not beyond the view (SoCo's box jitter)."""
     share = config.soco_jitter
-    moved = dk.clip_boxes(dk.sample_jittered_boxes(boxes, center=share, size=share), (side, side))
-    chosen = torch.rand_like(boxes[..., :1]) < SOCO_PROBABILITY
-    return torch.where(chosen, moved, boxes)
+    noise = harness.noise(seeds, (*boxes.shape[1:3], 5), SOCO_JITTER)
+    moved = dk.sample_jittered_boxes(boxes, center=share, size=share, noise=noise[..., :4])
+    chosen = noise[..., 4:] < SOCO_PROBABILITY
+    return torch.where(chosen, dk.clip_boxes(moved, (side, side)), boxes)
 
 
 # ==== model =======================================================================================
+# The dtype of the products with the keys of the bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
 def embed(network: Any, view: Input, bins: int) -> Tensor:
     """The outputs of the head for each region, (b, K, d) (Eq 1); only valid ones have a meaning."""
     encoder = network["encoder"]
@@ -428,18 +450,23 @@ class D3SSL(nn.Module):
         valid: Tensor,
         bank: dk.Bank,
         order: Tensor,
+        seeds: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dk.Bank]:
         """The total loss, the terms that are logged, and the bank with the keys of this batch.
 
-        `order` says how the images of the keys are shuffled.
+        `order` says how the images of the keys are shuffled. The augmentation of the regions of
+        each image follows from its seed.
         """
         config = self.config
         group = torch.distributed.group.WORLD
-        view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+        view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
         query1 = embed(self.student, view1, config.bins)
         query2 = embed(self.student, small, config.bins // 2)
-        key1 = self.embed_keys(view1, order)
-        key2 = self.embed_keys(view2, order)
+        # Unit vectors, normalized once: the bank holds the keys as they are.
+        query1 = dk.l2_normalize(query1)
+        query2 = dk.l2_normalize(query2)
+        key1 = dk.l2_normalize(self.embed_keys(view1, order))
+        key2 = dk.l2_normalize(self.embed_keys(view2, order))
 
         # The means are over the valid regions of all processes (Eq 10).
         mean = partial(dk.masked_mean, valid=valid, group=group)
@@ -449,9 +476,11 @@ class D3SSL(nn.Module):
             valid=valid,
             temperature=config.temperature,
             reduction="none",
+            normalized=True,
+            product_dtype=PRODUCT_DTYPES[config.precision],
         )
         decoupling = mean(info_nce(query1, key2) + info_nce(query2, key1))  # Eq 4
-        region_cosines = -dk.negative_cosine(query1.detach(), key2, reduction="none")  # logged only
+        region_cosines = (query1.detach() * key2).sum(-1)  # logged only
         terms = {
             "decoupling": decoupling,
             "filled": bank.filled,
@@ -461,13 +490,13 @@ class D3SSL(nn.Module):
         loss = decoupling
 
         if config.depositioning:
-            query3 = embed(self.student, view3, config.bins)
+            query3 = dk.l2_normalize(embed(self.student, view3, config.bins))
             depositioning = mean(info_nce(query3, key2) + info_nce(query3, key1))  # Eq 9
             terms["depositioning"] = depositioning
             loss = loss + config.depositioning * depositioning
 
         # Every process pushes the keys of all processes, so that the banks stay the same.
-        all_keys = dk.all_gather(dk.l2_normalize(key1), group)
+        all_keys = dk.all_gather(key1, group)
         all_valid = dk.all_gather(valid, group)
         return loss, terms, dk.push_to_bank(bank, all_keys, all_valid)
 
@@ -506,9 +535,9 @@ def evaluate(
 
 def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
     """A row per image: the student's view 1, small view 2 and view 3, the teacher's two views."""
-    images, views, boxes, valid, _ = preview
-    torch.manual_seed(config.seed)  # the same augmentations each time
-    view1, view2, small, view3 = augment(images, views, boxes, valid, config)
+    images, views, boxes, valid, indices, _ = preview
+    seeds = harness.image_seeds(config.seed, 0, indices)  # the same augmentations each time
+    view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
     panels = [draw_boxes(view) for view in (view1, small, view3, view1, view2)]
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
@@ -568,7 +597,7 @@ def method_of(config: Config) -> str:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("d3ssl", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -610,6 +639,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -625,7 +655,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, boxes, valid, unreadable in bar:
+        for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.
@@ -634,25 +664,30 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
-            harness.seed_step(config.seed, step, world.rank)  # for the augmentation of the regions
+            order = order.to(device, non_blocking=True)
+            # For the augmentation of the regions.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, bank = ddp(images, views, boxes, valid, bank, order.to(device))
+                loss, terms, bank = ddp(images, views, boxes, valid, bank, order, seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("decoupling", "depositioning"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("decoupling", "depositioning"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, source, preview, config, run, step)

@@ -176,7 +176,7 @@ def check_options(config: Config) -> None:
 
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
-    """SimSiam's random changes of a crop's colors and sharpness, and the normalization."""
+    """SimSiam's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -189,54 +189,44 @@ def photometric(view_config: Views) -> transforms.Compose:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+    """Two augmented crops of each image, and the `View` of each crop.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, and the files that could not be read.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, its index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
         self.seed = config.seed
         self.view_config = config.views
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
-        pairs = dk.sample_view_pairs(sizes, scale=self.view_config.scale, generator=generator)
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(self.seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, scale=self.view_config.scale, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size)
-            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augmented = tuple(self.photometric(crop) for crop in crops)
+        return augmented, views, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -267,6 +257,11 @@ def build_predictor(layer, norm, width: int, hidden: int) -> nn.Sequential:
     )
 
 
+# What is drawn for an image: random points, and the candidates that hard points are chosen from.
+POINTS = 1
+CANDIDATES = 2
+
+
 def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.PairedPoints:
     """Points of the image, in the frames of both views; `valid` says which images are used."""
     points1 = dk.image_to_view(views[0], points)
@@ -274,18 +269,18 @@ def pair_points(views: list[dk.View], points: Tensor, valid: Tensor) -> dk.Paire
     return dk.PairedPoints(points, points1, points2, valid[:, None].expand(points.shape[:-1]))
 
 
-def sample_pairs(views: list[dk.View], count: int) -> dk.PairedPoints:
-    """Random points of the overlap of the views."""
+def sample_pairs(views: list[dk.View], noise: Tensor) -> dk.PairedPoints:
+    """Random points of the overlap of the views, which follow from noise (b, points, 2)."""
     overlap = dk.intersect_views(*views)
-    points = dk.sample_points(overlap.box, count)
+    points = dk.sample_points(overlap.box, noise.shape[1], noise=noise)
     return pair_points(views, points, overlap.valid)
 
 
-def overlap_pairs(views: list[dk.View], loss_config: Loss) -> dk.PairedPoints:
+def overlap_pairs(views: list[dk.View], loss_config: Loss, seeds: Tensor) -> dk.PairedPoints:
     """Points of the overlap of the views: a grid, or random ones (Table A2)."""
     if loss_config.points == "grid":
         return dk.grid_pairs(*views, loss_config.grid)
-    return sample_pairs(views, loss_config.grid**2)
+    return sample_pairs(views, harness.noise(seeds, (loss_config.grid**2, 2), POINTS))
 
 
 def sample_maps(maps: list[Tensor], pairs: dk.PairedPoints) -> list[Tensor]:
@@ -343,9 +338,12 @@ class DenseSiam(nn.Module):
 
     # ==== loss ====================================================================================
     def forward(
-        self, images: list[Tensor], views: list[dk.View], with_region: bool
+        self, images: list[Tensor], views: list[dk.View], with_region: bool, seeds: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, and the terms that are logged; `with_region` adds RegionSim."""
+        """The total loss, and the terms that are logged; `with_region` adds RegionSim.
+
+        The random points of each image follow from its seed.
+        """
         maps = [last_map(self.encoder, x) for x in images]
         loss, terms = self.global_loss(maps, views)
         if not has_dense_heads(self.loss):
@@ -354,7 +352,7 @@ class DenseSiam(nn.Module):
             terms["dense"] = self.matched_loss(maps, views)
             return loss + self.loss.dense * terms["dense"], terms
 
-        samples = self.sample_heads(maps, views)
+        samples = self.sample_heads(maps, views, seeds)
         terms["dense"] = self.dense_loss(samples)
         overlap = samples.pairs.valid
         terms["overlap"] = overlap.float().mean()  # share of the pairs of views that overlap
@@ -385,20 +383,20 @@ class DenseSiam(nn.Module):
         spread = deviation * projections[0].shape[1] ** 0.5
         return loss, {"sim": loss, "spread": spread}
 
-    def sample_heads(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_heads(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """The outputs of PixSim's heads for both views at the same points of the image."""
         if self.loss.order == "sample_project_predict":
-            return self.sample_first(maps, views)
+            return self.sample_first(maps, views, seeds)
         if self.loss.order == "project_sample_predict":
-            return self.sample_between(maps, views)
+            return self.sample_between(maps, views, seeds)
 
         # The maps are sampled last, after the projection and the prediction (Table 4d).
         projected_maps = [self.dense_projector(x) for x in maps]
         predicted_maps = [self.dense_predictor(x) for x in projected_maps]
         if self.loss.points == "hard":
-            pairs = self.hard_pairs(projected_maps, predicted_maps, views)
+            pairs = self.hard_pairs(projected_maps, predicted_maps, views, seeds)
         else:
-            pairs = overlap_pairs(views, self.loss)
+            pairs = overlap_pairs(views, self.loss, seeds)
         projections = sample_maps(projected_maps, pairs)
         predictions = sample_maps(predicted_maps, pairs)
         return Samples(projections, predictions, pairs)
@@ -444,17 +442,17 @@ class DenseSiam(nn.Module):
         pooled = [x.mean(1) for x in sample_maps(maps, pairs)]
         return pooled, pairs.valid[:, 0]
 
-    def sample_first(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_first(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """Sample the features, then project and predict them."""
-        pairs = overlap_pairs(views, self.loss)
+        pairs = overlap_pairs(views, self.loss, seeds)
         features = sample_maps(maps, pairs)
         projections = [apply_to_rows(self.dense_projector, x) for x in features]
         predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
         return Samples(projections, predictions, pairs)
 
-    def sample_between(self, maps: list[Tensor], views: list[dk.View]) -> Samples:
+    def sample_between(self, maps: list[Tensor], views: list[dk.View], seeds: Tensor) -> Samples:
         """Project the maps, sample the projections, then predict from these."""
-        pairs = overlap_pairs(views, self.loss)
+        pairs = overlap_pairs(views, self.loss, seeds)
         projected_maps = [self.dense_projector(x) for x in maps]
         projections = sample_maps(projected_maps, pairs)
         predictions = [apply_to_rows(self.dense_predictor, x) for x in projections]
@@ -462,17 +460,22 @@ class DenseSiam(nn.Module):
 
     @torch.no_grad()
     def hard_pairs(
-        self, projected_maps: list[Tensor], predicted_maps: list[Tensor], views: list[dk.View]
+        self,
+        projected_maps: list[Tensor],
+        predicted_maps: list[Tensor],
+        views: list[dk.View],
+        seeds: Tensor,
     ) -> dk.PairedPoints:
         """Random points, some of which are the most dissimilar of many candidates (Table A2)."""
         count = self.loss.grid**2
-        candidates = sample_pairs(views, self.loss.candidates * count)
+        noise = harness.noise(seeds, (self.loss.candidates * count, 2), CANDIDATES)
+        candidates = sample_pairs(views, noise)
         projections = sample_maps(projected_maps, candidates)
         predictions = sample_maps(predicted_maps, candidates)
         distance = partial(getattr(dk, self.loss.distance), reduction="none")
         dissimilarity = dk.symmetric_loss(distance, predictions, projections)
 
-        others = sample_pairs(views, count)
+        others = sample_pairs(views, harness.noise(seeds, (count, 2), POINTS))
         points = dk.hard_points(
             candidates.points, dissimilarity, others.points, beta=self.loss.hard_share
         )
@@ -558,9 +561,10 @@ PANEL_SIDE = 224  # Side of a panel of the picture, in pixels.
 @torch.no_grad()
 def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run, step: int) -> None:
     """Save a picture of the preview's images. Without --data, also probe the encoder."""
-    images, views, _ = preview
+    images, views, indices, _ = preview
     model.eval()
-    draw(model, images, views, run.picture_path(step))
+    seeds = harness.image_seeds(config.seed, step, indices)
+    draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
         normalize = transforms.Normalize(MEAN, STD)
@@ -574,7 +578,9 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     model.train()
 
 
-def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Path) -> None:
+def draw(
+    model: DenseSiam, images: list[Tensor], views: list[dk.View], seeds: Tensor, path: Path
+) -> None:
     """A row per image: for each of its views the matched points, pseudo-categories, PCA colors."""
     pixels = torch.cat(images)
     maps = last_map(model.encoder, pixels)
@@ -588,7 +594,7 @@ def draw(model: DenseSiam, images: list[Tensor], views: list[dk.View], path: Pat
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
 
     if model.loss.grid:
-        mark_pairs(tiles[0], overlap_pairs(views, model.loss), palette)
+        mark_pairs(tiles[0], overlap_pairs(views, model.loss, seeds), palette)
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
 
@@ -617,10 +623,22 @@ def method_of(loss_config: Loss) -> str:
 
 
 # ==== loop ========================================================================================
+def spread(model: DenseSiam, with_region: bool) -> nn.parallel.DistributedDataParallel:
+    """The model, whose gradients are averaged over the processes.
+
+    The heads of RegionSim have no gradient, and no weight decay, before it begins. To find that out
+    by itself, DistributedDataParallel would let the host wait for the device in each step.
+    """
+    for name, parameter in model.named_parameters():
+        if "region" in name:
+            parameter.requires_grad_(with_region)
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -639,9 +657,9 @@ def train(config: Config) -> None:
             model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
-        # The heads of RegionSim have no gradient, and no weight decay, before it begins.
         regionsim = has_regionsim(config.loss)
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=regionsim)
+        with_region = False
+        ddp = spread(model, with_region)
 
         predictors = []  # their learning rate stays constant
         others = []
@@ -660,6 +678,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -675,30 +694,36 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
 
-            harness.seed_step(config.seed, step, world.rank)  # for random points
-            with_region = regionsim and step >= config.loss.region_start * steps
+            seeds = harness.image_seeds(config.seed, step, indices)  # for random points
+            has_begun = regionsim and step >= config.loss.region_start * steps
+            if has_begun and not with_region:
+                with_region = True
+                ddp = spread(model, with_region)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = ddp(images, views, with_region)
+                loss, terms = ddp(images, views, with_region, seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("sim", "dense", "region"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("sim", "dense", "region"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

@@ -218,9 +218,8 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
 
 
 # ==== views =======================================================================================
-def to_bytes(crop: Tensor) -> Tensor:
-    """An image in [0, 1] as uint8, rounded; ToPILImage alone would cut the fractions off."""
-    return (255 * crop).round().byte()
+# Images in [0, 1]: the encoder normalizes them by the means of its own pre-training.
+UNIT_RANGE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def photometric(config: Config) -> transforms.Compose:
@@ -232,7 +231,6 @@ def photometric(config: Config) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            to_bytes,
             transforms.ToPILImage(),  # PIL is the quickest on a CPU
             transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
@@ -240,23 +238,22 @@ def photometric(config: Config) -> transforms.Compose:
             transforms.RandomApply([transforms.ColorJitter(hue=config.hue)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: a crop of each center square, the whole square, and the crop's `View`.
+    """A crop of each image's center square, the whole square, and the crop's `View`.
 
-    The box of that view is in units of the square's side. `source` is from `open_training`. A batch
-    ends with the files that could not be read.
+    The box of that view is in units of the square's side. `source` is from `open_training`.
+    `dataset[epoch, index]` is one image: its crops, of 8 bits, the view, its index, and the files
+    that could not be read.
     """
 
     def __init__(self, source: Any, config: Config):
         self.source = source
         self.config = config
-        self.epoch = 0  # `harness.batches` sets it
         self.square = transforms.Compose(
             [transforms.Resize(config.image), transforms.CenterCrop(config.image)]
         )
@@ -265,36 +262,32 @@ class TwoViews:
     def __len__(self) -> int:
         return len(self.source)
 
-    def sample_crops(self, indices: list[int]) -> dk.View:
-        """A random square crop of each image, perhaps mirrored, in units of the square's side."""
-        epoch = 0 if self.config.frozen_views else self.epoch
-        generators = [harness.generator(self.config.seed, epoch, index) for index in indices]
-        numbers = torch.stack([torch.rand(4, generator=generator) for generator in generators])
+    def sample_crop(self, epoch: int, index: int) -> dk.View:
+        """A random square crop of an image, perhaps mirrored, in units of the square's side."""
+        epoch = 0 if self.config.frozen_views else epoch
+        numbers = torch.rand(4, generator=harness.generator(self.config.seed, epoch, index))
 
-        side = 0.5 + 0.5 * numbers[:, :1]
-        corner = numbers[:, 1:3] * (1 - side)
-        box = torch.cat([corner, corner + side], 1)
-        return dk.View(box, flip=numbers[:, 3] < 0.5)
+        side = 0.5 + 0.5 * numbers[:1]
+        corner = numbers[1:3] * (1 - side)
+        box = torch.cat([corner, corner + side])
+        return dk.View(box, flip=numbers[3] < 0.5)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        squares = torch.stack([self.square(image) for image in images]) / 255
-        view = self.sample_crops(indices)
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        square = self.square(image)
+        view = self.sample_crop(epoch, index)
 
         in_pixels = view._replace(box=view.box * self.config.image)
-        if self.epoch == 0:
-            dk.check_views(in_pixels, (self.config.image, self.config.image))
-        near = dk.crop_views(squares, in_pixels, self.config.size)
-        whole = resize(squares, [self.config.size])
-        crops = [near, whole]
-
-        augmented = []
+        size = (self.config.image, self.config.image)
+        if epoch == 0:
+            dk.check_views(in_pixels, size)
+        near = harness.crop_bytes(square, in_pixels, self.config.size)
+        whole = harness.crop_bytes(square, dk.full_view(size), self.config.size)
         # The colors need other random numbers than the views.
-        with harness.seeded(self.config.seed, self.epoch, indices[0], harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, view, unreadable
+        with harness.seeded(self.config.seed, epoch, index, harness.COLORS):
+            augmented = (self.photometric(near), self.photometric(whole))
+        return augmented, view, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -341,7 +334,8 @@ def replay(maps: Tensor, view: dk.View) -> Tensor:
 def segment_loss(logits: Tensor, weighting: str) -> Tensor:
     """L_seg: cross-entropy of each row of logits, (n, classes), with the class that wins in it."""
     labels = logits.argmax(-1)
-    counts = torch.bincount(labels, minlength=logits.shape[-1])
+    # `bincount` would wait for the device.
+    counts = labels.new_zeros(logits.shape[-1]).scatter_add(0, labels, torch.ones_like(labels))
     if weighting == "frequency":
         weights = counts / len(labels)
     elif weighting == "balanced":
@@ -586,6 +580,18 @@ def draw(matching: Matching, path: Path) -> None:
 
 
 # ==== loop ========================================================================================
+def spread(model: Segmenter, with_region: bool) -> nn.parallel.DistributedDataParallel:
+    """The model, whose gradients are averaged over the processes.
+
+    The heads of L_region have no gradient, and no weight decay, before it begins. To find that out
+    by itself, DistributedDataParallel would let the host wait for the device in each step.
+    """
+    for name, parameter in model.named_parameters():
+        if "region" in name:
+            parameter.requires_grad_(with_region)
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("densesiam-segment", config)
@@ -606,9 +612,9 @@ def train(config: Config) -> None:
         if device.type == "cuda":
             model = timm.layers.convert_sync_batchnorm(model)
         model.to(device, memory_format=torch.channels_last)
-        # The heads of L_region have no gradient, and no weight decay, before it begins.
         has_region = config.region > 0
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=has_region)
+        with_region = False
+        ddp = spread(model, with_region)
 
         optimizer = torch.optim.SGD(
             model.parameters(), lr, momentum=0.9, weight_decay=config.weight_decay
@@ -636,11 +642,15 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            normalize=UNIT_RANGE,
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, view, unreadable in bar:
-            with_region = has_region and step >= config.region_start * steps
+        for images, view, _, unreadable in bar:
+            has_begun = has_region and step >= config.region_start * steps
+            if has_begun and not with_region:
+                with_region = True
+                ddp = spread(model, with_region)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = ddp(images, view, with_region)
 
@@ -648,17 +658,20 @@ def train(config: Config) -> None:
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("dense", "segment", "region"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("dense", "segment", "region"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)

@@ -456,7 +456,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     for index in tqdm(
         share, "test", leave=False, disable=not world.is_main, ncols=harness.bar_width()
     ):
-        images, targets, skipped = data[[index]]
+        images, targets, _, skipped = data[0, index]
         unreadable += skipped
         if skipped:  # this is the next readable image, which is tested anyway
             continue
@@ -596,7 +596,7 @@ def train(config: Config) -> None:
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, targets, unreadable in bar:
+        for images, targets, _, unreadable in bar:
             # torchvision draws the image sizes and the samples of the losses.
             harness.seed_step(config.seed, step, world.rank, stream=DRAWS)
             lr = learning_rate(step, config)
@@ -609,17 +609,20 @@ def train(config: Config) -> None:
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("loss_classifier", "loss_box_reg"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("loss_classifier", "loss_box_reg"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)

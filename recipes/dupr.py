@@ -173,7 +173,7 @@ def check_options(config: Config) -> None:
 
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
-    """MoCo v2's random changes of a crop's colors and sharpness, and the normalization."""
+    """MoCo v2's random changes of a crop's colors and sharpness."""
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
     sigma = torch.distributions.Uniform(*view_config.blur)
 
@@ -186,18 +186,16 @@ def photometric(view_config: Views) -> transforms.Compose:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.ToImage(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(MEAN, STD),
+            transforms.PILToTensor(),
         ]
     )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop.
+    """Two augmented crops of each image, and the `View` of each crop.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, and the files that could not be read.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, its index, and the files that could not be read.
     """
 
     def __init__(self, source, config: Config):
@@ -205,44 +203,38 @@ class TwoViews:
         self.seed = config.seed
         self.view_config = config.views
         self.min_overlap = config.min_overlap
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        batch_key = (self.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        generator = harness.generator(*batch_key)
+        generator = harness.generator(self.seed, epoch, index)
         pairs = dk.sample_view_pairs(
-            sizes,
+            size,
             min_overlap=self.min_overlap,
             scale=self.view_config.scale,
             generator=generator,
         )
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        crops = []
-        for view in views:
-            view_crops = dk.crop_views(pixels, view, self.view_config.size)
-            crops.append((view_crops * 255).round().byte())  # 8 bits for PIL
-        augmented = []
+        side = self.view_config.size
+        crops = [harness.crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
-        with harness.seeded(*batch_key, harness.COLORS):
-            for view_crops in crops:
-                changed = [self.photometric(crop) for crop in view_crops]
-                augmented.append(torch.stack(changed))
-        return augmented, views, unreadable
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
+            augmented = tuple(self.photometric(crop) for crop in crops)
+        return augmented, views, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
+# The dtype of the products with the keys of a bank; None is that of the loss.
+PRODUCT_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 FIRST_LEVEL = 2  # The levels are C2 to C5. Lists of all levels begin with C2.
 
 
@@ -330,10 +322,12 @@ class DUPR(nn.Module):
         views: list[dk.View],
         banks: dict[str, dk.Bank],
         order: Tensor,
+        seeds: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, dk.Bank]]:
         """The total loss, the terms that are logged, and the banks with the keys of this batch.
 
-        `order` says how the images of the keys are shuffled.
+        `order` says how the images of the keys are shuffled. The seed of each image says which of
+        its keys enter the banks.
         """
         config = self.config
         group = torch.distributed.group.WORLD
@@ -346,7 +340,7 @@ class DUPR(nn.Module):
         total_loss = torch.zeros((), device=images[0].device)
         terms = {}
         new_banks = {}
-        for loss in self.losses:
+        for stream, loss in enumerate(self.losses):
             query_map = query_maps[loss.level_index]
             key_map = key_maps[loss.level_index]
             # A row is the features of one patch, or of one image.
@@ -365,6 +359,8 @@ class DUPR(nn.Module):
                 keys_per_image = 1
             query = self.student["heads"][loss.name](query_rows)
             key = self.teacher["heads"][loss.name](key_rows)
+            query = dk.l2_normalize(query)
+            key = dk.l2_normalize(key)  # once: the bank holds it as it is
 
             # The means are over the valid rows of all processes.
             bank = banks[loss.name]
@@ -376,15 +372,18 @@ class DUPR(nn.Module):
                 valid,
                 temperature=config.temperature,
                 reduction="none",
+                normalized=True,
+                product_dtype=PRODUCT_DTYPES[config.precision],
             )
-            row_cosines = -dk.negative_cosine(query.detach(), key, reduction="none")  # logged only
+            row_cosines = (query.detach() * key).sum(-1)  # logged only
             terms[loss.name] = mean(row_losses)
             terms[f"{loss.name}_cosine"] = mean(row_cosines)
             terms[filled_name] = bank.filled  # the same for all banks of a kind
             total_loss = total_loss + loss.weight * terms[loss.name]
 
             # Every process pushes the keys of all processes, so that the banks stay the same.
-            own_keys = dk.sample_keys(dk.l2_normalize(key), keys_per_image)
+            noise = harness.noise(seeds, (key.shape[1],), stream)
+            own_keys = dk.sample_keys(key, keys_per_image, noise=noise)
             all_keys = dk.all_gather(own_keys, group)
             # All rows of an image are valid, or none is.
             all_valid = dk.all_gather(valid[:, :1], group)
@@ -414,7 +413,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     """Save pictures of matches and of similarity against IoU. Without --data, also probe."""
     model.eval()
     encoder = model.student["encoder"]
-    images, views, _ = preview
+    images, views, _, _ = preview
     # All pictures are drawn on the CPU.
     maps = [level_maps(encoder, x)[LEVEL_INDEX].cpu() for x in images]
     views = [dk.views_to(view, "cpu") for view in views]
@@ -519,7 +518,7 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
 def train(config: Config) -> None:
     check_options(config)
     folder = harness.run_folder("dupr", config)
-    group = harness.process_group(config.device, config.collective_timeout)
+    group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
@@ -559,6 +558,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
+            normalize=(MEAN, STD),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -575,7 +575,7 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
-        for images, views, unreadable in bar:
+        for images, views, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
             # The key encoder keeps batch statistics of its own.
@@ -584,25 +584,30 @@ def train(config: Config) -> None:
             # All processes shuffle the images of the keys in the same order.
             shuffler = harness.generator(config.seed, step, harness.SHUFFLE)
             order = torch.randperm(config.batch, generator=shuffler)
-            harness.seed_step(config.seed, step, world.rank)  # for the keys that enter the banks
+            order = order.to(device, non_blocking=True)
+            # For the keys that enter the banks.
+            seeds = harness.image_seeds(config.seed, step, indices)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms, banks = ddp(images, views, banks, order.to(device))
+                loss, terms, banks = ddp(images, views, banks, order, seeds)
 
             optimizer.zero_grad()
             loss.backward()
             # An infinite norm clips nothing; the gradient norm is only measured.
             grad_norm = nn.utils.clip_grad_norm_(parameters, torch.inf)
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss, "grad_norm": grad_norm, **terms})
+            run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
-            harness.show(bar, values, ("image5", "patch4", "patch5"))
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
+                harness.show(bar, values, ("image5", "patch4", "patch5"))
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
 
             due = step % config.save_every == 0 or step in kept or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

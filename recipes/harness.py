@@ -23,9 +23,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -36,7 +38,7 @@ import torch.distributed.checkpoint.state_dict as dsd
 from PIL import Image, ImageOps
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, default_convert, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 import densekit as dk
@@ -317,10 +319,13 @@ def uses_cuda(device: str) -> bool:
 
 
 @contextmanager
-def process_group(device: str = "auto", collective_timeout: float | None = None) -> Iterator[World]:
+def process_group(
+    device: str = "auto", collective_timeout: float | None = None, *, fixed_shapes: bool = False
+) -> Iterator[World]:
     """Join the group that torchrun describes in the environment, or make a group of one.
 
     A collective operation may take `collective_timeout` seconds, by default as long as torch says.
+    With `fixed_shapes`, cuDNN measures once which algorithms are the quickest for each shape.
     """
     use_cuda = uses_cuda(device)
     if use_cuda:
@@ -341,9 +346,12 @@ def process_group(device: str = "auto", collective_timeout: float | None = None)
     if not started_by_torchrun:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    measured_before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = fixed_shapes
     try:
         yield World(dist.get_rank(), dist.get_world_size(), own_device)
     finally:
+        torch.backends.cudnn.benchmark = measured_before
         failed = sys.exc_info()[0] is not None
         could_hang = use_cuda and failed and dist.get_world_size() > 1  # NCCL waits for the others
         if not could_hang:
@@ -367,6 +375,46 @@ def seeded(*key: int) -> Iterator[None]:
 def seed_step(seed: int, step: int, rank: int, stream: int = STEP) -> None:
     """Seed what a step draws on its device, so that a resumed run draws the same numbers."""
     torch.manual_seed(generator(seed, step, rank, stream).initial_seed())
+
+
+def image_seeds(seed: int, step: int, indices: Tensor) -> Tensor:
+    """A seed for what a step draws on the device for each image, int64 (b,); see `noise`.
+
+    It depends on the three numbers alone: not on the process, the other images or the device. So
+    any number of processes draws the same, and so does a run that resumes.
+    """
+    digest = hashlib.blake2b(repr((seed, step, STEP)).encode(), digest_size=8).digest()
+    step_seed = int.from_bytes(digest, "little", signed=True)
+    return _mix(indices * GOLDEN + step_seed)
+
+
+def noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), float32 (b, *shape), which depend on the seed of each image alone.
+
+    They are hashes of the seed, the stream and the place in the shape: the same on every device,
+    in eager and in compiled mode. What is drawn beside something else needs a stream of its own.
+    """
+    count = math.prod(shape)
+    first = stream * 2**32  # no stream has more numbers than this
+    place = torch.arange(first, first + count, device=seeds.device)
+    hashes = _mix(seeds[:, None] + place * GOLDEN)
+    top_bits = (hashes >> 40) & (2**24 - 1)  # as many as a float32 holds
+    return (top_bits.float() / 2**24).view(len(seeds), *shape)
+
+
+# The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits. In
+# int64, products and sums keep their lowest 64 bits.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Hash each number, so that each bit of the result depends on all bits of the number."""
+    # A shift to the right repeats the sign, which the mask removes.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX2
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
@@ -411,7 +459,8 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    # The channels of a pixel stay side by side: torch resizes such bytes several times faster.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # Tags of a TIFF, and values of two of them.
@@ -627,15 +676,59 @@ def image_source(
     return SceneImages(scenes)
 
 
-def read_batch(source: Any, indices: Sequence[int]) -> tuple[list[Tensor], list[str]]:
-    """Images of a source, and a "path: reason" of every file that could not be read."""
-    images = []
-    unreadable = []
-    for index in indices:
-        image, failures = source[index]
-        images.append(image)
-        unreadable.extend(failures)
-    return images, unreadable
+def crop_bytes(
+    image: Tensor,
+    view: dk.View,
+    size: int | tuple[int, int],
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Tensor:
+    """One view of one image, both of 8 bits: `dk.crop_views` within one gray level, but quicker.
+
+    Args:
+        image: A whole image, uint8 (3, H, W).
+        view: A view without leading axes.
+        size: Size of the crop in pixels, or its side.
+        interpolation: The resize filter.
+
+    Returns:
+        The crop, uint8 (3, h, w).
+    """
+    height, width = image.shape[-2:]
+    left, top, right, bottom = view.box.tolist()
+    is_inside = 0 <= left < right <= width and 0 <= top < bottom <= height
+    is_whole = is_inside and all(edge == int(edge) for edge in (left, top, right, bottom))
+    if not is_whole:  # its edges lie within pixels
+        crop = dk.crop_views(image / 255, view, size, interpolation=interpolation)
+        return _as_bytes(crop * 255)
+
+    pixels = image[None, :, int(top) : int(bottom), int(left) : int(right)]
+    sides = (size, size) if isinstance(size, int) else size
+    resize = partial(nn.functional.interpolate, size=sides, mode=interpolation, antialias=True)
+    if interpolation == "bilinear":
+        crop = resize(pixels)[0]
+    else:  # bytes would be clipped between the two passes, where bicubic overshoots
+        crop = _as_bytes(resize(pixels.float())[0])
+
+    if view.flip:
+        crop = crop.flip(-1)
+    if view.vertical_flip is not None and view.vertical_flip:
+        crop = crop.flip(-2)
+    return crop
+
+
+def _as_bytes(pixels: Tensor) -> Tensor:
+    """Gray levels 0 ... 255 as uint8, rounded."""
+    return pixels.round().clamp(0, 255).byte()
+
+
+def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images of 8 bits (b, 3, h, w) as floats with this mean and standard deviation of each color.
+
+    Both are of images in [0, 1].
+    """
+    mean_column = images.new_tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255
+    std_column = images.new_tensor(std, dtype=torch.float32).view(3, 1, 1) * 255
+    return images.float().sub_(mean_column).div_(std_column)
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -702,10 +795,6 @@ def share_batch(items: Any) -> Any:
     return items
 
 
-def _convert_batch(items: Any) -> Any:
-    return share_batch(default_convert(items))
-
-
 def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
     """The batches of a DataLoader; a dead process of it is a UserError, and a slow one is named."""
     iterator = iter(loader)
@@ -724,6 +813,95 @@ def load(loader: Iterable[Any], patience: Patience = PATIENCE) -> Iterator[Any]:
         yield items
 
 
+IMAGES_PER_ITEM = 8  # what a loader process makes at a time, unless its batches are large
+ITEMS_PER_BATCH = 32  # at most: each item needs file descriptors
+BATCHES_AHEAD = 2
+
+
+class LoaderPlan(NamedTuple):
+    """What the loader processes of one process make, and how much of it may wait for a step."""
+
+    images_per_item: int  # an item is a part of a batch
+    items_per_batch: int
+    items_per_worker: int  # that wait, or are being made
+
+
+def plan_loader(images: int, workers: int) -> LoaderPlan:
+    """How to share the batches of a process, of so many images each, among its workers."""
+    even_share = math.ceil(images / max(1, workers))
+    per_item = max(min(IMAGES_PER_ITEM, even_share), math.ceil(images / ITEMS_PER_BATCH))
+    per_batch = math.ceil(images / per_item)
+    per_worker = max(2, math.ceil(BATCHES_AHEAD * per_batch / max(1, workers)))
+    return LoaderPlan(per_item, per_batch, per_worker)
+
+
+def image_keys(
+    images: int, batch: int, world: World, *, seed: int, start: int, stop: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, index) of each image that this process has in the steps `start` to `stop`.
+
+    Every epoch has an order of its own, drawn from (seed, epoch). In a step all processes together
+    have the same images, however many they are.
+    """
+    per_epoch = batches_per_epoch(images, batch, world)
+    while start < stop:
+        epoch, done = divmod(start, per_epoch)
+        order = torch.randperm(images, generator=generator(seed, epoch))
+        own = order[world.rank : per_epoch * batch : world.size].view(per_epoch, -1)
+        own = own[done:][: stop - start]
+        for indices in own:
+            yield [(epoch, index) for index in indices.tolist()]
+        start += len(own)
+
+
+def _items(keys: Iterable[list[Any]], images_per_item: int) -> Iterator[list[Any]]:
+    """Parts of the lists of keys, each of so many images; the last of a list may be smaller."""
+    for batch_keys in keys:
+        for first in range(0, len(batch_keys), images_per_item):
+            yield batch_keys[first : first + images_per_item]
+
+
+def _join(parts: Sequence[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+    """Join the tensors of like parts by `join`, field by field; lists are put after each other."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return join(parts)
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
+    if isinstance(first, tuple):
+        fields = [_join(column, join) for column in zip(*parts, strict=True)]
+        return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
+    raise TypeError(f"An image's item holds tensors, lists and tuples of them, no {type(first)}.")
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which would move the channels of the images apart."""
+    return torch.cat([part[None] for part in parts])
+
+
+def _collate(images: list[Any]) -> Any:
+    """The items of a few images as one, which a loader process hands over."""
+    return share_batch(_join(images, _stack))
+
+
+def _finish_batch(parts: Sequence[Any], normalize: tuple | None) -> list[Any]:
+    """Put the parts of a batch together, on their device; the images become floats."""
+    fields = _join(parts, torch.cat)
+    batch = [list(field) if type(field) is tuple else field for field in fields]
+    if normalize is not None:
+        mean, std = normalize
+        batch[0] = [normalize_images(x, mean, std) for x in batch[0]]
+    return batch
+
+
+def make_batch(
+    dataset: Any, indices: Sequence[int], *, epoch: int = 0, normalize: tuple | None = None
+) -> list[Any]:
+    """The batch of these images in an epoch, on the CPU: see `batches`."""
+    items = [dataset[epoch, index] for index in indices]
+    return _finish_batch([_collate(items)], normalize)
+
+
 def batches(
     dataset: Any,
     batch: int,
@@ -733,45 +911,52 @@ def batches(
     start: int,
     stop: int,
     workers: int = 0,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     patience: Patience = PATIENCE,
 ) -> Iterator[Any]:
     """The batches of steps `start` to `stop` for this process, on its device, epoch after epoch.
 
-    Every epoch has an order of its own, drawn from (seed, epoch); a resumed run goes on with the
-    batch that comes next.
+    `image_keys` deals the images; a resumed run goes on with the batch that comes next. The loader
+    processes live until the last step, so that nothing waits at the end of an epoch. Each makes a
+    few images at a time, `plan_loader` says how many.
+
+    An item of the dataset is a tuple of tensors, of tuples of tensors, and of lists. In a batch
+    each tensor has a leading axis of images, a tuple is a list of such tensors, and a list holds
+    the entries of all images.
 
     Args:
-        dataset: `dataset[indices]` makes the batch of a list of indices, and draws from
-            (seed, `dataset.epoch`, indices) alone; `len(dataset)` is the number of images.
+        dataset: `dataset[epoch, index]` makes the item of one image, and draws from
+            (seed, epoch, index) alone; `len(dataset)` is the number of images.
         batch: Images a step, over all processes.
         world: This process.
         seed: The run's seed.
         start: The first step.
         stop: The step before which to end.
         workers: Loader processes of this process; 0 loads in the process itself.
+        normalize: Mean and standard deviation of each color, in [0, 1]. The first field, a tuple
+            of images of 8 bits, then becomes floats on the device. Without it, it stays as it is.
         patience: How long to wait for a batch.
     """
-    per_epoch = batches_per_epoch(len(dataset), batch, world)
-    while start < stop:
-        epoch, done = divmod(start, per_epoch)
-        dataset.epoch = epoch
-        order = torch.randperm(len(dataset), generator=generator(seed, epoch))
-        own = order[world.rank : per_epoch * batch : world.size].view(per_epoch, -1)
-        own = own[done:][: stop - start].tolist()
-        loader = DataLoader(
-            dataset,
-            batch_size=None,  # an element of the sampler is a list of indices: a whole batch
-            sampler=own,
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=start_worker,
-            collate_fn=_convert_batch,
-            pin_memory=world.device.type == "cuda",
-            generator=generator(seed, epoch),
-        )
-        for items in load(loader, patience):
-            yield tree_map_only(Tensor, lambda x: x.to(world.device, non_blocking=True), items)
-        start += len(own)
+    keys = image_keys(len(dataset), batch, world, seed=seed, start=start, stop=stop)
+    plan = plan_loader(batch // world.size, workers)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_items(keys, plan.images_per_item),
+        num_workers=workers,
+        prefetch_factor=plan.items_per_worker if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=start_worker,
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+        generator=generator(seed),
+    )
+    items = load(loader, patience)
+    for _ in range(start, stop):
+        parts = []
+        for part in islice(items, plan.items_per_batch):
+            move = partial(Tensor.to, device=world.device, non_blocking=True)
+            parts.append(tree_map_only(Tensor, move, part))
+        yield _finish_batch(parts, normalize)
 
 
 def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:
@@ -851,6 +1036,7 @@ def _tensors(state: Any) -> Any:
     return {name: _tensors(value) for name, value in fields.items()}
 
 
+ROW = "row.json"  # the sums, in a checkpoint, of the row of the log that is not complete yet
 ENCODER = "encoder.safetensors"
 SIDE_CAR = "encoder.json"
 PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes a signal on
@@ -866,7 +1052,11 @@ class Run(ExitStack):
 
     A folder with a run of the same `config` (a dataclass, but for the fields in `ignore`) goes on,
     and so does one whose run never got to `resume`; any other is a UserError. Call `resume` first,
-    then `log` and `save`.
+    then `record` in each step, `take_means` for a row, `log` and `save`.
+
+    The device is waited for in `take_means` and `check` alone, and in `save`, which checks as well.
+    The values of a step stay on the device until then, and no state is saved that follows a value
+    which is not finite.
 
     SIGTERM, SIGINT and SIGUSR1 ask a run to stop once it has made a step; before, and a second
     time, SIGTERM and SIGINT end it at once.
@@ -876,8 +1066,13 @@ class Run(ExitStack):
         super().__init__()
         self.folder = Path(folder)
         self.world = world
-        self.unreadable = 0
-        self._stop = False
+        self._unreadable = set()
+        self._totals = {}  # by the names of the terms: their sums, and their first bad steps
+        self._counts = {}  # by the names of the terms: how many steps have recorded them
+        self._sums = {}  # by the names of the terms: their sums in each process, when last read
+        self._is_read = True  # whether all that is recorded has been read
+        self._stop = False  # whether a signal came to this process
+        self._all_stop = False  # whether one had come to any process when values were last read
         self._listens = False
         self._patient_group = None
         if world.size > 1:
@@ -890,8 +1085,6 @@ class Run(ExitStack):
         problem, self._checkpoints = answer  # in the order of their steps
         if problem:
             raise UserError(f"The run folder {folder} {problem}: choose another with --run.")
-
-        self.note_unreadable(())
 
     def _prepare(self, config: Any, ignore: Sequence) -> tuple[str, list[Path]]:
         """What speaks against this folder, and the checkpoints in it; it is made where missing."""
@@ -942,6 +1135,7 @@ class Run(ExitStack):
             extra: Other modules, tensors, NamedTuples or dicts of the state.
         """
         self.wait()
+        self.check()
         name = f"step-{step:08d}"
         if epoch is not None:
             name += f"-epoch-{epoch}"
@@ -956,6 +1150,7 @@ class Run(ExitStack):
 
         self._checkpoints = [folder]
         if self.world.is_main:
+            write(temporary / ROW, json.dumps(self._row_so_far(), indent=2).encode())
             if encoder is not None:
                 save_encoder(temporary / ENCODER, encoder, **(facts or {}), step=step)
             for old in folder.parent.glob(f"step-{step:08d}*"):  # the same step again
@@ -988,6 +1183,8 @@ class Run(ExitStack):
             state["optimizer"] = ()
             dcp.load(state, checkpoint_id=newest)
             optimizer.load_state_dict(state["optimizer"][0])
+            if (newest / ROW).exists():  # older versions had none
+                self._continue_row(json.loads((newest / ROW).read_text()))
             if self.world.is_main:
                 self._publish_encoder(newest)  # which a kill may have prevented
         if self.world.is_main:
@@ -1019,21 +1216,105 @@ class Run(ExitStack):
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if name in row]
 
-    def reduce(self, step: int, terms: dict[str, Tensor]) -> dict[str, float]:
-        """The mean of each term over the processes; on all of them alike a NonFiniteError."""
-        self._listen()
-        total = torch.stack([term.detach().double() for term in terms.values()])
-        dist.all_reduce(total)  # NaN and inf survive a sum
-        numbers = (total / self.world.size).tolist()
-        means = dict(zip(terms, numbers, strict=True))
+    def record(self, step: int, terms: dict[str, Tensor]) -> None:
+        """Note the terms of a step, on the device; all processes note the same ones.
 
-        bad = [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            kept = "none is saved"
-            if self._checkpoints:
-                kept = f"the last good checkpoint is {self._checkpoints[-1]}"
-            raise NonFiniteError(f"Not finite at step {step}: {', '.join(bad)}; {kept}.")
-        return means
+        A term need not come in every step. Call it once the gradients are there: from now on,
+        signals are heeded.
+        """
+        self._listen()
+        names = tuple(terms)
+        values = torch.stack([term.detach().double() for term in terms.values()])
+        if names not in self._totals:
+            self._totals[names] = values.new_zeros(2, len(names))
+            self._totals[names][1] = math.inf
+            self._counts[names] = 0
+
+        sums, first_bad = self._totals[names]
+        was_finite = sums.isfinite()
+        # A sum that is not finite stays as it is, and tells the first such value.
+        sums.copy_(torch.where(was_finite, sums + values, sums))
+        first_bad.masked_fill_(was_finite & ~sums.isfinite(), step)
+        self._counts[names] += 1
+        self._is_read = False
+
+    def check(self) -> None:
+        """Wait for the device, and read; on all processes alike a NonFiniteError for a bad value.
+
+        The row of the log goes on: its means do not depend on when this is called.
+        """
+        if self._is_read:
+            return
+        self._is_read = True
+        totals = [total.flatten() for total in self._totals.values()]
+        stop = torch.full((1,), float(self._stop), dtype=torch.float64, device=self.world.device)
+        own = torch.cat([*totals, stop])
+        numbers = dk.all_gather(own[None], dist.group.WORLD).tolist()  # a row for each process
+
+        self._all_stop = any(row[-1] for row in numbers)
+        self._sums = {}
+        bad = []
+        start = 0
+        for names in self._totals:
+            middle = start + len(names)
+            end = middle + len(names)
+            self._sums[names] = [row[start:middle] for row in numbers]
+            for row in numbers:
+                bad += zip(row[middle:end], names, row[start:middle], strict=True)
+            start = end
+        self._refuse_bad(bad)
+
+    def _refuse_bad(self, terms: list[tuple[float, str, float]]) -> None:
+        """Raise the error of the first bad step, if there is one; a term comes with its own."""
+        first = min((step for step, _, _ in terms), default=math.inf)
+        if first == math.inf:
+            return
+        values = {}
+        for step, name, value in terms:
+            if step == first:
+                values[name] = values.get(name, 0.0) + value  # NaN and inf survive a sum
+        named = ", ".join(f"{name} = {value}" for name, value in values.items())
+        kept = "none is saved"
+        if self._checkpoints:
+            kept = f"the last good checkpoint is {self._checkpoints[-1]}"
+        raise NonFiniteError(f"Not finite at step {int(first)}: {named}; {kept}.")
+
+    def take_means(self) -> dict[str, float]:
+        """The mean of each term over the processes, and over the steps since the last call.
+
+        It checks the values as `check` does. A term that not all of these steps have recorded has
+        the mean over those that have.
+        """
+        self.check()
+        sums = {}
+        counts = {}
+        for names, rows in self._sums.items():
+            for name, parts in zip(names, zip(*rows, strict=True), strict=True):
+                sums[name] = sums.get(name, 0.0) + sum(parts)
+                counts[name] = counts.get(name, 0) + self._counts[names] * self.world.size
+        self._totals = {}
+        self._counts = {}
+        self._sums = {}
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _row_so_far(self) -> list[dict[str, Any]]:
+        """What a resumed run needs of the row that is not complete; it has been read."""
+        parts = []
+        for names, sums in self._sums.items():
+            parts.append({"terms": names, "steps": self._counts[names], "sums": sums})
+        return parts
+
+    def _continue_row(self, parts: list[dict[str, Any]]) -> None:
+        """Go on with the row of a checkpoint."""
+        for part in parts:
+            names = tuple(part["terms"])
+            sums = torch.tensor(part["sums"], dtype=torch.float64, device=self.world.device)
+            # With another number of processes, each of them gets the mean.
+            same_size = len(sums) == self.world.size
+            own = sums[self.world.rank] if same_size else sums.mean(0)
+            self._totals[names] = torch.stack([own, torch.full_like(own, math.inf)])
+            self._counts[names] = part["steps"]
+            self._is_read = False
 
     def _listen(self) -> None:
         """From the first step on, heed signals; before it there is nothing to save."""
@@ -1060,21 +1341,36 @@ class Run(ExitStack):
             signal.raise_signal(number)
 
     def stop_requested(self) -> bool:
-        """Whether SIGTERM, SIGINT or SIGUSR1 reached any process; all processes ask together."""
+        """Whether SIGTERM, SIGINT or SIGUSR1 asks to stop; the answer is the same everywhere.
+
+        One process answers at once. Several have told each other when they last read the values.
+        """
         self._listen()
-        flag = torch.tensor(int(self._stop), device=self.world.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        is_alone = self.world.size == 1
+        return self._all_stop or (is_alone and self._stop)
 
     def note_unreadable(self, names: Iterable[str]) -> None:
-        """Name each unreadable file once in unreadable.txt; `unreadable` counts them."""
-        path = self.folder / "unreadable.txt"
-        known = set(path.read_bytes().splitlines()) if path.exists() else set()
-        new = {os.fsencode(name) for name in names} - known
+        """Name each unreadable file once in unreadable.txt, which is opened for new ones alone."""
+        if not names:
+            return
+        new = {os.fsencode(name) for name in names} - self._unreadable
         if new:
-            with path.open("ab") as file:
+            new -= self._read_unreadable()
+            with (self.folder / "unreadable.txt").open("ab") as file:
                 file.writelines(name + b"\n" for name in sorted(new))
-        self.unreadable = len(known | new)
+            self._unreadable |= new
+
+    @property
+    def unreadable(self) -> int:
+        """How many files are named in unreadable.txt, by all processes; it is read for this."""
+        return len(self._read_unreadable())
+
+    def _read_unreadable(self) -> set[bytes]:
+        """Keep in mind what unreadable.txt names."""
+        path = self.folder / "unreadable.txt"
+        if path.exists():
+            self._unreadable |= set(path.read_bytes().splitlines())
+        return self._unreadable
 
     def picture_path(self, step: int) -> Path:
         """Where the picture of a step goes: pictures/step-000040.png."""

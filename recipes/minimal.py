@@ -72,40 +72,37 @@ augment = transforms.Compose(
     [
         transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
         transforms.RandomGrayscale(p=0.2),
-        transforms.Normalize(MEAN, STD),
     ]
 )
 
 
 class TwoViews:
-    """Batches of images: two augmented crops of each image, and the `View` of each crop."""
+    """Two augmented crops of each image, and the `View` of each crop."""
 
     def __init__(self, source, config: Config):
         self.source = source
         self.config = config
-        self.epoch = 0  # `harness.batches` sets it
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        # The first index tells this batch from the others of the epoch.
-        key = (self.config.seed, self.epoch, indices[0])
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
+        size = tuple(image.shape[-2:])
+        seed = self.config.seed
 
-        sizes = torch.tensor([image.shape[-2:] for image in images])
-        pairs = dk.sample_view_pairs(sizes, min_overlap=0.1, generator=harness.generator(*key))
-        views = [pairs.view1, pairs.view2]
-        if self.epoch == 0:
-            dk.check_views(dk.stack_views(views), sizes)
+        generator = harness.generator(seed, epoch, index)
+        pairs = dk.sample_view_pairs(size, min_overlap=0.1, generator=generator)
+        views = (pairs.view1, pairs.view2)
+        if epoch == 0:
+            dk.check_views(dk.stack_views(views), size)
 
-        pixels = [image / 255 for image in images]
-        augmented = []
-        with harness.seeded(*key, harness.COLORS):
-            for view in views:
-                crops = dk.crop_views(pixels, view, self.config.size)
-                augmented.append(torch.stack([augment(crop) for crop in crops]))
-        return augmented, views, pairs.valid, unreadable
+        crops = [harness.crop_bytes(image, view, self.config.size) for view in views]
+        # The colors need other random numbers than the views.
+        with harness.seeded(seed, epoch, index, harness.COLORS):
+            augmented = tuple(augment(crop) for crop in crops)
+        return augmented, views, pairs.valid, torch.tensor(index), list(unreadable)
 
 
 # ==== model =======================================================================================
@@ -168,7 +165,7 @@ def probe(model: Minimal) -> float:
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check_options(config)
-    group = harness.process_group(config.device)
+    group = harness.process_group(config.device, fixed_shapes=True)
     with group as world, harness.Run(config.run, config, world) as run:
         source = harness.image_source(config.data, scenes=2048)
         dataset = TwoViews(source, config)
@@ -191,9 +188,10 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
+            normalize=(MEAN, STD),
         )
         facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
-        for images, views, valid, unreadable in harness.progress(
+        for images, views, valid, _, unreadable in harness.progress(
             batches, start=step, stop=steps, world=world
         ):
             lr = dk.cosine_schedule(step, steps, start=config.lr, end=0.0)
@@ -201,15 +199,19 @@ def train(config: Config) -> None:
             loss = ddp(images, views, valid)
             optimizer.zero_grad()
             loss.backward()
-            # The run ends here when a value is not finite, before the weights are touched.
-            values = run.reduce(step, {"loss": loss})
+            run.record(step, {"loss": loss})
             optimizer.step()
             step += 1
 
             run.note_unreadable(unreadable)
+            # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
+                values = run.take_means()
                 run.log(step, **values, lr=lr, unreadable=run.unreadable)
+
             due = step % config.save_every == 0 or step == steps
+            if due:
+                run.check()  # what follows a bad value is neither shown nor saved
             stop = run.stop_requested()
             if due and world.is_main:
                 run.log(step, probe_miou=probe(model))

@@ -256,6 +256,19 @@ def pair_and_valid(batch, n, dtype, generator):
     return *pair, flips(generator, *batch, n)
 
 
+def sets_of_three(batch, n, dtype, generator):
+    pair = (rows(batch, n, dtype, generator) for _ in range(2))
+    return *pair, rows(batch, n + 1, dtype, generator), flips(generator, *batch, n)
+
+
+def sets_and_allowed(batch, n, dtype, generator):
+    return *sets_of_three(batch, n, dtype, generator), flips(generator, *batch, n, n + 1)
+
+
+def some_values(batch, n, dtype, generator):
+    return (uniform(generator, *batch, n, low=-1).to(dtype),)
+
+
 def pair_negatives_valid(batch, n, dtype, generator):
     query, key, valid = pair_and_valid(batch, n, dtype, generator)
     return query, key, rows(batch, n + 1, dtype, generator), valid
@@ -474,6 +487,12 @@ TRAINS = {
     "vmap": "it takes its own backward passes, where the losses of all copies would be needed",
     "compile dynamic": "it takes its own backward passes: a graph cannot hold them",
 }
+NETWORK = {"dynamic": "the network is made for the number of values: it is compiled for it"}
+STRUCTURE = {
+    "compile dynamic": "k-means of each group makes a graph of thousands of operations",
+    "empty": "raises without a token, as k-means does",
+    "bfloat16 float16": "a rounding changes the clusters that k-means finds",
+}
 WEIGHTS = {"gradcheck gradgradcheck": "the result is float32, too coarse for finite differences"}
 
 
@@ -607,6 +626,7 @@ TABLE = [
     row("view_from_matrix", matrices_of_views, (0,), size=(6, 5), pixel_centers="integer"),
     row("view_to_matrix", one_view, (0,), size=(6, 5), pixel_centers="half"),
     row("sample_views", image_sizes, without=VIEWS_DRAWN),
+    row("sample_inner_views", one_view, without=DRAWS | DETACHED),
     row(
         "sample_view_pairs",
         image_sizes,
@@ -667,6 +687,49 @@ TABLE = [
     ),
     row("info_nce", pair_negatives_valid, (0, 1, 2), temperature=0.5, reduction="none"),
     row("info_nce", masked_negatives, (0, 1, 2), temperature=0.5, reduction="none"),
+    row("kernel_alignment", pair_and_valid, (0,), reduction="none", close=8),
+    row(
+        "kernel_alignment",
+        lambda *arguments: pair_and_valid(*arguments)[:2],
+        (0,),
+        unit=True,
+        reduction="none",
+        close=8,
+    ),
+    row("gram_loss", pair_and_valid, (0,), reduction="none", close=4),
+    row("gram_loss", pair_and_valid, (0,), clip_negative=True, reduction="none", close=4),
+    row(
+        "neighbor_order_loss",
+        sets_of_three,
+        (0,),
+        steepness=3.0,
+        reduction="none",
+        without=NETWORK,
+        close=4,
+    ),
+    row(
+        "neighbor_order_loss",
+        sets_of_three,
+        (0,),
+        steepness=2.0,
+        teacher_steepness=4.0,
+        metric="euclidean",
+        network="odd_even",
+        reduction="none",
+        without=NETWORK,
+        close=4,
+    ),
+    row("neighbor_distribution_loss", sets_and_allowed, (0,), reduction="none", close=4),
+    row("soft_sort", some_values, (0,), steepness=3.0, without=NETWORK),
+    row("soft_sort", some_values, (0,), steepness=3.0, network="odd_even", without=NETWORK),
+    row(
+        "info_nce",
+        masked_negatives,
+        (0, 1, 2),
+        temperature=0.5,
+        reduction="none",
+        normalized=True,
+    ),
     row("variance_covariance", one_set, (0,)),
     row(
         "variance_covariance",
@@ -901,6 +964,20 @@ TABLE = [
         classes=3,
         k=3,
         without=SINGLE_SET | {"gradcheck gradgradcheck": "counts have no gradient"},
+    ),
+    row("effective_rank", one_set, (0,)),
+    row("effective_rank", one_set, (0,), centered=False),
+    row("off_diagonal_cosine", one_set, (0,)),
+    row("position_share", map_set, (0,), without=SINGLE_SET),
+    row("position_share", map_set, (0,), adjusted=False, without=SINGLE_SET),
+    row("norm_outliers", map_set, factor=1.1, without=SINGLE_SET | TRUTH),
+    row(
+        "dense_structure_score",
+        map_set,
+        local_clusters=2,
+        global_clusters=3,
+        group=2,
+        without=DRAWS | SYMBOLIC | SINGLE_SET | DETACHED | STRUCTURE,
     ),
     row("pca_colors", map_set, without=SINGLE_SET | WEIGHTS),
     row("cosine_schedule", nothing, without=NUMBERS),

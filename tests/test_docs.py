@@ -31,8 +31,15 @@ INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "messages": {"about_map", "explain", "explain_devices", "looks_like_map"},
     "numerics": {
         *("block_rows", "broadcasts", "check", "check_cells", "check_size", "check_temperature"),
-        *("fit_valid", "full_precision", "interpolation_weights", "readable"),
-        *("refuse_channels_last", "refuse_maps", "safe_divide", "sample_uniform", "take_rows"),
+        *("fit_valid", "full_precision", "in_range", "interpolation_weights", "readable"),
+        *(
+            "recomputed",
+            "refuse_channels_last",
+            "refuse_maps",
+            "safe_divide",
+            "sample_uniform",
+            "take_rows",
+        ),
         "widened",
     },
     "pooling": {"pool_bins"},
@@ -91,7 +98,14 @@ def test_what_modules_share_is_explained_and_used_by_another_one(module):
 # ---- randomness ------------------------------------------------------------------------------
 
 DRAW_ON_THEIR_WAY = {  # algorithms and states, by the names that the papers give them
-    *("bootstrap", "ema_update", "init_bank", "kmeans_plus_plus", "minibatch_kmeans"),
+    *(
+        "bootstrap",
+        "dense_structure_score",
+        "ema_update",
+        "init_bank",
+        "kmeans_plus_plus",
+        "minibatch_kmeans",
+    ),
     *("similarity_iou_curve", "train_linear_probe"),
 }
 

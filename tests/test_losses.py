@@ -22,6 +22,7 @@ from densekit import (
     gridsample_pairs,
     info_nce,
     knn_votes,
+    l2_normalize,
     map_to_rows,
     negative_cosine,
     object_knn,
@@ -744,6 +745,64 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
         info_nce(torch.eye(2), torch.eye(2), temperature=temperature)
 
 
+# ------------------------------------------------------- unit vectors and products in bfloat16
+
+
+def contrast(problem, unit, **options):
+    """InfoNCE of a problem, and the gradients of queries, keys and negatives before `unit`."""
+    query, key, others, use = problem
+    leaves = [x.clone().requires_grad_() for x in (query, key, others)]
+    query, key, others = map(unit, leaves)
+    negatives = None if use is None else Negatives(others, use)
+    losses = info_nce(query, key, negatives, temperature=0.2, reduction="none", **options)
+    grads = torch.autograd.grad(losses.square().sum(), leaves, materialize_grads=True)
+    return losses.detach(), *grads
+
+
+@st.composite
+def contrasts(draw):
+    """Queries, keys, negatives and which to use; None for the negatives of the set itself."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    b, n, m, d = (draw(st.integers(1, most)) for most in (2, 3, 600, 4))
+    query, key = torch.randn(2, b, n, d, generator=generator) * 3
+    others = torch.randn(m, d, generator=generator) * 3
+    use = torch.rand(m, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return query, key, others, draw(st.sampled_from([use, None]))
+
+
+@given(contrasts())
+def test_rows_that_are_normalized_once_give_what_normalizing_here_gives(problem):
+    before = contrast(problem, unit=lambda x: x)
+    once = contrast(problem, unit=l2_normalize, normalized=True)
+    torch.testing.assert_close(once, before, rtol=1e-5, atol=1e-5)
+
+
+@given(contrasts())
+def test_products_of_another_dtype_are_those_of_the_loss_but_for_their_rounding(problem):
+    exact = contrast(problem, unit=l2_normalize, normalized=True)
+    same = contrast(problem, unit=l2_normalize, normalized=True, product_dtype=torch.float32)
+    rough = contrast(problem, unit=l2_normalize, normalized=True, product_dtype=torch.bfloat16)
+    torch.testing.assert_close(same, exact, rtol=0, atol=0)
+    assert [x.dtype for x in rough] == [torch.float32] * 4
+    torch.testing.assert_close(rough[0], exact[0], rtol=0, atol=0.01 / 0.2)
+    for got, wanted in zip(rough[1:], exact[1:], strict=True):
+        assert (got - wanted).norm() <= 0.05 * (wanted.norm() + exact[0].norm())
+
+
+def test_negatives_that_are_not_used_may_be_anything_when_nothing_is_normalized():
+    query = l2_normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    others = torch.cat([query.roll(1, 0), torch.full((2, 4), torch.nan)])
+    use = torch.arange(5) < 3
+    options = {"temperature": 0.2, "normalized": True}
+    got = info_nce(query, query, Negatives(others, use), **options)
+    assert got == info_nce(query, query, others[:3], **options)
+
+
+def test_products_are_of_a_floating_dtype():
+    with pytest.raises(ValueError, match=r"product_dtype is torch.int64; give a floating dtype"):
+        info_nce(torch.eye(2), torch.eye(2), temperature=1.0, product_dtype=torch.int64)
+
+
 # ------------------------------------------------------------------------- maps are not rows
 
 
@@ -811,7 +870,10 @@ SHAPES = {
     "center": (3,),
     **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), ()),
 }
-OTHERS = {"valid", "reduction", "momentum", "group", "target", "epsilon"}
+OTHERS = {
+    *("valid", "reduction", "momentum", "group", "target", "epsilon"),
+    *("normalized", "product_dtype"),
+}
 ALL_LOSSES = [
     getattr(densekit, name)
     for name in densekit.losses.__all__

@@ -24,6 +24,7 @@ from strategies import (
     valid_rows,
 )
 from torchvision import ops
+import densekit as dk
 from densekit import (
     View,
     boxes_image_to_view,
@@ -644,3 +645,47 @@ def test_patches_of_what_does_not_fit_are_refused():
         patch_pairs(maps, torch.zeros(2, 4, 5, 5), view, view)
     with pytest.raises(TypeError, match=r"patch_pairs: argument 'view2.box'"):
         patch_pairs(maps, maps, view, full_view((4, 4), (3,)))
+
+
+# ---------------------------------------------------------------------------------- noise
+
+WITH_NOISE = {
+    "sample_tokens": (lambda x, **d: dk.sample_tokens(x[..., 0] + 0.1, 3, **d), ()),
+    "sample_keys": (lambda x, **d: dk.sample_keys(x, 3, **d), ()),
+    "sample_points": (lambda x, **d: dk.sample_points(x[..., 0, :], 5, **d), (2,)),
+    "sample_jittered_boxes": (dk.sample_jittered_boxes, (4,)),
+    "sample_inner_boxes": (dk.sample_inner_boxes, (4,)),
+    "sample_cutout": (dk.sample_cutout, (3,)),
+    "sample_surrounding_boxes": (dk.sample_surrounding_boxes, (3,)),
+    "sample_boxes": (lambda x, **d: dk.sample_boxes(x, 3, **d).boxes, ()),
+    "sample_boxes_at_iou": (lambda x, **d: dk.sample_boxes_at_iou(x, 0.3, **d), (3,)),
+    "sample_shift": (lambda x, **d: dk.sample_shift(x, (40, 50), **d), None),
+}
+
+
+@pytest.mark.parametrize("name", WITH_NOISE)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_a_draw_with_the_generators_numbers_as_noise_is_the_generators(name, seed):
+    """So both have the same distribution; vmap and float64 noise draw the same, too."""
+    call, last = WITH_NOISE[name]
+    low = uniform(seeded(1), 2, 5, 2, high=20)
+    boxes = torch.cat([low, low + 1 + uniform(seeded(2), 2, 5, 2, high=9)], -1).float()
+    shape = (2, 2) if last is None else (2, 5, *last)
+    noise = torch.rand(shape, generator=seeded(seed))
+    got = call(boxes, noise=noise)
+    if name == "sample_boxes":  # which also draws a number for each row that may be missing
+        chosen = noise.argsort(-1, descending=True)[:, :3, None].expand(-1, -1, 4)
+        assert torch.equal(got, boxes.gather(1, chosen))
+    else:
+        assert torch.equal(got, call(boxes, generator=seeded(seed)))
+    assert torch.equal(got, call(boxes, noise=noise.double()))
+    mapped = torch.vmap(lambda x, y: call(x, noise=y))(boxes, noise)
+    torch.testing.assert_close(mapped, got)
+    ends = torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)
+    ends = ends[(noise < 0.5).long()]
+    assert call(boxes, noise=ends).isfinite().all()
+
+
+def test_noise_of_another_number_of_points_is_refused():
+    with pytest.raises(ValueError, match="sample_points: count is 3, but noise is of 4 points"):
+        sample_points(torch.zeros(4), 3, noise=torch.zeros(4, 2))

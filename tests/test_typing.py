@@ -6,14 +6,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jaxtyping
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes
+from beartype.vale import Is
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 import densekit
 from densekit import View, ViewPairs
-from densekit.typing import Bool, Float, Integer, Size, Tensor, typed
+from densekit.typing import Bool, Float, Integer, Scalar, Shaped, Size, Tensor, typed
 
 
 class Record(NamedTuple):
@@ -289,6 +294,141 @@ def test_wrong_result_does_not_blame_arguments_without_annotation():
 def test_long_tensors_are_not_printed():
     message = error(unpack, [torch.zeros(1000)] * 2, torch.ones(4, 3))
     assert len(message) < 500
+
+
+# ------------------------------------------------------- a call like an earlier one passes again
+
+
+def tensors(*ranks, dtypes=(torch.float32, torch.float64)):
+    """Tensors of one or two cells a side: sizes are often equal, and calls often alike."""
+    shapes = st.sampled_from(ranks).flatmap(lambda rank: st.tuples(*[st.integers(1, 2)] * rank))
+    return st.builds(lambda shape, dtype: torch.zeros(shape).to(dtype), shapes, pick_of(*dtypes))
+
+
+def pick_of(*values):
+    return st.sampled_from(values)
+
+
+class Nested(NamedTuple):
+    record: Record
+    other: Float[Tensor, "n d"] | None
+
+
+class Text(str):
+    """A text, but of another type."""
+
+
+class Box:
+    """A value whose type the checks do not know."""
+
+
+POINTS = tensors(2, 3).map(lambda x: torch.cat([x[..., :1], x[..., :1]], -1))
+RECORDS = st.builds(Record, POINTS, tensors(0, 1, dtypes=[torch.bool, torch.bool, torch.int64]))
+HINTS = {  # hints, and values of which many fit
+    Float[Tensor, "n d"]: tensors(2),
+    Float[Tensor, "*batch d"]: tensors(1, 2, 3),
+    Bool[Tensor, "*#batch d"]: tensors(1, 2, dtypes=[torch.bool]),
+    Shaped[Tensor, "n 2*n"]: tensors(2, dtypes=[torch.int64, torch.float16]),
+    Float[Tensor, "2 d"] | Integer[Tensor, " n"] | None: tensors(1, 2) | st.none(),
+    Float[Tensor, "{number}"]: tensors(1),
+    Tensor: tensors(0, 1).map(torch.nn.Parameter) | st.none(),
+    torch.nn.Parameter: tensors(1).map(torch.nn.Parameter) | tensors(1),
+    Scalar: pick_of(1.0, 2, True, "1") | tensors(0),
+    Record: RECORDS,
+    Nested: st.builds(Nested, RECORDS, st.none() | tensors(2)),
+    Sequence[Tensor]: st.lists(pick_of(X, X, None), max_size=2),
+    Sequence[str]: pick_of("ab", ["a"], ("a", "b"), ["a", 1], range(0), range(2)),
+    Literal["mean", None]: pick_of("mean", None, "sum", Text("mean"), Text("sum")),
+    Literal[1, 2]: pick_of(1, 2, 3, True),
+    int | Size: pick_of(1, 2, True, 1.5, (1, 2), [1, 2], (1, 2.5), torch.Size([1, 2])),
+    Annotated[int, Is[lambda number: number > 1]]: pick_of(1, 2, 3),
+    torch.Generator | torch.dtype | None: pick_of(torch.Generator(), torch.int64, Box(), None),
+    inspect.Parameter.empty: pick_of(None, "x", Box()),
+}
+
+
+def outcome(function, args, kwargs):
+    """What a call returns, or the sentence with which it is refused."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, jaxtyping.AnnotationError) as refusal:
+        return str(refusal)
+
+
+@given(st.data())
+def test_a_call_like_an_earlier_one_is_answered_as_if_it_were_the_first(data):
+    hints = [data.draw(pick_of(*HINTS)) for _ in range(3)]
+    result, calls = None, 0
+
+    def function(x, y, *, number=1):
+        nonlocal calls
+        calls += 1
+        return result
+
+    names = zip(("x", "y", "return"), hints, strict=True)
+    function.__annotations__ = {
+        "number": int,
+        **{name: hint for name, hint in names if hint is not inspect.Parameter.empty},
+    }
+    remembering = typed(function)
+    before = [data.draw(HINTS[hint]) for hint in hints]
+    for _ in range(5):
+        x, y, result = before = [
+            data.draw(st.just(value) | HINTS[hint])
+            for value, hint in zip(before, hints, strict=True)
+        ]
+        args, kwargs = data.draw(
+            pick_of(((x, y), {}), ((x,), {"y": y}), ((x, y), {"number": 2}), ((x,), {}))
+        )
+        calls = 0
+        expected = outcome(typed(function), args, kwargs)
+        wanted_calls, calls = calls, 0
+        got = outcome(remembering, args, kwargs)
+        assert got is expected or (isinstance(expected, str) and got == expected)
+        assert calls == wanted_calls
+
+
+def test_a_form_that_passed_tells_nothing_about_the_levels_of_vmap():
+    batch = torch.rand(5, 2, 3)
+    for _ in range(2):
+        assert torch.vmap(scale)(batch, batch).shape == (5, 2, 3)
+        assert "argument 'x'" in error(scale, batch, batch)
+        assert torch.vmap(torch.vmap(torch.func.grad(lambda x: x.sum())))(batch).shape == (5, 2, 3)
+        assert "argument 'x'" in error(torch.vmap(torch.vmap(scale)), batch, batch)
+
+
+def test_fake_tensors_of_symbolic_sizes_are_checked_each_time():
+    shapes = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    with FakeTensorMode(shape_env=shapes) as mode:
+        rows = mode.from_tensor(torch.ones(7, 3))  # of a symbolic number
+        for _ in range(2):
+            assert scale(rows, rows).shape == rows.shape
+            assert "argument 'y'" in error(scale, rows, rows[:-1])
+
+
+def test_calls_that_never_repeat_do_not_pile_up():
+    for n in range(1000):
+        scale(torch.empty(n, 1), torch.empty(n, 1))
+    assert len(inspect.getclosurevars(scale).nonlocals["passed"]) <= 256
+
+
+def test_the_compiler_stays_out_where_a_graph_broke():
+    @typed
+    def break_graph(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        torch._dynamo.graph_break()
+        return scale(x, x)
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: break_graph(x + 1) * 2, backend=backend, dynamic=True)
+    for n in (2, 3, 2, 4):
+        assert torch.equal(compiled(torch.ones(n, 3)), torch.full((n, 3), 16.0))
+    assert len(graphs) <= 3  # before the break, after it, and after the call
 
 
 # -------------------------------------------------------------------------- when it is gone

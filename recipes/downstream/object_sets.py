@@ -93,7 +93,6 @@ class Objects:
         self.masks = config.detector.startswith("mask")
         self.train = train
         self.seed = config.seed
-        self.epoch = 0
 
         annotations = []
         self.mask_of: dict[int, Mask] = {}  # by the id of the annotation
@@ -138,26 +137,21 @@ class Objects:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, indices: list[int]) -> tuple[list[Tensor], list[dict], list[str]]:
-        """A batch: images, targets in torchvision's form, and the files that are unreadable."""
-        draws = harness.generator(self.seed, self.epoch, indices[0])
-        flips = torch.rand(len(indices), generator=draws) < 0.5
-        images = []
-        targets = []
-        unreadable = []
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        """Lists of one image, its target in torchvision's form, its index and what is unreadable.
 
-        for index, flip in zip(indices, flips.tolist(), strict=True):
-            number = self.order[index]
-            image, skipped = self.images[number]
-            number = (number + len(skipped)) % len(self.infos)  # the next one, if unreadable
+        The key is (epoch, index).
+        """
+        epoch, index = key
+        number = self.order[index]
+        image, unreadable = self.images[number]
+        number = (number + len(unreadable)) % len(self.infos)  # the next one, if unreadable
 
-            target = self.target(number, image)
-            if self.train and flip:
-                image, target = flip_sample(image, target)
-            images.append(image)
-            targets.append(target)
-            unreadable += skipped
-        return images, targets, unreadable
+        target = self.target(number, image)
+        flip = torch.rand((), generator=harness.generator(self.seed, epoch, index)) < 0.5
+        if self.train and flip:
+            image, target = flip_sample(image, target)
+        return [image], [target], torch.tensor(index), list(unreadable)
 
     def target(self, number: int, image: Tensor) -> dict:
         info = self.infos[number]

@@ -37,6 +37,9 @@ class Features(NamedTuple):
     classes: list[str]
 
 
+Counts = Callable[[Features, Features, Any, int], Tensor]  # a confusion matrix for each image
+
+
 # ---- segmentation --------------------------------------------------------------------------------
 def resize_labels(labels: Tensor, size: list[int]) -> Tensor:
     """A class map (h, w) at another size, by the nearest pixel."""
@@ -107,13 +110,12 @@ def linear_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     return segmentation_figures(counts, test, config)
 
 
-def ridge_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
+def ridge_counts(fit: Features, test: Features, config: Any, seed: int) -> Tensor:
     """A linear layer in closed form, on the label in the middle of each cell."""
     k = len(fit.classes)
     labels = small_labels(fit, 1).flatten()
     probe = dk.fit_linear_probe(cells_of(fit.maps), labels, classes=k)
-    counts = count_confusions(partial(dk.linear_maps, probe), test)
-    return segmentation_figures(counts, test, config)
+    return count_confusions(partial(dk.linear_maps, probe), test)
 
 
 def check_clusters(clusters: int, test: Features) -> None:
@@ -129,7 +131,7 @@ def check_clusters(clusters: int, test: Features) -> None:
     )
 
 
-def kmeans_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
+def kmeans_counts(fit: Features, test: Features, config: Any, seed: int) -> Tensor:
     """Clusters of the split to score, named by its labels (CrOC, Sec 4.2)."""
     clusters = config.clusters or len(test.classes)
     check_clusters(clusters, test)
@@ -143,10 +145,10 @@ def kmeans_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     counts = count_confusions(class_scores, test)
     many_to_one = clusters > len(test.classes)
     names = dk.match_clusters(counts.sum(0), many_to_one=many_to_one)
-    return segmentation_figures(dk.merge_clusters(counts, names), test, config)
+    return dk.merge_clusters(counts, names)
 
 
-def retrieval_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
+def retrieval_counts(fit: Features, test: Features, config: Any, seed: int) -> Tensor:
     """The nearest of 100,000 labeled cells vote."""
     k = len(fit.classes)
     labels = small_labels(fit, 1).flatten()
@@ -161,7 +163,12 @@ def retrieval_seg(fit: Features, test: Features, config: Any, seed: int) -> dict
         votes = dk.knn_votes(cells, gallery, gallery_labels, classes=k, k=config.neighbors)
         return votes.view(-1, *maps.shape[-2:], k).movedim(-1, 1)
 
-    return segmentation_figures(count_confusions(class_scores, test), test, config)
+    return count_confusions(class_scores, test)
+
+
+def segment(counts_of: Counts, fit: Features, test: Features, config: Any, seed: int) -> dict:
+    """The figures of a protocol from its confusion matrices."""
+    return segmentation_figures(counts_of(fit, test, config, seed), test, config)
 
 
 def position_prior(fit: Features, test: Features, config: Any) -> dict:
@@ -293,6 +300,14 @@ def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict
 
 
 # ---- the table -----------------------------------------------------------------------------------
+# The protocols whose confusion matrices, one for each image, can be had alone.
+COUNTS: dict[str, Counts] = {
+    "ridge-seg": ridge_counts,
+    "kmeans-seg": kmeans_counts,
+    "retrieval-seg": retrieval_counts,
+}
+
+
 class Protocol(NamedTuple):
     score: Callable[[Features, Features, Any, int], dict]
     disturbed: bool = False  # on features of objects that have another image around them
@@ -301,9 +316,9 @@ class Protocol(NamedTuple):
 
 FITTED = {
     "linear-seg": Protocol(linear_seg, has_prior=True),
-    "ridge-seg": Protocol(ridge_seg, has_prior=True),
-    "kmeans-seg": Protocol(kmeans_seg, has_prior=True),
-    "retrieval-seg": Protocol(retrieval_seg, has_prior=True),
+    "ridge-seg": Protocol(partial(segment, ridge_counts), has_prior=True),
+    "kmeans-seg": Protocol(partial(segment, kmeans_counts), has_prior=True),
+    "retrieval-seg": Protocol(partial(segment, retrieval_counts), has_prior=True),
     "object-knn": Protocol(objects_by_neighbors),
     "disturbed-object-knn": Protocol(objects_by_neighbors, disturbed=True),
     "image-knn": Protocol(images_by_neighbors),

@@ -10,11 +10,14 @@ import pytest
 import timm
 import torch
 from croc import PRESETS, CrOC, Views
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import on_processes
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 import densekit as dk
 
+SEEDS = torch.arange(3)  # of the images of `batch`
 SMALL = replace(
     PRESETS["demo"], head=(32, 24, 16), tokens="values", start=4, batch=8, epochs=2, warmup=0.5,
     workers=0, log_every=1, save_every=3, views=Views(size=32), device="cpu",
@@ -107,8 +110,7 @@ def test_the_losses_are_those_of_the_paper(alpha, pooling):
     centers = {kind: torch.randn_like(model.get_buffer(kind)) / 10 for kind in ("image", "cluster")}
     for kind, center in centers.items():
         model.get_buffer(kind).copy_(center)
-    torch.manual_seed(1)  # of the start tokens
-    loss, terms = model(images, views, 0.05)
+    loss, terms = model(images, views, 0.05, SEEDS)
 
     def head(network, kind, x):
         prototypes = normalize(network["last"][kind].weight, dim=-1)
@@ -136,8 +138,10 @@ def test_the_losses_are_those_of_the_paper(alpha, pooling):
     q, k, v = torch.stack(seen).view(2, 3, 17, 3, 3, 32).unbind(3)  # view, image, token, head
     attention = torch.einsum("vihd,vinhd->vihn", q[:, :, 0], k) / 32**0.5
     weights = attention.softmax(-1)[..., 1:].permute(1, 2, 0, 3).flatten(2)
-    torch.manual_seed(1)
-    starts = dk.sample_tokens(weights.float(), 4)  # the recipe's attention is in float32
+    noise = croc.harness.noise(SEEDS, weights.shape[1:], croc.START)
+    starts = dk.sample_tokens(
+        weights.float(), 4, noise=noise
+    )  # the recipe's attention is in float32
     lengths = [torch.cat([x[0], x[1]])[:, 0].norm(dim=-1).mean() for x in tokens.values()]
     rows, found = [], 0
     for i in range(3):
@@ -180,17 +184,17 @@ def test_only_the_student_learns_and_only_it_drops_paths():
     torch.manual_seed(0)
     model = CrOC(replace(SMALL, drop_path=0.5))
     model.train()  # as a caller may do at any time
-    loss, _ = model(*batch(), 0.07)
+    loss, _ = model(*batch(), 0.07, SEEDS)
     loss.backward()
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
-    first, second = (
-        [croc.encode(network["encoder"], batch()[0][0])[0] for _ in "12"]
-        for network in (model.student, model.teacher)
-    )
-    assert not torch.equal(*first)
+    pixels = torch.cat(batch()[0])
+    first, again, other = (model.encode_student(pixels, SEEDS + k) for k in (0, 0, 3))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    second = [croc.encode(model.teacher["encoder"], pixels)[0] for _ in "12"]
     assert torch.equal(*second)
 
 
@@ -204,7 +208,7 @@ def test_without_any_valid_cluster_the_loss_is_finite_and_carries_the_graph(monk
 
     monkeypatch.setattr(dk, "prune_clusters", none)
     model = CrOC(SMALL)
-    loss, terms = model(*batch(), 0.07)
+    loss, terms = model(*batch(), 0.07, SEEDS)
     loss.backward()
     assert all(torch.as_tensor(term).isfinite() for term in terms.values())
     assert terms["cluster"] == terms["valid"] == 0
@@ -214,7 +218,7 @@ def test_without_any_valid_cluster_the_loss_is_finite_and_carries_the_graph(monk
         assert parameter.grad.isfinite().all(), name
 
 
-def sample_the_heaviest(weights, count):
+def sample_the_heaviest(weights, count, noise):
     """Start tokens that no other image, process or random number can change."""
     return weights.topk(count).indices
 
@@ -224,7 +228,7 @@ def without_some_clusters(find_clusters):
 
     def find(self, *tokens_and_views):
         counts, pruned = find_clusters(self, *tokens_and_views)
-        views = tokens_and_views[-1]
+        views = tokens_and_views[-2]  # the seeds come last
         allowed = (views[0].box[:, 0] < 1000)[:, None, None]
         valid = pruned.valid & allowed
         kept = torch.where(valid[..., None, None, :], pruned.assignments, 0.0)
@@ -241,7 +245,7 @@ def distributed_step(state, images, views, wrap=lambda model: model):
         patch.setattr(CrOC, "find_clusters", without_some_clusters(CrOC.find_clusters))
         patch.setattr(dk, "sample_tokens", sample_the_heaviest)
         network = wrap(model)
-        loss, terms = network(images, views, 0.07)
+        loss, terms = network(images, views, 0.07, torch.arange(len(images[0])))
     loss.backward()
     terms = {name: term.detach() for name, term in terms.items()}
     gradients = [parameter.grad for parameter in model.student.parameters()]
@@ -282,6 +286,57 @@ def test_processes_have_the_loss_and_the_gradient_of_one(size):
         torch.testing.assert_close(own_centers, centers)
 
 
+def select_valid(distill):
+    """`CrOC.distill` on the valid rows alone, which then have no axis for the images."""
+
+    def selected(self, kind, student_rows, teacher_rows, temperature, valid=None):
+        if valid is not None:
+            student_rows, teacher_rows = student_rows[valid], teacher_rows[valid]
+        return distill(self, kind, student_rows, teacher_rows, temperature)
+
+    return selected
+
+
+def selecting_part(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrOC, "distill", select_valid(CrOC.distill))
+        return part_of_the_batch(*arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_masked_clusters_are_the_selected_ones(size):
+    """On four processes, one has no valid cluster at all."""
+    torch.manual_seed(1)
+    model, (images, views) = CrOC(SMALL).double(), batch(4, torch.float64)
+    views = [dk.View(view.box.clone(), view.flip) for view in views]
+    for view in views:
+        view.box[1] += 1000
+    arguments = (model.state_dict(), images, views)
+    masked = on_processes(size, part_of_the_batch, *arguments)
+    selected = on_processes(size, selecting_part, *arguments)
+    assert masked[0][1]["cluster"] > 0
+    torch.testing.assert_close(masked, selected)
+
+
+@given(st.data())
+def test_each_gradient_is_clipped_as_by_torch_alone(data):
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=4))
+    largest = data.draw(st.floats(0.01, 10) | st.just(math.inf))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [*shapes, [2]]]
+    for parameter in parameters[:-1]:  # the last one has no gradient
+        parameter.grad = torch.randn(parameter.shape) * 10 ** data.draw(st.integers(-9, 3))
+    copies = [nn.Parameter(torch.zeros_like(x)) for x in parameters]
+    for parameter, copy in zip(parameters, copies, strict=True):
+        copy.grad = None if parameter.grad is None else parameter.grad.clone()
+
+    norms = [nn.utils.clip_grad_norm_(x, largest) for x in copies]
+    norm = croc.clip_each(parameters, largest)
+    torch.testing.assert_close(norm, torch.stack(norms).norm())
+    torch.testing.assert_close([x.grad for x in parameters[:-1]], [x.grad for x in copies[:-1]])
+    assert parameters[-1].grad is None
+
+
 def test_the_flags_of_the_authors_program_give_its_clusters_and_centroids(monkeypatch):
     """Golden vectors: three heads, fewer clusters than start tokens."""
     golden = dict(np.load(DATA / "croc_50_B2_H3_N49_d64_K5_ncm4_lp4_lam20_it5_cls_gauss.npz"))
@@ -296,8 +351,8 @@ def test_the_flags_of_the_authors_program_give_its_clusters_and_centroids(monkey
     boxes = torch.cat([corner, corner + size], -1)  # (view, image)
     views = [dk.View(*view) for view in zip(boxes, golden["flip"], strict=True)]
     start = golden["init_idx"].view(2, 3, 5)
-    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: start)
-    counts, pruned = CrOC(config).find_clusters(last, keys, keys, keys, views)
+    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, noise: start)
+    counts, pruned = CrOC(config).find_clusters(last, keys, keys, keys, views, SEEDS[:2])
     assert torch.equal(counts.flatten(), golden["chosen_K"])
     assert torch.equal(pruned.labels.flatten(2).flatten(0, 1), golden["hard_idx"].long())
     assert torch.equal(pruned.valid.flatten().nonzero()[:, 0], golden["valid"])
@@ -314,7 +369,7 @@ def test_the_flags_of_the_authors_program_give_its_clusters_and_centroids(monkey
 def test_the_options_of_the_clusters_leave_a_loss_and_valid_clusters(changes):
     torch.manual_seed(0)
     model = CrOC(replace(SMALL, **changes))
-    loss, terms = model(*batch(), 0.07)
+    loss, terms = model(*batch(), 0.07, SEEDS)
     loss.backward()
     assert all(torch.as_tensor(term).isfinite() for term in terms.values())
     assert terms["valid"] > 0
@@ -326,12 +381,14 @@ def test_an_images_clusters_do_not_depend_on_its_neighbors(monkeypatch):
     model, (images, views) = CrOC(SMALL), batch()
     starts = torch.rand(3, 3, 32).argsort(-1)[..., :4]
     encoded = croc.encode(model.teacher["encoder"], torch.cat(images))
-    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count: starts)
-    found, pruned = model.find_clusters(*encoded, views)
+    monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, noise: starts)
+    found, pruned = model.find_clusters(*encoded, views, SEEDS)
     for i in range(3):
         rows, own = [i, 3 + i], [dk.View(y.box[i : i + 1], y.flip[i : i + 1]) for y in views]
-        monkeypatch.setattr(dk, "sample_tokens", lambda weights, count, i=i: starts[i : i + 1])
-        alone, clusters = model.find_clusters(*(x[rows] for x in encoded), own)
+        monkeypatch.setattr(
+            dk, "sample_tokens", lambda weights, count, noise, i=i: starts[i : i + 1]
+        )
+        alone, clusters = model.find_clusters(*(x[rows] for x in encoded), own, SEEDS[:1])
         assert torch.equal(alone[0], found[i])
         torch.testing.assert_close(clusters.assignments[0], pruned.assignments[i])
 
@@ -343,7 +400,7 @@ def test_the_picture_has_a_color_for_every_cluster(tmp_path):
     model, (_, views) = CrOC(config), batch()
     images = [torch.randn(3, 3, 64, 64) for _ in views]
     with torch.no_grad():
-        croc.draw(model, images, views, tmp_path / "picture.png")
+        croc.draw(model, images, views, SEEDS, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
 
 
@@ -363,7 +420,7 @@ def test_every_choice_of_tokens_and_weights_clusters(tokens, weights):
     merge = dk.sinkhorn_merge
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dk, "sinkhorn_merge", record)
-        clusters, pruned = model.find_clusters(*encoded, views)
+        clusters, pruned = model.find_clusters(*encoded, views, SEEDS)
     heads = 1 if tokens == "last" else 3
     assert clusters.shape == (3, heads)
     assert pruned.labels.shape == (3, heads, 2, 16)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import d3ssl
+import harness
 import numpy as np
 import proposals
 import pytest
@@ -127,8 +128,8 @@ def one_box(count=2):
 
 
 def seeded(seed, config, case):
-    torch.manual_seed(seed)
-    return augment(*case, config)
+    seeds = d3ssl.harness.image_seeds(seed, 0, torch.arange(len(case[-1])))
+    return augment(*case, seeds, config)
 
 
 def carried(view, boxes):
@@ -166,7 +167,7 @@ def filled(x, clean):
 @given(cases())
 def test_boxes_are_the_proposals_carried_into_each_view(case):
     images, views, boxes, valid = case
-    (_, first, _), (clean, second, _), (_, small, _), _ = augment(*case, STILL)
+    (_, first, _), (clean, second, _), (_, small, _), _ = seeded(0, STILL, case)
     assert torch.equal(clean, images[1])  # for the teacher
     torch.testing.assert_close(first[valid], carried(views[0], boxes)[valid])
     torch.testing.assert_close(second[valid], carried(views[1], boxes)[valid])
@@ -176,7 +177,7 @@ def test_boxes_are_the_proposals_carried_into_each_view(case):
 @given(cases())
 def test_cutouts_take_a_part_of_every_proposal_and_nothing_else(case):
     images, _, _, valid = case
-    view1, _, small, _ = augment(*case, replace(STILL, mask=(0.0, 0.0)))
+    view1, _, small, _ = seeded(0, replace(STILL, mask=(0.0, 0.0)), case)
     for (x, boxes, _), clean in ((view1, images[0]), (small, halved(images[1]))):
         zero, inside = filled(x, clean), covered(boxes, valid, x.shape[-1])
         assert not (zero & ~inside).any()
@@ -189,7 +190,7 @@ def test_cutouts_take_a_part_of_every_proposal_and_nothing_else(case):
 @given(cases())
 def test_masks_lie_beside_the_proposal(case):
     images, _, _, valid = case
-    view1, _, small, _ = augment(*case, replace(STILL, cut=(0.0, 0.0)))
+    view1, _, small, _ = seeded(0, replace(STILL, cut=(0.0, 0.0)), case)
     for (x, boxes, _), clean in ((view1, images[0]), (small, halved(images[1]))):
         zero, inside = filled(x, clean), covered(boxes, valid, x.shape[-1])
         alone = valid.sum(1) == 1  # a mask may lie on another proposal
@@ -220,7 +221,7 @@ def test_the_options_say_how_much_is_cut_and_masked(share):
 def test_view_3_is_view_2_moved_onto_the_image_before(case, cut):
     (_, x2), _, _, valid = case
     config = STILL if cut else replace(STILL, cut=(0.0, 0.0))
-    _, (_, second, _), _, (x3, third, _) = augment(*case, config)
+    _, (_, second, _), _, (x3, third, _) = seeded(0, config, case)
     assert ((third[valid] > -1e-9) & (third[valid] < 1 + 1e-9)).all()
     for row in range(len(x2)):
         other = (x3[row] == x2[row - 1]).all(0)
@@ -326,7 +327,7 @@ def test_soco_changes_half_of_the_proposals_and_keeps_boxes_in_the_view():
 def test_images_without_any_proposal_stay_clean_and_finite():
     images, views, boxes, valid = batch((0, 0, 0))
     case = images, views, torch.zeros_like(boxes), valid  # as the dataset says it
-    (x1, *_), (x2, *_), (small, *_), (x3, *_) = found = augment(*case, SMALL)
+    (x1, *_), (x2, *_), (small, *_), (x3, *_) = found = seeded(0, SMALL, case)
     assert torch.equal(x1, images[0])
     assert torch.equal(x2, images[1])
     torch.testing.assert_close(small, halved(images[1]))
@@ -339,6 +340,7 @@ def test_images_without_any_proposal_stay_clean_and_finite():
 
 def filled_bank(count=13, dtype=torch.float64):
     keys = uniform(torch.Generator().manual_seed(1), count, 8, low=-1).to(dtype)
+    keys = normalize(keys, dim=-1)  # as the keys that the model pushes
     return dk.push_to_bank(dk.init_bank(16, 8, dtype=dtype), keys)
 
 
@@ -391,7 +393,7 @@ def nce(z, key, bank):
 def test_the_loss_is_that_of_the_paper(inputs, weight):
     model, bank, case = make(depositioning=weight), filled_bank(), batch()
     oracle, valid = copy.deepcopy(model), case[-1]
-    loss, terms, _ = model(*case, bank, torch.tensor([2, 0, 3, 1]))
+    loss, terms, _ = model(*case, bank, torch.tensor([2, 0, 3, 1]), torch.arange(4))
     (view1, view2, small, view3) = inputs[0]
     t1, t2 = (embed(oracle.teacher, *view, 4) for view in (view1, view2))
     s1, s3 = (embed(oracle.student, *view, 4) for view in (view1, view3))
@@ -417,13 +419,13 @@ def test_the_loss_is_that_of_the_paper(inputs, weight):
 def test_keys_of_this_batch_enter_the_bank_after_the_loss(inputs):
     model, case = make(), batch()
     oracle, valid, order = copy.deepcopy(model), case[-1], torch.tensor([2, 0, 3, 1])
-    loss, _, bank = model(*case, dk.init_bank(16, 8, dtype=torch.float64), order)
+    loss, _, bank = model(*case, dk.init_bank(16, 8, dtype=torch.float64), order, torch.arange(4))
     assert loss == 0  # no negatives yet
     assert bank.filled == valid.sum() == 8
     keys = normalize(embed(oracle.teacher, *inputs[0][0], 4)[valid], dim=1)  # of view 1
     torch.testing.assert_close(bank.features[:8], keys.detach())
     assert (bank.features[8:] == 0).all()
-    loss, *_ = model(*case, bank, order)
+    loss, *_ = model(*case, bank, order, torch.arange(4))
     assert loss > 1
 
 
@@ -431,7 +433,7 @@ def test_keys_of_this_batch_enter_the_bank_after_the_loss(inputs):
 def test_only_the_student_learns_and_the_keys_use_batch_statistics(weight):
     torch.manual_seed(0)
     model, bank = D3SSL(replace(SMALL, depositioning=weight)), filled_bank(dtype=torch.float32)
-    loss, _, _ = model(*batch(dtype=torch.float32), bank, torch.arange(4))
+    loss, _, _ = model(*batch(dtype=torch.float32), bank, torch.arange(4), torch.arange(4))
     loss.backward()
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name
@@ -445,7 +447,9 @@ def test_only_the_student_learns_and_the_keys_use_batch_statistics(weight):
 def test_without_any_valid_box_the_loss_is_zero_and_carries_the_graph(weight):
     model, bank = make(depositioning=weight), filled_bank()
     images, views, boxes, valid = batch((0, 0, 0, 0))
-    loss, terms, new = model(images, views, 0 * boxes, valid, bank, torch.arange(4))
+    loss, terms, new = model(
+        images, views, 0 * boxes, valid, bank, torch.arange(4), torch.arange(4)
+    )
     loss.backward()
     assert loss == terms["valid"] == 0
     assert all(torch.equal(a, b) for a, b in zip(new, bank, strict=True))
@@ -477,8 +481,9 @@ def test_what_stands_in_for_a_missing_proposal_changes_nothing(counts):
     found = []
     for some in (boxes, others):
         model = make()
-        torch.manual_seed(2)
-        loss, _, bank = model(images, views, some, valid, filled_bank(), torch.arange(len(valid)))
+        loss, _, bank = model(
+            images, views, some, valid, filled_bank(), *[torch.arange(len(valid))] * 2
+        )
         loss.backward()
         gradients = [x.grad for x in model.student.parameters()]
         found.append((loss.detach(), bank, gradients, dict(model.named_buffers())))
@@ -489,7 +494,7 @@ def test_what_stands_in_for_a_missing_proposal_changes_nothing(counts):
 def test_few_proposals_have_batch_statistics(counts):
     """Block 5 makes one cell of the small view's single bin, and one cell has no variance."""
     model = make(bins=2)
-    loss, *_ = model(*batch(counts), filled_bank(), torch.arange(2))
+    loss, *_ = model(*batch(counts), filled_bank(), torch.arange(2), torch.arange(2))
     loss.backward()
     assert loss.isfinite()
     for name, parameter in model.student.named_parameters():
@@ -505,7 +510,7 @@ def test_images_without_a_box_change_no_loss_and_no_key_of_the_others():
     for rows in ([0, 1, 2, 3], order):
         some = [dk.View(view.box[rows], view.flip[rows]) for view in views]
         case = [x[rows] for x in images], some, (boxes * valid[..., None])[rows], valid[rows]
-        loss, _, bank = model(*case, filled_bank(), torch.arange(len(rows)))
+        loss, _, bank = model(*case, filled_bank(), torch.arange(len(rows)), torch.tensor(rows))
         results.append((loss, bank.features))
     torch.testing.assert_close(*results)
 
@@ -526,7 +531,9 @@ def half_the_batch(rank, group, state, order, whole):
     with pytest.MonkeyPatch.context() as patch:  # the draws are each process's own
         halves = [Input(x.images[own], x.boxes[own], x.valid[own]) for x in whole]
         patch.setattr(d3ssl, "augment", lambda *_: halves)
-        loss, terms, bank = ddp(*rows_of(batch(), rank), filled_bank(), order)
+        loss, terms, bank = ddp(
+            *rows_of(batch(), rank), filled_bank(), order, torch.arange(2) + 2 * rank
+        )
     loss.backward()
     gradients = [x.grad for x in model.student.parameters()]
     return loss.detach(), terms["cosine"], gradients, bank
@@ -538,7 +545,7 @@ def test_two_processes_have_the_loss_the_gradient_and_the_bank_of_one(monkeypatc
     halves = on_processes(2, half_the_batch, model.state_dict(), order, whole)
     nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
     monkeypatch.setattr(d3ssl, "augment", lambda *_: whole)
-    loss, terms, bank = model(*case, filled_bank(), order)
+    loss, terms, bank = model(*case, filled_bank(), order, torch.arange(4))
     loss.backward()
     gradients = [x.grad for x in model.student.parameters()]
     for half_loss, cosine, half_gradients, half_bank in halves:
@@ -555,7 +562,7 @@ def encoded(rank, group, order):
     model.config = replace(STILL, cut=(0.0, 0.0), mask=(0.0, 0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(d3ssl, "embed", lambda *x: seen.append((*x[1], x[2])) or plain(*x))
-        model(*rows_of(case, rank), filled_bank(), order)
+        model(*rows_of(case, rank), filled_bank(), order, torch.arange(2) + 2 * rank)
     return seen
 
 
@@ -601,8 +608,9 @@ def some_source():
 def test_the_chosen_boxes_are_some_that_view_2_holds():
     source, full = some_source(), set()
     dataset, indices = TwoViews(source, SMALL), [0, 5, 2, 7, 6, 3]
-    for dataset.epoch in range(20):
-        _, (view1, view2), boxes, valid, _ = dataset[indices]
+    for epoch in range(20):
+        batch = harness.make_batch(dataset, indices, epoch=epoch)
+        _, (view1, view2), boxes, valid, *_ = batch
         assert boxes.shape == (6, SMALL.regions, 4)
         for row, index in enumerate(indices):
             h, w = source[index][0].shape[1:]
@@ -627,12 +635,11 @@ def test_the_chosen_boxes_are_some_that_view_2_holds():
 def test_the_boxes_are_drawn_from_the_seed_the_epoch_and_the_images():
     config = replace(SMALL, views=Views(size=8, scale=(1.0, 1.0)))
     dataset = TwoViews(some_source(), config)
-    first, again = ([dataset[[7, 3]][k] for k in (2, 3)] for _ in "12")
+    first, again = (harness.make_batch(dataset, [7, 3])[2:4] for _ in "12")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    dataset.epoch = 1
-    assert not torch.equal(dataset[[7, 3]][2], first[0])
+    assert not torch.equal(harness.make_batch(dataset, [7, 3], epoch=1)[2], first[0])
     seeded = TwoViews(some_source(), replace(config, seed=1))
-    assert not torch.equal(seeded[[7, 3]][2], first[0])
+    assert not torch.equal(harness.make_batch(seeded, [7, 3])[2], first[0])
 
 
 def write_proposals(folder, boxes, sizes):
@@ -668,7 +675,7 @@ def test_what_stands_in_for_an_unreadable_file_brings_its_own_proposals(folder):
     for name in ("1.png", "2.png", "4.png"):
         (folder / name).write_text("no image")
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, unreadable = dataset[[0, 1, 2, 3, 4]]
+    _, _, boxes, valid, _, unreadable = harness.make_batch(dataset, range(5))
     assert valid.sum(1).tolist() == [1] * 5
     want = [[k, 2, 20 + k, 38] for k in (0, 3, 3, 3, 0)]  # 4 is the last
     torch.testing.assert_close(boxes[:, 0], torch.tensor(want).float())
@@ -681,7 +688,7 @@ def test_boxes_follow_an_image_that_was_resized_since(folder):
     boxes = {f"{k}.png": [[8, 0, 96, 80]] for k in range(5)}
     write_proposals(folder, boxes, dict.fromkeys(boxes, (160, 96)))  # four times, and twice
     dataset = TwoViews(proposals.image_source(folder, None, scenes=0), WHOLE)
-    _, _, boxes, valid, _ = dataset[[0, 4]]
+    _, _, boxes, valid, *_ = harness.make_batch(dataset, [0, 4])
     assert valid[:, 0].all()
     torch.testing.assert_close(boxes[:, 0], torch.tensor([[4.0, 0, 48, 20]] * 2))
 
@@ -766,7 +773,7 @@ def test_the_region_preset_changes_nothing_in_an_image():
     config = replace(SMALL, **{name: getattr(PRESETS["region"], name) for name in names})
     case = batch()
     images, views, boxes, valid = case
-    (x1, b1, _), *_ = augment(*case, config)
+    (x1, b1, _), *_ = seeded(0, config, case)
     assert torch.equal(x1, images[0])
     torch.testing.assert_close(b1[valid], carried(views[0], boxes)[valid])
 
@@ -892,13 +899,14 @@ def fake_run(folder, *steps):
 def some_preview():
     """Four scenes, and the batch of them that is drawn."""
     source = proposals.SceneProposals(4)
-    return source, TwoViews(source, SMALL)[[0, 1, 2, 3]]
+    normalize = (d3ssl.MEAN, d3ssl.STD)
+    return source, harness.make_batch(TwoViews(source, SMALL), range(4), normalize=normalize)
 
 
 def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_path, monkeypatch):
     drawn = []
     source, preview = some_preview()
-    _, _, boxes, valid, _ = preview
+    _, _, boxes, valid, *_ = preview
     valid[:] = torch.tensor([True, False, True, False])
     std, mean = torch.tensor(d3ssl.STD), torch.tensor(d3ssl.MEAN)
     colors = [((k + torch.zeros(3)) / 4 - mean) / std for k in range(4)]

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 import densekit as dk
 
+SEEDS = torch.arange(4)  # of the images of `batch`
 SMALL = replace(
     PRESETS["demo"], hidden=32, categories=16, batch=8, epochs=2, workers=0, log_every=1,
     save_every=3, views=Views(size=32), device="cpu",
@@ -101,7 +102,7 @@ def test_the_losses_are_those_of_the_paper(distance):
     images = [x.double() for x in images]
     views = [dk.View(view.box.double(), view.flip) for view in views]
     model.train()
-    loss, terms = model(images, views, True)
+    loss, terms = model(images, views, True, SEEDS)
 
     maps = [last_map(model.encoder, x) for x in images]
     z = [model.projector(f.mean((2, 3))) for f in maps]
@@ -142,14 +143,14 @@ def test_the_losses_are_those_of_the_paper(distance):
 
 def test_regionsim_waits_and_simsiam_has_no_dense_heads():
     model = DenseSiam(SMALL)
-    loss, terms = model(*batch(), False)
+    loss, terms = model(*batch(), False, SEEDS)
     loss.backward()
     assert "region" not in terms
     assert all(p.grad is None for p in model.region_projector.parameters())
     baseline = DenseSiam(replace(SMALL, loss=PRESETS["simsiam"].loss))
     names = {name.split(".")[0] for name, _ in baseline.named_parameters()}
     assert names == {"encoder", "projector", "predictor"}
-    loss, terms = baseline(*batch(), False)
+    loss, terms = baseline(*batch(), False, SEEDS)
     assert loss is terms["sim"]
 
 
@@ -158,7 +159,7 @@ def test_the_gradients_of_pixsim_stop_at_the_teacher():
     model = DenseSiam(replace(SMALL, loss=Loss(grid=3, region=0.0)))
     images, views = batch()
     parameters = [*model.dense_projector.parameters(), *model.dense_predictor.parameters()]
-    _, terms = model(images, views, False)
+    _, terms = model(images, views, False, SEEDS)
     found = torch.autograd.grad(terms["dense"], parameters)
 
     with torch.no_grad():
@@ -201,7 +202,7 @@ def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph(changes, p
     flip = torch.zeros(4, dtype=torch.bool)
     views = [dk.View(torch.tensor([x, 0.0, x + 9, 9]).expand(4, 4), flip) for x in (0.0, 20.0)]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss, terms = model(images, views, model.loss.region > 0)
+        loss, terms = model(images, views, model.loss.region > 0, SEEDS)
     loss.backward()
     assert terms.get("region", 0) == terms.get("overlap", 0) == 0
     assert changes.get("correspondence") == "feature_similarity" or terms["dense"] == 0
@@ -259,7 +260,7 @@ def pixel_distances(student, teacher):
 def test_the_points_are_sampled_when_the_order_says(order):
     model = make(order=order)
     images, views = double(batch())
-    loss, terms = model(images, views, True)
+    loss, terms = model(images, views, True, SEEDS)
     pairs = dk.grid_pairs(*views, 3)
     maps = [last_map(model.encoder, x) for x in images]
 
@@ -288,7 +289,7 @@ def test_the_points_are_sampled_when_the_order_says(order):
 def test_random_points_are_the_same_of_the_image_and_lie_in_both_views(generator, count):
     found = dk.sample_view_pairs((48, 64), (3,), generator=generator)
     views = [found.view1, found.view2]
-    pairs = densesiam.overlap_pairs(views, Loss(grid=count, points="random"))
+    pairs = densesiam.overlap_pairs(views, Loss(grid=count, points="random"), SEEDS[:3])
     assert pairs.points.shape == (3, count**2, 2)
     overlap = dk.intersect_views(*views).valid
     assert torch.equal(pairs.valid, overlap[:, None].expand(3, count**2))
@@ -303,10 +304,12 @@ def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates,
     model = make(points="hard", candidates=candidates, hard_share=share)
     images, views = double(batch())
     drawn, sample = [], dk.sample_points
-    monkeypatch.setattr(dk, "sample_points", lambda *x: drawn.append(sample(*x)) or drawn[-1])
+    monkeypatch.setattr(
+        dk, "sample_points", lambda *x, **y: drawn.append(sample(*x, **y)) or drawn[-1]
+    )
     projected = [model.dense_projector(last_map(model.encoder, x)) for x in images]
     predicted = [model.dense_predictor(x) for x in projected]
-    pairs = model.hard_pairs(projected, predicted, views)
+    pairs = model.hard_pairs(projected, predicted, views, SEEDS)
 
     many, others = drawn
     assert many.shape[1] == candidates * 9
@@ -320,7 +323,7 @@ def test_hard_points_are_the_most_dissimilar_candidates(monkeypatch, candidates,
         torch.testing.assert_close(pairs.points[row, :hard], hardest)
     assert all(x.grad_fn is None for x in pairs)
 
-    loss, terms = model(images, views, True)
+    loss, terms = model(images, views, True, SEEDS)
     loss.backward()
     assert terms["overlap"] == 0.75
 
@@ -344,7 +347,7 @@ def match_by_hand(name, features, views, size):
 def test_cells_are_compared_as_densecl_and_pixpro_do(name, distance):
     model = make(correspondence=name, region=0.0, distance=distance)
     images, views = double(batch())
-    loss, terms = model(images, views, False)
+    loss, terms = model(images, views, False, SEEDS)
     maps = [last_map(model.encoder, x) for x in images]
     z = [model.dense_projector(x) for x in maps]
     p = [model.dense_predictor(x).flatten(2).mT for x in z]
@@ -384,7 +387,7 @@ def test_regions_are_the_windows_that_both_views_show():
 def test_the_global_branch_on_the_overlap_pools_what_both_views_show():
     model = make(pooled="overlap", dense=0.0, region=0.0)
     images, views = double(batch())
-    loss, terms = model(images, views, False)
+    loss, terms = model(images, views, False, SEEDS)
     maps = [last_map(model.encoder, x) for x in images]
     pooled = [x.mean(1) for x in at_points(maps, dk.grid_pairs(*views, 3))]
     z = [model.projector(x) for x in pooled]
@@ -399,11 +402,13 @@ def test_a_grid_of_no_point_is_simsiam(tmp_path):
     model = make(grid=0)
     baseline = make(dense=0.0, region=0.0)
     assert model.state_dict().keys() == baseline.state_dict().keys()
-    loss, terms = model(images, views, True)
-    want, _ = baseline(images, views, False)
+    loss, terms = model(images, views, True, SEEDS)
+    want, _ = baseline(images, views, False, SEEDS)
     assert torch.equal(loss, want)
     assert set(terms) == {"sim", "spread"}
-    densesiam.draw(model.float(), [x.float() for x in images], views, tmp_path / "picture.png")
+    densesiam.draw(
+        model.float(), [x.float() for x in images], views, SEEDS, tmp_path / "picture.png"
+    )
 
 
 @pytest.mark.parametrize(
@@ -420,7 +425,7 @@ def test_the_method_and_the_picture_say_what_was_trained(tmp_path, method, chang
     loss = replace(Loss(grid=3), **changes)
     assert densesiam.method_of(loss) == method
     model = DenseSiam(replace(SMALL, loss=loss))
-    densesiam.draw(model, *batch(), tmp_path / "picture.png")
+    densesiam.draw(model, *batch(), SEEDS, tmp_path / "picture.png")
     panels = 2 if method == "simsiam" else 3  # the pseudo-categories between the view and the PCA
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (2 * panels * 226 + 2, 4 * 226 + 2)
@@ -465,7 +470,7 @@ def part_of_the_batch(rank, group, size, state, changes):
     own_images = [x[own] for x in images]
     own_views = [dk.View(view.box[own], view.flip[own]) for view in views]
     ddp = nn.parallel.DistributedDataParallel(model)
-    loss, terms = ddp(own_images, own_views, True)
+    loss, terms = ddp(own_images, own_views, True, torch.arange(8)[own])
     loss.backward()
     gradients = [x.grad for x in model.parameters()]
     return loss.detach(), {name: x.detach() for name, x in terms.items()}, gradients
@@ -479,7 +484,7 @@ def test_processes_with_other_numbers_of_valid_pairs_have_the_loss_and_gradient_
     model = make(**changes)
     state = model.state_dict()
     parts = on_processes(size, part_of_the_batch, size, state, changes)
-    loss, terms = model.eval()(*eight_pairs(), True)
+    loss, terms = model.eval()(*eight_pairs(), True, torch.arange(8))
     loss.backward()
     gradients = [x.grad for x in model.parameters()]
     for _, part_terms, part_gradients in parts:

@@ -358,8 +358,10 @@ def plain_views(source, **changes):
 def test_features_of_coordinates_show_the_same_image_points_in_both_views():
     dataset, flips = plain_views(Coordinates()), set()
     for epoch in range(6):
-        dataset.epoch = epoch
-        (near, whole), view, _ = dataset[[0, 1, 2, 3]]
+        images, view, *_ = harness.make_batch(
+            dataset, range(4), epoch=epoch, normalize=densesiam_segment.UNIT_RANGE
+        )
+        near, whole = images
         replayed = replay(avg_pool2d(whole, 4), view)
         pooled = avg_pool2d(near, 4)
         center = slice(2, -2)  # nearer the border a crop does not see what is beside it
@@ -389,8 +391,8 @@ def test_geometry_depends_on_seed_epoch_and_image_alone():
     dataset = plain_views(Coordinates())
 
     def view(*indices, epoch=0, data=dataset):
-        data.epoch = epoch
-        return torch.cat([data[[*indices]][1].box, data[[*indices]][1].flip[:, None]], 1)
+        found = harness.make_batch(data, indices, epoch=epoch)[1]
+        return torch.cat([found.box, found.flip[:, None]], 1)
 
     torch.testing.assert_close(view(0, 1, 2, 3)[[2, 0]], view(2, 0))
     assert not torch.equal(view(1), view(2))
@@ -405,8 +407,7 @@ def test_crops_are_squares_of_half_to_all_of_the_side_anywhere_and_half_are_flip
     dataset = plain_views(Coordinates())
     views = []
     for epoch in range(100):
-        dataset.epoch = epoch
-        views.append(dataset[[0, 1, 2, 3]][1])
+        views.append(harness.make_batch(dataset, range(4), epoch=epoch)[1])
     box, flip = torch.cat([x.box for x in views]), torch.cat([x.flip for x in views])
     width, height = (box[:, 2:] - box[:, :2]).unbind(1)
     torch.testing.assert_close(width, height)
@@ -423,18 +424,18 @@ def test_photometric_changes_differ_between_the_views_but_not_between_runs(folde
     source = open_training(small_on(folder))
     dataset = TwoViews(source, replace(SMALL, image=32, size=32))
     state = torch.get_rng_state()
-    (near, whole), _, _ = dataset[[3, 9, 12]]  # of both sizes
-    again, *_ = dataset[[3, 9, 12]]
+    indices = [3, 9, 12]  # of both sizes
+    (near, whole), *_ = harness.make_batch(dataset, indices)
+    again, *_ = harness.make_batch(dataset, indices)
     assert torch.equal(near, again[0])
     assert torch.equal(whole, again[1])
     assert torch.equal(state, torch.get_rng_state())
     assert near.shape == whole.shape == (3, 3, 32, 32)
-    dataset.epoch = 1
-    assert not torch.equal(dataset[[3, 9, 12]][0][1], whole)
+    assert not torch.equal(harness.make_batch(dataset, indices, epoch=1)[0][1], whole)
     plain = TwoViews(source, dataset.config)
     plain.photometric = torch.nn.Identity()
     square = source[12][0][:, 4:36]  # the center of 40 x 32
-    torch.testing.assert_close(plain[[12]][0][1][0], square / 255)
+    assert torch.equal(plain[0, 12][0][1], square)
 
 
 def test_each_color_change_is_drawn_on_its_own(folder):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, normalize
 import densekit as dk
 
+SEEDS = torch.arange(4)  # of the images of `batch`
 SMALL = replace(
     PRESETS["demo"], patches=(2, 3, 3, 2), outputs=8, bank=16, batch=8, epochs=2, workers=0,
     log_every=1, save_every=3, views=Views(size=32), device="cpu",
@@ -89,6 +90,7 @@ def filled_banks(model, count, dtype=torch.float32):
     names = [name for name, _ in model.student["heads"].named_children()]
     banks = {name: dk.init_bank(32, 8) for name in names}
     keys = [torch.randn(count, 8, generator=generator, dtype=dtype) for _ in banks]
+    keys = [normalize(x, dim=-1) for x in keys]  # as the keys that the model pushes
     banks = {name: bank._replace(features=bank.features.to(dtype)) for name, bank in banks.items()}
     return {x: dk.push_to_bank(bank, k) for (x, bank), k in zip(banks.items(), keys, strict=True)}
 
@@ -129,7 +131,7 @@ def test_the_losses_are_those_of_the_paper():
     names = ["image2", "image4", "image5", "patch3", "patch4", "patch5"]
     assert [*model.student["heads"]] == [*model.teacher["heads"]] == [*banks] == names
     oracle = copy.deepcopy(model)
-    loss, terms, _ = model(images, views, banks, torch.tensor([2, 0, 3, 1]))
+    loss, terms, _ = model(images, views, banks, torch.tensor([2, 0, 3, 1]), SEEDS)
 
     maps = [
         pyramid(network["encoder"], x)
@@ -176,7 +178,7 @@ def test_keys_of_this_batch_enter_the_banks_after_the_loss():
     model = different_teacher(DUPR(SMALL))
     images, views = batch()
     order, banks = torch.tensor([2, 0, 3, 1]), model.init_banks(torch.device("cpu"))
-    loss, _, new = model(images, views, banks, order)
+    loss, _, new = model(images, views, banks, order, SEEDS)
     assert loss == 0  # no negatives yet
     assert all(bank.filled == 0 for bank in banks.values())
     for name, bank in new.items():
@@ -192,14 +194,14 @@ def test_keys_of_this_batch_enter_the_banks_after_the_loss():
     distance = torch.cdist(rows, keys[:3].detach())
     assert (distance.amin(-1) < 1e-4).all()  # each is one of its image's patches...
     assert all(len(set(row.tolist())) == 4 for row in distance.argmin(-1))  # ...and no two alike
-    loss, *_ = model(images, views, new, order)
+    loss, *_ = model(images, views, new, order, SEEDS)
     assert loss > 1
 
 
 def test_only_the_student_learns_and_the_keys_use_batch_statistics():
     torch.manual_seed(0)
     model = DUPR(SMALL)
-    loss, _, _ = model(*batch(), filled_banks(model, 20), torch.arange(4))
+    loss, _, _ = model(*batch(), filled_banks(model, 20), torch.arange(4), SEEDS)
     loss.backward()
     for name, parameter in model.student.named_parameters():
         assert parameter.grad is not None, name
@@ -213,7 +215,7 @@ def test_without_any_overlap_the_loss_is_finite_and_carries_the_graph():
     model, (images, views) = DUPR(SMALL), batch()
     views[1] = dk.View(views[1].box + 100, views[1].flip)
     banks = filled_banks(model, 20)
-    loss, terms, new = model(images, views, banks, torch.arange(4))
+    loss, terms, new = model(images, views, banks, torch.arange(4), SEEDS)
     loss.backward()
     assert loss.isfinite()
     assert terms["patch4"] == terms["patch5"] == terms["overlap"] == 0
@@ -229,7 +231,7 @@ def test_the_order_of_the_shuffle_changes_nothing_on_one_process():
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         torch.manual_seed(1)
         banks = filled_banks(model, 20, torch.float64)
-        loss, _, new = model(*batch(torch.float64), banks, torch.tensor(order))
+        loss, _, new = model(*batch(torch.float64), banks, torch.tensor(order), SEEDS)
         results.append((loss, new["patch4"].features, new["image2"].features))
     torch.testing.assert_close(*results)
 
@@ -246,7 +248,9 @@ def part_of_the_batch(rank, group, state, order):
     norms.eval()  # one process would have other batch statistics
     torch.manual_seed(rank)
     ddp = nn.parallel.DistributedDataParallel(model)
-    loss, terms, new = ddp(images, views, filled_banks(model, 20, torch.float64), order)
+    loss, terms, new = ddp(
+        images, views, filled_banks(model, 20, torch.float64), order, torch.arange(4)[own]
+    )
     loss.backward()
     gradients = [x.grad for x in model.student.parameters()]
     features = {name: bank.features for name, bank in new.items()}
@@ -261,7 +265,7 @@ def test_processes_have_the_loss_the_gradient_and_the_banks_of_one(size):
     parts = on_processes(size, part_of_the_batch, model.state_dict(), order)
     nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
     banks = filled_banks(model, 20, torch.float64)
-    loss, terms, new = model(*batch(torch.float64), banks, order)
+    loss, terms, new = model(*batch(torch.float64), banks, order, SEEDS)
     loss.backward()
     gradients = [x.grad for x in model.student.parameters()]
     for own_loss, patch4, own_gradients, own_banks in parts:
@@ -278,14 +282,13 @@ def test_processes_have_the_loss_the_gradient_and_the_banks_of_one(size):
 def test_views_overlap_as_much_as_asked_for(min_overlap):
     source = dupr.harness.SceneImages(32)
     dataset = dupr.TwoViews(source, replace(SMALL, min_overlap=min_overlap))
-    _, views, _ = dataset[list(range(32))]
+    _, views, *_ = dupr.harness.make_batch(dataset, range(32))
     share = dk.box_iou(views[0].box, views[1].box)
     assert (share >= min_overlap).double().mean() > 0.9  # ten attempts find nearly all
-    if not min_overlap:  # the views of any run before there was such an option
-        sizes = torch.tensor([[64, 64]] * 32)
-        generator = dupr.harness.generator(SMALL.seed, 0, 0)
-        pairs = dk.sample_view_pairs(sizes, scale=SMALL.views.scale, generator=generator)
-        assert torch.equal(views[0].box, pairs.view1.box)
+    if not min_overlap:  # the views of a recipe without such an option
+        generator = dupr.harness.generator(SMALL.seed, 0, 5)
+        pairs = dk.sample_view_pairs((64, 64), scale=SMALL.views.scale, generator=generator)
+        assert torch.equal(views[0].box[5], pairs.view1.box)
 
 
 def test_pairs_that_overlap_less_have_no_patch_loss():
@@ -293,7 +296,7 @@ def test_pairs_that_overlap_less_have_no_patch_loss():
     images, views = batch()
     share = dk.box_iou(views[0].box, views[1].box)
     few = DUPR(replace(SMALL, min_overlap=0.3))
-    _, terms, banks = few(images, views, filled_banks(few, 20), torch.arange(4))
+    _, terms, banks = few(images, views, filled_banks(few, 20), torch.arange(4), SEEDS)
     used = share >= 0.3
     assert 0 < used.sum() < (share > 0).sum()
     assert terms["overlap"] == used.double().mean()
@@ -305,9 +308,9 @@ def test_pairs_that_overlap_less_have_no_patch_loss():
     model.load_state_dict(few.state_dict())
     for network in (model, few):
         nn.ModuleList(x for x in network.modules() if isinstance(x, nn.BatchNorm2d)).eval()
-    _, terms, _ = few(images, views, filled_banks(few, 20), torch.arange(4))
+    _, terms, _ = few(images, views, filled_banks(few, 20), torch.arange(4), SEEDS)
     own = [x[used] for x in images], [dk.View(x.box[used], x.flip[used]) for x in views]
-    _, want, _ = model(*own, filled_banks(model, 20), torch.arange(int(used.sum())))
+    _, want, _ = model(*own, filled_banks(model, 20), torch.arange(int(used.sum())), SEEDS[used])
     torch.testing.assert_close(terms["patch4"], want["patch4"])
 
 
@@ -339,7 +342,7 @@ def encoded(rank, group, order, norm):
     views = [dk.View(view.box[own], view.flip[own]) for view in views]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dupr, "level_maps", lambda encoder, x: seen.append(x) or levels(encoder, x))
-        model([x[own] for x in images], views, filled_banks(model, 20), order)
+        model([x[own] for x in images], views, filled_banks(model, 20), order, torch.arange(4)[own])
     return seen
 
 
@@ -424,7 +427,9 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
         picture_path=lambda step: tmp_path / "picture.png",
     )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
-    dupr.evaluate(model, ([x, x], [view, view], []), replace(model.config, data="."), run, 0)
+    dupr.evaluate(
+        model, ([x, x], [view, view], torch.arange(6), []), replace(model.config, data="."), run, 0
+    )
     assert logged["matched"] == 1
     assert logged["similarity_iou_1.0"].item() == pytest.approx(1)
     assert model.training

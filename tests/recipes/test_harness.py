@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ from downstream import encoders
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import on_processes as on_gloo_processes
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -104,21 +106,22 @@ class Config:
     scale: tuple[float, float] = (0.2, 1.0)
     data: Path | None = Path("photos")
     workers: int = 0
+    log_every: int = 2
 
 
 class Noise:
-    """Batches whose values depend on (seed, epoch, indices) through torch's global generator."""
+    """Values that depend on (seed, epoch, index) through torch's global generator."""
 
     def __init__(self, count=22):
-        self.count, self.epoch, self.read = count, None, []
+        self.count, self.read = count, []
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, indices):
-        self.read.append(indices)
-        with harness.seeded(3, self.epoch, *indices):
-            return indices, torch.randn(len(indices), 4)
+    def __getitem__(self, key):
+        self.read.append(key)
+        with harness.seeded(3, *key):
+            return torch.tensor(key), torch.randn(4)
 
 
 class Queue(NamedTuple):
@@ -169,7 +172,8 @@ def train(world, folder, config, killed_after=None, steps=12):
             loss = (y - target - x).square().mean()
             optimizer.zero_grad()
             loss.backward()
-            values = run.reduce(step, {"loss": loss, "size": y.abs().mean()})
+            terms = {"late": y.mean()} if step >= 4 else {}
+            run.record(step, {"loss": loss, "size": y.abs().mean(), **terms})
             optimizer.step()
             with torch.no_grad():
                 for old, new in zip(teacher.parameters(), net.parameters(), strict=True):
@@ -179,7 +183,8 @@ def train(world, folder, config, killed_after=None, steps=12):
                 queue.bank[queue.position] = mean
                 queue.position.add_(1).remainder_(16)
             step += 1
-            run.log(step, **values)
+            if step % config.log_every == 0:
+                run.log(step, **run.take_means())
             if step % 4 == 3 or step == steps:
                 run.save(step, ddp, optimizer, teacher=teacher, queue=queue)
             if step == killed_after:
@@ -219,7 +224,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, name, size
     """KilledError after step 9, resumed mid-epoch from step 7, killed again after 10, finished."""
     folder, config = tmp_path / "run", Config(Optim(name), workers=workers)
     on_processes(size, tmp_path, train_killed, folder, config, 9)
-    assert [row["step"] for row in rows(folder)] == [*range(1, 10)]
+    assert [row["step"] for row in rows(folder)] == [2, 4, 6, 8]
     on_processes(size, tmp_path, train_killed, folder, config, 10)
     state = on_processes(size, tmp_path, train, folder, dataclasses.replace(config, workers=0))[0]
     whole_rows, whole_state = uninterrupted(name, size)
@@ -233,7 +238,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, uninterrupted, name, size
 def test_losses_of_the_toy_depend_on_everything_that_is_resumed(uninterrupted):
     """The test above proves something only where losses move and differ."""
     losses = [json.loads(line)["loss"] for line in uninterrupted("adamw", 1)[0].splitlines()]
-    assert len(losses) == 12 == len(set(losses))
+    assert len(losses) == 6 == len(set(losses))
     assert losses != [json.loads(x)["loss"] for x in uninterrupted("sgd", 1)[0].splitlines()]
 
 
@@ -247,14 +252,14 @@ def test_finished_run_stays_as_it_is(tmp_path, world):
 def test_number_of_processes_may_change(tmp_path):
     on_processes(2, tmp_path, train_killed, tmp_path / "run", Config(), 9)
     on_processes(1, tmp_path, train, tmp_path / "run", Config())
-    assert [row["step"] for row in rows(tmp_path / "run")] == [*range(1, 13)]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
 def test_curves_hold_each_step_once(tmp_path, world):
     train_killed(world, tmp_path / "run", Config(), 9)
     train(world, tmp_path / "run", Config())
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "size"}
+    assert set(events.Tags()["scalars"]) == {"loss", "size", "late"}
     for name in ("loss", "size"):
         curve = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(row["step"], pytest.approx(row[name])) for row in rows(tmp_path / "run")]
@@ -512,51 +517,104 @@ def test_rows_without_a_checkpoint_and_half_rows_are_dropped(tmp_path, world):
     assert rows(tmp_path / "run") == [{"step": 0, "probe": 1.0}]
 
 
-def reduce_here(world, folder):
+VALUES = st.floats(-1e6, 1e6)
+
+
+@given(st.data())
+def test_a_row_is_the_mean_over_its_steps_whatever_is_read_in_between(tmp_path_factory, data):
+    """Terms come and go, and checkpoints, stops and resumes fall anywhere."""
+    steps = data.draw(st.integers(1, 8), "steps")
+    every = data.draw(st.integers(1, 4), "steps of a row")
+    names = st.sets(st.sampled_from(["dense", "region"]))
+    terms = [
+        {name: data.draw(VALUES) for name in ("loss", *sorted(data.draw(names)))}
+        for _ in range(steps)
+    ]
+    events = [data.draw(st.sampled_from(["", "check", "resume"])) for _ in range(steps)]
+    expected = {}
+    for end in range(every, steps + 1, every):
+        own = terms[end - every : end]
+        for name in {name for step in own for name in step}:
+            having = [step[name] for step in own if name in step]
+            expected[end, name] = pytest.approx(sum(having) / len(having), rel=1e-9, abs=1e-6)
+
+    def means(events):
+        folder = tmp_path_factory.mktemp("run") / "run"
+        found = {}
+        with harness.process_group("cpu") as world:
+            net, optimizer = build("sgd", 0.1)
+            run = harness.Run(folder, Config(), world)
+            run.resume(net, optimizer)
+            for step, event in enumerate(events):
+                run.record(step, {k: torch.from_numpy(np.array(x)) for k, x in terms[step].items()})
+                if (step + 1) % every == 0:
+                    for name, mean in run.take_means().items():
+                        found[step + 1, name] = mean
+                if event == "check":
+                    run.check()
+                if event == "resume":
+                    run.save(step + 1, net, optimizer)
+                    run.close()
+                    run = harness.Run(folder, Config(), world)
+                    assert run.resume(net, optimizer) == step + 1
+            run.close()
+        return found
+
+    found = means(events)
+    assert found == expected
+    assert found == means([""] * steps)  # to the last bit
+
+
+def means_here(world, folder):
     with harness.Run(folder, Config(), world) as run:
+        assert run.take_means() == {}
         one = torch.tensor(1.0 + world.rank, requires_grad=True)
-        return run.reduce(3, {"loss": one, "half": one.half() / 2})
+        run.record(3, {"loss": one, "half": one.half() / 2})
+        run.check()
+        run.record(4, {"loss": one + 2})
+        return run.take_means(), run.take_means()
 
 
 @pytest.mark.parametrize(("size", "mean"), [(1, 1.0), (2, 1.5)])
-def test_reduce_is_the_mean_over_the_processes(tmp_path, size, mean):
-    for values in on_processes(size, tmp_path, reduce_here, tmp_path / "run"):
-        assert values == {"loss": mean, "half": mean / 2}
+def test_means_are_over_the_steps_and_the_processes(tmp_path, size, mean):
+    for values in on_processes(size, tmp_path, means_here, tmp_path / "run"):
+        assert values == ({"loss": mean + 1, "half": mean / 2}, {})
 
 
 def fail_on_rank_one(world, folder, bad):
     net, optimizer = build("adamw", 0.1)
     with harness.Run(folder, Config(), world) as run:
         run.resume(net, optimizer)
+        run.record(3, {"loss": torch.tensor(1.0)})
         run.save(4, net, optimizer)
-        terms = {"loss": torch.tensor(1.0), "dense": torch.tensor(2.0)}
-        run.reduce(4, terms)
-        if world.rank == 1:
-            terms["dense"] = torch.tensor(bad)
+        for step in range(4, 9):
+            terms = {"loss": torch.tensor(1.0), "dense": torch.tensor(2.0)}
+            if world.rank == 1 and step >= 5:
+                terms["dense"] = torch.tensor(bad if step == 5 else torch.nan)
+            if step >= 6:  # everything is bad afterwards
+                terms["loss"] = torch.tensor(torch.nan)
+            run.record(step, terms)
         with pytest.raises(harness.NonFiniteError) as error:
-            run.reduce(5, terms)
+            run.save(9, net, optimizer)  # a bad state is never saved
     with harness.Run(folder, Config(), world) as run:
         assert run.resume(net, optimizer) == 4
     return str(error.value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_one_bad_loss_stops_all_and_keeps_the_checkpoint(tmp_path, bad):
+def test_the_first_bad_value_stops_all_and_keeps_the_checkpoint(tmp_path, bad):
     folder = tmp_path / "run"
     messages = on_processes(2, tmp_path, fail_on_rank_one, folder, bad)
     assert messages[0] == messages[1]
-    assert "step 5" in messages[0]
-    assert f"dense = {bad}" in messages[0]
-    assert "loss = " not in messages[0]
+    assert f"Not finite at step 5: dense = {bad}; the last good checkpoint" in messages[0]
     assert str(folder / "checkpoints" / "step-00000004") in messages[0]
 
 
 def test_bad_loss_before_any_checkpoint(tmp_path, world):
-    with (
-        harness.Run(tmp_path / "run", Config(), world) as run,
-        pytest.raises(harness.NonFiniteError, match="none is saved"),
-    ):
-        run.reduce(0, {"loss": torch.tensor(torch.nan)})
+    with harness.Run(tmp_path / "run", Config(), world) as run:
+        run.record(0, {"loss": torch.tensor(torch.nan)})
+        with pytest.raises(harness.NonFiniteError, match="none is saved"):
+            run.take_means()
 
 
 # ---- the run folder --------------------------------------------------------------------------
@@ -661,16 +719,21 @@ def test_pictures_lie_side_by_side_in_the_order_of_their_steps(tmp_path, world):
 
 def signal_rank_one(world, folder, number):
     with harness.Run(folder, Config(), world) as run:
+        run.record(0, {"loss": torch.ones(())})
+        run.check()
         answers = [run.stop_requested()]
         if world.rank == 1:
             os.kill(os.getpid(), number)
-        return [*answers, run.stop_requested(), run.stop_requested()]
+        answers.append(run.stop_requested())  # nobody knows, before the values are read
+        run.record(1, {"loss": torch.ones(())})
+        run.check()
+        return [*answers, run.stop_requested()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_to_one_process_stops_all(tmp_path, number):
     answers = on_processes(2, tmp_path, signal_rank_one, tmp_path / "run", number)
-    assert answers == [[False, True, True]] * 2
+    assert answers == [[False, False, True]] * 2
 
 
 def test_second_interrupt_is_at_once_and_handlers_are_restored(tmp_path, world):
@@ -689,7 +752,7 @@ def ended_by_signals(folder, numbers, pause, steps):
     """A run that gets these signals after some steps, and would else end by itself with 7."""
     with harness.process_group("cpu") as world, harness.Run(folder, Config(), world) as run:
         for step in range(steps):
-            run.reduce(step, {"loss": torch.ones(())})
+            run.record(step, {"loss": torch.ones(())})
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(pause)
@@ -823,7 +886,8 @@ def test_on_a_gpu(tmp_path):
         optimizer.step()
         assert run.resume(net, optimizer) == 0
         run.save(1, net, optimizer)
-        assert run.reduce(1, {"loss": torch.tensor(2.0, device=world.device)}) == {"loss": 2.0}
+        run.record(1, {"loss": torch.tensor(2.0, device=world.device)})
+        assert run.take_means() == {"loss": 2.0}
         assert not run.stop_requested()
         other, _ = build("adamw", 0.1)
         other.to(world.device)
@@ -1029,29 +1093,117 @@ def test_a_step_draws_the_same_numbers_whenever_it_runs():
         assert torch.rand(4).tolist() == first  # the losses of earlier versions depend on it
 
 
+def drawn_by(rank, group):
+    """The numbers of this process's images, of 8."""
+    own = torch.arange(8)[rank :: group.size()]
+    return own, harness.noise(harness.image_seeds(3, 5, own), (4, 2), 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_noise_of_an_image_is_the_same_on_any_number_of_processes(size):
+    want = harness.noise(harness.image_seeds(3, 5, torch.arange(8)), (4, 2), 1)
+    for own, numbers in on_gloo_processes(size, drawn_by):
+        assert torch.equal(numbers, want[own])
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**7), st.permutations(range(6)))
+def test_the_noise_of_an_image_does_not_depend_on_the_others(seed, step, order):
+    seeds = harness.image_seeds(seed, step, torch.tensor(order))
+    numbers = harness.noise(seeds, (3, 5))
+    assert numbers.dtype == torch.float32
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    for row, index in enumerate(order):
+        alone = harness.image_seeds(seed, step, torch.tensor([index]))
+        assert torch.equal(harness.noise(alone, (3, 5))[0], numbers[row])
+    assert torch.equal(harness.noise(seeds, (15,)).unflatten(1, (3, 5)), numbers)
+    assert harness.noise(seeds, (0, 2)).shape == (6, 0, 2)
+
+
+def test_neighbors_in_every_part_of_the_key_have_independent_uniform_noise():
+    n = 40_000
+    few = torch.arange(200)
+    by_index = harness.noise(harness.image_seeds(0, 0, torch.arange(n)), (1,))[:, 0]
+    by_place = harness.noise(harness.image_seeds(0, 0, few[:1]), (n,))[0]
+    by_step = torch.cat(
+        [harness.noise(harness.image_seeds(0, k, few), (1,)) for k in range(200)], 1
+    ).flatten()
+    by_seed = torch.cat(
+        [harness.noise(harness.image_seeds(k, 0, few), (1,)) for k in range(200)], 1
+    ).flatten()
+    seeds = harness.image_seeds(0, 0, few)
+    by_stream = torch.cat([harness.noise(seeds, (1,), k) for k in range(200)], 1).flatten()
+    for numbers in (by_index, by_place, by_step, by_seed, by_stream):
+        expected = torch.arange(1, n + 1) / n
+        distance = (numbers.sort().values - expected).abs().max()
+        assert distance < 1.95 / n**0.5  # Kolmogorov and Smirnov, at a level of 0.1 %
+        for lag in (1, 2, 200):
+            pairs = torch.stack([numbers[:-lag], numbers[lag:]])
+            assert pairs.corrcoef()[0, 1].abs() < 3.3 / n**0.5
+
+
+def test_each_bit_of_a_seed_flips_half_of_the_bits_of_the_noise():
+    seeds = harness.image_seeds(0, 0, torch.arange(2000))
+    before = (harness.noise(seeds, (1,))[:, 0] * 2**24).int()
+    place = torch.arange(24)
+    for bit in range(64):
+        other = seeds ^ (-(2**63) if bit == 63 else 2**bit)
+        after = (harness.noise(other, (1,))[:, 0] * 2**24).int()
+        flips = ((before ^ after)[:, None] >> place & 1).double().mean(0)
+        assert ((flips - 0.5).abs() < 0.06).all()  # five standard deviations
+
+
+def test_the_noise_is_that_of_the_published_generator():
+    """SplitMix64 in Python's integers, which have no end."""
+
+    def mix(x):
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    seeds = harness.image_seeds(1, 2, torch.tensor([0, 7, 2**40]))
+    got = harness.noise(seeds, (3,), 2)
+    for row, seed in zip(got.tolist(), seeds.tolist(), strict=True):
+        places = [2 * 2**32 + k for k in range(3)]
+        want = [mix((seed + place * 0x9E3779B97F4A7C15) % 2**64) for place in places]
+        assert row == [(x >> 40) / 2**24 for x in want]
+
+
+@pytest.mark.slow
+def test_the_noise_is_the_same_when_compiled():
+    seeds = harness.image_seeds(4, 9, torch.arange(33))
+    compiled = torch.compile(harness.noise, fullgraph=True)
+    assert torch.equal(compiled(seeds, (5, 3), 2), harness.noise(seeds, (5, 3), 2))
+
+
 # ---- batches ---------------------------------------------------------------------------------
 
 
 class Indices:
-    """A dataset whose batches are the indices asked for, with the epoch."""
+    """A dataset whose items are the epoch and the index."""
 
     def __init__(self, count):
-        self.count, self.epoch = count, None
+        self.count = count
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, indices):
-        return self.epoch, indices
+    def __getitem__(self, key):
+        return torch.tensor(key[0]), torch.tensor(key[1])
 
 
 def dealt(count, batch, size, start, stop, seed=0):
     """For each process, the epoch and the indices of each batch."""
-    worlds = [harness.World(rank, size, CPU) for rank in range(size)]
-    return [
-        list(harness.batches(Indices(count), batch, w, seed=seed, start=start, stop=stop))
-        for w in worlds
-    ]
+    shares = []
+    for rank in range(size):
+        world = harness.World(rank, size, CPU)
+        share = []
+        for epochs, indices in harness.batches(
+            Indices(count), batch, world, seed=seed, start=start, stop=stop
+        ):
+            (epoch,) = set(epochs.tolist())
+            share.append((epoch, indices.tolist()))
+        shares.append(share)
+    return shares
 
 
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(1, 5), st.integers(0, 15), st.data())
@@ -1094,55 +1246,116 @@ def test_batches_are_the_same_whatever_the_workers(workers):
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))  # the loader took nothing from the global stream
     assert len(made) == 6
-    expected = Noise(23)
-    for step, (indices, values) in enumerate(made, 7):
-        expected.epoch = step // 5
-        assert torch.equal(values, expected[indices][1])
+    for step, (keys, values) in enumerate(made, 7):
+        assert keys[:, 0].tolist() == [step // 5] * 4
+        for key, value in zip(keys.tolist(), values, strict=True):
+            assert torch.equal(value, Noise(23)[key][1])
     if workers == 0:
-        assert len(dataset.read) == 6  # the batches before the start were not loaded
+        assert len(dataset.read) == 6 * 4  # the images before the start were not loaded
     whole = list(harness.batches(Noise(23), 4, ALONE, seed=1, start=0, stop=13))[7:]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(made, whole, strict=True))
+
+
+@pytest.mark.parametrize(("size", "workers", "images_per_item"), [(1, 2, 3), (2, 1, 1), (4, 0, 8)])
+def test_what_is_drawn_for_an_image_belongs_to_it_alone(
+    size, workers, images_per_item, monkeypatch
+):
+    """By hashes: not to the process, the worker, or the images that are made together."""
+
+    def hashes(size, workers):
+        drawn = {}
+        for rank in range(size):
+            world = harness.World(rank, size, CPU)
+            options = {"seed": 1, "start": 1, "stop": 5, "workers": workers}
+            for keys, values in harness.batches(Noise(26), 8, world, **options):
+                for key, value in zip(keys.tolist(), values, strict=True):
+                    drawn[tuple(key)] = hashlib.sha256(value.numpy().tobytes()).hexdigest()
+        return drawn
+
+    expected = hashes(1, 0)
+    assert len(set(expected.values())) == 4 * 8
+    monkeypatch.setattr(harness, "IMAGES_PER_ITEM", images_per_item)
+    assert hashes(size, workers) == expected
+
+
+def test_one_group_of_loader_processes_works_over_all_epochs():
+    class Processes(Indices):
+        def __getitem__(self, key):
+            return torch.tensor([key[0], os.getpid()]), torch.tensor(key[1])
+
+    options = {"seed": 0, "start": 0, "stop": 12, "workers": 2}
+    made = [batch[0] for batch in harness.batches(Processes(8), 4, ALONE, **options)]
+    epochs, processes = torch.cat(made).unbind(1)
+    assert epochs.unique().tolist() == [*range(6)]
+    assert len(processes.unique()) == 2
+    assert os.getpid() not in processes
+
+
+def test_the_keys_of_a_long_training_are_dealt_as_they_are_needed():
+    keys = harness.image_keys(100, 10, ALONE, seed=0, start=7, stop=10**12)
+    assert [key[0] for key in next(keys)] == [0] * 10
+
+
+@given(st.integers(1, 2048), st.integers(0, 32))
+def test_a_plan_of_the_loader_is_two_batches_ahead_and_little_more(images, workers):
+    plan = harness.plan_loader(images, workers)
+    assert plan.images_per_item * (plan.items_per_batch - 1) < images
+    assert images <= plan.images_per_item * plan.items_per_batch
+    assert plan.items_per_batch <= 32
+    if workers:
+        waiting = workers * plan.items_per_worker * plan.images_per_item
+        # Each worker may have two items, and the last item of a batch may be a smaller one.
+        most = 2 * images + 3 * max(images, workers) + 64
+        assert 2 * images <= waiting <= most
+        assert min(workers, images) <= plan.items_per_batch * 8
 
 
 def test_loader_processes_let_the_garbage_of_their_parent_be(monkeypatch):
     """A process group that is collected in a fork waits for ever for threads it does not have."""
 
     class Frozen(Indices):
-        def __getitem__(self, indices):
-            return len(frozen), torch.get_num_threads()
+        def __getitem__(self, key):
+            return (torch.tensor([len(frozen), torch.get_num_threads()]),)
 
     frozen = []  # the tests freeze each of their forks: what counts is that the harness does too
     collector = SimpleNamespace(freeze=lambda: frozen.append(True))
     monkeypatch.setattr(harness, "gc", collector)
     options = {"seed": 0, "start": 0, "stop": 1, "workers": 1}
-    assert list(harness.batches(Frozen(2), 2, ALONE, **options)) == [[1, 1]]
+    ((found,),) = harness.batches(Frozen(2), 2, ALONE, **options)
+    assert found.tolist() == [[1, 1]] * 2
     assert frozen == []
 
 
-def test_tensors_of_a_batch_come_in_their_records():
+def test_a_batch_has_the_structure_of_its_items():
     class Records(Indices):
-        def __getitem__(self, indices):
-            return Queue(torch.ones(2), torch.tensor(1)), ["a: broken"], [torch.zeros(3)]
+        def __getitem__(self, key):
+            index = torch.tensor(key[1])
+            names = [f"{key[1]}: broken"] * key[1]
+            return Queue(torch.ones(2), index), names, (torch.zeros(3), index), [index.expand(key)]
 
-    ((record, names, tensors),) = harness.batches(Records(4), 4, ALONE, seed=0, start=0, stop=1)
+    batch = harness.make_batch(Records(4), [2, 0, 1], epoch=5)
+    record, names, tensors, ragged = batch
     assert isinstance(record, Queue)
-    assert record.bank.tolist() == [1, 1]
-    assert names == ["a: broken"]
-    assert tensors[0].shape == (3,)
+    assert record.bank.tolist() == [[1, 1]] * 3
+    assert record.position.tolist() == [2, 0, 1]
+    assert names == ["2: broken", "2: broken", "1: broken"]
+    assert isinstance(tensors, list)
+    assert tensors[0].shape == (3, 3)
+    assert tensors[1].tolist() == [2, 0, 1]
+    assert [x.shape for x in ragged] == [(5, 2), (5, 0), (5, 1)]
 
 
 class Troubled(Indices):
-    """The third batch does not come: its loader process is in trouble."""
+    """The image 0 does not come: its loader process is in trouble."""
 
     def __init__(self, trouble):
         super().__init__(16)
         self.trouble = trouble
 
-    def __getitem__(self, indices):
-        batch = torch.zeros(len(indices), 1000)
-        if 0 in indices:
+    def __getitem__(self, key):
+        if key[1] == 0:
             getattr(self, self.trouble)()
-        return batch
+        return (torch.zeros(1000),)
 
     def killed(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -1196,8 +1409,8 @@ class BreaksOff(Indices):
         super().__init__(4)
         self.error = error
 
-    def __getitem__(self, indices):
-        return BrokenOff(self.error)
+    def __getitem__(self, key):
+        return ([BrokenOff(self.error)],)
 
 
 @pytest.mark.parametrize(
@@ -1222,7 +1435,7 @@ def test_a_loader_process_that_dies_while_it_sends_is_one_sentence(error, reason
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_images_is_none_of_the_loader(workers, monkeypatch):
     class Broken(Indices):
-        def __getitem__(self, indices):
+        def __getitem__(self, key):
             raise OSError("no such image")
 
     monkeypatch.setattr(harness, "DYING", 0.1)
@@ -1521,11 +1734,11 @@ def test_a_guess_is_said_once_by_all_loader_processes(tmp_path, capfd, unsaid):
         source = harness.FolderImages(tmp_path, **options)
 
         class Images(Indices):
-            def __getitem__(self, indices):
-                return torch.stack([source[i][0] for i in indices])
+            def __getitem__(self, key):
+                return (source[key[1]][0],)
 
         loader = harness.batches(Images(8), 2, ALONE, seed=0, start=0, stop=4, workers=2)
-        return {int(x) for batch in loader for x in batch.unique()}
+        return {int(x) for (images,) in loader for x in images.unique()}
 
     assert read(value_range=(0.0, 2.0)) == {128}
     assert capfd.readouterr().err == ""
@@ -1728,14 +1941,36 @@ def test_unreadable_files_are_replaced_and_named(broken):
     assert torch.equal(source[8][0], source[0][0])
 
 
-def test_a_batch_of_images_and_all_that_was_passed_over(broken):
-    source = harness.FolderImages(broken)
-    images, unreadable = harness.read_batch(source, [0, 1, 3])
-    for image, index in zip(images, (0, 2, 8), strict=True):
-        assert torch.equal(image, source[index][0])
-    assert unreadable == [*source[1][1], *source[3][1]]
-    assert len(unreadable) == 6
-    assert harness.read_batch(harness.SceneImages(2), [1])[1] == []
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(1, 24),
+    st.sampled_from(["bilinear", "bicubic"]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_a_crop_of_bytes_is_within_one_gray_level_of_the_exact_one(
+    flip, vertical_flip, size, side, interpolation, is_whole, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(256, (*size, 3), generator=generator, dtype=torch.uint8).movedim(-1, 0)
+    corner, far = torch.rand(2, 2, generator=generator) * torch.tensor(size[::-1])
+    box = torch.cat([corner.minimum(far), corner.maximum(far)])
+    if is_whole:
+        box = torch.cat([box[:2].floor(), box[2:].floor() + 1])
+    view = dk.View(box, torch.tensor(flip), torch.tensor(vertical_flip))
+    crop = harness.crop_bytes(image, view, side, interpolation)
+    exact = dk.crop_views(image / 255, view, side, interpolation=interpolation).clamp(0, 1) * 255
+    assert crop.dtype == torch.uint8
+    torch.testing.assert_close(crop.float(), exact, atol=1 + 1e-3, rtol=0)
+
+
+def test_normalized_images_are_those_of_torchvision():
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    pixels = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+    found = harness.normalize_images(pixels, mean, std)
+    torch.testing.assert_close(found, Normalize(mean, std)(pixels / 255), atol=1e-5, rtol=0)
 
 
 def test_unnormalized_images_are_the_pictures_again():
@@ -1756,8 +1991,8 @@ def test_all_unreadable_is_one_sentence(tmp_path, capfd):
         source[1]
 
     class Source(Indices):
-        def __getitem__(self, indices):
-            return [source[i] for i in indices]
+        def __getitem__(self, key):
+            return (source[key[1]][0],)
 
     def read_in_a_worker(workers):
         next(harness.batches(Source(2), 2, ALONE, seed=0, start=0, stop=1, workers=workers))

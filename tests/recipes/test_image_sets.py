@@ -827,7 +827,7 @@ def test_evaluation_and_detection_see_the_same_objects(write, tmp_path_factory, 
         if write is as_coco:  # which has no difficult objects
             image = [(box, name, crowd, False) for box, name, crowd, _ in image]
         own, own_classes = found.read_boxes(i)
-        _, (target,), _ = data[[i]]
+        _, (target,), *_ = data[0, i]
         trained = [x for x in image if not x[2] and x[0][0] < W and x[0][1] < H]
         clipped = [[x, y, min(x + w, W), min(y + h, H)] for (x, y, w, h), *_ in trained]
         assert target["boxes"].tolist() == clipped
@@ -852,7 +852,7 @@ def test_boxes_of_an_image_of_another_size_are_refused_by_both_readers(tmp_path)
     detected = object_sets.read(tmp_path, ("val",))
     data = object_sets.Objects(detected, ["cat", "dog"], config, train=False)
     with pytest.raises(UserError, match=r"a.jpg has height, width \(6, 9\), not \(7, 9\)"):
-        data[[0]]
+        data[0, 0]
 
 
 def test_what_lies_outside_the_image_is_no_object(tmp_path, capsys):
@@ -970,7 +970,7 @@ def test_an_outline_between_the_pixels_is_no_mask_to_train_on(tmp_path):
     detected = object_sets.read(tmp_path, ("annotations/instances_val2017.json",))
     config = SimpleNamespace(data=tmp_path, detector="mask-rcnn-fpn", seed=0)
     data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
-    _, (target,), _ = data[[0]]
+    _, (target,), *_ = data[0, 0]
     assert [len(target[key]) for key in ("boxes", "labels", "masks")] == [1, 1, 1]
     assert target["masks"].sum() == 12
 
@@ -988,7 +988,7 @@ def test_both_readers_compare_the_panoptic_map_with_its_list(tmp_path):
     detected = object_sets.read(tmp_path, (path,))
     data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
     with pytest.raises(UserError, match=r"139.png has no pixel of the segment 8, .* no mask"):
-        data[[0]]
+        data[0, 0]
 
     del segments[0], segments[-1]
     text(path, content)
@@ -997,7 +997,7 @@ def test_both_readers_compare_the_panoptic_map_with_its_list(tmp_path):
     detected = object_sets.read(tmp_path, (path,))
     data = object_sets.Objects(detected, ["person", "dog"], config, train=True)
     with pytest.raises(UserError, match=r"139.png has the id 76805, which is none of the set's"):
-        data[[0]]
+        data[0, 0]
 
 
 def test_an_object_without_a_polygon_has_no_mask_and_its_image_no_map(tmp_path):

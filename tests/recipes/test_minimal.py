@@ -68,7 +68,9 @@ def test_a_pair_of_views_that_is_not_valid_changes_nothing(small):
     torch.manual_seed(0)
     with harness.process_group("cpu"):
         model = minimal.Minimal(small).eval()
-        images, views, valid, _ = minimal.TwoViews(harness.image_source(None), small)[[0, 1, 2, 3]]
+        dataset = minimal.TwoViews(harness.image_source(None), small)
+        normalize = (minimal.MEAN, minimal.STD)
+        images, views, valid, *_ = harness.make_batch(dataset, range(4), normalize=normalize)
         assert valid.all()
         first_views = [dk.index_views(view, slice(3)) for view in views]
         expected = model([x[:3] for x in images], first_views, valid[:3])

@@ -1,0 +1,190 @@
+"""Post-training from EfficientNet-lite0 by every method: scores before and after, with intervals.
+
+    python benchmarks/adapt.py FOLDER FOLDER        # labeled folders: docs/recipes/adapt.md
+    python benchmarks/adapt.py FOLDER --search      # the settings that were tried
+
+Each run is a process of its own, and its row is appended to --rows when it is done; what is there
+already is not run again. A folder has images/, labels/, classes.json and splits.json: it trains on
+the images of the split --train, without their labels, and scores on --split.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+SIZE = (224, 288)  # of the images that are scored; the masks keep their own size
+METHODS = ("paka", "gram", "neco", "neighbors", "cosine")
+SEEDS = (0, 1, 2)
+# What every run has in common, by the names of the recipe's options.
+COMMON = {
+    "preset": "images", "batch": 16, "workers": 0, "device": "cpu", "precision": "fp32",
+    "weight_decay": (0.04, 0.04), "hidden": 512, "outputs": 128, "momentum": 0.99,
+    "views": {"size": 160, "small_size": 64, "small": 2, "blur": (0.1, 1.0)},
+}  # fmt: skip
+STEPS = 60
+# The settings of each method, which were chosen on CamVid's val split alone.
+CHOSEN = {
+    "paka": {"lr": 1e-4, "head_lr": 1e-3},
+    "gram": {"lr": 3e-5},
+    "neco": {"lr": 1e-4, "head_lr": 1e-3},
+    "neighbors": {"lr": 1e-4, "head_lr": 1e-3},
+    "cosine": {"lr": 1e-4, "head_lr": 1e-3},
+}
+# The settings that were tried besides, with seed 0.
+TRIED = {
+    "paka": [
+        {"lr": 3e-4, "head_lr": 1e-3}, {"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"},
+        {"lr": 1e-4, "head_lr": 1e-3},
+    ],
+    "gram": [{"lr": 3e-5}, {"lr": 1e-4}],
+    "neighbors": [{"lr": 1e-4, "head": "none"}, {"lr": 1e-4, "head_lr": 1e-3}],
+    "neco": [{"lr": 1e-4, "head_lr": 1e-3}, {"lr": 1e-4, "head": "none"}],
+    "cosine": [
+        {"lr": 1e-4, "head": "none"}, {"lr": 3e-5, "head": "none"}, {"lr": 1e-4, "head_lr": 1e-3},
+        {"lr": 3e-5, "head_lr": 1e-3},
+    ],
+}  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--rows", type=Path, default=Path("docs/recipes/adapt-runs.jsonl"))
+    parser.add_argument("--train", default="train", help="split to train and to fit on")
+    parser.add_argument("--split", default="val", help="split to score")
+    parser.add_argument("--search", action="store_true", help="run the settings that were tried")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.job:
+        run_job(json.loads(arguments.job))
+        return
+    known = read_rows(arguments.rows)
+    for job in list_jobs(arguments):
+        if any(same_job(row, job) for row in known):
+            continue
+        command = [sys.executable, __file__, "--job", json.dumps(job)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            print(f"failed: {job}", file=sys.stderr)
+            continue
+        line = done.stdout.splitlines()[-1]
+        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.rows.open("a") as file:
+            file.write(line + "\n")
+        print(line[:200], flush=True)
+
+
+def list_jobs(arguments: argparse.Namespace) -> list[dict]:
+    jobs = []
+    for seed in [0] if arguments.search else arguments.seeds:
+        for method in arguments.methods:
+            settings = TRIED[method] if arguments.search else [CHOSEN[method]]
+            for setting, folder in itertools.product(settings, arguments.folders):
+                job = {
+                    "folder": str(folder.resolve()), "set": folder.resolve().name,
+                    "train": arguments.train, "split": arguments.split, "method": method,
+                    "seed": seed, "setting": {"steps": STEPS, **setting},
+                    "search": arguments.search,
+                }  # fmt: skip
+                jobs.append(job)
+    return jobs
+
+
+def read_rows(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def same_job(row: dict, job: dict) -> bool:
+    names = ("set", "train", "split", "method", "seed", "setting", "search")
+    return all(row[name] == json.loads(json.dumps(job[name])) for name in names)
+
+
+def run_job(job: dict) -> None:
+    """One run in this process; its row is the last line that it prints."""
+    import adapt
+    import torch
+    from downstream import encoders
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = Path(job["folder"])
+    names = json.loads((folder / "splits.json").read_text())[job["train"]]
+    files = sorted(x for x in (folder / "images").iterdir() if {x.name, x.stem} & set(names))
+    with tempfile.TemporaryDirectory() as name:
+        listed = Path(name, "images.txt")
+        listed.write_text("".join(f"{x}\n" for x in files))
+        config = make_config(adapt, job, listed, Path(name, "run"), len(files))
+        start = encoders.load_encoder(config.weights)
+        began = time.process_time()
+        adapt.train(config)
+        seconds = time.process_time() - began
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows = [json.loads(x) for x in (config.run / "metrics.jsonl").read_text().splitlines()]
+        network = encoders.load_encoder(str(config.run)).network
+
+    labeled = adapt.Score(folder, job["train"], job["split"], SIZE)
+    config = replace(config, score=labeled)
+    before = score_start(adapt, start, config)
+    after = adapt.score(network, start, config)
+    scores = {}
+    for name, counts in before.items():
+        found = adapt.compare_scores(counts, after[name])
+        figures = zip(("before", "after", "difference"), found, strict=True)
+        scores[name] = {x: [round(float(y), 4) for y in interval[:3]] for x, interval in figures}
+    health = {x: [rows[0][x], rows[-1][x]] for x in ("effective_rank", "off_diagonal_cosine")}
+    row = {
+        **job, "images": len(files), "scored": len(counts), "size": SIZE, "scores": scores,
+        "seconds": round(seconds), "gigabytes": round(memory, 2), "health": health,
+        "loss": [rows[1]["loss"], rows[-1]["loss"]],
+    }  # fmt: skip
+    row.pop("folder")
+    print("\n" + json.dumps(row))
+
+
+def score_start(adapt, start, config) -> dict:
+    """The scores of the start weights, which are kept until the machine starts again."""
+    import safetensors.torch
+
+    key = f"{config.score.data} {config.score.fit} {config.score.split} {SIZE} {config.weights}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir(), f"densekit-adapt-{name}.safetensors")
+    if not path.exists():
+        counts = adapt.score(start.network, start, config)
+        own = path.with_suffix(f".{os.getpid()}")  # another run may write at the same time
+        safetensors.torch.save_file(counts, own)
+        own.replace(path)
+    return safetensors.torch.load_file(path)
+
+
+def make_config(adapt, job: dict, listed: Path, run: Path, images: int):
+    options = {**COMMON, **job["setting"]}
+    steps = options.pop("steps")
+    views = adapt.Views(**options.pop("views"))
+    per_epoch = images // options["batch"]
+    return replace(
+        adapt.PRESETS["images"], **options, views=views, data=listed, run=run,
+        method=job["method"], seed=job["seed"], epochs=max(1, round(steps / per_epoch)),
+        log_every=per_epoch, save_every=10**9,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
