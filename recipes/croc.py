@@ -36,6 +36,10 @@ class Config:
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/croc-PRESET[-NAME OF DATA].
     arch: str = "vit_small_patch16_224"  # A ViT of timm, or "tiny" (96 channels, patches of 8).
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     # Width of the MLP, prototypes for images, and prototypes for clusters.
     head: tuple[int, int, int] = (2048, 65536, 8192)
     alpha: float = 1.0  # Weight of the clusters' loss.
@@ -69,7 +73,7 @@ class Config:
     momentum: float = 0.996  # Momentum of the teacher at the start; it rises to 1.
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm of each parameter; 0 clips nothing.
-    freeze: float = 1.0  # Epochs in which the last layers of the head stay as they are.
+    freeze_last: float = 1.0  # Epochs in which the last layers of the head stay as they are.
     seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -125,8 +129,6 @@ import torch
 from downstream import encoders
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.models.vision_transformer import Attention, init_weights_vit_timm
 from torch import Tensor, nn
 from torchvision.ops import MLP
@@ -139,7 +141,9 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    encoder = build_encoder(config.arch, drop_path=0.0)  # which checks --arch
+    encoders.check_start(config)
+    arch = encoders.architecture_of(config)
+    encoder = build_encoder(arch, drop_path=0.0, option=encoders.option_of(config))
     size = config.views.size
     patch = encoder.patch_embed.patch_size[0]
     tokens = 2 * (size // patch) ** 2  # of both views
@@ -194,7 +198,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.clip >= 0, f"--clip is {config.clip}: give a norm above 0, or 0 to clip nothing."
     )
-    harness.check_finite("--freeze", config.freeze)
+    harness.check_finite("--freeze-last", config.freeze_last)
 
 
 # ==== views =======================================================================================
@@ -260,11 +264,15 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
-def build_encoder(arch: str, drop_path: float) -> Any:
-    """A plain ViT of timm, whose last block `encode` can take apart."""
+def build_encoder(arch: str, drop_path: float, option: str | None = None) -> Any:
+    """A plain ViT of timm, whose last block `encode` can take apart.
+
+    `option` begins the sentence about any other network.
+    """
     name = "tiny-vit" if arch == "tiny" else arch
     sentence = (
-        f"--arch is {arch}: give a plain ViT of timm, such as vit_small_patch16_224, or tiny."
+        f"{option or f'--arch is {arch}'}: give a plain ViT of timm, such as "
+        "vit_small_patch16_224, or tiny."
     )
     try:
         encoder = encoders.build(name, drop_path_rate=drop_path)
@@ -345,11 +353,16 @@ def pool_clusters(tokens: Tensor, masks: Tensor) -> Tensor:
 class CrOC(nn.Module):
     """Student and teacher. Each is an encoder with a head: an MLP and two last layers (Fig 2)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.config = config
         width, image_prototypes, cluster_prototypes = config.head
-        encoder = build_encoder(config.arch, config.drop_path)
+        encoder = build_encoder(initial.architecture, config.drop_path)
+        if initial.weights is not None:
+            encoder.load_state_dict(initial.weights)
 
         # Images and clusters share the MLP, and each kind has a last layer of its own. The buffer
         # that has the name of a kind is the center of the teacher's outputs.
@@ -526,7 +539,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
     draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
-        normalize = transforms.Normalize(MEAN, STD)
+        normalize = transforms.Normalize(model.mean, model.std)
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
@@ -554,7 +567,8 @@ def draw(
     colors = palette[own_cluster.cpu()] * kept.cpu()
     head_maps = rearrange(colors, "b heads v (h w) c -> heads (v b) c h w", h=grid_side(tokens))
 
-    panels = [harness.unnormalize(pixels, MEAN, STD), *head_maps[:3], dk.pca_colors(maps)]
+    pictures = harness.unnormalize(pixels, model.mean, model.std)
+    panels = [pictures, *head_maps[:3], dk.pca_colors(maps)]
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
@@ -575,6 +589,7 @@ def clip_each(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
 
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("croc", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
@@ -592,7 +607,9 @@ def train(config: Config) -> None:
         warmup_steps = min(config.warmup, config.epochs) * steps_per_epoch
 
         torch.manual_seed(config.seed)
-        model = CrOC(config)
+        model = CrOC(config, initial)
+        encoders.freeze(model.student["encoder"], config.freeze)
+        encoders.freeze(model.teacher["encoder"], config.freeze)
         model.to(device)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -610,7 +627,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -621,7 +638,7 @@ def train(config: Config) -> None:
         run.wait()
 
         method = "croc" if config.alpha else "dino"
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        facts = {**initial.side_car(), "method": method}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)
@@ -647,7 +664,7 @@ def train(config: Config) -> None:
             # Each parameter is clipped by itself, as in DINO.
             grad_norm = clip_each(parameters, largest_norm)
             run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
-            if step < config.freeze * steps_per_epoch:
+            if step < config.freeze_last * steps_per_epoch:
                 # Without a gradient, the optimizer leaves the last layers as they are.
                 model.student["last"].zero_grad()
             optimizer.step()

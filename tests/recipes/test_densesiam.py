@@ -30,6 +30,11 @@ SMALL = replace(
 
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_network", "--freeze", "1"], "There is no model no_such_network"),
     (["--arch", "resnet5"], "--arch is resnet5"),
     (["--arch", "vit_tiny_patch16_224"], "--arch is vit_tiny_patch16_224"),  # one level alone
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),

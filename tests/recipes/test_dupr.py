@@ -26,6 +26,11 @@ SMALL = replace(
 )  # fmt: skip
 # Wrong options, and what the sentence about each of them begins with.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_network", "--freeze", "1"], "There is no model no_such_network"),
     (["--arch", "resnet5"], "--arch is resnet5"),
     (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
     (["--alpha", "-0.1", "0", "0", "1"], "--alpha is -0.1 0.0 0.0 1.0"),
