@@ -129,6 +129,8 @@ import torch
 from downstream import encoders
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Attention, init_weights_vit_timm
 from torch import Tensor, nn
 from torchvision.ops import MLP
@@ -145,12 +147,8 @@ def check_options(config: Config) -> None:
     arch = encoders.architecture_of(config)
     encoder = build_encoder(arch, drop_path=0.0, option=encoders.option_of(config))
     size = config.views.size
-    patch = encoder.patch_embed.patch_size[0]
-    tokens = 2 * (size // patch) ** 2  # of both views
-    harness.check(
-        size % patch == 0,
-        f"--views.size is {size}: give a multiple of {patch}, the side of a patch.",
-    )
+    encoders.check_side("--views.size", size, encoder, arch)
+    tokens = 2 * (size // encoder.patch_embed.patch_size[0]) ** 2  # of both views
     width, image_prototypes, cluster_prototypes = config.head
     enough_prototypes = image_prototypes >= 2 and cluster_prototypes >= 2
     harness.check(
@@ -264,25 +262,35 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
+# The attention that `attend` can take apart: that of most ViTs, and those with rotary embeddings.
+PLAIN_ATTENTION = (Attention, EvaAttention, getattr(timm.layers, "AttentionRope", Attention))
+
+
 def build_encoder(arch: str, drop_path: float, option: str | None = None) -> Any:
-    """A plain ViT of timm, whose last block `encode` can take apart.
+    """A ViT of timm, whose last block `encode` can take apart.
 
     `option` begins the sentence about any other network.
     """
     name = "tiny-vit" if arch == "tiny" else arch
     sentence = (
-        f"{option or f'--arch is {arch}'}: give a plain ViT of timm, such as "
-        "vit_small_patch16_224, or tiny."
+        f"{option or f'--arch is {arch}'}: give a ViT of timm, such as vit_small_patch16_224, or "
+        "tiny"
     )
     try:
         encoder = encoders.build(name, drop_path_rate=drop_path)
         attention = encoder.blocks[-1].attn
-        has_plain_attention = type(attention) is Attention and type(attention.q_norm) is nn.Identity
-        has_plain_tokens = encoder.num_prefix_tokens == 1 and encoder.has_class_token
-    except (AttributeError, harness.UserError) as error:
+    except (AttributeError, TypeError, harness.UserError) as error:
         # timm does not know the network, or the network has no such parts.
-        raise harness.UserError(sentence) from error
-    harness.check(has_plain_attention and has_plain_tokens, sentence)
+        raise harness.UserError(f"{sentence}.") from error
+    harness.check(
+        type(attention) in PLAIN_ATTENTION,
+        f"{sentence}; the last block of this network gives no queries, keys and values of all "
+        "tokens.",
+    )
+    harness.check(
+        getattr(encoder, "cls_token", None) is not None,
+        f"{sentence}; this network has no [CLS] token.",
+    )
     return encoder
 
 
@@ -294,20 +302,60 @@ START = 2
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The final tokens; queries, keys and values of the last block (Eq 21).
 
-    The shapes are (2b, 1 + n, d) and three times (2b, heads, 1 + n, d), with [CLS] first.
+    The shapes are (2b, 1 + n, d) and three times (2b, heads, 1 + n, d), with [CLS] first. Registers
+    are left out.
     """
     # This is timm's forward_features, up to the last block.
-    x = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
-    for block in encoder.blocks[:-1]:
-        x = block(x)
+    embedded = encoder._pos_embed(encoder.patch_embed(images))
+    x, rotations = embedded if isinstance(embedded, tuple) else (embedded, None)
+    if hasattr(encoder, "norm_pre"):
+        x = encoder.norm_pre(x)
+    of_block = [{}] * len(encoder.blocks)
+    if rotations is not None:
+        is_mixed = getattr(encoder, "rope_mixed", False)  # each block then has rotations of its own
+        of_block = [{"rope": rotations[i] if is_mixed else rotations} for i in range(len(of_block))]
+    for block, rotation in zip(encoder.blocks[:-1], of_block[:-1], strict=True):
+        x = block(x, **rotation)
 
     last = encoder.blocks[-1]
-    qkv = last.attn.qkv(last.norm1(x))
-    num_heads = last.attn.num_heads
-    split = rearrange(qkv, "b n (s heads d) -> s b heads n d", s=3, heads=num_heads)
+    rows = attend(last.attn, last.norm1(x), **of_block[-1])
+    queries, keys, values = [drop_registers(encoder, x, axis=2) for x in rows]
+    tokens = encoder.norm(last(x, **of_block[-1]))
+    return drop_registers(encoder, tokens), queries, keys, values
+
+
+def attend(attention: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention of timm, as it compares them, (b, heads, n, d)."""
+    if attention.qkv is None:
+        parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        qkv = torch.cat(parts, -1)
+    elif getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        qkv = nn.functional.linear(x, attention.qkv.weight, bias)
+    else:
+        qkv = attention.qkv(x)
+    split = rearrange(qkv, "b n (s heads d) -> s b heads n d", s=3, heads=attention.num_heads)
     queries, keys, values = split.unbind(0)
-    tokens = encoder.norm(last(x))
-    return tokens, queries, keys, values
+    queries = attention.q_norm(queries)
+    keys = attention.k_norm(keys)
+    if rope is not None:
+        # Patches are rotated by their places; [CLS] and registers have none.
+        halves = {"half": True} if getattr(attention, "rotate_half", False) else {}
+        count = attention.num_prefix_tokens
+        queries, keys = [
+            torch.cat([x[:, :, :count], apply_rot_embed_cat(x[:, :, count:], rope, **halves)], 2)
+            for x in (queries, keys)
+        ]
+    return queries.type_as(values), keys.type_as(values), values
+
+
+def drop_registers(encoder: Any, tokens: Tensor, axis: int = 1) -> Tensor:
+    """[CLS] and the patches, without the tokens between them that some ViTs have."""
+    count = encoder.num_prefix_tokens
+    if count == 1:
+        return tokens
+    patches = tokens.narrow(axis, count, tokens.shape[axis] - count)
+    return torch.cat([tokens.narrow(axis, 0, 1), patches], axis)
 
 
 def grid_side(tokens: Tensor) -> int:
@@ -397,7 +445,8 @@ class CrOC(nn.Module):
         by_path = rearrange(noise, "b v paths -> paths (v b)")
         for drop_path, own_noise in zip(self.drop_paths, by_path, strict=True):
             drop_path.noise = own_noise
-        tokens = self.student["encoder"].forward_features(pixels)
+        encoder = self.student["encoder"]
+        tokens = drop_registers(encoder, encoder.forward_features(pixels))
         for drop_path in self.drop_paths:
             drop_path.noise = None
         return tokens

@@ -57,7 +57,7 @@ class Config:
     preset: Literal["demo", "paper", "simsiam"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
+    arch: str = "resnet50"  # A network of timm with maps, or "tiny" (64 channels).
     # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
     # the network is random.
     weights: str | None = None
@@ -133,7 +133,7 @@ def check_options(config: Config) -> None:
     harness.check_training(config)
     harness.check_finite("--weight-decay", config.weight_decay)
     encoders.check_start(config)
-    encoders.check_levels(config)
+    encoders.check_maps(config, "--views.size", config.views.size)
     harness.check(
         config.hidden >= 4,
         f"--hidden is {config.hidden}: give 4 or more, since the predictor narrows to a quarter.",

@@ -35,7 +35,7 @@ class Config:
     preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/dupr-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
+    arch: str = "resnet50"  # A network of timm with 4 maps, or "tiny" (64 channels).
     # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
     # the network is random.
     weights: str | None = None
@@ -126,7 +126,7 @@ def check_options(config: Config) -> None:
     harness.check_training(config)
 
     encoders.check_start(config)
-    encoders.check_levels(config)
+    encoders.check_maps(config, "--views.size", config.views.size, levels=4)
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
 
     typed_alpha = harness.as_typed(config.alpha)

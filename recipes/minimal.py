@@ -67,7 +67,7 @@ def check_options(config: Config) -> None:
     harness.check(config.size >= 8, f"--size is {config.size}: give 8 pixels or more.")
     harness.check(config.grid >= 1, f"--grid is {config.grid}: give 1 or more.")
     encoders.check_start(config)
-    encoders.check_levels(config)
+    encoders.check_maps(config, "--size", config.size)
 
 
 # ==== views =======================================================================================

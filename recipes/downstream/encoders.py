@@ -118,30 +118,71 @@ def is_resnet(architecture: str) -> bool:
 
 
 @functools.cache
-def has_levels(architecture: str) -> bool:
-    """Whether timm makes a network of this name whose last four feature maps become coarser.
+def map_sides(architecture: str, side: int | None = None) -> list[int]:
+    """The sides of the last four maps of square images; none, where there are no such maps.
 
-    Convolutional networks and hierarchical transformers have such levels; a plain ViT has not.
+    Args:
+        architecture: A name of timm, or one of TINY.
+        side: Of the images; by default the one that the network was made for.
     """
-    if not timm.is_model(architecture):
-        return False
+    network = probe(architecture)
+    if network is None:
+        return []
+    side = side or network.pretrained_cfg["input_size"][-1]
+    try:
+        maps = level_maps(network, torch.zeros(2, 3, side, side, device="meta"))
+    except Exception:  # a network that has no maps, or takes images of other sizes
+        return []
+    # Small images may leave nothing of a map.
+    sides = [x.shape[-1] for x in maps if x.ndim == 4]
+    return sides if min(sides, default=0) > 0 else []
+
+
+@functools.cache
+def probe(architecture: str) -> Any:
+    """A network of timm on the device meta, which has shapes alone; None where there is none."""
     try:
         with harness.seeded(0):  # so that the caller's random numbers stay as they are
-            network = timm.create_model(architecture, num_classes=0).to("meta")
-            maps = level_maps(network, torch.zeros(2, 3, 224, 224, device="meta"))
-    except Exception:  # a network without levels, or one that takes other images
-        return False
-    sides = [x.shape[-1] for x in maps]
-    return len(sides) == 4 and sides == sorted(set(sides), reverse=True)
+            return build(architecture).to("meta")
+    except harness.UserError:
+        return None
 
 
-def check_levels(config: Any) -> None:
-    """A UserError, unless --arch or --weights names a network with levels, or our small one."""
+def check_maps(config: Any, option: str, side: int, *, levels: int = 1) -> None:
+    """A UserError, unless the network of a training recipe has maps of square views.
+
+    Args:
+        config: With --arch and --weights.
+        option: The option of the views' side.
+        side: Of the views.
+        levels: The number of maps that the recipe needs.
+    """
     architecture = architecture_of(config)
+    kind = "feature maps" if levels == 1 else f"{levels} levels of feature maps"
     harness.check(
-        architecture == "tiny" or has_levels(architecture),
-        f"{option_of(config)}: give a network of timm with four levels of feature maps, such as "
-        "resnet50 or convnext_tiny, or tiny.",
+        len(map_sides(architecture)) >= levels,
+        f"{option_of(config)}: give a network of timm with {kind}, such as resnet50 or "
+        "convnext_tiny, or tiny.",
+    )
+    check_side(option, side, probe(architecture), architecture)
+    harness.check(
+        len(map_sides(architecture, side)) >= levels,
+        f"{option} is {side}: {architecture} takes no images of this size, but those of "
+        f"{probe(architecture).pretrained_cfg['input_size'][-1]} pixels.",
+    )
+
+
+def check_side(option: str, side: int, network: Any, architecture: str) -> None:
+    """A UserError, unless whole patches of a ViT fit into a square view."""
+    if not is_vit(network):
+        return
+    patch = network.patch_embed.patch_size[0]
+    below = side // patch * patch
+    nearest = f"{below} or {below + patch}" if below else f"{patch}"
+    harness.check(
+        side % patch == 0,
+        f"{option} is {side}: give a multiple of {patch}, the side of a patch of {architecture}, "
+        f"such as {nearest}.",
     )
 
 
@@ -229,8 +270,9 @@ def check_start(config: Any) -> None:
     harness.check(count >= 0, f"--freeze is {count}: give 0 (nothing) or more.")
     if count == 0:
         return
-    with harness.seeded(0):
-        network = build(architecture_of(config))
+    network = probe(architecture_of(config))
+    if network is None:
+        return  # what the recipe says of the network is more to the point
     harness.check(
         hasattr(network, "group_matcher"),
         f"--freeze is {count}: give 0, since timm does not tell the stages of this network.",

@@ -101,7 +101,7 @@ class Fitted(NamedTuple):
     """The tensors of a file that a network takes, and the names of those that it does not."""
 
     tensors: dict[str, Tensor]  # in the network's names, in float32
-    unmatched: list[str]  # in the names of the file
+    unmatched: list[str]  # in the names of the file, without the prefix that all taken ones have
 
 
 def fit(tensors: dict[str, Tensor], network: Any) -> Fitted:
@@ -153,7 +153,7 @@ def fit(tensors: dict[str, Tensor], network: Any) -> Fitted:
     # `_to_timm` has renamed some: what is left over of the file is what it does not know either.
     unused = [name for name in inner if name in renamed and name not in own]
     beside = [name for name in tensors if not name.startswith(prefix)]
-    return Fitted(weights, [prefix + name for name in unused] + beside)
+    return Fitted(weights, unused + beside)
 
 
 def _plain_name(name: str, own: dict[str, Tensor]) -> str:

@@ -43,11 +43,12 @@ SMALL = replace(
 STILL = replace(SMALL, jitter=(1.0, 1.0))  # the boxes stay what they are
 # Wrong options, and what the sentence about each of them begins with.
 WRONG = [
+    (["--weights", "timm:convnext_atto"], "--weights is timm:convnext_atto"),
     (["--freeze", "-1"], "--freeze is -1"),
     (["--freeze", "9"], "--freeze is 9"),
     (["--weights", " "], "--weights is empty"),
     (["--weights", "nowhere"], "nowhere does not exist"),
-    (["--weights", "timm:no_such_network", "--freeze", "1"], "There is no model no_such_network"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
     (["--arch", "resnet5"], "--arch is resnet5"),
     (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name

@@ -1,15 +1,22 @@
 """Weights of others: files in the layouts that they have in the wild, made of networks of timm."""
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import densesiam
 import pytest
+import safetensors.torch
+import test_densesiam
 import timm
 import torch
+import torchvision
 from downstream import encoders, weights
 from harness import UserError
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 VIT = "vit_tiny_patch16_224"
 REGISTERS = "vit_small_patch14_reg4_dinov2"
@@ -40,7 +47,7 @@ def values(network, seed=0):
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, x in network.state_dict().items():
-        noise = torch.rand(x.shape, generator=generator)
+        noise = torch.rand(x.shape, generator=generator) / 50
         state[name] = x + noise.to(x.dtype) if x.is_floating_point() else x
     return state
 
@@ -224,3 +231,66 @@ def test_a_file_that_is_none_is_refused(tmp_path):
         encoders.find_start(str(path), "resnet18")
     with pytest.raises(UserError, match=r"nowhere.pth does not exist"):
         encoders.find_start("timm:resnet18:nowhere.pth")
+
+
+# ---- where weights are from ----------------------------------------------------------------------
+def test_what_is_known_of_the_weights_follows_them(tmp_path):
+    path = tmp_path / "dino.pth"
+    torch.save(dino(classifier(VIT), classifier(VIT)), str(path))
+    plain = encoders.find_start(str(path), VIT)
+    assert (plain.mean, plain.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    with_tag = encoders.find_start(f"timm:{VIT}.augreg_in21k:{path}")
+    assert (with_tag.mean, with_tag.std) == ((0.5,) * 3, (0.5,) * 3)
+    told = with_tag.side_car()
+    assert told["start"] == f"timm:{VIT}.augreg_in21k:{path}"
+    assert told["start_source"] == str(path)
+    assert told["start_license"] == "apache-2.0"
+    assert tuple(told["input_size"]) == (3, 224, 224)
+
+    encoder = encoders.load_encoder(f"timm:{VIT}.augreg_in21k:{path}")
+    network = encoders.build_start(with_tag).eval()
+    images = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), encoders.last_map(network, images * 2 - 1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_torchvisions_weights_compute_the_same_in_timms_network(name, monkeypatch):
+    monkeypatch.undo()  # both networks at their true sizes
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name).eval()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: theirs)
+    start = encoders.find_start(f"torchvision:{name}")
+    assert start.side_car()["start_source"].startswith("https://download.pytorch.org/")
+    network = encoders.build_start(start).eval()
+    images = torch.randn(1, 3, 224, 224)
+    features = []
+    head = theirs.fc if name == "resnet18" else theirs.heads
+    head.register_forward_pre_hook(lambda _, rows: features.append(rows[0]))
+    with torch.no_grad():
+        theirs(images)
+        found = network.forward_features(images)
+    pooled = found.mean((-2, -1)) if found.ndim == 4 else found[:, 0]
+    torch.testing.assert_close(pooled, features[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_starts_from_weights_and_keeps_what_is_frozen(tmp_path):
+    """The side-car says where it began; frozen stages, their statistics too, stay as they were."""
+    state = classifier("resnet18")
+    path = tmp_path / "file.pth"
+    torch.save(LAYOUTS["module"](state, None), str(path))
+    config = replace(
+        test_densesiam.SMALL, arch="resnet18", weights=f"timm:resnet18.a1_in1k:{path}",
+        freeze=2, run=tmp_path / "run", data=None, epochs=1, batch=512,
+    )  # fmt: skip
+    densesiam.train(config)
+    told = json.loads((tmp_path / "run" / "encoder.json").read_text())
+    assert (told["architecture"], told["method"]) == ("resnet18.a1_in1k", "densesiam")
+    assert told["start_source"] == str(path)
+    trained = safetensors.torch.load_file(tmp_path / "run" / "encoder.safetensors")
+    for name, x in trained.items():
+        is_frozen = name.startswith(("conv1", "bn1", "layer1", "layer2"))
+        assert torch.equal(x, state[name]) == is_frozen, name
+    # A run folder is a start, too; and its mean and standard deviation go on.
+    again = encoders.find_start(str(tmp_path / "run"))
+    assert torch.equal(again.weights["conv1.weight"], state["conv1.weight"])
+    assert list(again.mean) == told["mean"]
