@@ -153,12 +153,16 @@ def cross_entropy_similarity(
     """
     refuse_maps("losses.cross_entropy_similarity", "student", student)
     valid = fit_valid("losses.cross_entropy_similarity", valid, student.shape[:-1])
+    return _reduce(_cross_entropy(student, teacher, valid), valid, reduction)
+
+
+def _cross_entropy(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
     student = _valid_rows(student, valid)
     teacher = _valid_rows(teacher, valid)
     share = widened(teacher.detach()).softmax(-1)
     log_share = widened(student).log_softmax(-1)
     log_share = torch.where(share == 0, 0.0, log_share)  # zero times minus infinity would be NaN
-    return _reduce(-(share * log_share).sum(-1), valid, reduction)
+    return -(share * log_share).sum(-1)
 
 
 @typed
@@ -425,8 +429,14 @@ def kernel_alignment(
     dtype = torch.promote_types(own.dtype, other.dtype)
     cosine = _kernel_cosine(own.to(dtype), other.to(dtype))
 
-    count = torch.ones_like(own[..., 0]) if valid is None else valid
-    return _reduce((1 - cosine).clamp(0, 1), count.sum(-1) > 1, reduction)
+    return _reduce((1 - cosine).clamp(0, 1), _number(student, valid) > 1, reduction)
+
+
+def _number(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Count the valid rows of each set."""
+    if valid is None:
+        return torch.full(rows.shape[:-2], rows.shape[-2], device=rows.device)
+    return valid.sum(-1)
 
 
 def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
@@ -437,7 +447,7 @@ def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
     rows = _valid_rows(widened(rows), valid)
     rows = l2_normalize(rows) if unit else rows
     if valid is None:
-        count = rows.shape[-2]
+        count = max(1, rows.shape[-2])
         first = rows[..., :1, :]
     else:
         count = valid.sum(-1)[..., None, None].clamp(min=1)
@@ -521,8 +531,7 @@ def gram_loss(
         grams.append(gram.relu() if clip_negative else gram)
 
     total = (grams[0] - grams[1]).square().sum((-2, -1))
-    used = torch.ones_like(total[..., None]).expand(student.shape[:-1]) if valid is None else valid
-    count = used.sum(-1)
+    count = _number(student, valid)
     return _reduce(total / count.clamp(min=1).square(), count > 0, reduction)
 
 
@@ -617,8 +626,8 @@ def _plans_at_a_time(near: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]
     r = near.shape[-1]
     # The layers of one part, some 50 times as many numbers, are in memory in the backward pass.
     rows = max(1, 2 ** (24 if near.is_cuda else 19) // max(1, r * r))
-    parts = zip(near.reshape(-1, r).split(rows), target.reshape(-1, r).split(rows), strict=True)
-    return list(parts)
+    flat = [x.reshape(math.prod(x.shape[:-1]), r).split(rows) for x in (near, target)]
+    return list(zip(*flat, strict=True))
 
 
 def _proximity(rows: Tensor, references: Tensor, metric: Metric) -> Tensor:
@@ -693,8 +702,8 @@ def neighbor_distribution_loss(
 
     use = fit_valid(where, valid, student.shape[:-1])
     if allowed is None:
-        allowed = torch.ones_like(student[..., :1], dtype=torch.bool)
-        allowed = allowed.expand(*student.shape[:-1], references.shape[-2])
+        pairs = (*student.shape[:-1], references.shape[-2])
+        allowed = student.new_ones(pairs, dtype=torch.bool)
     if use is not None:
         allowed = allowed & use[..., None]
 
@@ -705,7 +714,8 @@ def neighbor_distribution_loss(
         temperature = teacher_temperature if logits else student_temperature
         near = near / in_range(temperature, near.dtype)
         logits.append(torch.where(allowed, near, -torch.inf))
-    return cross_entropy_similarity(*logits, allowed.any(-1), reduction=reduction)
+    counted = allowed.any(-1)
+    return _reduce(_cross_entropy(*logits, counted), counted, reduction)
 
 
 @typed

@@ -148,10 +148,11 @@ import harness
 import safetensors.torch
 import torch
 from downstream import encoders, protocols
+from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
-from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
@@ -276,17 +277,9 @@ def check_start(config: Config, start: Any) -> None:
         f"--weights is {config.weights}: give a network of timm with feature maps, such as "
         "timm:resnet50.",
     )
-    if is_vit(encoder):
-        patch = encoder.patch_embed.patch_size[0]
-        sides = {"size": config.views.size, "small-size": config.views.small_size}
-        for name, side in sides.items():
-            below = side // patch * patch
-            nearest = f"{below} or {below + patch}" if below else f"{patch}"
-            harness.check(
-                side % patch == 0,
-                f"--views.{name} is {side}: give a multiple of {patch}, the side of a patch of "
-                f"{start.architecture}, such as {nearest}.",
-            )
+    encoders.check_side("--views.size", config.views.size, encoder, start.architecture)
+    small_size = config.views.small_size
+    encoders.check_side("--views.small-size", small_size, encoder, start.architecture)
     blocks = max(layer_of_parameters(encoder, by_stage=not is_vit(encoder)).values()) + 1
     harness.check(
         config.trainable_blocks <= blocks,
@@ -340,11 +333,11 @@ def list_pairs(config: Config) -> list[tuple[int, int]]:
 
 
 class ManyViews:
-    """Batches of images: crops of each image, the `View` of each crop, and the valid pairs.
+    """Crops of each image, the `View` of each crop, and the valid pairs.
 
-    `source` is from `harness.image_source`. `dataset[indices]` is the batch of these images: the
-    crops, their views, which pairs of views overlap enough, and the files that could not be read.
-    What is drawn for an image depends on (seed, epoch, index) alone.
+    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
+    bits, their views, which pairs of views overlap enough, its index, and the files that could not
+    be read.
     """
 
     def __init__(self, source, config: Config):
@@ -357,45 +350,37 @@ class ManyViews:
         clean = {"auto": config.method != "neco", "yes": True, "no": False}
         self.clean_teacher = clean[config.clean_teacher]
         self.pairs = torch.tensor(list_pairs(config)).T
-        self.epoch = 0  # `harness.batches` sets it
         self.photometric = photometric(config.views)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: list[int]):
-        images, unreadable = harness.read_batch(self.source, indices)
-        items = [self.make_views(x, index) for x, index in zip(images, indices, strict=True)]
-        crops, views, valid = zip(*items, strict=True)
-        crops = Crops(*[torch.stack(x) for x in zip(*crops, strict=True)])
-        return crops, dk.stack_views(views), torch.stack(valid), torch.tensor(indices), unreadable
-
-    def make_views(self, image: Tensor, index: int) -> tuple[Crops, dk.View, Tensor]:
-        """The crops of one image, their views, and which pairs of them overlap enough."""
-        key = (self.seed, self.epoch, index)
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, unreadable = self.source[index]
         size = (image.shape[-2], image.shape[-1])
-        large, small = self.sample_views(size, harness.generator(*key))
+        large, small = self.sample_views(size, harness.generator(self.seed, epoch, index))
         boxes = torch.cat([large.box, small.box])
         views = dk.View(boxes, torch.cat([large.flip, small.flip]))
-        if self.epoch == 0:
-            dk.check_views(views, torch.tensor(size))
+        if epoch == 0:
+            dk.check_views(views, size)
         first, second = boxes[self.pairs]
         overlap = self.share_in_common(first, second, size)
         valid = (overlap > 0) & (overlap >= self.view_config.min_overlap)
 
-        pixels = image[:3] / 255
-        large_crops = self.crop(pixels, large, self.view_config.size)
-        small_crops = self.crop(pixels, small, self.view_config.small_size)
+        large_crops = self.crop(image, large, self.view_config.size)
+        small_crops = self.crop(image, small, self.view_config.small_size)
         teacher_crops = large_crops
         if self.teacher_size != self.view_config.size:
-            teacher_crops = self.crop(pixels, large, self.teacher_size)
+            teacher_crops = self.crop(image, large, self.teacher_size)
         # The colors need other random numbers than the views.
-        with harness.seeded(*key, harness.COLORS):
+        with harness.seeded(self.seed, epoch, index, harness.COLORS):
             student_large = self.change_colors(large_crops)
             student_small = self.change_colors(small_crops)
             if not self.clean_teacher:
                 teacher_crops = self.change_colors(teacher_crops)
-        return Crops(teacher_crops, student_large, student_small), views, valid
+        crops = Crops(teacher_crops, student_large, student_small)
+        return crops, views, valid, torch.tensor(index), list(unreadable)
 
     def sample_views(
         self, size: tuple[int, int], generator: torch.Generator
@@ -434,11 +419,10 @@ class ManyViews:
         boxes1, boxes2 = torch.broadcast_tensors(boxes1, boxes2)
         return dk.box_area(dk.intersect_boxes(boxes1, boxes2)) / math.prod(size)
 
-    def crop(self, pixels: Tensor, view: dk.View, size: int) -> Tensor:
+    def crop(self, image: Tensor, views: dk.View, size: int) -> Tensor:
         """The crops of an image by several views, uint8."""
-        same = pixels.expand(len(view.flip), *pixels.shape)
-        crops = dk.crop_views(same, view, size)
-        return (crops * 255).round().byte()
+        crops = [harness.crop_bytes(image, view, size) for view in dk.unstack_views(views)]
+        return torch.stack(crops) if crops else image.new_zeros(0, 3, size, size)
 
     def change_colors(self, crops: Tensor) -> Tensor:
         changed = [self.photometric(crop) for crop in crops]
@@ -456,16 +440,6 @@ POINTS = 7  # points along each side of the region that two views share
 REFERENCES = 1  # what is drawn for an image: the points that it is compared with
 MOST_REFERENCES = 4096  # points that neighbors compares with
 CENTER_MOMENTUM = 0.9
-
-
-def is_vit(encoder: Any) -> bool:
-    """Whether the network has tokens: its maps then come after a final norm."""
-    return hasattr(encoder, "num_prefix_tokens")
-
-
-def layer_of_parameters(encoder: Any, *, by_stage: bool) -> dict[str, int]:
-    """The number of the block, or of the stage, that each parameter is in; the stem is 0."""
-    return group_parameters(encoder, encoder.group_matcher(coarse=by_stage), reverse=True)
 
 
 def freeze_blocks(encoder: Any, trainable: int) -> None:
@@ -1067,12 +1041,12 @@ def split(part: int, parts: int, *batch: Any) -> Any:
         count = len(x) // parts
         return x[part * count : (part + 1) * count]
 
-    return torch.utils._pytree.tree_map_only(Tensor, cut, batch)
+    return tree_map_only(Tensor, cut, batch)
 
 
 def train(config: Config) -> None:
     check_options(config)
-    start = encoders.load_encoder(config.weights, seed=config.seed)
+    start = encoders.encoder_of(encoders.find_start(config.weights), seed=config.seed)
     check_start(config, start)
     folder = harness.run_folder("adapt", config, config.method)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
@@ -1137,8 +1111,10 @@ def train(config: Config) -> None:
             "mean": start.mean,
             "std": start.std,
             "method": f"adapt-{config.method}",
+            "input_size": start.facts.get("input_size"),
             "start": config.weights,
-            "start_license": start.facts.get("license", "see the start weights"),
+            "start_source": start.facts.get("source", config.weights),
+            "start_license": start.facts.get("license", encoders.NO_LICENSE),
         }
         kept = harness.kept_epochs(config, steps_per_epoch)
         autocast = partial(

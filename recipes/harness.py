@@ -395,18 +395,25 @@ def noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     in eager and in compiled mode. What is drawn beside something else needs a stream of its own.
     """
     count = math.prod(shape)
-    first = stream * 2**32  # no stream has more numbers than this
-    place = torch.arange(first, first + count, device=seeds.device)
-    hashes = _mix(seeds[:, None] + place * GOLDEN)
+    stream_seeds = _mix(seeds + _wrapped(stream * GOLDEN))
+    # A compiler knows the range of these products, and refuses one that leaves int64.
+    places = torch.arange(count, device=seeds.device) * PLACE
+    hashes = _mix(stream_seeds[:, None] + places)
     top_bits = (hashes >> 40) & (2**24 - 1)  # as many as a float32 holds
     return (top_bits.float() / 2**24).view(len(seeds), *shape)
 
 
-# The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits. In
-# int64, products and sums keep their lowest 64 bits.
+# The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits; the
+# second is the half of the first. In int64, products and sums keep their lowest 64 bits.
+PLACE = 0x9E3779B9
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _wrapped(number: int) -> int:
+    """The int64 of the lowest 64 bits of a number."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from strategies import (
@@ -27,13 +28,24 @@ from densekit import (
     affinity_matrix,
     coupling_images,
     coupling_rate,
+    dense_structure_score,
+    effective_rank,
+    l2_normalize,
     layer_bias,
     layer_features,
+    map_to_rows,
     mean_cosine_similarity,
+    norm_outliers,
+    off_diagonal_cosine,
     pca_colors,
+    position_share,
+    rows_to_map,
     sample_boxes_at_iou,
     similarity_iou_curve,
 )
+from densekit.diagnostics import _dimension, _radius, _separation, _token_scale
+
+DATA = Path(__file__).parent / "data"
 
 # ---------------------------------------------------------------------------------- affinity
 
@@ -592,3 +604,180 @@ def test_nothing_to_paint_is_black(shape):
     got = pca_colors(torch.zeros(shape))
     assert got.shape == (shape[0], 3, *shape[2:])
     assert (got == 0).all()
+
+
+# ------------------------------------------------------------------------------------- health
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(generator, *shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def turn(generator, d):
+    return torch.linalg.qr(gaussian(generator, d, d)).Q
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.floats(-4, 4), generators())
+def test_the_effective_rank_knows_no_turn_no_scale_and_no_shift(n, d, exponent, generator):
+    rows = gaussian(generator, n, d)
+    rank = effective_rank(rows)
+    assert 1 - 1e-9 <= rank <= max(1, min(n - 1, d)) + 1e-9
+    moved = rows @ turn(generator, d) * 10.0**exponent + gaussian(generator, d)
+    torch.testing.assert_close(effective_rank(moved), rank, rtol=1e-7, atol=0)
+    torch.testing.assert_close(effective_rank(rows.float()).double(), rank, rtol=1e-4, atol=0)
+    plain = effective_rank(rows, centered=False)
+    assert 1 - 1e-9 <= plain <= min(n, d) + 1e-9
+    turned = effective_rank(rows @ turn(generator, d) * 10.0**exponent, centered=False)
+    torch.testing.assert_close(turned, plain, rtol=1e-7, atol=0)
+
+
+@given(st.integers(0, 5), st.integers(6, 8), generators())
+def test_the_effective_rank_is_that_of_planted_directions(rank, d, generator):
+    basis = turn(generator, d)[:rank]
+    rows = torch.cat([basis, -basis, torch.zeros(3, d)]).double()
+    torch.testing.assert_close(effective_rank(rows + 1).item(), float(max(rank, 1)))
+
+
+@given(batches(), st.integers(0, 6), st.integers(1, 4), generators())
+def test_the_mean_cosine_is_that_of_all_pairs(batch, n, d, generator):
+    rows = gaussian(generator, *batch, n, d)
+    unit = rows / rows.norm(dim=-1, keepdim=True)
+    cosines = (unit @ unit.mT).sum((-2, -1)) - n
+    got = off_diagonal_cosine(rows)
+    torch.testing.assert_close(got, cosines / max(1, n * (n - 1)), rtol=0, atol=1e-12)
+    assert (got >= -1 / max(1, n - 1) - 1e-12).all()
+
+
+def test_the_mean_cosine_reaches_its_limits():
+    same = torch.tensor([1.0, 2.0]).expand(5, 2)
+    assert abs(off_diagonal_cosine(same) - 1) < 1e-6
+    simplex = torch.eye(5, dtype=torch.float64) - 1 / 5
+    assert abs(off_diagonal_cosine(simplex) + 1 / 4) < 1e-12
+    assert off_diagonal_cosine(torch.zeros(3, 2)) == 0
+
+
+@st.composite
+def map_sets(draw, least=1):
+    images, (h, w), d = draw(st.integers(least, 5)), draw(sizes(high=3)), draw(st.integers(1, 4))
+    return gaussian(draw(generators()), images, d, h, w)
+
+
+@given(map_sets(), generators(), st.floats(-3, 3))
+def test_the_share_of_the_position_is_an_analysis_of_variance(maps, generator, exponent):
+    rows = map_to_rows(maps).numpy()
+    between = len(rows) * ((rows.mean(0) - rows.mean((0, 1))) ** 2).sum()
+    total = ((rows - rows.mean((0, 1))) ** 2).sum()
+    share = position_share(maps, adjusted=False)
+    if total > 1e-12:
+        np.testing.assert_allclose(share.item(), between / total, rtol=0, atol=1e-9)
+    assert -1e-12 <= share <= 1 + 1e-12
+    turned = map_to_rows(maps) @ turn(generator, maps.shape[1]) * 10.0**exponent
+    turned = rows_to_map(turned + gaussian(generator, maps.shape[1]), maps.shape[-2:])
+    for adjusted in (False, True):
+        got = position_share(turned, adjusted=adjusted)
+        want = position_share(maps, adjusted=adjusted)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_planted_position_code_shows_and_noise_does_not():
+    generator = torch.Generator().manual_seed(0)
+    place = gaussian(generator, 1, 4, 7, 7)
+    noise = gaussian(generator, 40, 4, 7, 7)
+    assert abs(position_share(noise)) < 0.02
+    assert position_share(noise, adjusted=False) > 0.02
+    assert abs(position_share(noise + place) - 0.5) < 0.1
+    assert position_share(place.expand(40, 4, 7, 7)) == 1
+    assert position_share(torch.full((3, 4, 7, 7), 0.1)) == 0
+    assert position_share(noise[:1]) == 0
+
+
+@given(st.integers(0, 30), st.integers(0, 9), st.floats(0.5, 5))
+def test_outliers_are_counted_against_the_median(tokens, large, factor):
+    rows = torch.ones(1, tokens + 1, 1)
+    large = min(large, tokens // 3)
+    rows[:, :large] = 10
+    share = norm_outliers(rows_to_map(rows, (1, tokens + 1)), factor=factor)
+    want = large / (tokens + 1) if factor >= 1 else 1.0
+    torch.testing.assert_close(share.item(), want, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="factor is 0; give one above 0"):
+        norm_outliers(torch.ones(1, 1, 1, 1), factor=0)
+
+
+@settings(max_examples=6)
+@given(st.integers(2, 6), generators(), st.floats(-2, 2))
+def test_the_structure_score_knows_no_turn_and_no_scale(d, generator, exponent):
+    rows = gaussian(generator, 5, 6, d)
+    moved = rows @ turn(generator, d) * 10.0**exponent
+    found = []
+    for x in (rows, moved):
+        maps = rows_to_map(x, (2, 3))
+        options = {"local_clusters": 2, "global_clusters": 3, "group": 2}
+        found.append(dense_structure_score(maps, **options, generator=seeded(1)))
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+    inter, intra, dimension, score = found[0]
+    torch.testing.assert_close(score, inter - intra + dimension)
+    assert 0 < dimension <= 1 + 1e-9
+
+
+def test_clusters_far_apart_score_higher_than_noise_and_a_collapse_lower():
+    generator = torch.Generator().manual_seed(0)
+    noise = gaussian(generator, 16, 8, 6, 6)
+    kinds = gaussian(generator, 12, 8)[torch.randint(12, (16, 6, 6), generator=generator)]
+    clustered = kinds.movedim(-1, 1) + 0.05 * noise
+    collapsed = 1 + 0.01 * noise[:, :1].expand_as(noise)
+    scores = [dense_structure_score(x, generator=seeded()) for x in (clustered, noise, collapsed)]
+    assert scores[0].score > scores[1].score
+    assert scores[1].dimension > 2 * scores[2].dimension
+
+
+def test_the_structure_score_has_whole_and_partial_groups():
+    maps = gaussian(torch.Generator().manual_seed(0), 3, 4, 1, 2)
+    maps[0, 0, 0, 0] = torch.nan
+    assert all(x.isfinite() for x in dense_structure_score(maps, group=2))
+    for name in ("local_clusters", "global_clusters", "group"):
+        with pytest.raises(ValueError, match=f"{name} is 0; give 1 or more"):
+            dense_structure_score(maps, **{name: 0})
+
+
+def known(name):
+    return {key: torch.from_numpy(np.asarray(x)) for key, x in np.load(DATA / name).items()}
+
+
+def test_the_parts_of_the_structure_score_are_the_known_numbers():
+    golden = known("dse_unit_0.npz")
+    tokens = l2_normalize(golden["features"])
+    groups = tokens.unflatten(0, (-1, int(golden["group"]))).flatten(1, 2)
+    scale = _token_scale(tokens)
+    labels = golden["group_labels"]
+    found = {
+        "scale": scale,
+        "inter": _separation(groups, labels, 5).mean() / scale,
+        "intra_image": _radius(tokens, golden["image_labels"], 3).mean() / scale,
+        "intra_group": _radius(groups, labels, 5).mean() / scale,
+        "dimensionality": _dimension(tokens, golden["permutation"]),
+    }
+    for name, value in found.items():
+        torch.testing.assert_close(value, golden[name], rtol=1e-10, atol=1e-10)
+
+
+def test_health_is_the_known_numbers():
+    golden = known("health_0.npz")
+    rows = golden["features"]
+    maps = rows_to_map(rows, (4, 5))
+    found = {
+        "position_share": position_share(maps, adjusted=False),
+        "position_share_adjusted": position_share(maps),
+        "outlier_share_3x_median": norm_outliers(maps),
+        "mean_cosine_all": off_diagonal_cosine(rows.flatten(0, 1)),
+        "mean_cosine_within_images": off_diagonal_cosine(rows).mean(),
+        "effective_rank": effective_rank(rows.flatten(0, 1), centered=False),
+        "effective_rank_centered": effective_rank(rows.flatten(0, 1)),
+    }
+    for name, value in found.items():
+        torch.testing.assert_close(value, golden[name], rtol=1e-10, atol=1e-10)

@@ -19,18 +19,23 @@ from densekit import (
     Negatives,
     affinity_matrix,
     cross_entropy_similarity,
+    gram_loss,
     gridsample_pairs,
     info_nce,
+    kernel_alignment,
     knn_votes,
     l2_normalize,
     map_to_rows,
     negative_cosine,
+    neighbor_distribution_loss,
+    neighbor_order_loss,
     object_knn,
     pool_masks,
     propagate_labels,
     propagate_video,
     sample_view_pairs,
     self_distillation,
+    soft_sort,
     symmetric_loss,
     update_center,
     variance_covariance,
@@ -54,7 +59,24 @@ def distillation(student, teacher, valid=None, **options):
     return self_distillation(student, teacher, center, valid, **options)
 
 
-LOSSES = [*SIMILARITIES, in_set, distillation]
+def references(student, count=3):
+    """The same rows for every set, in float32."""
+    d = student.shape[-1]
+    rows = torch.arange(count * d, dtype=torch.float32).add(1).sin().view(count, d)
+    return rows.expand(*student.shape[:-2], count, d)
+
+
+def order(student, teacher, valid=None, **options):
+    return neighbor_order_loss(
+        student, teacher, references(student), valid, steepness=3.0, **options
+    )
+
+
+def distribution(student, teacher, valid=None, **options):
+    return neighbor_distribution_loss(student, teacher, references(student), valid, **options)
+
+
+LOSSES = [*SIMILARITIES, in_set, distillation, order, distribution]
 losses = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 similarities = pytest.mark.parametrize("loss", SIMILARITIES, ids=lambda f: f.__name__)
 halves = pytest.mark.parametrize("dtype", HALVES)
@@ -866,12 +888,14 @@ def test_maps_of_networks_are_refused(shape):
 
 SHAPES = {
     **dict.fromkeys(("student", "teacher", "query", "key", "rows"), (4, 3)),
-    "negatives": (5, 3),
+    **dict.fromkeys(("negatives", "references"), (5, 3)),
     "center": (3,),
     **dict.fromkeys(("temperature", "student_temperature", "teacher_temperature"), ()),
+    **dict.fromkeys(("steepness", "teacher_steepness"), ()),
 }
 OTHERS = {
     *("valid", "reduction", "momentum", "group", "target", "epsilon"),
+    *("allowed", "unit", "clip_negative", "metric", "network"),
     *("normalized", "product_dtype"),
 }
 ALL_LOSSES = [
@@ -889,7 +913,7 @@ def test_the_name_of_an_argument_says_whether_it_is_detached(loss):
         for i, name in enumerate(sorted(names))
     }
     total = sum(x.sum() for x in tree_leaves(loss(**leaves)))
-    detached = {name for name in names if name.startswith(("teacher", "center"))}
+    detached = {name for name in names if name.startswith(("teacher", "center", "references"))}
     if loss is update_center:  # it has no other arguments
         assert detached == names
         assert not total.requires_grad
@@ -913,6 +937,9 @@ WITH_TEMPERATURE = {
     "affinity_matrix": lambda t: affinity_matrix(X, Y, temperature=t)[0],
     "knn_votes": lambda t: knn_votes(X, Y, LABELS, classes=2, k=3, temperature=t)[0],
     "object_knn": lambda t: object_knn(X, LABELS, Y, LABELS, classes=2, k=3, temperature=t).macro,
+    "neighbor_distribution_loss": lambda t: neighbor_distribution_loss(
+        X, Y, Y.flip(0), student_temperature=t
+    ),
     "propagate_labels": lambda t: propagate_labels(MAPS[0], MAPS[1:], SHARES[1:], temperature=t),
     "propagate_video": lambda t: propagate_video(MAPS, SHARES[0], temperature=t)[1],
 }
@@ -1313,3 +1340,279 @@ def test_terms_and_gradients_of_several_processes_are_those_of_one(bounds):
 def test_a_spread_that_makes_no_sense_is_refused(name, value):
     with pytest.raises(ValueError, match=f"variance_covariance: {name} is {value}; give"):
         variance_covariance(torch.eye(2), **{name: value})
+
+
+# ------------------------------------------------------------- structure of a set, and neighbors
+
+
+@st.composite
+def structures(draw, least=0):
+    """Tokens of a student and a teacher of another width, and which are valid."""
+    batch, n = draw(batches()), draw(st.integers(least, 7))
+    shapes = [(*batch, n, draw(st.integers(1, 5))) for _ in range(2)]
+    return *(draw(tensors(shape)) for shape in shapes), draw(valid_rows((*batch, n)))
+
+
+def orthogonal(generator, d):
+    return torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+
+
+def slow_alignment(student, teacher, valid):
+    """1 - CKA of the valid tokens of one image, by the centered matrices n x n."""
+    centered = []
+    for tokens in (student[valid], teacher[valid]):
+        center = torch.eye(len(tokens), dtype=torch.float64) - 1 / max(1, len(tokens))
+        centered.append(center @ (tokens @ tokens.T) @ center)
+    norm = centered[0].norm() * centered[1].norm()
+    return 1 - (centered[0] * centered[1]).sum() / norm if norm > 1e-12 else torch.tensor(1.0)
+
+
+def slow_gram(student, teacher, valid):
+    rows = [F.normalize(x[valid], dim=-1) for x in (student, teacher)]
+    return (rows[0] @ rows[0].T - rows[1] @ rows[1].T).square().mean()
+
+
+STRUCTURES = [(kernel_alignment, slow_alignment, 2), (gram_loss, slow_gram, 1)]
+of_structure = pytest.mark.parametrize(
+    ("loss", "slow", "least"), STRUCTURES, ids=lambda x: getattr(x, "__name__", "")
+)
+
+
+@of_structure
+@given(problem=structures())
+def test_structure_is_that_of_the_matrices_of_the_valid_tokens(loss, slow, least, problem):
+    student, teacher, valid = problem
+    got = loss(*problem, reduction="none")
+    assert got.shape == valid.shape[:-1]
+    assert ((got >= 0) & (got <= 4)).all()
+    enough = valid.sum(-1) >= least
+    for index in enough.nonzero().tolist():
+        place = tuple(index)
+        want = slow(student[place], teacher[place], valid[place]).double()
+        torch.testing.assert_close(got[place], want, rtol=0, atol=1e-9)
+    assert (got[~enough] == 0).all()
+    torch.testing.assert_close(loss(*problem), mean_of_valid(got, enough), **CLOSE)
+
+
+@of_structure
+@given(problem=structures(), data=st.data())
+def test_structure_does_not_see_what_is_not_valid_nor_the_order(loss, slow, least, problem, data):
+    student, teacher, valid = problem
+    want = loss(*problem)
+    bad = [torch.where(valid[..., None], x, torch.nan).requires_grad_() for x in (student, teacher)]
+    got = loss(*bad, valid)
+    assert torch.equal(got, want)
+    grads = torch.autograd.grad(got, bad, allow_unused=True)
+    assert grads[0].isfinite().all()
+    assert grads[1] is None
+    order = torch.randperm(valid.shape[-1], generator=data.draw(generators()))
+    moved = loss(student[..., order, :], teacher[..., order, :], valid[..., order])
+    torch.testing.assert_close(moved, want, rtol=0, atol=1e-9)
+
+
+@given(st.integers(3, 8), st.integers(1, 6), st.floats(-3, 3), generators(), st.booleans())
+def test_a_turned_scaled_and_moved_set_is_aligned(n, d, exponent, generator, mirrored):
+    tokens = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    scale = (-1) ** mirrored * 10.0**exponent
+    student = tokens @ orthogonal(generator, d) * scale + torch.randn(d, generator=generator)
+    assert kernel_alignment(student, tokens) < 1e-9
+
+
+@given(st.integers(1, 8), st.integers(1, 6), generators())
+def test_turned_tokens_of_other_lengths_have_the_same_gram(n, d, generator):
+    tokens = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    lengths = uniform(generator, 2, n, 1, low=0.1, high=10)
+    assert gram_loss(tokens @ orthogonal(generator, d) * lengths, tokens) < 1e-12
+
+
+@given(structures(least=2))
+def test_gradients_of_structure_change_no_mean_and_no_length(problem):
+    student, teacher, _ = problem
+    student = student.requires_grad_()
+    (grad,) = torch.autograd.grad(kernel_alignment(student, teacher), student)
+    torch.testing.assert_close(grad.sum(-2), torch.zeros_like(grad[..., 0, :]), rtol=0, atol=1e-9)
+    along = (grad * student).sum((-2, -1))
+    torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-9)
+    (grad,) = torch.autograd.grad(gram_loss(student, teacher), student)
+    along = (grad * student).sum(-1)
+    torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_set_of_equal_tokens_is_not_aligned_and_has_no_gradient(dtype, masked):
+    student = torch.full((49, 3), 0.1, dtype=dtype)
+    valid = torch.arange(49) > 2 if masked else None
+    if masked:
+        student[0] = 7.0
+    student.requires_grad_()
+    teacher = uniform(seeded(), 49, 4).to(dtype)
+    total = kernel_alignment(student, teacher, valid)
+    assert total == 1
+    assert (torch.autograd.grad(total, student)[0] == 0).all()
+    assert kernel_alignment(teacher, student.detach(), valid) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_alignment_needs_no_scale(scale):
+    student, teacher = uniform(seeded(), 2, 9, 4), uniform(seeded(1), 2, 9, 4)
+    got = kernel_alignment((scale * student).float(), (scale * teacher).float())
+    torch.testing.assert_close(got.double(), kernel_alignment(student, teacher), rtol=1e-5, atol=0)
+
+
+def test_unit_tokens_are_aligned_by_their_directions():
+    student, teacher = uniform(seeded(), 9, 4), uniform(seeded(1), 9, 4)
+    lengths = uniform(seeded(2), 9, 1, low=0.1)
+    got = kernel_alignment(lengths * student, teacher, unit=True)
+    want = kernel_alignment(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@st.composite
+def neighborhoods(draw, least=1):
+    """Points of a student and a teacher, references and which points are valid."""
+    batch, d = draw(batches()), draw(st.integers(1, 4))
+    n, r = draw(st.integers(0, 4)), draw(st.integers(least, 6))
+    points = [draw(tensors((*batch, count, d))) for count in (n, n, r)]
+    return *points, draw(valid_rows((*batch, n)))
+
+
+def plans(points, rows, steepness, metric, network):
+    similarity = F.normalize(points, dim=-1) @ F.normalize(rows, dim=-1).mT
+    if metric == "euclidean":
+        similarity = torch.cdist(points, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return soft_sort(similarity, steepness=steepness, network=network).plan
+
+
+@given(neighborhoods(), st.sampled_from(["cosine", "euclidean"]), st.booleans(), st.floats(1, 50))
+def test_the_order_loss_is_the_cross_entropy_of_two_plans(problem, metric, odd_even, steepness):
+    student, teacher, rows, valid = problem
+    options = {"metric": metric, "network": "odd_even" if odd_even else "bitonic"}
+    got = neighbor_order_loss(
+        *problem, steepness=steepness, teacher_steepness=9.0, reduction="none", **options
+    )
+    wanted = plans(teacher, rows, 9.0, **options)
+    found = plans(student, rows, steepness, **options)
+    want = -(wanted * found.log()).sum(-1).mean(-1)
+    torch.testing.assert_close(got, torch.where(valid, want, 0.0), rtol=1e-9, atol=1e-9)
+    entropy = -(wanted * wanted.log()).sum(-1).mean(-1)
+    assert (got >= torch.where(valid, entropy, 0.0) - 1e-9).all()
+
+
+@given(neighborhoods(), generators())
+def test_one_turn_of_all_changes_no_loss_of_neighbors(problem, generator):
+    *points, valid = problem
+    turn = orthogonal(generator, points[0].shape[-1])
+    for loss in (neighbor_order_loss, neighbor_distribution_loss):
+        got = loss(*(x @ turn for x in points), valid)
+        torch.testing.assert_close(got, loss(*problem), rtol=1e-8, atol=1e-8)
+
+
+@given(neighborhoods())
+def test_a_student_like_its_teacher_has_the_least_loss_of_neighbors(problem):
+    student, teacher, rows, valid = problem
+    for loss, same in (
+        (neighbor_order_loss, {"steepness": 5.0}),
+        (neighbor_distribution_loss, {"student_temperature": 0.3, "teacher_temperature": 0.3}),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (student, teacher, rows)]
+        least = loss(teacher, teacher, rows, valid, **same, reduction="none")
+        got = loss(*inputs, valid, **same, reduction="none")
+        assert (got >= least - 1e-9).all()
+        grads = torch.autograd.grad(got.sum(), inputs, allow_unused=True)
+        assert grads[0].isfinite().all()
+        assert grads[1:] == (None, None)
+
+
+@given(neighborhoods(least=0), st.data())
+def test_the_distribution_loss_is_torchs_over_the_allowed_references(problem, data):
+    student, teacher, rows, valid = problem
+    allowed = data.draw(valid_rows((*valid.shape, rows.shape[-2])), label="allowed")
+    none = ~allowed.any(-2)
+    spoiled = torch.where(none[..., None], torch.nan, rows)
+    student.requires_grad_()
+    got = neighbor_distribution_loss(student, teacher, spoiled, valid, allowed, reduction="none")
+    logits = [F.normalize(x, dim=-1) @ F.normalize(rows, dim=-1).mT for x in (student, teacher)]
+    counted = valid & allowed.any(-1)
+    for index in counted.nonzero().tolist():
+        place = tuple(index)
+        own, other = (x[place][allowed[place]] for x in logits)
+        want = F.cross_entropy(own / 0.1, (other / 0.04).softmax(-1))
+        torch.testing.assert_close(got[place], want, rtol=1e-9, atol=1e-9)
+    assert (got[~counted] == 0).all()
+    total = neighbor_distribution_loss(student, teacher, spoiled, valid, allowed)
+    torch.testing.assert_close(total, mean_of_valid(got, counted), **CLOSE)
+    assert torch.autograd.grad(total, student)[0].isfinite().all()
+    order = torch.randperm(rows.shape[-2], generator=data.draw(generators()))
+    moved = neighbor_distribution_loss(
+        student, teacher, spoiled[..., order, :], valid, allowed[..., order]
+    )
+    torch.testing.assert_close(moved, total, **CLOSE)
+
+
+def test_the_order_loss_stores_no_plan_and_has_the_gradient_of_one_that_does():
+    student, teacher, rows = (uniform(seeded(i), 8, 30, 4, low=-1) for i in range(3))
+    rows = torch.cat([rows] * 2, -2)[:, :49]
+    stored = []
+
+    def note(x):
+        stored.append(x.numel())
+        return x
+
+    student.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        total = neighbor_order_loss(student, teacher, rows, steepness=20.0)
+    assert max(stored) < 8 * 30 * 49 * 49 / 20
+    (grad,) = torch.autograd.grad(total, student)
+    # Inside torch.func nothing is computed again.
+    want = torch.func.grad(lambda x: neighbor_order_loss(x, teacher, rows, steepness=20.0))
+    torch.testing.assert_close(grad, want(student.detach()), rtol=0, atol=1e-12)
+
+
+def test_without_references_there_is_no_loss():
+    student = uniform(seeded(), 3, 4).requires_grad_()
+    for loss in (neighbor_order_loss, neighbor_distribution_loss):
+        total = loss(student, student, student[:0])
+        assert total == 0
+        assert (torch.autograd.grad(total, student)[0] == 0).all()
+
+
+def given_numbers(name):
+    return {key: torch.from_numpy(x) for key, x in np.load(DATA / f"{name}_0.npz").items()}
+
+
+GIVEN = [
+    ("paka_gauss_B2_N16_D8", lambda x, g: kernel_alignment(x, g["teacher"], g["valid"])),
+    ("paka_constant_student", lambda x, g: kernel_alignment(x, g["teacher"], g["valid"])),
+    (
+        "gram_B2_N16_D8_clip",
+        lambda x, g: gram_loss(x, g["teacher"], g["valid"], clip_negative=True),
+    ),
+    (
+        "neco_pair_cosine_bitonic_r4_s10",
+        lambda x, g: neighbor_order_loss(
+            *map(map_to_rows, (x, g["teacher"], g["reference"])), steepness=10.0
+        ),
+    ),
+    (
+        "neighbors_n16_m16_excluded",
+        lambda x, g: neighbor_distribution_loss(
+            x,
+            g["teacher"],
+            g["references"],
+            allowed=g["allowed"],
+            student_temperature=g["student_temperature"],
+            teacher_temperature=g["teacher_temperature"],
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), GIVEN, ids=[name for name, _ in GIVEN])
+def test_structure_and_neighbors_give_the_known_numbers(name, loss):
+    golden = given_numbers(name)
+    student = golden["student"].requires_grad_()
+    total = loss(student, golden)
+    torch.testing.assert_close(total, golden["loss"], rtol=1e-10, atol=1e-10)
+    (grad,) = torch.autograd.grad(total, student)
+    torch.testing.assert_close(grad, golden["grad_student"], rtol=1e-10, atol=1e-10)

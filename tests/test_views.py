@@ -59,6 +59,7 @@ from densekit import (
     index_views,
     intersect_views,
     pair_views,
+    sample_inner_views,
     sample_view_pairs,
     sample_views,
     stack_views,
@@ -406,6 +407,49 @@ def test_sampled_boxes_are_whole_pixels_inside_the_image(data):
     assert (view.box[..., :2] >= 0).all()
     assert (view.box[..., 2] <= size[1]).all()
     assert (view.box[..., 3] <= size[0]).all()
+
+
+@given(st.data())
+def test_inner_views_are_whole_pixels_inside_their_outer_view(data):
+    outer = data.draw(views(size=(8, 8)), label="outer")
+    batch = data.draw(batches(), label="batch")
+    inner = sample_inner_views(outer, batch, **data.draw(samplings(), label="options"))
+    assert inner.box.shape == (*batch, *outer.box.shape)
+    assert inner.flip.shape == inner.box.shape[:-1]
+    assert torch.equal(inner.box, inner.box.round())
+    low, high = outer.box[..., :2], outer.box[..., 2:]
+    has_pixel = (high.floor() > low.ceil()).all(-1).expand(inner.flip.shape)
+    assert torch.equal(boxes_valid(inner.box), has_pixel)
+    inside = (inner.box[..., :2] >= low) & (inner.box[..., 2:] <= high)
+    assert inside[has_pixel].all()
+
+
+@given(st.data())
+def test_inner_views_of_a_square_may_be_all_of_it(data):
+    side = data.draw(st.integers(1, 8))
+    corner = torch.tensor(data.draw(st.tuples(*[st.integers(-5, 5)] * 2))).double()
+    outer = View(torch.cat([corner, corner + side]), torch.tensor(True))
+    inner = sample_inner_views(outer, (3,), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert torch.equal(inner.box, outer.box.expand(3, 4))
+
+
+@given(st.data())
+def test_inner_views_are_sampled_as_views_of_the_crop(data):
+    size, options = data.draw(sizes(), label="size"), data.draw(samplings(), label="options")
+    corner = torch.tensor([3.0, 5.0])
+    outer = View(torch.cat([corner, corner + torch.tensor(size[::-1])]), torch.tensor(True))
+    generator = options.pop("generator")
+    state = generator.get_state()
+    inner = sample_inner_views(outer, (4,), **options, generator=generator)
+    want = sample_views(size, (4,), **options, generator=generator.set_state(state))
+    assert torch.equal(inner.box, want.box + corner.repeat(2))
+    assert torch.equal(inner.flip, want.flip)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_inner_views_of_a_box_that_is_none_are_not_valid(bad):
+    outer = View(torch.tensor([[0.0, 0.0, bad, 8.0], [4.0, 0.0, 2.0, 8.0]]), torch.ones(2).bool())
+    assert not boxes_valid(sample_inner_views(outer).box).any()
 
 
 @given(st.data())

@@ -460,7 +460,11 @@ def load_encoder(name: str, *, arch: str | None = None, seed: int = 0) -> Encode
     if kind == "timm" and ":" not in architecture:
         network = build(architecture, pretrained=True)
         return Encoder(name, architecture, network, facts_of_timm(name, network))
-    start = find_start(name, arch)
+    return encoder_of(find_start(name, arch), seed=seed)
+
+
+def encoder_of(start: Start, *, seed: int = 0) -> Encoder:
+    """The network of timm that starts from given weights, with its normalization."""
     with harness.seeded(seed):
         network = build_start(start)
     return Encoder(start.name, start.architecture, network, start.facts)

@@ -405,9 +405,7 @@ def test_geometry_depends_on_seed_epoch_and_image_alone():
 
 def test_crops_are_squares_of_half_to_all_of_the_side_anywhere_and_half_are_flipped():
     dataset = plain_views(Coordinates())
-    views = []
-    for epoch in range(100):
-        views.append(harness.make_batch(dataset, range(4), epoch=epoch)[1])
+    views = [harness.make_batch(dataset, range(4), epoch=epoch)[1] for epoch in range(100)]
     box, flip = torch.cat([x.box for x in views]), torch.cat([x.flip for x in views])
     width, height = (box[:, 2:] - box[:, :2]).unbind(1)
     torch.testing.assert_close(width, height)

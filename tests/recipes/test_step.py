@@ -10,6 +10,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import adapt
 import croc
 import d3ssl
 import densesiam
@@ -20,6 +21,7 @@ import minimal
 import pytest
 import torch
 import torch.distributed as dist
+from test_adapt import SMALL as ADAPT
 from test_croc import SMALL as CROC
 from test_d3ssl import SMALL as D3SSL
 from test_densesiam import SMALL as DENSESIAM
@@ -33,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 RECIPES = {
+    "adapt": (adapt, replace(ADAPT, method="neighbors", anchor=1.0)),
     "croc": (croc, CROC),
     "d3ssl": (d3ssl, D3SSL),
     "densesiam": (densesiam, DENSESIAM),
@@ -115,7 +118,8 @@ def fake_loop(request, monkeypatch, tmp_path):
         "d3ssl": lambda: d3ssl.image_source(None, None, scenes=16),
     }
     source = source_of.get(request.param, lambda: harness.image_source(None, scenes=16))()
-    dataset = module.TwoViews(source, config)
+    views = adapt.ManyViews if module is adapt else module.TwoViews
+    dataset = views(source, config)
     world = harness.World(0, 1, torch.device("cpu"))
     batch = next(harness.batches(dataset, config.batch, world, seed=0, start=0, stop=1))
     mode = FakeTensorMode()
@@ -143,6 +147,7 @@ def fake_loop(request, monkeypatch, tmp_path):
             )
             monkeypatch.setattr(harness, "batches_per_epoch", lambda *_: STEPS // 2)
             monkeypatch.setattr(module, "evaluate", lambda *_: None, raising=False)
+            monkeypatch.setattr(module, "measure_health", lambda *_: {}, raising=False)
             monkeypatch.setattr(module, "probe", lambda *_: 0.0, raising=False)
             monkeypatch.setattr(nn.Module, "to", stay)
             monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)

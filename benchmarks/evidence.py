@@ -1,0 +1,555 @@
+"""Train every method and its baseline with three seeds, score them, and compare them by one rule.
+
+    python benchmarks/evidence.py --data camvid --runs FOLDER          # some hours on one core
+    python benchmarks/evidence.py --data camvid --runs FOLDER --plan   # what is missing
+    python benchmarks/evidence.py --data camvid --runs FOLDER --only densesiam simsiam
+
+Run the same command again after an interruption: a row that is there is not made again, and a run
+that has begun goes on. Start it in a checkout that stays as it is until all runs are made.
+Processes with other methods may share the folder. The rule, which stood before the first run, and
+the results: docs/evidence.md.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+STUDY = 1  # raise it when losses or settings change: the rows of an earlier number do not count
+BATCH = 48
+STEPS = 1140  # at least
+SEEDS = (0, 1, 2)
+PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
+GALLERY = 10_000  # cells of retrieval-seg
+SIZE = (256, 352)  # of the images that are scored
+FACTORS = (0.5, 1.0, 2.0)  # the grid: of the demo's learning rate
+GRID_EPOCHS = 2  # of the demo's 4,096 scenes
+GRID_SEED = 10
+DRAWS = 2000  # of the bootstrap
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of Student's t, by seeds
+SECONDS_A_STEP = 0.4  # until a run was timed
+SCORE_SECONDS = {"grid": 15.0, "run": 60.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    recipe: str
+    rate: float  # the demo's learning rate
+    options: tuple[str, ...] = ()
+    baseline: str = ""  # the method it is compared with
+
+
+NO_AUGMENTATION = ("--depositioning", "0", "--cut", "0", "0", "--mask", "0", "0")
+METHODS = {
+    "simsiam": Method("densesiam", 0.8, ("--loss.dense", "0", "--loss.region", "0")),
+    "densesiam": Method("densesiam", 0.8, baseline="simsiam"),
+    "mocov2": Method(
+        "dupr",
+        0.8,
+        ("--bank", "1024", "--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0"),
+    ),
+    "dupr": Method("dupr", 0.8, ("--bank", "1024"), baseline="mocov2"),
+    "dino": Method("croc", 4e-3, ("--alpha", "0")),
+    "croc": Method("croc", 4e-3, baseline="dino"),
+    "region": Method("d3ssl", 0.8, ("--bank", "1024", *NO_AUGMENTATION, "--jitter", "1", "1")),
+    "decoupling": Method(
+        "d3ssl", 0.8, ("--bank", "1024", "--depositioning", "0"), baseline="region"
+    ),
+    "d3ssl": Method("d3ssl", 0.8, ("--bank", "1024"), baseline="region"),
+}
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Run:
+    kind: str  # "grid" on the scenes, or "run" on the photographs
+    method: str
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.method}-{self.seed}-{self.rate:g}"
+
+
+@dataclass
+class Study:
+    data: Path  # the labeled set
+    runs: Path  # folder of runs, logs and scores
+    rows: Path  # file of rows
+    steps: int = STEPS
+    batch: int = BATCH
+    seeds: tuple[int, ...] = SEEDS
+    factors: tuple[float, ...] = FACTORS
+    methods: tuple[str, ...] = tuple(METHODS)
+    retry: bool = False
+    grid_options: tuple[str, ...] = ("--epochs", str(GRID_EPOCHS))
+    size: tuple[int, int] = SIZE
+    limit: int = 0  # at most this many images of a split
+    child: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def photographs(self) -> Path:
+        return self.runs / "photographs"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of this study. A line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if row["study"] == STUDY:
+                rows.append(row)
+    return rows
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Append a row in one write, so that several processes may do it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        torn = path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        line = json.dumps({"study": STUDY, **row}) + "\n"
+        file.write(("\n" + line if torn else line).encode())
+
+
+def find_row(rows: list[dict], run: Run, *, retry: bool = False) -> dict | None:
+    """The last row of a run; a failed one counts too, unless it is tried again."""
+    for row in reversed(rows):
+        same = row["kind"] == run.kind and row["method"] == run.method and row["seed"] == run.seed
+        if same and row["rate"] == run.rate:
+            return None if retry and row["status"] != "done" else row
+    return None
+
+
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown"
+
+
+# ---- what is to do -------------------------------------------------------------------------------
+def grid_runs(study: Study, method: str) -> list[Run]:
+    rate = METHODS[method].rate
+    return [Run("grid", method, GRID_SEED, round(rate * x, 6)) for x in study.factors]
+
+
+def chosen_rate(study: Study, rows: list[dict], method: str) -> float | None:
+    """The rate with the highest ridge mIoU on the scenes; None while a run of the grid is missing.
+
+    Of equal ones it is the smallest. Without any run that ended, it is the demo's.
+    """
+    found = [find_row(rows, run, retry=study.retry) for run in grid_runs(study, method)]
+    if any(row is None for row in found):
+        return None
+    done = [row for row in found if row is not None and row["status"] == "done"]
+    if not done:
+        return METHODS[method].rate
+    best = max(done, key=lambda row: (row["scores"]["ridge-seg"]["value"], -row["rate"]))
+    return best["rate"]
+
+
+def missing_runs(study: Study, rows: list[dict]) -> list[Run]:
+    """The runs without a row: all grids first, then seed by seed, so that pairs end early.
+
+    The rate of a run whose grid is not complete is the demo's, for the time being.
+    """
+    grids = [run for method in study.methods for run in grid_runs(study, method)]
+    runs = []
+    for seed in study.seeds:
+        for method in study.methods:
+            rate = chosen_rate(study, rows, method) or METHODS[method].rate
+            runs.append(Run("run", method, seed, rate))
+    return [run for run in grids + runs if find_row(rows, run, retry=study.retry) is None]
+
+
+def count_photographs(study: Study) -> int:
+    splits = json.loads((study.data / "splits.json").read_text())
+    return len(splits["train"]) + len(splits["val"])
+
+
+def epochs_of(study: Study) -> int:
+    """Epochs that make at least the wanted steps; an incomplete batch is left out."""
+    steps_an_epoch = max(1, count_photographs(study) // study.batch)
+    return -(-study.steps // steps_an_epoch)
+
+
+def command_of(study: Study, run: Run) -> list[str]:
+    method = METHODS[run.method]
+    command = [sys.executable, str(ROOT / "recipes" / f"{method.recipe}.py")]
+    command += ["--run", str(study.runs / run.name), "--batch", str(study.batch)]
+    command += ["--seed", str(run.seed), "--lr", f"{run.rate:g}"]
+    command += ["--device", "cpu", "--workers", "1", "--save-every", "300", *method.options]
+    if run.kind == "grid":
+        return command + list(study.grid_options)
+    command += ["--data", str(study.photographs), "--epochs", str(epochs_of(study))]
+    if method.recipe == "d3ssl":
+        command += ["--proposals", str(study.runs / "proposals.npz")]
+    return command
+
+
+def shown_command(study: Study, run: Run) -> str:
+    """The command as a page shows it: without the folders of this machine."""
+    words = command_of(study, run)
+    words[:2] = ["python", f"recipes/{METHODS[run.method].recipe}.py"]
+    return " ".join(words).replace(str(study.runs), "RUNS")
+
+
+def seconds_of(study: Study, rows: list[dict], run: Run) -> float:
+    """What a run will take: as its method took, else as its recipe did, else a guess."""
+    same_kind = [x for x in rows if x["kind"] == run.kind and x["status"] == "done"]
+    recipe = METHODS[run.method].recipe
+    of_method = [x["seconds"] for x in same_kind if x["method"] == run.method]
+    of_recipe = [x["seconds"] for x in same_kind if METHODS[x["method"]].recipe == recipe]
+    known = of_method or of_recipe
+    if known:
+        return sum(known) / len(known)
+    steps = study.steps if run.kind == "run" else GRID_EPOCHS * 4096 // study.batch
+    return steps * SECONDS_A_STEP + SCORE_SECONDS[run.kind]
+
+
+def print_plan(study: Study) -> None:
+    rows = read_rows(study.rows)
+    missing = missing_runs(study, rows)
+    total = 0.0
+    for run in missing:
+        seconds = seconds_of(study, rows, run)
+        total += seconds
+        print(f"{run.name}: {seconds / 60:.0f} min: {shown_command(study, run)}")
+    print(f"{len(missing)} runs are missing: {total / 3600:.1f} hours on one core.")
+
+
+# ---- making the runs -----------------------------------------------------------------------------
+def prepare(study: Study) -> None:
+    """Copy the photographs to train on, train and val: no image that is scored is among them."""
+    if study.photographs.exists():
+        return
+    study.runs.mkdir(parents=True, exist_ok=True)
+    splits = json.loads((study.data / "splits.json").read_text())
+    names = {*splits["train"], *splits["val"]}
+    part = study.runs / f"photographs.{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for path in sorted((study.data / "images").iterdir()):
+        if path.stem in names or path.name in names:
+            shutil.copyfile(path, part / path.name)
+    found = len(list(part.iterdir()))
+    if found != len(names):
+        raise SystemExit(f"{study.data} has {found} images of the {len(names)} of its splits.")
+    with contextlib.suppress(OSError):  # another process was quicker
+        part.rename(study.photographs)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def call(study: Study, command: list[str], log: Path, watch: str = "") -> int:
+    """Run a command on one thread, with its output in a log; say once a minute how far it is."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = path
+    with log.open("ab") as file:
+        # In a session of its own, so that Ctrl-C reaches it once: a second signal ends it at once.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True
+        )
+        study.child[:] = [process]
+        while True:
+            try:
+                code = process.wait(60)
+                break
+            except subprocess.TimeoutExpired:
+                step = last_step(study.runs / watch) if watch else 0
+                print(f"  {time.strftime('%H:%M')} {log.stem}: step {step}", flush=True)
+        study.child.clear()
+    return code
+
+
+def last_step(run: Path) -> int:
+    """The step of the last row of a run's log; 0 before there is one."""
+    log = run / "metrics.jsonl"
+    for line in reversed(log.read_text().splitlines() if log.exists() else []):
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            return json.loads(line)["step"]
+    return 0
+
+
+@contextlib.contextmanager
+def timed(path: Path) -> Iterator[dict]:
+    """Count the seconds of a run over all its parts, also if this process is stopped."""
+    spent = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
+    start = time.monotonic()
+    try:
+        yield spent
+    finally:
+        spent["seconds"] += time.monotonic() - start
+        path.write_text(json.dumps(spent))
+
+
+def make_run(study: Study, run: Run) -> dict:
+    """Train and score one run; return its row."""
+    log = study.runs / f"{run.name}.log"
+    scores = study.runs / f"{run.name}.scores.json"
+    score = [sys.executable, str(Path(__file__).resolve()), "--score", run.name]
+    score += ["--data", str(study.data.resolve()), "--runs", str(study.runs.resolve())]
+    score += ["--size", *(str(x) for x in study.size), "--limit", str(study.limit)]
+
+    with timed(study.runs / f"{run.name}.seconds.json") as spent:
+        code = 0
+        proposals = study.runs / "proposals.npz"
+        if run.kind == "run" and METHODS[run.method].recipe == "d3ssl" and not proposals.exists():
+            make = [sys.executable, str(ROOT / "recipes" / "proposals.py")]
+            make += ["--data", str(study.photographs), "--out", str(proposals)]
+            code = call(study, make, study.runs / "proposals.log")
+        if not code:
+            code = call(study, command_of(study, run), log, run.name)
+        finished = (study.runs / run.name / "encoder.safetensors").exists()
+        if not code and not finished:
+            code = -1
+        if not code:
+            code = call(study, score, log)
+
+    row = {
+        "kind": run.kind,
+        "method": run.method,
+        "seed": run.seed,
+        "rate": run.rate,
+        "status": "failed" if code else "done",
+        "commit": commit(),
+        "command": shown_command(study, run),
+        "data": data_name(study, run),
+        "steps": last_step(study.runs / run.name),
+        "batch": study.batch,
+        "seconds": round(spent["seconds"], 1),
+    }
+    if code:
+        words = log.read_bytes().decode(errors="replace") if log.exists() else ""
+        last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-1:]
+        message = "".join(last).replace(str(study.runs), "RUNS").replace(str(ROOT), ".")
+        return {**row, "exit": code, "message": message[-300:]}
+    return {**row, **json.loads(scores.read_text())}
+
+
+def data_name(study: Study, run: Run) -> str:
+    return "scenes" if run.kind == "grid" else study.data.resolve().name
+
+
+def make_all(study: Study) -> None:
+    """Make one missing run after the other, and compare what is complete."""
+    prepare(study)
+    made = 0
+    while True:
+        rows = read_rows(study.rows)
+        missing = missing_runs(study, rows)
+        if not missing:
+            break
+        run = missing[0]
+        left = sum(seconds_of(study, rows, x) for x in missing) / 3600
+        clock = time.strftime("%H:%M")
+        print(f"{clock} {run.name}: begins; {len(missing)} left, {left:.1f} h", flush=True)
+        row = make_run(study, run)
+        add_row(study.rows, row)
+        if row["status"] == "failed":
+            print(f"  failed ({row['exit']}): {row['message']}", flush=True)
+            study = replace(study, retry=False)  # once in a call
+        else:
+            figures = ", ".join(f"{x} {y['value']:.3f}" for x, y in row["scores"].items())
+            print(f"  done in {row['seconds'] / 60:.1f} min, {figures}", flush=True)
+        made += 1
+        compare_all(study)
+    compare_all(study)
+    print(f"{made} runs made, none is missing.", flush=True)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+def score_run(name: str, study: Study) -> None:
+    """Score a run by evaluate.py's protocols, and keep the confusion matrix of each image.
+
+    A run of the grid is scored on scenes, by the ridge alone.
+    """
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import evaluate
+    import numpy as np
+    import torch
+    from downstream import protocols
+    from downstream.encoders import load_encoder
+
+    torch.set_num_threads(1)
+    on_scenes = name.startswith("grid-")
+    wanted = PROTOCOLS[:1] if on_scenes else PROTOCOLS
+    folder = study.runs / name
+    config = evaluate.Config(encoders=(str(folder),), workers=0, device="cpu", limit=study.limit)
+    if on_scenes:
+        config = replace(config, size=(64, 64))
+    else:
+        config = replace(config, data=study.data, split="test", size=study.size)
+
+    counts = {}
+
+    def keep(found: torch.Tensor, test: protocols.Features, config: evaluate.Config) -> dict:
+        counts[protocol] = found.numpy().astype("int32")
+        return figures(found, test, config)
+
+    figures = protocols.segmentation_figures
+    encoder = load_encoder(str(folder), seed=0)
+    evaluation = evaluate.Evaluation(encoder, evaluate.open_samples(config), None, config, 0)
+    scores = {}
+    with (
+        mock.patch.object(protocols, "segmentation_figures", keep),
+        mock.patch.object(protocols, "GALLERY", GALLERY),
+    ):
+        for protocol in wanted:
+            interval = evaluation.score(protocol)["miou"]
+            value, low, high, _ = interval
+            scores[protocol] = {"value": float(value), "low": float(low), "high": float(high)}
+        protocol = "prior"
+        prior = float(evaluation.score_prior()["miou"].value)
+
+    np.savez_compressed(study.runs / f"{name}.counts.npz", **counts)
+    text = json.dumps({"scores": scores, "prior": prior, "images": len(counts["prior"])})
+    (study.runs / f"{name}.scores.json").write_text(text)
+
+
+def compare(methods: list, baselines: list, draws: int = DRAWS) -> dict:
+    """Compare the runs of a method with those of its baseline, seed by seed.
+
+    The difference is that of the mIoU, as the mean over the seeds. Its bootstrap resamples images,
+    the same ones for both sides and all seeds. Student's interval is over the seeds.
+
+    Args:
+        methods: A confusion matrix of each image, (images, classes, classes), for each seed.
+        baselines: The same for the baseline.
+        draws: Draws of the bootstrap.
+
+    Returns:
+        The difference, both intervals, the difference of each seed, and the claim.
+    """
+    import torch
+    import densekit as dk
+
+    both = [torch.stack([torch.as_tensor(x).long() for x in y], 1) for y in (methods, baselines)]
+    states = torch.stack(both, 1)  # (images, 2, seeds, classes, classes)
+
+    def differences(sums: torch.Tensor) -> torch.Tensor:
+        own, other = dk.mean_iou(sums).unbind(-2)
+        return own - other
+
+    def mean_difference(sums: torch.Tensor) -> torch.Tensor:
+        return differences(sums).mean(-1)
+
+    generator = torch.Generator().manual_seed(0)
+    interval = dk.bootstrap(states, mean_difference, draws=draws, generator=generator)
+    each = differences(states.sum(0))
+    seeds = len(each)
+    half = math.inf
+    if seeds > 1:
+        half = STUDENT[seeds] * each.std().item() / seeds**0.5
+    low, high = interval.low.item(), interval.high.item()
+    mean = each.mean().item()
+    if min(low, mean - half) > 0:
+        claim = "better"
+    elif max(high, mean + half) < 0:
+        claim = "worse"
+    else:
+        claim = "no difference at this budget"
+    return {
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "seeds_low": mean - half,
+        "seeds_high": mean + half,
+        "each": each.tolist(),
+        "claim": claim,
+    }
+
+
+def compare_all(study: Study) -> None:
+    """Add a row for each pair that is complete and was not compared yet."""
+    rows = read_rows(study.rows)
+    for name, method in METHODS.items():
+        if not method.baseline:
+            continue
+        pair = []  # the runs of all seeds, of both
+        for side in (name, method.baseline):
+            rate = chosen_rate(study, rows, side)
+            runs = [Run("run", side, seed, rate or method.rate) for seed in study.seeds]
+            found = [find_row(rows, run) for run in runs]
+            files = [study.runs / f"{run.name}.counts.npz" for run in runs]
+            complete = all(row is not None and row["status"] == "done" for row in found)
+            if complete and all(file.exists() for file in files):
+                pair.append(files)
+        names = [[x.name for x in files] for files in pair]
+        known = any(x["kind"] == "comparison" and x["runs"] == names for x in rows)
+        if len(pair) < 2 or known:
+            continue
+
+        import numpy as np
+
+        for protocol in PROTOCOLS:
+            methods, baselines = ([np.load(x)[protocol] for x in files] for files in pair)
+            result = compare(methods, baselines)
+            row = {"kind": "comparison", "method": name, "baseline": method.baseline}
+            add_row(study.rows, {**row, "protocol": protocol, "runs": names, **result})
+            print(f"  {name} against {method.baseline}, {protocol}: {result['claim']}", flush=True)
+
+
+# ---- command -------------------------------------------------------------------------------------
+def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the labeled set")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--rows", type=Path, default=ROOT / "docs" / "evidence.jsonl")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--plan", action="store_true", help="print what is missing, and its hours")
+    parser.add_argument("--retry", action="store_true", help="make failed runs once more")
+    parser.add_argument("--score", help=argparse.SUPPRESS)  # this program calls itself
+    parser.add_argument("--size", nargs=2, type=int, default=SIZE, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def stop(study: Study) -> None:
+    """End on a signal: the recipe saves a checkpoint first."""
+
+    def handler(number: int, frame: object) -> None:
+        for process in study.child:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(120)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def main() -> None:
+    arguments = read_arguments()
+    study = Study(arguments.data.resolve(), arguments.runs.resolve(), arguments.rows.resolve())
+    study = replace(study, methods=tuple(arguments.only), retry=arguments.retry)
+    study = replace(study, size=tuple(arguments.size), limit=arguments.limit)
+    if arguments.score:
+        score_run(arguments.score, study)
+    elif arguments.plan:
+        print_plan(study)
+    else:
+        stop(study)
+        make_all(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""benchmarks/evidence.py: what is missing, resuming, the rule of a claim, and a small whole run."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from files import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+
+import evidence  # noqa: E402
+import evidence_tables  # noqa: E402
+
+
+def labeled_set(folder, count=6, side=64):
+    """Images and label maps of two classes, in the layout of CamVid."""
+    splits = {"train": range(0, count, 3), "val": range(1, count, 3), "test": range(2, count, 3)}
+    names = {split: [f"{i:02d}" for i in numbers] for split, numbers in splits.items()}
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(256, (side, side, 3), generator=generator).byte()
+        Image.fromarray(pixels.numpy()).save(folder / "images" / f"{i:02d}.jpg")
+        labels = (torch.arange(side)[:, None] > side // 2).expand(side, side)
+        Image.fromarray(labels.byte().numpy()).save(folder / "labels" / f"{i:02d}.png")
+    (folder / "splits.json").write_text(json.dumps(names))
+    (folder / "classes.json").write_text(json.dumps({"labels": ["up", "down"]}))
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path):
+    data = labeled_set(tmp_path / "set")
+    return evidence.Study(
+        data, tmp_path / "runs", tmp_path / "rows.jsonl", steps=2, batch=4, size=(64, 64)
+    )
+
+
+def made(run, **changes):
+    """A row as a run that ended has it."""
+    row = {"kind": run.kind, "method": run.method, "seed": run.seed, "rate": run.rate}
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    rest = {"steps": 2, "batch": 4, "commit": "c", "command": "", "data": "set", "prior": 0.1}
+    return {
+        **row,
+        **rest,
+        "status": "done",
+        "seconds": 6.0,
+        "scores": {"ridge-seg": score},
+        **changes,
+    }
+
+
+def test_the_plan_is_what_has_no_row(study, capsys):
+    rows = []
+    todo = evidence.missing_runs(study, rows)
+    assert len(todo) == len(set(todo)) == 9 * (3 + 3)
+    assert [run.kind for run in todo] == ["grid"] * 27 + ["run"] * 27
+    for run in todo[:3]:
+        evidence.add_row(study.rows, made(run, status="failed" if run is todo[1] else "done"))
+    rows = evidence.read_rows(study.rows)
+    # The lower of two rates with equal scores is taken, once their grid is complete.
+    left = [replace(x, rate=0.4) if x.method == "simsiam" else x for x in todo[3:]]
+    assert evidence.missing_runs(study, rows) == left
+    assert evidence.missing_runs(replace(study, retry=True), rows) == [todo[1], *todo[3:]]
+    assert evidence.seconds_of(study, rows, todo[0]) == 6
+    evidence.print_plan(study)
+    assert "51 runs are missing" in capsys.readouterr().out
+
+
+def test_rows_of_another_study_and_torn_lines_do_not_count(study):
+    run = evidence.missing_runs(study, [])[0]
+    evidence.add_row(study.rows, made(run, study=evidence.STUDY + 1))
+    with study.rows.open("a") as file:
+        file.write('{"study": 1, "ki')  # a crash in the middle of a row
+    assert evidence.read_rows(study.rows) == []
+    evidence.add_row(study.rows, made(run))
+    assert evidence.find_row(evidence.read_rows(study.rows), run)["status"] == "done"
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, None]), min_size=3, max_size=3))
+def test_the_rate_with_the_best_score_on_the_scenes_is_taken(values):
+    study = evidence.Study(ROOT, ROOT, ROOT)
+    grid = evidence.grid_runs(study, "croc")
+    rows = []
+    for run, value in zip(grid, values, strict=True):
+        assert evidence.chosen_rate(study, rows, "croc") is None
+        status = "failed" if value is None else "done"
+        rows.append(made(run, status=status, scores={"ridge-seg": {"value": value}}))
+    ended = [(-value, run.rate) for run, value in zip(grid, values, strict=True) if value]
+    want = min(ended)[1] if ended else evidence.METHODS["croc"].rate
+    assert evidence.chosen_rate(study, rows, "croc") == want
+
+
+def test_each_command_is_accepted_by_its_recipe(study):
+    """Options have the names and types that the recipes read, for both kinds of runs."""
+    import tyro
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    for method in evidence.METHODS:
+        recipe = __import__(evidence.METHODS[method].recipe)
+        for kind in ("grid", "run"):
+            words = evidence.command_of(study, evidence.Run(kind, method, 0, 0.1))[2:]
+            config = tyro.cli(recipe.Config, default=recipe.PRESETS["demo"], args=words)
+            assert (config.batch, config.lr, config.seed) == (4, 0.1, 0)
+    assert evidence.shown_command(study, evidence.Run("run", "croc", 0, 0.1)).startswith(
+        "python recipes/croc.py --run RUNS/run-croc-0-0.1 --batch 4"
+    )
+
+
+# ---- the rule ----------------------------------------------------------------------------------
+
+
+def mean_iou(counts):
+    """Of the classes that occur, number by number."""
+    values = []
+    for k in range(len(counts)):
+        union = counts[k].sum() + counts[:, k].sum() - counts[k, k]
+        if union:
+            values.append((counts[k, k] / union).item())
+    return sum(values) / max(len(values), 1)
+
+
+@st.composite
+def counts(draw, images=12, seeds=3):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (2, seeds, images, 3, 3)
+    return torch.randint(draw(st.integers(1, 50)), shape, generator=generator)
+
+
+@given(counts())
+def test_the_difference_is_that_of_the_mean_iou_over_the_seeds(found):
+    result = evidence.compare(list(found[0]), list(found[1]), draws=20)
+    own, other = ([mean_iou(x.sum(0).double()) for x in side] for side in found)
+    want = [a - b for a, b in zip(own, other, strict=True)]
+    assert result["each"] == pytest.approx(want, abs=1e-6)
+    assert result["difference"] == pytest.approx(sum(want) / 3, abs=1e-6)
+    swapped = evidence.compare(list(found[1]), list(found[0]), draws=20)
+    assert swapped["low"] == pytest.approx(-result["high"], abs=1e-6)
+    same = evidence.compare(list(found[0]), list(found[0]), draws=20)
+    assert same["low"] == same["high"] == 0
+    assert same["claim"] == "no difference at this budget"
+
+
+def test_the_bootstrap_resamples_the_same_images_for_both_sides():
+    """Its interval is that of a loop with NumPy, and narrower than one of unpaired images."""
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randint(1, 200, (60, 1), generator=generator)  # images differ much, sides little
+    right = torch.stack([hard, 300 - hard], -1).expand(60, 2, 2)
+    found = torch.where(torch.eye(2).bool(), right[:, :1].mT, 300 - right[:, :1].mT).long()
+    better = found + 6 * torch.eye(2).long()
+    result = evidence.compare([better] * 3, [found] * 3)
+    draws = torch.randint(60, (2000, 60), generator=generator)
+    differences, unpaired = [], []
+    for number, rows in enumerate(draws):
+        own = mean_iou(better[rows].sum(0).double())
+        differences.append(own - mean_iou(found[rows].sum(0).double()))
+        unpaired.append(own - mean_iou(found[draws[number - 1]].sum(0).double()))
+    low, high = torch.tensor(differences).quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert (result["low"], result["high"]) == pytest.approx((low, high), rel=0.1)
+    assert torch.tensor(unpaired).std() > 3 * torch.tensor(differences).std()
+
+
+def test_a_claim_takes_both_intervals():
+    """A difference that is certain for these images is none if the seeds disagree."""
+    right, wrong = torch.eye(2).long() * 100, torch.ones(2, 2).long() * 50
+    base = [wrong.expand(20, 2, 2)] * 3
+    good = [(wrong + right * part).expand(20, 2, 2) for part in (3, 4, 5)]
+    assert evidence.compare(good, base)["claim"] == "better"
+    assert evidence.compare(base, good)["claim"] == "worse"
+    uneven = [(wrong + right * part).expand(20, 2, 2) for part in (0, 0, 9)]
+    result = evidence.compare(uneven, base)
+    assert result["low"] > 0 > result["seeds_low"]
+    assert result["claim"] == "no difference at this budget"
+    assert evidence.compare(good[:1], base[:1])["claim"] == "no difference at this budget"
+
+
+# ---- making runs -------------------------------------------------------------------------------
+
+
+def test_all_runs_are_made_once_and_a_stopped_one_goes_on(study, monkeypatch):
+    """Of a stopped run there is no row, so the same command starts it again."""
+    study = replace(study, methods=("simsiam", "densesiam"), factors=(1.0,), seeds=(0, 1))
+    commands = []
+
+    def call(study, command, log, watch=""):
+        commands.append(command)
+        if len(commands) == 4:
+            raise KeyboardInterrupt
+        name = command[3] if "--score" in command else command[command.index("--run") + 1]
+        run = study.runs / name
+        if "--score" not in command:
+            run.mkdir(exist_ok=True)
+            (run / "encoder.safetensors").touch()
+            (run / "metrics.jsonl").write_text('{"step": 2}\n')
+            return 0 if run.name != "run-simsiam-1-0.8" else 3
+        score = {"value": 0.5, "low": 0.4, "high": 0.6}
+        scores = {"scores": dict.fromkeys(evidence.PROTOCOLS, score), "prior": 0.1, "images": 2}
+        (study.runs / f"{name}.scores.json").write_text(json.dumps(scores))
+        return 0
+
+    monkeypatch.setattr(evidence, "call", call)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.make_all(study)
+    assert len(evidence.read_rows(study.rows)) == 1
+    evidence.make_all(study)
+    assert commands[2] == commands[4]  # trained again by the same command, which resumes
+    rows = evidence.read_rows(study.rows)
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "done"]
+    assert rows[4]["exit"] == 3
+    before = len(commands)
+    evidence.make_all(study)
+    assert len(commands) == before
+    assert len(list(study.photographs.iterdir())) == 4  # of train and val, none of test
+
+    page = evidence_tables.tables(study.rows)
+    assert page.count("failed: ") == 1
+    assert page.count("0.500 [0.400, 0.600]") == 2 + 3 * 3
+
+
+def test_a_small_run_has_scores_and_counts_of_each_image(study):
+    study = replace(study, methods=("simsiam",), factors=(), seeds=(0,))
+    evidence.make_all(study)
+    (row,) = evidence.read_rows(study.rows)
+    assert row["status"] == "done", row
+    assert row["steps"] == 2
+    assert row["images"] == 2
+    assert set(row["scores"]) == set(evidence.PROTOCOLS)
+    import numpy as np
+
+    found = np.load(study.runs / "run-simsiam-0-0.8.counts.npz")
+    for protocol, score in row["scores"].items():
+        total = torch.from_numpy(found[protocol]).sum(0).double()
+        assert found[protocol].shape[0] == 2
+        assert mean_iou(total) == pytest.approx(score["value"], abs=1e-5)
+
+
+def test_the_page_is_drawn_from_the_rows(tmp_path):
+    assert "No run" in evidence_tables.tables(tmp_path / "none.jsonl")
+    rows = tmp_path / "rows.jsonl"
+    result = evidence.compare([torch.ones(3, 2, 2).long()] * 3, [torch.ones(3, 2, 2).long()] * 3)
+    pair = {"method": "croc", "baseline": "dino", "protocol": "ridge-seg", "runs": []}
+    evidence.add_row(rows, made(evidence.Run("run", "croc", 0, 0.004)))
+    evidence.add_row(rows, {"kind": "comparison", **pair, **result})
+    page = evidence_tables.tables(rows)
+    assert "croc against dino | ridge-seg | 0.000 [0.000, 0.000]" in page
+    assert "no difference at this budget |" in page
