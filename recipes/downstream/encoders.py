@@ -235,7 +235,7 @@ def layer_of_parameters(network: Any, *, by_stage: bool) -> dict[str, int]:
     return group_parameters(network, network.group_matcher(coarse=by_stage), reverse=True)
 
 
-class FixedNorm:
+class FixedNorm(nn.Module):
     """What makes a batch normalization keep its statistics: it is always in evaluation mode."""
 
     def train(self, mode: bool = True) -> Any:

