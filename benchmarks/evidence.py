@@ -279,12 +279,9 @@ def call(study: Study, command: list[str], log: Path, watch: str = "") -> int:
 
 
 def last_step(run: Path) -> int:
-    """The step of the last row of a run's log; 0 before there is one."""
-    log = run / "metrics.jsonl"
-    for line in reversed(log.read_text().splitlines() if log.exists() else []):
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            return json.loads(line)["step"]
-    return 0
+    """The step of the newest checkpoint of a run; 0 before there is one."""
+    steps = [int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")]
+    return max(steps, default=0)
 
 
 @contextlib.contextmanager

@@ -708,14 +708,17 @@ def neighbor_distribution_loss(
         allowed = allowed & use[..., None]
 
     references = _valid_rows(references.detach(), allowed.any(-2))
-    logits = []
-    for points in (_valid_rows(student, use), _valid_rows(teacher.detach(), use)):
-        near = _proximity(points, references, "cosine")
-        temperature = teacher_temperature if logits else student_temperature
+
+    def logits(points: Tensor, temperature: Scalar) -> Tensor:
+        near = _proximity(_valid_rows(points, use), references, "cosine")
         near = near / in_range(temperature, near.dtype)
-        logits.append(torch.where(allowed, near, -torch.inf))
+        return torch.where(allowed, near, -torch.inf)
+
+    student_logits = logits(student, student_temperature)
+    teacher_logits = logits(teacher.detach(), teacher_temperature)
     counted = allowed.any(-1)
-    return _reduce(_cross_entropy(*logits, counted), counted, reduction)
+    distances = _cross_entropy(student_logits, teacher_logits, counted)
+    return _reduce(distances, counted, reduction)
 
 
 @typed

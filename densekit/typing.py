@@ -72,7 +72,7 @@ def typed(function: _Function) -> _Function:
     copy = _with_checked_fields(function, signature)
     checked = jaxtyped(copy, typechecker=beartype(conf=CONF))
     hints = [parameter.annotation for parameter in signature.parameters.values()]
-    remembers = all(map(form_decides, [*hints, signature.return_annotation]))
+    remembers = all(form_decides(hint) for hint in [*hints, signature.return_annotation])
     passed: dict[Hashable, Hashable] = {}  # the form of a call, and that of its newest result
 
     @functools.wraps(function)

@@ -148,6 +148,7 @@ import harness
 import safetensors.torch
 import torch
 from downstream import encoders, protocols
+from downstream.crops import crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
@@ -421,7 +422,7 @@ class ManyViews:
 
     def crop(self, image: Tensor, views: dk.View, size: int) -> Tensor:
         """The crops of an image by several views, uint8."""
-        crops = [harness.crop_bytes(image, view, size) for view in dk.unstack_views(views)]
+        crops = [crop_bytes(image, view, size) for view in dk.unstack_views(views)]
         return torch.stack(crops) if crops else image.new_zeros(0, 3, size, size)
 
     def change_colors(self, crops: Tensor) -> Tensor:
@@ -487,6 +488,9 @@ class Adapt(nn.Module):
         super().__init__()
         self.config = config
         self.pairs = list_pairs(config)
+        # Which large view each pair belongs to: 1 there, 0 elsewhere.
+        of_large = nn.functional.one_hot(torch.tensor([g for g, _ in self.pairs]), LARGE)
+        self.register_buffer("of_large", of_large, persistent=False)
         options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
         encoder = encoders.build(start.architecture, levels=1, **options)
         encoder.load_state_dict(start.network.state_dict())
@@ -668,8 +672,7 @@ class Adapt(nn.Module):
                 cosine = dk.negative_cosine(points.features2, points.features1, points.valid)
                 cosines.append(-cosine)
 
-        of_large = nn.functional.one_hot(torch.tensor([g for g, _ in self.pairs]), LARGE)
-        of_large = of_large.to(losses[0])
+        of_large = self.get_buffer("of_large").to(losses[0].dtype)
         counts = valid.to(of_large.dtype) @ of_large  # (b, 2)
 
         def mean_of_images(values: list[Tensor]) -> Tensor:

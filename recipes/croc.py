@@ -127,6 +127,7 @@ import harness
 import timm
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
 from timm.layers import apply_rot_embed_cat
@@ -253,7 +254,7 @@ class TwoViews:
             dk.check_views(dk.stack_views(views), size)
 
         side = self.view_config.size
-        crops = [harness.crop_bytes(image, view, side, "bicubic") for view in views]
+        crops = [crop_bytes(image, view, side, "bicubic") for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(self.seed, epoch, index, harness.COLORS):
             augments_and_crops = zip(self.photometric, crops, strict=True)

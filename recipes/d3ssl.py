@@ -118,6 +118,7 @@ if __name__ == "__main__":
 import harness
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -250,7 +251,7 @@ class TwoViews:
         boxes = torch.where(has_proposal, boxes, view2.box)
 
         side = self.view_config.size
-        crops = [harness.crop_bytes(image, view, side) for view in views]
+        crops = [crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(self.seed, epoch, index, harness.COLORS):
             augmented = tuple(self.photometric(crop) for crop in crops)

@@ -119,6 +119,7 @@ import harness
 import timm
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from downstream.encoders import last_map
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
@@ -225,7 +226,7 @@ class TwoViews:
             dk.check_views(dk.stack_views(views), size)
 
         side = self.view_config.size
-        crops = [harness.crop_bytes(image, view, side) for view in views]
+        crops = [crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(self.seed, epoch, index, harness.COLORS):
             augmented = tuple(self.photometric(crop) for crop in crops)

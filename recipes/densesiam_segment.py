@@ -100,6 +100,7 @@ import timm
 import torch
 import torchvision
 from downstream import encoders, image_sets
+from downstream.crops import crop_bytes
 from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
@@ -282,8 +283,8 @@ class TwoViews:
         size = (self.config.image, self.config.image)
         if epoch == 0:
             dk.check_views(in_pixels, size)
-        near = harness.crop_bytes(square, in_pixels, self.config.size)
-        whole = harness.crop_bytes(square, dk.full_view(size), self.config.size)
+        near = crop_bytes(square, in_pixels, self.config.size)
+        whole = crop_bytes(square, dk.full_view(size), self.config.size)
         # The colors need other random numbers than the views.
         with harness.seeded(self.config.seed, epoch, index, harness.COLORS):
             augmented = (self.photometric(near), self.photometric(whole))

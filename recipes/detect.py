@@ -531,7 +531,7 @@ def average_precision(truth: COCO, found: list[dict], kind: str) -> dict[str, An
 
 def draw(data: Objects, found: list[dict], path: Path) -> None:
     """Eight images with their objects, each beside what was found with a score above 0.5."""
-    images, targets, _ = data[list(range(min(8, len(data))))]
+    images, targets, *_ = harness.make_batch(data, range(min(8, len(data))))
     tiles = []
     for image, target in zip(images, targets, strict=True):
         number = target["image_id"]

@@ -111,6 +111,7 @@ import harness
 import timm
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from downstream.encoders import last_map, level_maps
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -228,7 +229,7 @@ class TwoViews:
             dk.check_views(dk.stack_views(views), size)
 
         side = self.view_config.size
-        crops = [harness.crop_bytes(image, view, side) for view in views]
+        crops = [crop_bytes(image, view, side) for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(self.seed, epoch, index, harness.COLORS):
             augmented = tuple(self.photometric(crop) for crop in crops)

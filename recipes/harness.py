@@ -27,7 +27,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -683,59 +683,17 @@ def image_source(
     return SceneImages(scenes)
 
 
-def crop_bytes(
-    image: Tensor,
-    view: dk.View,
-    size: int | tuple[int, int],
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+def normalize_images(
+    images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """One view of one image, both of 8 bits: `dk.crop_views` within one gray level, but quicker.
-
-    Args:
-        image: A whole image, uint8 (3, H, W).
-        view: A view without leading axes.
-        size: Size of the crop in pixels, or its side.
-        interpolation: The resize filter.
-
-    Returns:
-        The crop, uint8 (3, h, w).
-    """
-    height, width = image.shape[-2:]
-    left, top, right, bottom = view.box.tolist()
-    is_inside = 0 <= left < right <= width and 0 <= top < bottom <= height
-    is_whole = is_inside and all(edge == int(edge) for edge in (left, top, right, bottom))
-    if not is_whole:  # its edges lie within pixels
-        crop = dk.crop_views(image / 255, view, size, interpolation=interpolation)
-        return _as_bytes(crop * 255)
-
-    pixels = image[None, :, int(top) : int(bottom), int(left) : int(right)]
-    sides = (size, size) if isinstance(size, int) else size
-    resize = partial(nn.functional.interpolate, size=sides, mode=interpolation, antialias=True)
-    if interpolation == "bilinear":
-        crop = resize(pixels)[0]
-    else:  # bytes would be clipped between the two passes, where bicubic overshoots
-        crop = _as_bytes(resize(pixels.float())[0])
-
-    if view.flip:
-        crop = crop.flip(-1)
-    if view.vertical_flip is not None and view.vertical_flip:
-        crop = crop.flip(-2)
-    return crop
-
-
-def _as_bytes(pixels: Tensor) -> Tensor:
-    """Gray levels 0 ... 255 as uint8, rounded."""
-    return pixels.round().clamp(0, 255).byte()
-
-
-def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of 8 bits (b, 3, h, w) as floats with this mean and standard deviation of each color.
 
     Both are of images in [0, 1].
     """
-    mean_column = images.new_tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255
-    std_column = images.new_tensor(std, dtype=torch.float32).view(3, 1, 1) * 255
-    return images.float().sub_(mean_column).div_(std_column)
+    # What is on the device already is not copied, so that nothing waits.
+    mean_column = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    std_column = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return images.float().sub_(mean_column * 255).div_(std_column * 255)
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -957,13 +915,16 @@ def batches(
         pin_memory=world.device.type == "cuda",
         generator=generator(seed),
     )
+    columns = None
+    if normalize is not None:  # on the device once, and not in every step
+        columns = tuple(torch.tensor(x, device=world.device) for x in normalize)
     items = load(loader, patience)
     for _ in range(start, stop):
         parts = []
         for part in islice(items, plan.items_per_batch):
             move = partial(Tensor.to, device=world.device, non_blocking=True)
             parts.append(tree_map_only(Tensor, move, part))
-        yield _finish_batch(parts, normalize)
+        yield _finish_batch(parts, columns)
 
 
 def progress(items: Iterable[Any], *, start: int, stop: int, world: World) -> tqdm:

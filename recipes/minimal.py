@@ -56,6 +56,7 @@ if __name__ == "__main__":
 import harness
 import torch
 from downstream import encoders
+from downstream.crops import crop_bytes
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 import densekit as dk
@@ -101,7 +102,7 @@ class TwoViews:
         if epoch == 0:
             dk.check_views(dk.stack_views(views), size)
 
-        crops = [harness.crop_bytes(image, view, self.config.size) for view in views]
+        crops = [crop_bytes(image, view, self.config.size) for view in views]
         # The colors need other random numbers than the views.
         with harness.seeded(seed, epoch, index, harness.COLORS):
             augmented = tuple(augment(crop) for crop in crops)

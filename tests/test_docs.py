@@ -27,7 +27,16 @@ MODULES = {
 }
 NOT_FLAT = {"typing"}  # imported by its own name: no part of a training program
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
-    "hints": {"array_hint", "fits", "is_array", "is_record", "records_of", "with_fields"},
+    "hints": {
+        "array_hint",
+        "fits",
+        "form_decides",
+        "form_of",
+        "is_array",
+        "is_record",
+        "records_of",
+        "with_fields",
+    },
     "messages": {"about_map", "explain", "explain_devices", "looks_like_map"},
     "numerics": {
         *("block_rows", "broadcasts", "check", "check_cells", "check_size", "check_temperature"),
@@ -36,6 +45,7 @@ INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
             "recomputed",
             "refuse_channels_last",
             "refuse_maps",
+            "row_of",
             "safe_divide",
             "sample_uniform",
             "take_rows",
@@ -92,7 +102,7 @@ def test_what_modules_share_is_explained_and_used_by_another_one(module):
     sources = [path.read_text() for path in project_files("densekit/*.py") if path.stem != module]
     for name in INTERNAL[module]:
         assert getattr(MODULES[module], name).__doc__
-        assert any(re.search(rf"\b{name}\(", source) for source in sources)
+        assert any(re.search(rf"\b{name}[()]", source) for source in sources)
 
 
 # ---- randomness ------------------------------------------------------------------------------

@@ -616,7 +616,7 @@ def some_source():
 def test_the_chosen_boxes_are_some_that_view_2_holds():
     source, full = some_source(), set()
     dataset, indices = TwoViews(source, SMALL), [0, 5, 2, 7, 6, 3]
-    for epoch in range(20):
+    for epoch in range(60):
         batch = harness.make_batch(dataset, indices, epoch=epoch)
         _, (view1, view2), boxes, valid, *_ = batch
         assert boxes.shape == (6, SMALL.regions, 4)

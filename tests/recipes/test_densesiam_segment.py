@@ -366,7 +366,8 @@ def test_features_of_coordinates_show_the_same_image_points_in_both_views():
         pooled = avg_pool2d(near, 4)
         center = slice(2, -2)  # nearer the border a crop does not see what is beside it
         inside = (..., center, center)
-        torch.testing.assert_close(replayed[inside], pooled[inside], atol=1e-4, rtol=0)
+        # Both crops have 8 bits: each is at most half a gray level off.
+        torch.testing.assert_close(replayed[inside], pooled[inside], atol=1 / 255, rtol=0)
         assert (replayed - pooled).abs().max() < 0.5 * 4 * 4 / 255  # half a cell of 4 pixels
         for maps, box, flip in zip(replayed, view.box, view.flip, strict=True):
             x = box[0] + (torch.arange(16) + 0.5) / 16 * (box[2] - box[0])

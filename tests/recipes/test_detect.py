@@ -175,6 +175,12 @@ def ap(data, found, kind="bbox"):
     return average_precision(data.coco, found, kind)["AP"]
 
 
+def batch_of(data, *indices, epoch=0):
+    """The images, the targets and the unreadable files of a few images."""
+    images, targets, _, unreadable = harness.make_batch(data, indices, epoch=epoch)
+    return images, targets, unreadable
+
+
 # ---- data --------------------------------------------------------------------------------------
 def test_coco_is_read_as_it_was_written(tmp_path, capsys):
     train, val = load(replace(coco(tmp_path), detector="mask-rcnn-fpn"))
@@ -184,8 +190,7 @@ def test_coco_is_read_as_it_was_written(tmp_path, capsys):
     train.train = False  # nothing is flipped
     train.order, train.train = [0], True
     for epoch in range(20):  # of which some are not flipped
-        train.epoch = epoch
-        (image,), (target,), unreadable = train[[0]]
+        (image,), (target,), unreadable = batch_of(train, 0, epoch=epoch)
         if torch.equal(image, harness.read_image(tmp_path / "val2017/000000000007.jpg")):
             break
     assert target["boxes"].tolist() == [[4, 6, 14, 12], [10, 5, 33, 25]]
@@ -195,7 +200,7 @@ def test_coco_is_read_as_it_was_written(tmp_path, capsys):
     assert torch.equal(target["masks"][0], square)
     assert torch.equal(target["masks"][1], torch.from_numpy(SPOTS).byte())
     assert list(unreadable) == []
-    _, (empty,), _ = val[[1]]
+    _, (empty,), _ = batch_of(val, 1)
     assert empty["boxes"].shape == (0, 4)
     assert empty["labels"].shape == (0,)
 
@@ -222,7 +227,7 @@ def test_voc_is_read_as_it_was_written(devkit):
     files = ["VOC2007/JPEGImages/000005.jpg", "VOC2012/JPEGImages/000005.jpg"]
     assert [x["file_name"] for x in train.infos] == files
     train.train = False  # nothing is flipped
-    targets = [train[[index]][1][0] for index in (0, 1)]
+    targets = [batch_of(train, index)[1][0] for index in (0, 1)]
     # The difficult cat is trained on, as in Detectron2; one box covers all of its image.
     boxes = [[[4, 6, 14, 12], [19, 0, 40, 12]], [[0, 0, 40, 30]]]
     assert [x["boxes"].tolist() for x in targets] == boxes
@@ -267,7 +272,8 @@ def test_boxes_are_clipped_to_the_image_and_those_without_area_left_out(boxes):
         patch.setattr("builtins.print", lambda text: printed.append(text))
         train, val = load(one_image(Path(folder), boxes))
         train.train = False  # nothing is flipped
-        ((target,), (tested,)) = train[[0]][1], val[[0]][1]
+        (target,) = batch_of(train, 0)[1]
+        (tested,) = batch_of(val, 0)[1]
 
     frame = torch.tensor([0, 0, 40, 30])
     inside = [[1, 2, 9, 8]]
@@ -290,7 +296,7 @@ def test_a_box_beyond_the_image_changes_no_loss(tmp_path, capsys):
     losses = []
     for number, boxes in enumerate(([], [(4000, 3000, 5000, 4000), (-90, 5, 0, 9)])):
         train, _ = load(one_image(tmp_path / f"{number}", boxes))
-        (image,), targets, _ = train[[0]]
+        (image,), targets, _ = batch_of(train, 0)
         torch.manual_seed(0)
         model = build_detector(SMALL, 1).train()
         torch.manual_seed(0)
@@ -351,9 +357,8 @@ def test_image_boxes_and_masks_are_flipped_together():
     train, _ = load(replace(SMALL, detector="mask-rcnn-fpn"))
     flipped = 0
     for epoch in range(4):
-        train.epoch = epoch
-        images, targets, _ = train[[0, 1, 2]]
-        again = train[[0, 1, 2]]
+        images, targets, _ = batch_of(train, 0, 1, 2, epoch=epoch)
+        again = batch_of(train, 0, 1, 2, epoch=epoch)
         assert all(torch.equal(a, b) for a, b in zip(images, again[0], strict=True))
         for i, (image, target) in enumerate(zip(images, targets, strict=True)):
             boxes = torchvision.ops.masks_to_boxes(target["masks"])
@@ -364,13 +369,13 @@ def test_image_boxes_and_masks_are_flipped_together():
             flipped += torch.equal(image, plain.flip(-1))
     assert 0 < flipped < 12
     _, val = load(SMALL)
-    assert all(torch.equal(val[[i]][0][0], val.images[i][0]) for i in range(8))
+    assert all(torch.equal(batch_of(val, i)[0][0], val.images[i][0]) for i in range(8))
 
 
 def test_an_unreadable_image_is_replaced_in_training_and_lost_in_a_test(tmp_path, monkeypatch):
     config = coco(tmp_path)
     (tmp_path / "val2017/000000000007.jpg").write_text("broken")
-    (image,), (target,), unreadable = load(config)[0][[0]]
+    (image,), (target,), unreadable = batch_of(load(config)[0], 0)
     assert image.shape[1:] == (20, 50)  # the next one, without any object
     assert target["boxes"].shape == (0, 4)
     assert [x.split(":")[0][-8:] for x in unreadable] == ["0007.jpg"]
@@ -760,7 +765,7 @@ def test_it_learns():
     train, _ = load(SMALL)
     model = build_detector(replace(SMALL, width=16), len(train.classes)).train()
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9), []
-    images, targets, _ = train[[0, 1, 2, 3]]
+    images, targets, _ = batch_of(train, 0, 1, 2, 3)
     for _ in range(12):
         loss = sum(model([x / 255 for x in images], targets).values())
         optimizer.zero_grad()
@@ -820,7 +825,7 @@ def test_other_wrong_files_are_named(devkit, tmp_path):
     noise(tmp_path / "VOC2007/JPEGImages/000010.jpg", 40, 30)
     _, val = load(devkit)
     with pytest.raises(harness.UserError, match=r"000010.jpg has height, width \(40, 30\), not"):
-        val[[1]]
+        batch_of(val, 1)
     voc(tmp_path, split="hard", image="000012", objects=[("cat", 1, 3, 3, 9, 9)])
     train, _ = load(replace(devkit, annotations=("VOC2007/hard",)))
     assert len(train) == 1

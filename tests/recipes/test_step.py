@@ -8,6 +8,7 @@ import importlib
 import itertools
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import adapt
@@ -121,7 +122,10 @@ def fake_loop(request, monkeypatch, tmp_path):
     views = adapt.ManyViews if module is adapt else module.TwoViews
     dataset = views(source, config)
     world = harness.World(0, 1, torch.device("cpu"))
-    batch = next(harness.batches(dataset, config.batch, world, seed=0, start=0, stop=1))
+    load = partial(harness.batches, dataset, config.batch, world, seed=0, start=0, stop=1)
+    batch = next(load())
+    # The images as floats, as every recipe has them but the one that takes bytes.
+    of_floats = batch if module is adapt else next(load(normalize=([0.5] * 3, [0.5] * 3)))
     mode = FakeTensorMode()
     with contextlib.ExitStack() as stack:
 
@@ -138,12 +142,16 @@ def fake_loop(request, monkeypatch, tmp_path):
                     stack.enter_context(mode)
                 return wrap(model)
 
-            fake_batch = convert(batch)
+            fake_batches = {False: convert(batch), True: convert(of_floats)}
             monkeypatch.setattr(harness, "process_group", process_group)
             monkeypatch.setattr(harness, "image_source", lambda *_, **__: source)
             monkeypatch.setattr(module, "image_source", lambda *_, **__: source, raising=False)
             monkeypatch.setattr(
-                harness, "batches", lambda *_, **__: itertools.repeat(fake_batch, STEPS)
+                harness,
+                "batches",
+                lambda *_, normalize=None, **__: itertools.repeat(
+                    fake_batches[normalize is not None], STEPS
+                ),
             )
             monkeypatch.setattr(harness, "batches_per_epoch", lambda *_: STEPS // 2)
             monkeypatch.setattr(module, "evaluate", lambda *_: None, raising=False)
