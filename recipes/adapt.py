@@ -149,9 +149,9 @@ import safetensors.torch
 import torch
 from downstream import encoders, protocols
 from downstream.crops import crop_bytes
+from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
@@ -278,17 +278,9 @@ def check_start(config: Config, start: Any) -> None:
         f"--weights is {config.weights}: give a network of timm with feature maps, such as "
         "timm:resnet50.",
     )
-    if is_vit(encoder):
-        patch = encoder.patch_embed.patch_size[0]
-        sides = {"size": config.views.size, "small-size": config.views.small_size}
-        for name, side in sides.items():
-            below = side // patch * patch
-            nearest = f"{below} or {below + patch}" if below else f"{patch}"
-            harness.check(
-                side % patch == 0,
-                f"--views.{name} is {side}: give a multiple of {patch}, the side of a patch of "
-                f"{start.architecture}, such as {nearest}.",
-            )
+    encoders.check_side("--views.size", config.views.size, encoder, start.architecture)
+    small_size = config.views.small_size
+    encoders.check_side("--views.small-size", small_size, encoder, start.architecture)
     blocks = max(layer_of_parameters(encoder, by_stage=not is_vit(encoder)).values()) + 1
     harness.check(
         config.trainable_blocks <= blocks,
@@ -449,16 +441,6 @@ POINTS = 7  # points along each side of the region that two views share
 REFERENCES = 1  # what is drawn for an image: the points that it is compared with
 MOST_REFERENCES = 4096  # points that neighbors compares with
 CENTER_MOMENTUM = 0.9
-
-
-def is_vit(encoder: Any) -> bool:
-    """Whether the network has tokens: its maps then come after a final norm."""
-    return hasattr(encoder, "num_prefix_tokens")
-
-
-def layer_of_parameters(encoder: Any, *, by_stage: bool) -> dict[str, int]:
-    """The number of the block, or of the stage, that each parameter is in; the stem is 0."""
-    return group_parameters(encoder, encoder.group_matcher(coarse=by_stage), reverse=True)
 
 
 def freeze_blocks(encoder: Any, trainable: int) -> None:
@@ -1067,7 +1049,7 @@ def split(part: int, parts: int, *batch: Any) -> Any:
 
 def train(config: Config) -> None:
     check_options(config)
-    start = encoders.load_encoder(config.weights, seed=config.seed)
+    start = encoders.encoder_of(encoders.find_start(config.weights), seed=config.seed)
     check_start(config, start)
     folder = harness.run_folder("adapt", config, config.method)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
@@ -1132,8 +1114,10 @@ def train(config: Config) -> None:
             "mean": start.mean,
             "std": start.std,
             "method": f"adapt-{config.method}",
+            "input_size": start.facts.get("input_size"),
             "start": config.weights,
-            "start_license": start.facts.get("license", "see the start weights"),
+            "start_source": start.facts.get("source", config.weights),
+            "start_license": start.facts.get("license", encoders.NO_LICENSE),
         }
         kept = harness.kept_epochs(config, steps_per_epoch)
         autocast = partial(

@@ -36,6 +36,10 @@ class Config:
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/croc-PRESET[-NAME OF DATA].
     arch: str = "vit_small_patch16_224"  # A ViT of timm, or "tiny" (96 channels, patches of 8).
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     # Width of the MLP, prototypes for images, and prototypes for clusters.
     head: tuple[int, int, int] = (2048, 65536, 8192)
     alpha: float = 1.0  # Weight of the clusters' loss.
@@ -69,7 +73,7 @@ class Config:
     momentum: float = 0.996  # Momentum of the teacher at the start; it rises to 1.
     drop_path: float = 0.1  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm of each parameter; 0 clips nothing.
-    freeze: float = 1.0  # Epochs in which the last layers of the head stay as they are.
+    freeze_last: float = 1.0  # Epochs in which the last layers of the head stay as they are.
     seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -126,8 +130,8 @@ from downstream import encoders
 from downstream.crops import crop_bytes
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Attention, init_weights_vit_timm
 from torch import Tensor, nn
 from torchvision.ops import MLP
@@ -140,14 +144,12 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    encoder = build_encoder(config.arch, drop_path=0.0)  # which checks --arch
+    encoders.check_start(config)
+    arch = encoders.architecture_of(config)
+    encoder = build_encoder(arch, drop_path=0.0, option=encoders.option_of(config))
     size = config.views.size
-    patch = encoder.patch_embed.patch_size[0]
-    tokens = 2 * (size // patch) ** 2  # of both views
-    harness.check(
-        size % patch == 0,
-        f"--views.size is {size}: give a multiple of {patch}, the side of a patch.",
-    )
+    encoders.check_side("--views.size", size, encoder, arch)
+    tokens = 2 * (size // encoder.patch_embed.patch_size[0]) ** 2  # of both views
     width, image_prototypes, cluster_prototypes = config.head
     enough_prototypes = image_prototypes >= 2 and cluster_prototypes >= 2
     harness.check(
@@ -195,7 +197,7 @@ def check_options(config: Config) -> None:
     harness.check(
         config.clip >= 0, f"--clip is {config.clip}: give a norm above 0, or 0 to clip nothing."
     )
-    harness.check_finite("--freeze", config.freeze)
+    harness.check_finite("--freeze-last", config.freeze_last)
 
 
 # ==== views =======================================================================================
@@ -261,21 +263,35 @@ class TwoViews:
 
 
 # ==== model =======================================================================================
-def build_encoder(arch: str, drop_path: float) -> Any:
-    """A plain ViT of timm, whose last block `encode` can take apart."""
+# The attention that `attend` can take apart: that of most ViTs, and those with rotary embeddings.
+PLAIN_ATTENTION = (Attention, EvaAttention, getattr(timm.layers, "AttentionRope", Attention))
+
+
+def build_encoder(arch: str, drop_path: float, option: str | None = None) -> Any:
+    """A ViT of timm, whose last block `encode` can take apart.
+
+    `option` begins the sentence about any other network.
+    """
     name = "tiny-vit" if arch == "tiny" else arch
     sentence = (
-        f"--arch is {arch}: give a plain ViT of timm, such as vit_small_patch16_224, or tiny."
+        f"{option or f'--arch is {arch}'}: give a ViT of timm, such as vit_small_patch16_224, or "
+        "tiny"
     )
     try:
         encoder = encoders.build(name, drop_path_rate=drop_path)
         attention = encoder.blocks[-1].attn
-        has_plain_attention = type(attention) is Attention and type(attention.q_norm) is nn.Identity
-        has_plain_tokens = encoder.num_prefix_tokens == 1 and encoder.has_class_token
-    except (AttributeError, harness.UserError) as error:
+    except (AttributeError, TypeError, harness.UserError) as error:
         # timm does not know the network, or the network has no such parts.
-        raise harness.UserError(sentence) from error
-    harness.check(has_plain_attention and has_plain_tokens, sentence)
+        raise harness.UserError(f"{sentence}.") from error
+    harness.check(
+        type(attention) in PLAIN_ATTENTION,
+        f"{sentence}; the last block of this network gives no queries, keys and values of all "
+        "tokens.",
+    )
+    harness.check(
+        getattr(encoder, "cls_token", None) is not None,
+        f"{sentence}; this network has no [CLS] token.",
+    )
     return encoder
 
 
@@ -287,20 +303,60 @@ START = 2
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The final tokens; queries, keys and values of the last block (Eq 21).
 
-    The shapes are (2b, 1 + n, d) and three times (2b, heads, 1 + n, d), with [CLS] first.
+    The shapes are (2b, 1 + n, d) and three times (2b, heads, 1 + n, d), with [CLS] first. Registers
+    are left out.
     """
     # This is timm's forward_features, up to the last block.
-    x = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
-    for block in encoder.blocks[:-1]:
-        x = block(x)
+    embedded = encoder._pos_embed(encoder.patch_embed(images))
+    x, rotations = embedded if isinstance(embedded, tuple) else (embedded, None)
+    if hasattr(encoder, "norm_pre"):
+        x = encoder.norm_pre(x)
+    of_block = [{}] * len(encoder.blocks)
+    if rotations is not None:
+        is_mixed = getattr(encoder, "rope_mixed", False)  # each block then has rotations of its own
+        of_block = [{"rope": rotations[i] if is_mixed else rotations} for i in range(len(of_block))]
+    for block, rotation in zip(encoder.blocks[:-1], of_block[:-1], strict=True):
+        x = block(x, **rotation)
 
     last = encoder.blocks[-1]
-    qkv = last.attn.qkv(last.norm1(x))
-    num_heads = last.attn.num_heads
-    split = rearrange(qkv, "b n (s heads d) -> s b heads n d", s=3, heads=num_heads)
+    rows = attend(last.attn, last.norm1(x), **of_block[-1])
+    queries, keys, values = [drop_registers(encoder, x, axis=2) for x in rows]
+    tokens = encoder.norm(last(x, **of_block[-1]))
+    return drop_registers(encoder, tokens), queries, keys, values
+
+
+def attend(attention: Any, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention of timm, as it compares them, (b, heads, n, d)."""
+    if attention.qkv is None:
+        parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        qkv = torch.cat(parts, -1)
+    elif getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        qkv = nn.functional.linear(x, attention.qkv.weight, bias)
+    else:
+        qkv = attention.qkv(x)
+    split = rearrange(qkv, "b n (s heads d) -> s b heads n d", s=3, heads=attention.num_heads)
     queries, keys, values = split.unbind(0)
-    tokens = encoder.norm(last(x))
-    return tokens, queries, keys, values
+    queries = attention.q_norm(queries)
+    keys = attention.k_norm(keys)
+    if rope is not None:
+        # Patches are rotated by their places; [CLS] and registers have none.
+        halves = {"half": True} if getattr(attention, "rotate_half", False) else {}
+        count = attention.num_prefix_tokens
+        queries, keys = [
+            torch.cat([x[:, :, :count], apply_rot_embed_cat(x[:, :, count:], rope, **halves)], 2)
+            for x in (queries, keys)
+        ]
+    return queries.type_as(values), keys.type_as(values), values
+
+
+def drop_registers(encoder: Any, tokens: Tensor, axis: int = 1) -> Tensor:
+    """[CLS] and the patches, without the tokens between them that some ViTs have."""
+    count = encoder.num_prefix_tokens
+    if count == 1:
+        return tokens
+    patches = tokens.narrow(axis, count, tokens.shape[axis] - count)
+    return torch.cat([tokens.narrow(axis, 0, 1), patches], axis)
 
 
 def grid_side(tokens: Tensor) -> int:
@@ -346,11 +402,16 @@ def pool_clusters(tokens: Tensor, masks: Tensor) -> Tensor:
 class CrOC(nn.Module):
     """Student and teacher. Each is an encoder with a head: an MLP and two last layers (Fig 2)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.config = config
         width, image_prototypes, cluster_prototypes = config.head
-        encoder = build_encoder(config.arch, config.drop_path)
+        encoder = build_encoder(initial.architecture, config.drop_path)
+        if initial.weights is not None:
+            encoder.load_state_dict(initial.weights)
 
         # Images and clusters share the MLP, and each kind has a last layer of its own. The buffer
         # that has the name of a kind is the center of the teacher's outputs.
@@ -385,7 +446,8 @@ class CrOC(nn.Module):
         by_path = rearrange(noise, "b v paths -> paths (v b)")
         for drop_path, own_noise in zip(self.drop_paths, by_path, strict=True):
             drop_path.noise = own_noise
-        tokens = self.student["encoder"].forward_features(pixels)
+        encoder = self.student["encoder"]
+        tokens = drop_registers(encoder, encoder.forward_features(pixels))
         for drop_path in self.drop_paths:
             drop_path.noise = None
         return tokens
@@ -527,7 +589,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
     draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
-        normalize = transforms.Normalize(MEAN, STD)
+        normalize = transforms.Normalize(model.mean, model.std)
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
@@ -555,7 +617,8 @@ def draw(
     colors = palette[own_cluster.cpu()] * kept.cpu()
     head_maps = rearrange(colors, "b heads v (h w) c -> heads (v b) c h w", h=grid_side(tokens))
 
-    panels = [harness.unnormalize(pixels, MEAN, STD), *head_maps[:3], dk.pca_colors(maps)]
+    pictures = harness.unnormalize(pixels, model.mean, model.std)
+    panels = [pictures, *head_maps[:3], dk.pca_colors(maps)]
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
@@ -576,6 +639,7 @@ def clip_each(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
 
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("croc", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
@@ -593,7 +657,9 @@ def train(config: Config) -> None:
         warmup_steps = min(config.warmup, config.epochs) * steps_per_epoch
 
         torch.manual_seed(config.seed)
-        model = CrOC(config)
+        model = CrOC(config, initial)
+        encoders.freeze(model.student["encoder"], config.freeze)
+        encoders.freeze(model.teacher["encoder"], config.freeze)
         model.to(device)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -611,7 +677,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -622,7 +688,7 @@ def train(config: Config) -> None:
         run.wait()
 
         method = "croc" if config.alpha else "dino"
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        facts = {**initial.side_car(), "method": method}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)
@@ -648,7 +714,7 @@ def train(config: Config) -> None:
             # Each parameter is clipped by itself, as in DINO.
             grad_norm = clip_each(parameters, largest_norm)
             run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
-            if step < config.freeze * steps_per_epoch:
+            if step < config.freeze_last * steps_per_epoch:
                 # Without a gradient, the optimizer leaves the last layers as they are.
                 model.student["last"].zero_grad()
             optimizer.step()

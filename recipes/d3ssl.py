@@ -37,6 +37,10 @@ class Config:
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     regions: int = 4  # Proposals K per image and step, of those inside view 2.
     cut: tuple[float, float] = (0.2, 0.5)  # PRC: share of a proposal to cut out; 0 0: nothing.
     mask: tuple[float, float] = (0.2, 0.6)  # PRM: mask beside it, share of its area; 0 0: none.
@@ -119,8 +123,6 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
 from proposals import crop_objects, image_source
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
@@ -132,9 +134,11 @@ def check_options(config: Config) -> None:
     harness.check_training(config)
 
     harness.check_finite("--weight-decay", config.weight_decay)
+    encoders.check_start(config)
+    architecture = encoders.architecture_of(config)
     harness.check(
-        config.arch == "tiny" or encoders.is_resnet(config.arch),
-        f"--arch is {config.arch}: give a ResNet of timm, such as resnet50, or tiny.",
+        architecture == "tiny" or encoders.is_resnet(architecture),
+        f"{encoders.option_of(config)}: give a ResNet of timm, such as resnet50, or tiny.",
     )
     harness.check(
         config.views.size % 2 == 0,
@@ -414,11 +418,14 @@ def fill_places(valid: Tensor) -> tuple[Tensor, Tensor]:
 class D3SSL(nn.Module):
     """Query network (student) and key network (teacher). Each is an encoder with a head (Fig 5)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.config = config
         hidden, outputs = config.head
-        encoder = encoders.build(config.arch)
+        encoder = encoders.build_start(initial)
         head = nn.Sequential(
             nn.Linear(encoder.num_features, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
@@ -516,10 +523,10 @@ def evaluate(
     model.eval()
     device = run.world.device
     network = model.student["encoder"]
-    normalize = transforms.Normalize(MEAN, STD)
+    normalize = transforms.Normalize(model.mean, model.std)
     encoder = nn.Sequential(normalize, network)
     path = run.picture_path(step)
-    draw_inputs(preview, config, path)
+    draw_inputs(model, preview, config, path)
 
     terms = measure_layers(encoder, source, config, device)
     if config.data is None:
@@ -534,19 +541,19 @@ def evaluate(
     model.train()
 
 
-def draw_inputs(preview: tuple, config: Config, path: Path) -> None:
+def draw_inputs(model: D3SSL, preview: tuple, config: Config, path: Path) -> None:
     """A row per image: the student's view 1, small view 2 and view 3, the teacher's two views."""
     images, views, boxes, valid, indices, _ = preview
     seeds = harness.image_seeds(config.seed, 0, indices)  # the same augmentations each time
     view1, view2, small, view3 = augment(images, views, boxes, valid, seeds, config)
-    panels = [draw_boxes(view) for view in (view1, small, view3, view1, view2)]
+    panels = [draw_boxes(view, model) for view in (view1, small, view3, view1, view2)]
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
-def draw_boxes(view: Input) -> Tensor:
+def draw_boxes(view: Input, model: D3SSL) -> Tensor:
     """The images of a view, as panels of the picture, with their valid boxes."""
     panels = nn.functional.interpolate(view.images, PANEL_SIDE)
-    images = harness.unnormalize(panels, MEAN, STD)
+    images = harness.unnormalize(panels, model.mean, model.std)
     boxes = view.boxes.cpu() * PANEL_SIDE
     drawn = []
     for image, own_boxes, own_valid in zip(images, boxes, view.valid.cpu(), strict=True):
@@ -597,6 +604,7 @@ def method_of(config: Config) -> str:
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("d3ssl", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
@@ -621,7 +629,9 @@ def train(config: Config) -> None:
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
-        model = D3SSL(config)
+        model = D3SSL(config, initial)
+        encoders.freeze(model.student["encoder"], config.freeze)
+        encoders.freeze(model.teacher["encoder"], config.freeze)
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -640,7 +650,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -651,7 +661,7 @@ def train(config: Config) -> None:
         run.wait()
 
         method = method_of(config)
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        facts = {**initial.side_car(), "method": method}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)

@@ -57,7 +57,11 @@ class Config:
     preset: Literal["demo", "paper", "simsiam"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/densesiam-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
+    arch: str = "resnet50"  # A network of timm with maps, or "tiny" (64 channels).
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     hidden: int = 2048  # Width of the global projector; its predictor narrows to a quarter.
     categories: int = 512  # Channels of PixSim: its pseudo-categories, the regions of RegionSim.
     batch: int = 512  # Images per step, over all processes.
@@ -119,8 +123,6 @@ from downstream.crops import crop_bytes
 from downstream.encoders import last_map
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
@@ -131,7 +133,8 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
     harness.check_finite("--weight-decay", config.weight_decay)
-    encoders.check_levels(config.arch)
+    encoders.check_start(config)
+    encoders.check_maps(config, "--views.size", config.views.size)
     harness.check(
         config.hidden >= 4,
         f"--hidden is {config.hidden}: give 4 or more, since the predictor narrows to a quarter.",
@@ -319,11 +322,14 @@ def has_dense_heads(loss_config: Loss) -> bool:
 class DenseSiam(nn.Module):
     """Encoder f with global, dense (g, h) and region (g', h') projectors and predictors (Fig 2)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.loss = config.loss
         self.view_size = config.views.size
-        self.encoder = encoders.build(config.arch, levels=1)
+        self.encoder = encoders.build_start(initial, levels=1)
         channels = self.encoder.feature_info[-1]["num_chs"]
         hidden = config.hidden
         regions = config.categories
@@ -568,7 +574,7 @@ def evaluate(model: DenseSiam, preview: tuple, config: Config, run: harness.Run,
     draw(model, images, views, seeds, run.picture_path(step))
 
     if config.data is None:
-        normalize = transforms.Normalize(MEAN, STD)
+        normalize = transforms.Normalize(model.mean, model.std)
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
@@ -587,7 +593,7 @@ def draw(
     maps = last_map(model.encoder, pixels)
     palette = torch.rand(2**14, 3, generator=harness.generator(0))
 
-    panels = [harness.unnormalize(pixels, MEAN, STD)]
+    panels = [harness.unnormalize(pixels, model.mean, model.std)]
     if has_dense_heads(model.loss):
         categories = model.dense_projector(maps).argmax(1).cpu()
         panels.append(palette[categories].movedim(-1, 1))
@@ -638,6 +644,7 @@ def spread(model: DenseSiam, with_region: bool) -> nn.parallel.DistributedDataPa
 
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("densesiam", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
@@ -653,9 +660,10 @@ def train(config: Config) -> None:
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
-        model = DenseSiam(config)
+        model = DenseSiam(config, initial)
         if device.type == "cuda":
             model = timm.layers.convert_sync_batchnorm(model)
+        encoders.freeze(model.encoder, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         regionsim = has_regionsim(config.loss)
@@ -679,7 +687,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -690,7 +698,7 @@ def train(config: Config) -> None:
         run.wait()
 
         method = method_of(config.loss)
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        facts = {**initial.side_car(), "method": method}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)

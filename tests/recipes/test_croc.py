@@ -25,8 +25,14 @@ SMALL = replace(
 
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--arch", "vit_smal"], "--arch is vit_smal"),
-    (["--arch", "vit_small_patch14_reg4_dinov2"], "--arch is vit_small_patch14_reg4_dinov2"),
+    (["--arch", "vit_small_patch14_reg4_dinov2"], "--views.size is 64: give a multiple of 14, the"),
+    (["--weights", "timm:resnet18"], "--weights is timm:resnet18"),
     (["--head", "4", "512", "512"], "--head is 4 512 512"),
     (["--head", "256", "1", "512"], "--head is 256 1 512"),
     (["--head", "256", "512", "0"], "--head is 256 512 0"),
@@ -56,7 +62,7 @@ WRONG = [
     (["--drop-path", "-0.1"], "--drop-path is -0.1"),
     (["--clip", "-1"], "--clip is -1"),
     (["--clip", "nan"], "--clip is nan"),
-    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze-last", "-1"], "--freeze-last is -1"),
     (["--seed", "-1"], "--seed is -1"),
     (["--workers", "-1"], "--workers is -1"),
     (["--log-every", "0"], "--log-every is 0"),
@@ -458,7 +464,7 @@ def test_the_presets_are_the_papers():
     coco = PRESETS["coco"]
     assert (coco.batch, coco.epochs, coco.lr, coco.warmup) == (256, 300, 5e-4, 10)
     assert (coco.weight_decay, coco.momentum, coco.drop_path) == ((0.04, 0.4), 0.996, 0.1)
-    assert (coco.clip, coco.freeze, coco.teacher_temperature[:2]) == (3.0, 1.0, (0.07, 0.07))
+    assert (coco.clip, coco.freeze_last, coco.teacher_temperature[:2]) == (3.0, 1.0, (0.07, 0.07))
     assert (coco.arch, coco.head) == ("vit_small_patch16_224", (2048, 65536, 8192))
     assert (coco.alpha, coco.tokens, coco.token_weights) == (1.0, "values", "attention")
     assert (coco.start, coco.position) == (12, 4.0)
@@ -532,3 +538,49 @@ def test_a_clip_of_zero_clips_nothing(tmp_path, monkeypatch):
     assert norms[0.0][0].max() > 0.02
     torch.testing.assert_close(norms[0.0], norms[math.inf], rtol=0, atol=0)
     assert norms[0.01][0].max() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+        ("vit_small_patch16_dinov3", {"img_size": 64}),
+        ("vit_small_patch16_rope_mixed_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_registers_and_rotations_are_timms(arch, options, monkeypatch):
+    """These queries, keys and values of the last block give what timm's attention gives."""
+    if not timm.is_model(arch):
+        pytest.skip("this timm has no such network")
+    create = timm.create_model
+
+    def create_small(name, **more):
+        return create(name, depth=2, embed_dim=64, num_heads=2, **options, **more)
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    encoder = croc.build_encoder(arch, 0.0).eval()
+    for value in encoder.parameters():
+        value.data += torch.randn_like(value) / 10
+    attention = encoder.blocks[-1].attn
+    seen = []
+    attention.register_forward_hook(
+        lambda _, rows, more, found: seen.append((rows[0], more.get("rope"), found)),
+        with_kwargs=True,
+    )
+    patch = encoder.patch_embed.patch_size[0]
+    images = torch.rand(2, 3, 3 * patch, 3 * patch)
+    with torch.no_grad():
+        tokens, *found = croc.encode(encoder, images)
+        rows, rope, wanted = seen[0]
+        queries, keys, values = croc.attend(attention, rows, rope)
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(attention.proj(mixed), wanted)
+        plain = encoder.forward_features(images)
+    prefix = encoder.num_prefix_tokens
+    kept = [0, *range(prefix, prefix + 9)]
+    torch.testing.assert_close(tokens, plain[:, kept])
+    for kind, part in zip((queries, keys, values), found, strict=True):
+        torch.testing.assert_close(part, kind[:, :, kept])
+    assert croc.attention_weights(*found[:2]).shape == (2, 2, 10)

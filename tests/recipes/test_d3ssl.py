@@ -28,6 +28,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from processes import on_processes
 from strategies import flips, image_box, uniform
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 import densekit as dk
@@ -41,6 +43,12 @@ SMALL = replace(
 STILL = replace(SMALL, jitter=(1.0, 1.0))  # the boxes stay what they are
 # Wrong options, and what the sentence about each of them begins with.
 WRONG = [
+    (["--weights", "timm:convnext_atto"], "--weights is timm:convnext_atto"),
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
     (["--arch", "resnet5"], "--arch is resnet5"),
     (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
@@ -899,7 +907,7 @@ def fake_run(folder, *steps):
 def some_preview():
     """Four scenes, and the batch of them that is drawn."""
     source = proposals.SceneProposals(4)
-    normalize = (d3ssl.MEAN, d3ssl.STD)
+    normalize = (MEAN, STD)
     return source, harness.make_batch(TwoViews(source, SMALL), range(4), normalize=normalize)
 
 
@@ -908,7 +916,7 @@ def test_the_preview_shows_the_students_three_inputs_and_the_teachers_two(tmp_pa
     source, preview = some_preview()
     _, _, boxes, valid, *_ = preview
     valid[:] = torch.tensor([True, False, True, False])
-    std, mean = torch.tensor(d3ssl.STD), torch.tensor(d3ssl.MEAN)
+    std, mean = torch.tensor(STD), torch.tensor(MEAN)
     colors = [((k + torch.zeros(3)) / 4 - mean) / std for k in range(4)]
     shapes = (4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 16, 16), (4, 3, 32, 32)
     given = [

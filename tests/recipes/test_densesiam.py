@@ -30,9 +30,19 @@ SMALL = replace(
 
 # Wrong options, and how the sentence about each of them begins.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--arch", "resnet5"], "--arch is resnet5"),
-    (["--arch", "vit_tiny_patch16_224"], "--arch is vit_tiny_patch16_224"),  # one level alone
-    (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
+    (["--arch", "vit_small_patch14_dinov2"], "--views.size is 48: give a multiple of 14, the"),
+    (
+        ["--arch", "swin_tiny_patch4_window7_224"],
+        "--views.size is 48: swin_tiny_patch4_window7",
+    ),
+    (["--weights", "timm:resnet5"], "--weights is timm:resnet5"),
+    (["--weights", "torchvision:mnasnet1_0"], "--weights is torchvision:mnasnet1_0"),
     (["--hidden", "3"], "--hidden is 3"),
     (["--categories", "1"], "--categories is 1"),
     (["--batch", "1"], "--batch is 1"),

@@ -26,8 +26,14 @@ SMALL = replace(
 )  # fmt: skip
 # Wrong options, and what the sentence about each of them begins with.
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--arch", "resnet5"], "--arch is resnet5"),
-    (["--arch", "vit_small_patch16_224"], "--arch is vit_small_patch16_224"),
+    (["--arch", "levit_128s"], "--arch is levit_128s"),  # three levels alone
+    (["--arch", "vit_small_patch16_224", "--views.size", "50"], "--views.size is 50: give a mul"),
     (["--alpha", "-0.1", "0", "0", "1"], "--alpha is -0.1 0.0 0.0 1.0"),
     (["--alpha", "0", "nan", "0", "1"], "--alpha is 0.0 nan 0.0 1.0"),
     (["--alpha", "0", "0", "0", "inf"], "--alpha is 0.0 0.0 0.0 inf"),

@@ -98,7 +98,7 @@ def build_or_skip(name, **options):
 )
 def test_a_network_has_no_weight_that_its_maps_do_not_need(name, head):
     network = build_or_skip(name)
-    assert encoders.has_levels(name)
+    assert len(encoders.map_sides(name)) == 4
     maps = encoders.level_maps(network, torch.zeros(2, 3, 64, 64, device="meta"))
     assert [x.shape[-1] for x in maps] == [16, 8, 4, 2]
     trained = [x for x in network.parameters() if x.requires_grad]
@@ -118,9 +118,22 @@ def test_a_network_trains_no_weight_that_its_last_map_does_not_need():
     assert network.state_dict().keys() == whole.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "tiny", "no_such_network", ""])
-def test_what_has_no_levels_is_told(name):
-    assert not encoders.has_levels(name)
+@pytest.mark.parametrize(
+    ("name", "side", "sides"),
+    [
+        ("vit_tiny_patch16_224", None, [14] * 4),
+        ("tiny", 64, [16, 8, 8, 8]),
+        ("tiny-vit", 64, [8] * 3),
+        ("levit_128s", None, [14, 7, 4]),
+        ("swin_tiny_patch4_window7_224", None, [56, 28, 14, 7]),
+        ("swin_tiny_patch4_window7_224", 64, []),  # it takes images of one size
+        ("vit_tiny_patch16_224", 60, []),
+        ("no_such_network", None, []),
+        ("", None, []),
+    ],
+)
+def test_the_maps_of_a_network_are_told(name, side, sides):
+    assert encoders.map_sides(name, side) == sides
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

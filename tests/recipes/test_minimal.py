@@ -15,9 +15,15 @@ from minimal import Config
 import densekit as dk
 
 WRONG = [
+    (["--freeze", "-1"], "--freeze is -1"),
+    (["--freeze", "9"], "--freeze is 9"),
+    (["--weights", " "], "--weights is empty"),
+    (["--weights", "nowhere"], "nowhere does not exist"),
+    (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--size", "7"], "--size is 7: give 8 pixels or more"),
     (["--grid", "0"], "--grid is 0"),
-    (["--arch", "vit_tiny_patch16_224"], "--arch is vit_tiny_patch16_224"),
+    (["--arch", "vit_tin_patch16_224"], "--arch is vit_tin_patch16_224"),
+    (["--arch", "vit_tiny_patch16_224", "--size", "15"], "--size is 15: give a multiple of 16"),
     (["--batch", "1"], "--batch is 1"),
     (["--epochs", "0"], "--epochs is 0"),
     (["--lr", "-1"], "--lr is -1.0"),
@@ -69,7 +75,7 @@ def test_a_pair_of_views_that_is_not_valid_changes_nothing(small):
     with harness.process_group("cpu"):
         model = minimal.Minimal(small).eval()
         dataset = minimal.TwoViews(harness.image_source(None), small)
-        normalize = (minimal.MEAN, minimal.STD)
+        normalize = (model.mean, model.std)
         images, views, valid, *_ = harness.make_batch(dataset, range(4), normalize=normalize)
         assert valid.all()
         first_views = [dk.index_views(view, slice(3)) for view in views]
