@@ -1334,7 +1334,7 @@ def test_a_batch_has_the_structure_of_its_items():
             names = [f"{key[1]}: broken"] * key[1]
             return Queue(torch.ones(2), index), names, (torch.zeros(3), index), [index.expand(key)]
 
-    with pytest.raises(TypeError, match="An item is a tuple of tensors, .* holds 'a'"):
+    with pytest.raises(TypeError, match=r"An item is a tuple of tensors, .* holds 'a'"):
         harness.make_batch({(0, 1): ("a",)}, [1])
     batch = harness.make_batch(Records(4), [2, 0, 1], epoch=5)
     record, names, tensors, ragged = batch
