@@ -138,7 +138,7 @@ def _files(folder: Path, name: str) -> list[Path]:
 # ---- command ---------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, or with those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m densekit.recipes", description=_summary_here())
     commands = parser.add_subparsers(dest="command", required=True)
@@ -166,4 +166,4 @@ def _summary_here() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

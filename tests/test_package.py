@@ -108,6 +108,7 @@ print(densekit.__version__, tuple(densekit.crop_views(
     assert done.stdout.split(maxsplit=1) == [version, "(2, 3, 4, 4)\n"]
 
 
+@pytest.mark.slow
 def test_a_copied_recipe_needs_no_file_but_those_of_the_copy(wheel, tmp_path):
     wheel.extractall(tmp_path / "installed")
     code = """

@@ -1,5 +1,6 @@
 """`python -m densekit.recipes`: what it lists, and that a copy loses nothing."""
 
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,23 @@ def test_a_copy_is_the_recipe_and_what_it_imports(tmp_path):
     assert "downstream/protocols.py" not in names
 
 
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_a_copy_has_every_module_that_its_files_import(tmp_path, recipe):
+    copied = copy_recipe(recipe, tmp_path)
+    text = "\n".join(path.read_text() for path in copied if path.suffix == ".py")
+    tops = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M))
+    parts = set(re.findall(r"^ *from downstream\.(\w+) import", text, re.M))
+    for names in re.findall(r"^ *from downstream import ([\w, ]+)", text, re.M):
+        parts |= {name.split()[0] for name in names.split(",")}
+    files = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in copied}
+    top_files = {path.stem for path in project_files("recipes/*.py")}
+    needed = {recipe} | (tops & top_files) | {f"downstream/{name}" for name in parts}
+    if parts:
+        needed.add("downstream/__init__")
+    assert files - {"coco_stuff_27"} == needed
+    assert ("coco_stuff_27" in files) == ("coco_stuff_27" in text)
+
+
 def test_a_second_copy_changes_nothing_and_another_recipe_shares_the_modules(tmp_path):
     copy_recipe("minimal", tmp_path)
     before = content(tmp_path)
@@ -68,9 +86,9 @@ def test_the_command_lists_copies_and_says_what_is_wrong(tmp_path, capsys):
     assert listed.stderr == ""  # no warning that the package has imported the module before
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(list_recipes())
 
-    recipes.main(["copy", "minimal", str(tmp_path)])
+    recipes._main(["copy", "minimal", str(tmp_path)])
     says = capsys.readouterr().out
     assert says.endswith(f"To start: python {tmp_path / 'minimal.py'} --help\n")
     with pytest.raises(SystemExit, match="2"):
-        recipes.main(["copy", "minimum", str(tmp_path)])
+        recipes._main(["copy", "minimum", str(tmp_path)])
     assert "There is no recipe 'minimum': it is one of adapt, croc" in capsys.readouterr().err
