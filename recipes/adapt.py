@@ -147,7 +147,7 @@ import evaluate as scoring
 import harness
 import safetensors.torch
 import torch
-from downstream import encoders, protocols
+from downstream import encoders, health, protocols
 from downstream.crops import crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
@@ -785,8 +785,6 @@ def gather_in_order(x: Tensor) -> Tensor:
 # ==== evaluation ==================================================================================
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
-TOKENS = 2048  # tokens at most that the health is measured on
-HEALTH = ("effective_rank", "off_diagonal_cosine", "position_share", "norm_outliers")
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
 
@@ -796,14 +794,23 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
     return network["encoder"]
 
 
-@torch.no_grad()
-def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views, as the teacher sees them."""
+def preview_images(model: Adapt, crops: Crops, config: Config) -> Tensor:
+    """The preview's large views as the teacher sees them, but of the student's size: (v b c h w).
+
+    They are normalized.
+    """
     images = model.normalize(crops.teacher)
     if images.shape[-1] != config.views.size:
         images = nn.functional.interpolate(
             images, config.views.size, mode="bilinear", antialias=True
         )
+    return images
+
+
+@torch.no_grad()
+def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
+    """The maps (v, b, d, h, w) of the preview's large views."""
+    images = preview_images(model, crops, config)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -812,43 +819,16 @@ def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Te
     return rearrange(maps, "(v b) d h w -> v b d h w", b=len(crops.teacher))
 
 
-def measure_health(maps: Tensor) -> dict[str, Tensor]:
-    """Measures without labels, of at most 2,048 tokens of all processes' previews."""
-    group = torch.distributed.group.WORLD
-    images = dk.all_gather(rearrange(maps, "v b d h w -> (b v) d h w"), group)
-    cells = images.shape[-2] * images.shape[-1]
-    images = images[: max(2, TOKENS // cells)]
-    rows = dk.map_to_rows(images).flatten(0, 1)
-    rows = rows[:: math.ceil(len(rows) / TOKENS)]
-    return {
-        "effective_rank": dk.effective_rank(rows),
-        "off_diagonal_cosine": dk.off_diagonal_cosine(rows),
-        "position_share": dk.position_share(images),
-        "norm_outliers": dk.norm_outliers(images),
-    }
-
-
-def check_health(
-    health: dict[str, Tensor], at_start: dict[str, Tensor], config: Config, step: int
-) -> None:
-    """A UserError where the features collapse: on all processes alike."""
-    rank = float(health["effective_rank"])
-    first_rank = float(at_start["effective_rank"])
-    spread = 1 - float(health["off_diagonal_cosine"])
-    first_spread = 1 - float(at_start["off_diagonal_cosine"])
-    advice = (
-        f"below --collapse {config.collapse} of it; give a smaller --lr, --anchor 1, or fewer "
-        "--epochs."
-    )
+def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
+    """A UserError where the features have collapsed: on all processes alike."""
+    problem = monitor.collapse_on_all()
+    checkpoints = sorted(monitor.run.folder.glob("checkpoints/step-*"))
+    kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
     harness.check(
-        rank >= config.collapse * first_rank,
-        f"The features collapse at step {step}: their effective rank is {rank:.1f}, from "
-        f"{first_rank:.1f} at the start, {advice}",
-    )
-    harness.check(
-        spread >= config.collapse * first_spread,
-        f"The features collapse at step {step}: 1 - their mean cosine is {spread:.3f}, from "
-        f"{first_spread:.3f} at the start, {advice}",
+        not problem,
+        f"The features collapse at step {step}: {problem}, below --collapse {config.collapse} of "
+        "it; give a smaller --lr, --anchor 1 or fewer --epochs, and another --run ("
+        f"{kept}).",
     )
 
 
@@ -916,8 +896,8 @@ def counts_path(run: harness.Run, step: int) -> Path:
 
 def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
-    rows = run.rows("effective_rank")
-    for name in HEALTH:
+    for name in health.SCORES:
+        rows = run.rows(name)
         print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
@@ -1095,18 +1075,18 @@ def train(config: Config) -> None:
             workers=config.workers,
             patience=patience,
         )
-        # The pictures show six images of the main process; the health is measured on all.
+        # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
         start_maps = preview_maps(model, model.student["encoder"], preview[0], config)
-        health_at_start = measure_health(start_maps)
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
-        if step == 0:
-            run.log(step, **health_at_start)
-            if world.is_main:
-                evaluate(model, preview, start_maps, start, config, run, step)
+        images = preview_images(model, preview[0], config)
+        monitor = health.Monitor(model.student["encoder"], [images], run, config.collapse)
+        if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
+            evaluate(model, preview, start_maps, start, config, run, step)
         run.wait()
 
         facts = {
@@ -1187,15 +1167,15 @@ def train(config: Config) -> None:
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 means = run.take_means()
-                encoder = saved_encoder(model, config)
-                health = measure_health(preview_maps(model, encoder, preview[0], config))
                 harness.show(bar, means, (config.method, "excess", "anchor"))
-                run.log(step, **means, **health, lr=lr, unreadable=run.unreadable)
-                check_health(health, health_at_start, config, step)
+                run.log(step, **means, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                check_health(monitor, config, step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                check_health(monitor, config, step)
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, start_maps, start, config, run, step)
