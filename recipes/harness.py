@@ -1225,7 +1225,8 @@ def _checksum(path: Path) -> dict[str, Any]:
 
 def write_checksums(checkpoint: Path) -> None:
     """Write the checksums of all files of a checkpoint into it."""
-    sums = {path.name: _checksum(path) for path in sorted(checkpoint.iterdir())}
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != CHECKSUMS]
+    sums = {path.name: _checksum(path) for path in files}
     write(checkpoint / CHECKSUMS, json.dumps(sums, indent=2).encode())
 
 
@@ -1312,6 +1313,8 @@ class PlainPlanner(dcp.DefaultLoadPlanner):
 # What the disk says, whatever the file is.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 
+WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")  # of torch.save
+
 
 def disk_failure(error: BaseException, folder: Path) -> str:
     """What a disk says of a failure below a folder; empty where the error is of something else."""
@@ -1319,7 +1322,7 @@ def disk_failure(error: BaseException, folder: Path) -> str:
         reasons = [disk_failure(failed, folder) for failed, _ in error.failures.values()]
         return next(filter(None, reasons), "")
     if isinstance(error, RuntimeError):  # torch.save counts the bytes that have arrived
-        of_writer = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        of_writer = any(words in str(error) for words in WRITER_ERRORS)
         inner = error.__cause__ or error.__context__
         told = disk_failure(inner, folder) if inner is not None else ""
         return (told or "a file was not written whole") if of_writer else ""
@@ -1538,10 +1541,10 @@ class Run(ExitStack):
         """Raise a UserError for a disk that fails; for another error do nothing."""
         reason = disk_failure(error, self.folder)
         if reason:
-            raise UserError(
-                f"The run folder {self.folder} cannot be read or written ({reason}); "
-                f"{self._kept()}."
-            ) from error
+            raise UserError(self._disk_sentence(reason)) from error
+
+    def _disk_sentence(self, reason: str) -> str:
+        return f"The run folder {self.folder} cannot be read or written ({reason}); {self._kept()}."
 
     def _kept(self) -> str:
         if self._checkpoints:
@@ -1558,11 +1561,7 @@ class Run(ExitStack):
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                reason = first_line(error)
-                problem = (
-                    f"The run folder {self.folder} cannot be read or written ({reason}); "
-                    f"{self._kept()}."
-                )
+                problem = self._disk_sentence(disk_failure(error, self.folder) or first_line(error))
         if self.world.size > 1:
             answer = [found, problem]
             dist.broadcast_object_list(answer, src=0, group=self._patient_group)
@@ -1865,7 +1864,14 @@ class Run(ExitStack):
         write(path, b"".join(kept))
         self._metrics = self.enter_context(path.open("a", buffering=1))
         self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_row + 1)
+        self.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = partial(self._on_thread_error, threading.excepthook)
         self.callback(self._curves.close)
+
+    def _on_thread_error(self, report: Callable[[Any], Any], failed: Any) -> None:
+        """Report an error of a thread, unless it is of the curves: the next row raises it again."""
+        if not disk_failure(failed.exc_value, self.folder):
+            report(failed)
 
     def log(self, step: int, **terms: float | Tensor) -> None:
         """Append one row, on the main process."""
