@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -424,7 +425,7 @@ def train_with_files_of(folder, most, steps):
     receiver, sender = os.pipe()
 
     def child():
-        os.dup2(sender, 2)
+        sys.stderr = os.fdopen(sender, "w", buffering=1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         os._exit(harness.main(lambda steps: trained_to(folder, steps), steps))
 
