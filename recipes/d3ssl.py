@@ -71,6 +71,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The two views of each image.
 
 
@@ -122,7 +123,7 @@ from downstream.crops import crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
-from proposals import crop_objects, image_source
+from proposals import crop_objects, default_path, image_source
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
@@ -607,7 +608,10 @@ def train(config: Config) -> None:
     initial = encoders.read_start(config)
     folder = harness.run_folder("d3ssl", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
-    with group as world, harness.Run(folder, config, world) as run:
+    files = {}  # which the run reads, although no option may name them
+    if config.data is not None:
+        files["proposals"] = config.proposals or default_path(config.data)
+    with group as world, harness.Run(folder, config, world, files=files) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
         scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
