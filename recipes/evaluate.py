@@ -249,7 +249,7 @@ def load_batches(samples: Samples, config: Config, title: str) -> Iterable[list[
     )
     patience = harness.Patience(config.warn_after, config.give_up_after)
     loaded = harness.load(loader, patience)
-    return tqdm(loaded, desc=title, total=count, unit="batch", leave=False)
+    return tqdm(loaded, desc=harness.printable(title), total=count, unit="batch", leave=False)
 
 
 def open_samples(config: Config) -> tuple[Samples, Samples]:
@@ -441,4 +441,4 @@ def evaluate(config: Config) -> None:
         seeds[name] = found
         # Files are written after each encoder, so that nothing is lost.
         write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
-    print(report_text(results, PROTOCOLS, config))
+    harness.tell(*report_text(results, PROTOCOLS, config).splitlines())

@@ -387,7 +387,7 @@ def to_onnx(job: Job) -> tuple[Any, str]:
         raise UserError(f"{job.encoder.architecture} does not go to ONNX: {problem}") from error
 
     gap = largest_difference(found, expected)
-    print(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
+    harness.tell(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
     if not gap < 1e-4:
         raise UserError(
             "That is more than 1e-4: nothing was written. The exporter of torch "
@@ -524,4 +524,4 @@ def export(config: Config) -> None:
     file = file_bytes(content, config.out.suffix)
     harness.write(side_car_of(config.out), side_car.encode())
     harness.write(config.out, file)  # the last one: where it is, all is
-    print(f"{lines}\n# images: {images}")
+    harness.tell(*lines.splitlines(), f"# images: {images}")

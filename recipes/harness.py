@@ -52,8 +52,30 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 
 
 # ---- the way out -----------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """The text with escapes such as \\x1b and \\n for what a terminal would act upon, or not show.
+
+    Names of files come from anywhere: one may clear the screen, hide its end or fake a line. Bytes
+    that are no UTF-8 are escaped as well. Applied a second time it changes nothing.
+    """
+    if text.isprintable():
+        return text
+    escaped = []
+    for character in text:
+        if character.isprintable():
+            escaped.append(character)
+        elif "\udc80" <= character <= "\udcff":  # how Python holds a byte that is no UTF-8
+            escaped.append(f"\\x{ord(character) - 0xDC00:02x}")
+        else:
+            escaped.append(character.encode("unicode_escape").decode())
+    return "".join(escaped)
+
+
 class UserError(Exception):
-    """Something that the user can put right, in one sentence."""
+    """Something that the user can put right, in one sentence, which is printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteError(Exception):
@@ -82,7 +104,7 @@ def main(function: Callable[[Any], None], config: Any) -> int:
         sentence = loader_failure(error)
 
     if code != 0:
-        print(f"error: {sentence}", file=sys.stderr)
+        print(printable(f"error: {sentence}"), file=sys.stderr)
     return code
 
 
@@ -91,13 +113,21 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
     try:
         function(config)
     except UserError as error:
-        # A worker of the loader puts its own traceback before the sentence.
-        return 2, str(error).rsplit("UserError: ")[-1].strip()
+        return 2, _sentence_of(error)
     except NonFiniteError as error:
         return 3, str(error)
     except KeyboardInterrupt:
         return 130, "interrupted"
     return 0, ""
+
+
+def _sentence_of(error: UserError) -> str:
+    """The sentence, which torch puts behind the traceback of a loader process, in the last line."""
+    message = str(error.args[0])
+    if not message.startswith("Caught UserError in "):
+        return message
+    *_, last_line = message.strip().split("\n")
+    return last_line.partition("UserError: ")[2]
 
 
 # ---- options ---------------------------------------------------------------------------------
@@ -273,9 +303,15 @@ class Watch:
         os._exit(2)
 
 
+def tell(*lines: str) -> None:
+    """Lines on the standard output. Recipes print with this alone, since a line may hold a name."""
+    for line in lines:
+        print(printable(line))
+
+
 def say(sentence: str) -> None:
     """A line on the standard error, which a progress bar makes way for."""
-    tqdm.write(sentence, file=sys.stderr)
+    tqdm.write(printable(sentence), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -291,7 +327,7 @@ def say_once(sentence: str) -> None:
     if is_main and not _has_said[0]:
         _has_said[0] = 1
         # Not `say`: a fork may have copied the lock of the progress bar while it was held.
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {sentence}"), file=sys.stderr, flush=True)
 
 
 # ---- processes and randomness ----------------------------------------------------------------
@@ -444,7 +480,7 @@ def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     else:
         return
     if world.is_main:
-        print(f"warning: {means} has no effect: {reason}.", file=sys.stderr)
+        say(f"warning: {means} has no effect: {reason}.")
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -1322,7 +1358,7 @@ class Run(ExitStack):
         """Name each unreadable file once in unreadable.txt, which is opened for new ones alone."""
         if not names:
             return
-        new = {os.fsencode(name) for name in names} - self._unreadable
+        new = {printable(name).encode() for name in names} - self._unreadable
         if new:
             new -= self._read_unreadable()
             with (self.folder / "unreadable.txt").open("ab") as file:
@@ -1353,9 +1389,9 @@ def print_probes(run: Run, more: str = "") -> None:
     line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
     rows = run.rows("probe_miou")
     if rows:
-        print("At step 0 the network is random.")
+        tell("At step 0 the network is random.")
     for row in rows:
-        print(line.format(**row))
+        tell(line.format(**row))
 
 
 def _number(value: float | Tensor) -> float:

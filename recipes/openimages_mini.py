@@ -175,7 +175,7 @@ def read_boxes(path: Path, groups: bool) -> Boxes:
         label_column = header.index("LabelName")
         group_column = header.index("IsGroupOf")
 
-        with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
+        with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=harness.printable(path.name)) as bar:
             for number, row in enumerate(filter(None, rows)):
                 if len(row) != len(header):
                     raise ValueError(f"line {rows.line_num} has {len(row)} columns")
@@ -276,7 +276,7 @@ def select(config: Config) -> None:
     shared = [name for name in coco if name in coco_class.values()]
     lacking = [name for name in coco if name not in shared]
     for name in lacking:
-        print(f"warning: no class of OpenImages is a counterpart of COCO's {name!r}.")
+        harness.tell(f"warning: no class of OpenImages is a counterpart of COCO's {name!r}.")
 
     boxes = read_boxes(config.boxes, config.groups)
     order = visiting_order(boxes.images, config)
@@ -342,6 +342,6 @@ def print_table(name: str, figures: dict[str, Any]) -> None:
     objects = f"{figures['objects_per_image']:.4g}"
     categories = f"{figures['categories_per_image']:.4g}"
     row = "{:26}{:>9}{:>12}{:>12}{:>9}".format
-    print(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
-    print(row(name, figures["images"], objects, categories, figures["categories"]))
-    print(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))
+    harness.tell(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
+    harness.tell(row(name, figures["images"], objects, categories, figures["categories"]))
+    harness.tell(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))

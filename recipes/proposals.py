@@ -372,7 +372,7 @@ class ImagesWithProposals(harness.FolderImages):
         if not names:
             raise UserError(f"{path} has no proposal of any image of {data}.")
         if len(names) < len(listed) and os.environ.get("RANK", "0") == "0":
-            print(f"{len(names)} of {len(listed)} images have proposals; the others are left out.")
+            harness.tell(f"{len(names)} of {len(listed)} images have proposals; the others are left out.")
         super().__init__(data, names, value_range=value_range)
 
         widths_and_heights = np.tile(known.sizes[:, ::-1], 2)
@@ -495,7 +495,7 @@ def propose(config: Config) -> None:
     partial.unlink()
 
     counts = np.array([len(found.boxes) for found in results.values()])
-    print(
+    harness.tell(
         f"{len(results)} images, {counts.sum()} proposals, {counts.mean():.1f} an image, "
         f"{(counts == 0).sum()} images without any, {len(unreadable)} unreadable files: {out}"
     )
@@ -505,5 +505,5 @@ def write_unreadable(path: Path, names: list[str], unreadable: dict[str, str]) -
     """Name the unreadable files, in the order of the images; an older list is replaced."""
     if not unreadable and not path.exists():
         return
-    lines = [os.fsencode(unreadable[name]) + b"\n" for name in names if name in unreadable]
+    lines = [harness.printable(unreadable[name]).encode() + b"\n" for name in names if name in unreadable]
     path.write_bytes(b"".join(lines))

@@ -234,4 +234,4 @@ def say_left_out(found: LabeledSet) -> None:
         size = record.size or (math.inf, math.inf)  # unknown until the image is read
         left_out += sum(not has_area(x.box, size) for x in record.objects or [])
     if left_out and os.environ.get("RANK", "0") == "0":
-        print(f"{left_out} objects are left out: their boxes have no area in the image.")
+        harness.tell(f"{left_out} objects are left out: their boxes have no area in the image.")
