@@ -176,6 +176,11 @@ def make_folder(out: Path) -> None:
     except OSError as error:
         problem = f"it cannot be made a folder ({error.strerror}), give another"
         raise harness.UserError(f"--out is {out}: {problem}.") from error
+    for name in ("results.json", "report.md", "figures/example.png"):
+        path = out / name
+        has_folder = path.parent.exists()  # that of the figures is made with the first one
+        if has_folder:
+            harness.check_output("--out", path)
 
 
 # ==== samples =====================================================================================

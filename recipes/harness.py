@@ -123,10 +123,10 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
 
 def _sentence_of(error: UserError) -> str:
     """The sentence, which torch puts behind the traceback of a loader process, in the last line."""
-    message = str(error.args[0])
+    message = str(error)
     if not message.startswith("Caught UserError in "):
         return message
-    *_, last_line = message.strip().split("\n")
+    *_, last_line = str(error.args[0]).strip().split("\n")
     return last_line.partition("UserError: ")[2]
 
 
@@ -145,6 +145,26 @@ def check_finite(option: str, value: float) -> None:
 def check_above_zero(option: str, value: float) -> None:
     """Check a number that may not be 0, such as a temperature."""
     check(0 < value < math.inf, f"{option} is {value}: give a finite number above 0.")
+
+
+def check_output(option: str, path: Path) -> None:
+    """A UserError, unless a file can be made or replaced here: work is not lost at its end.
+
+    It is tried: permissions do not tell of a disk that is read-only.
+    """
+    trial = _temporary(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        is_new = not trial.exists()
+        with trial.open("ab"):
+            pass
+        if is_new:
+            trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} leads to {path}, which cannot be written ({error.strerror}): give another."
+        ) from error
 
 
 def as_typed(value: Any) -> str:
@@ -999,9 +1019,14 @@ def run_folder(recipe: str, config: Any, *more: str) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """Make or replace a file: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _remove(folder: Path) -> None:
