@@ -899,16 +899,16 @@ def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
     for name in health.SCORES:
         rows = run.rows(name)
-        print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+        harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
     before = safetensors.torch.load(counts_path(run, 0).read_bytes())
     after = safetensors.torch.load(counts_path(run, step).read_bytes())
-    print("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
+    harness.tell("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])
         texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found]
-        print(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
+        harness.tell(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
 
 
 def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Interval, dk.Interval]:

@@ -593,6 +593,16 @@ def draw_layers(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def check_regions(regions: Tensor, source) -> None:
+    """A UserError on all processes, if an epoch has had no region, which taught nothing."""
+    total = dk.all_sum(regions, torch.distributed.group.WORLD)
+    harness.check(
+        total.item() > 0,
+        f"None of the {len(source)} images had a proposal in its views in a whole epoch: the "
+        "proposals may belong to other images, make new ones with recipes/proposals.py.",
+    )
+
+
 def method_of(config: Config) -> str:
     """The name of the method that these options make."""
     if config.depositioning:
@@ -672,6 +682,8 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
+        # The regions of an epoch; one that is resumed has had some.
+        regions = torch.tensor(float(step % steps_per_epoch), device=device)
         for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
@@ -694,6 +706,11 @@ def train(config: Config) -> None:
             run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
+
+            regions += valid.sum()
+            if step % steps_per_epoch == 0:
+                check_regions(regions, source)
+                regions.zero_()
 
             run.note_unreadable(unreadable)
             # The device is waited for here alone. The run ends if a value was not finite.

@@ -701,4 +701,4 @@ def train(config: Config) -> None:
         if world.is_main:
             harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
-                print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                harness.tell(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

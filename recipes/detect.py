@@ -636,4 +636,4 @@ def train(config: Config) -> None:
             torch.save(model.state_dict(), folder / "detector.pt")
             line = "step {step}: AP {box_AP:.3f}, AP50 {box_AP50:.3f}, AP75 {box_AP75:.3f}"
             for row in run.rows("box_AP"):
-                print(line.format(**row))
+                harness.tell(line.format(**row))

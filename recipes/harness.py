@@ -59,8 +59,30 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 
 
 # ---- the way out -----------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """The text with escapes such as \\x1b and \\n for what a terminal would act upon, or not show.
+
+    Names of files come from anywhere: one may clear the screen, hide its end or fake a line. Bytes
+    that are no UTF-8 are escaped as well. Applied a second time it changes nothing.
+    """
+    if text.isprintable():
+        return text
+    escaped = []
+    for character in text:
+        if character.isprintable():
+            escaped.append(character)
+        elif "\udc80" <= character <= "\udcff":  # how Python holds a byte that is no UTF-8
+            escaped.append(f"\\x{ord(character) - 0xDC00:02x}")
+        else:
+            escaped.append(character.encode("unicode_escape").decode())
+    return "".join(escaped)
+
+
 class UserError(Exception):
-    """Something that the user can put right, in one sentence."""
+    """Something that the user can put right, in one sentence, which is printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteError(Exception):
@@ -89,7 +111,7 @@ def main(function: Callable[[Any], None], config: Any) -> int:
         sentence = loader_failure(error)
 
     if code != 0:
-        print(f"error: {sentence}", file=sys.stderr)
+        print(printable(f"error: {sentence}"), file=sys.stderr)
     return code
 
 
@@ -98,8 +120,7 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
     try:
         function(config)
     except UserError as error:
-        # A worker of the loader puts its own traceback before the sentence.
-        return 2, str(error).rsplit("UserError: ")[-1].strip()
+        return 2, _sentence_of(error)
     except NonFiniteError as error:
         return 3, str(error)
     except KeyboardInterrupt:
@@ -109,6 +130,15 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
             raise
         return 2, "Another process of this run has ended: its own message says why."
     return 0, ""
+
+
+def _sentence_of(error: UserError) -> str:
+    """The sentence, which torch puts behind the traceback of a loader process, in the last line."""
+    message = str(error)
+    if not message.startswith("Caught UserError in "):
+        return message
+    *_, last_line = str(error.args[0]).strip().split("\n")
+    return last_line.partition("UserError: ")[2]
 
 
 # ---- options ---------------------------------------------------------------------------------
@@ -126,6 +156,26 @@ def check_finite(option: str, value: float) -> None:
 def check_above_zero(option: str, value: float) -> None:
     """Check a number that may not be 0, such as a temperature."""
     check(0 < value < math.inf, f"{option} is {value}: give a finite number above 0.")
+
+
+def check_output(option: str, path: Path) -> None:
+    """A UserError, unless a file can be made or replaced here: work is not lost at its end.
+
+    It is tried: permissions do not tell of a disk that is read-only.
+    """
+    trial = _temporary(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        is_new = not trial.exists()
+        with trial.open("ab"):
+            pass
+        if is_new:
+            trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} leads to {path}, which cannot be written ({error.strerror}): give another."
+        ) from error
 
 
 def as_typed(value: Any) -> str:
@@ -284,9 +334,15 @@ class Watch:
         os._exit(2)
 
 
+def tell(*lines: str) -> None:
+    """Lines on the standard output. Recipes print with this alone, since a line may hold a name."""
+    for line in lines:
+        print(printable(line))
+
+
 def say(sentence: str) -> None:
     """A line on the standard error, which a progress bar makes way for."""
-    tqdm.write(sentence, file=sys.stderr)
+    tqdm.write(printable(sentence), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -302,7 +358,7 @@ def say_once(sentence: str) -> None:
     if is_main and not _has_said[0]:
         _has_said[0] = 1
         # Not `say`: a fork may have copied the lock of the progress bar while it was held.
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {sentence}"), file=sys.stderr, flush=True)
 
 
 # ---- processes and randomness ----------------------------------------------------------------
@@ -488,7 +544,7 @@ def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     else:
         return
     if world.is_main:
-        print(f"warning: {means} has no effect: {reason}.", file=sys.stderr)
+        say(f"warning: {means} has no effect: {reason}.")
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -1351,13 +1407,18 @@ def run_folder(recipe: str, config: Any, *more: str) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """Make or replace a file: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:  # a disk that is full has more use for the space
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _remove(folder: Path) -> None:
@@ -2022,7 +2083,7 @@ class Run(ExitStack):
         """Name each unreadable file once in unreadable.txt, which is opened for new ones alone."""
         if not names:
             return
-        new = {os.fsencode(name) for name in names} - self._unreadable
+        new = {printable(name).encode() for name in names} - self._unreadable
         if new:
             new -= self._read_unreadable()
             with (self.folder / "unreadable.txt").open("ab") as file:
@@ -2053,9 +2114,9 @@ def print_probes(run: Run, more: str = "") -> None:
     line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
     rows = run.rows("probe_miou")
     if rows:
-        print("At step 0 the network is random.")
+        tell("At step 0 the network is random.")
     for row in rows:
-        print(line.format(**row))
+        tell(line.format(**row))
 
 
 def _reason_of(error: BaseException) -> str:

@@ -240,4 +240,4 @@ def train(config: Config) -> None:
 
         if world.is_main:
             for row in run.rows("probe_miou"):
-                print(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")
+                harness.tell(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")

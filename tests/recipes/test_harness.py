@@ -2046,7 +2046,7 @@ def test_unreadable_files_are_counted_and_named_once(tmp_path, broken, size):
     lines = (folder / "unreadable.txt").read_bytes().splitlines()
     assert len(lines) == 6
     assert lines[0].startswith(bytes(broken / "1-truncated.jpg"))
-    assert any(b"8-\xff.jpg" in line for line in lines)
+    assert any(rb"8-\xff.jpg" in line for line in lines)  # escaped
 
 
 def test_scenes_are_a_fixed_pool(monkeypatch):
