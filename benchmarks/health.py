@@ -3,8 +3,8 @@
     python benchmarks/health.py FOLDER FOLDER --encoders tiny=random:tiny start=lite0 paka=RUN ...
 
 Each encoder has a name, and is what evaluate.py takes: a run folder, one of its checkpoints,
-random:NAME and so on. A row for each encoder and labeled folder is appended to --rows, and what is there
-already is not measured again. Without --encoders it prints the table of the rows.
+random:NAME and so on. A row for each encoder and labeled folder is appended to --rows, and what is
+there already is not measured again. Without --encoders it prints the table of the rows.
 """
 
 import argparse

@@ -373,7 +373,7 @@ def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Adapt, "compare", to_one_point)
     config = replace(
-        SMALL, run=tmp_path, head="none", lr=1e-2, epochs=25, log_every=5, save_every=2
+        SMALL, run=tmp_path, head="none", lr=1e-3, epochs=25, log_every=5, save_every=2
     )
     assert harness.main(adapt.train, config) == 2
     printed = capsys.readouterr().err
