@@ -827,9 +827,9 @@ def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
     kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
     harness.check(
         not problem,
-        f"The features collapse at step {step}: {problem}, below --collapse {config.collapse} of "
-        "it; give a smaller --lr, --anchor 1 or fewer --epochs, and another --run ("
-        f"{kept}).",
+        f"The features collapse at step {step}: {problem} at the start, of which --collapse "
+        f"{config.collapse} is the least share; give a smaller --lr, --anchor 1 or fewer --epochs, "
+        f"and another --run ({kept}).",
     )
 
 
@@ -1084,7 +1084,9 @@ def train(config: Config) -> None:
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
         images = preview_images(model, preview[0], config)
-        monitor = health.Monitor(model.student["encoder"], [images], run, config.collapse)
+        monitor = health.Monitor(
+            model.student["encoder"], [images], run, config.collapse, against_start=True
+        )
         if step == 0 and world.is_main:
             run.log(step, **monitor.measure_all())
             evaluate(model, preview, start_maps, start, config, run, step)

@@ -19,6 +19,7 @@ import densekit as dk
 from downstream import encoders
 
 TOKENS = 2048  # at most, of all images together
+IMAGES = 8  # that the tokens come from at least, where there are as many
 RANK_TOKENS = 256  # of them at most, for the rank in the log: more would take too long
 COLLAPSE = 0.5  # the features collapse where a rank or a spread falls below this share
 SCORES = (
@@ -57,16 +58,20 @@ def encode(network: Any, images: Tensor) -> Maps:
     return Maps(last, before)
 
 
-def keep_tokens(maps: Tensor) -> Tensor:
-    """The maps (b, d, h, w) of the first images, with at most 2,048 tokens together.
+def thin(maps: Tensor) -> Tensor:
+    """The maps (b, d, h, w) with so few cells that eight images have at most 2,048 together.
 
-    Two images, which the position's share needs, have at most half of the tokens each: of larger
-    maps every second cell along each side is taken, or every third, and so on.
+    Of larger maps every second cell along each side is taken, or every third, and so on.
     """
     stride = 1
-    while math.prod(maps[0, 0, ::stride, ::stride].shape) > TOKENS // 2:
+    while math.prod(maps[0, 0, ::stride, ::stride].shape) > TOKENS // IMAGES:
         stride += 1
-    thinned = maps[..., ::stride, ::stride]
+    return maps[..., ::stride, ::stride]
+
+
+def keep_tokens(maps: Tensor) -> Tensor:
+    """The thinned maps of the first images, with at most 2,048 tokens together."""
+    thinned = thin(maps)
     cells = math.prod(thinned.shape[-2:])
     return thinned[: TOKENS // cells].float()
 
@@ -101,17 +106,28 @@ def measure_structure(maps: Maps, seeds: int = 1) -> dict[str, Tensor]:
     return {"dense_structure": torch.stack(scores).mean()}
 
 
-def find_collapse(now: dict[str, Any], start: dict[str, Any], share: float = COLLAPSE) -> str:
-    """What has collapsed since the start, as the end of a sentence; "" where nothing has."""
+def find_collapse(now: dict[str, Any], known: dict[str, Any], share: float = COLLAPSE) -> str:
+    """What has collapsed against known scores, as a part of a sentence; "" where nothing has.
+
+    The rank or the spread, which is 1 minus the mean cosine, is below this share of the known one.
+    """
     rank = float(now["effective_rank"])
-    start_rank = float(start["effective_rank"])
-    if rank < share * start_rank:
-        return f"their effective rank is {rank:.1f}, from {start_rank:.1f} at the start"
+    known_rank = float(known["effective_rank"])
+    if rank < share * known_rank:
+        return f"their effective rank is {rank:.1f}, and was {known_rank:.1f}"
     spread = 1 - float(now["off_diagonal_cosine"])
-    start_spread = 1 - float(start["off_diagonal_cosine"])
-    if spread < share * start_spread:
-        return f"1 - their mean cosine is {spread:.2g}, from {start_spread:.2g} at the start"
+    known_spread = 1 - float(known["off_diagonal_cosine"])
+    if spread < share * known_spread:
+        return f"1 - their mean cosine is {spread:.2g}, and was {known_spread:.2g}"
     return ""
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The highest rank and the widest spread of some rows of scores."""
+    return {
+        "effective_rank": max(row["effective_rank"] for row in rows),
+        "off_diagonal_cosine": min(row["off_diagonal_cosine"] for row in rows),
+    }
 
 
 # ---- in training ---------------------------------------------------------------------------------
@@ -124,9 +140,11 @@ class Monitor:
     Args:
         network: What `encode` takes.
         images: What it takes, of the main process, in one or several tensors.
-        run: The run, which has been resumed: the first scores in its log are those of the start.
+        run: The run, which has been resumed: its log holds the scores so far.
         share: The features collapse where their rank, or their spread, is below this share of the
-            start's.
+            best one so far.
+        against_start: Compare with the start instead of the best one so far. Trained weights are a
+            good start, while the features of a random network are all alike.
     """
 
     def __init__(
@@ -135,6 +153,8 @@ class Monitor:
         images: Iterable[Tensor],
         run: harness.Run,
         share: float = COLLAPSE,
+        *,
+        against_start: bool = False,
     ):
         self.network = network
         self.images = torch.cat(list(images))
@@ -142,10 +162,11 @@ class Monitor:
         self.share = share
         self.collapse = ""  # what had collapsed when it was last measured
         self.has_warned = False
-        self.start: dict[str, Any] = {}
+        self.against_start = against_start
+        self.known: list[dict[str, Any]] = []  # the scores to compare with
         if run.world.is_main:
-            rows = run.rows("effective_rank")
-            self.start = rows[0] if rows else {}
+            for row in run.rows("effective_rank"):
+                self.note(row)
 
     @torch.no_grad()
     def encode(self) -> Maps:
@@ -173,9 +194,17 @@ class Monitor:
 
     def score(self, maps: Maps) -> dict[str, float]:
         scores = {name: float(value) for name, value in measure(maps, RANK_TOKENS).items()}
-        self.start = self.start or scores
-        self.collapse = find_collapse(scores, self.start, self.share) if scores else ""
+        if scores:
+            self.note(scores)
+            self.collapse = find_collapse(scores, self.known[0], self.share)
         return scores
+
+    def note(self, scores: dict[str, Any]) -> None:
+        """Keep what later scores are compared with."""
+        if not self.known:
+            self.known = [scores]
+        elif not self.against_start:
+            self.known = [best_of([*self.known, scores])]
 
     def warn(self, step: int) -> None:
         """Say once that the features have collapsed."""
@@ -199,13 +228,13 @@ def health(encoder: encoders.Encoder, batches: Iterable, config: Any, folder: Pa
     tokens = 0
     for batch in batches:
         images = torch.stack([x.image for x in batch]).to(device)
-        maps = encode(encoder, images)
+        maps = Maps(*[thin(x).cpu() for x in encode(encoder, images)])
         found.append(maps)
         tokens += maps.last[:, 0].numel()
         if tokens >= TOKENS:
             break
 
-    joined = Maps(*[torch.cat(parts).cpu() for parts in zip(*found, strict=True)])
+    joined = Maps(*[torch.cat(parts) for parts in zip(*found, strict=True)])
     scores = measure(joined) | measure_structure(joined, seeds=3)
-    used = keep_tokens(joined.last)[:, 0].numel()
-    return {name: float(value) for name, value in scores.items()} | {"tokens": used}
+    figures = {name: float(value) for name, value in scores.items()}
+    return {**figures, "tokens": keep_tokens(joined.last)[:, 0].numel()}

@@ -366,15 +366,27 @@ def test_the_head_trains_alone_at_first(tmp_path):
 
 
 @pytest.mark.usefixtures("alone", "scenes")
-def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
+def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):
     def to_one_point(self, student, teacher, valid, seeds):
         loss = (student - torch.ones_like(student)).square().mean((1, 2))
         return loss, torch.zeros_like(loss)
 
     monkeypatch.setattr(Adapt, "compare", to_one_point)
-    config = replace(SMALL, run=tmp_path, head="none", lr=1e-2, epochs=25, log_every=5)
-    with pytest.raises(harness.UserError, match=r"The features collapse at step \d\d?: .*--lr"):
-        adapt.train(config)
+    config = replace(
+        SMALL, run=tmp_path, head="none", lr=1e-3, epochs=25, log_every=5, save_every=2
+    )
+    assert harness.main(adapt.train, config) == 2
+    printed = capsys.readouterr().err
+    said = re.search(
+        r"error: The features collapse at step (\d+): .*--lr.*the last checkpoint is (\S+)\)\.",
+        printed,
+    )
+    assert 2 < int(said[1]) <= 50
+    assert Path(said[2]).is_dir()
+    assert encoders.load_encoder(said[2]).facts["step"] < int(said[1])
+    capsys.readouterr()
+    assert harness.main(adapt.train, config) == 2  # it goes on, and says the same
+    assert said[0] in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("alone")
