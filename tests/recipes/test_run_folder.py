@@ -8,20 +8,25 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import d3ssl
 import harness
+import minimal
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from test_d3ssl import SMALL as D3SSL
 from test_harness import ALONE, Config, build, in_a_fork, on_processes, rows, train
 
@@ -648,3 +653,116 @@ def test_all_processes_take_the_same_checkpoint(tmp_path, tmp_path_factory, whol
     folder = copy_of(whole, tmp_path_factory)
     (folder / "checkpoints" / "step-00000008" / "row.json").unlink()
     assert on_processes(2, tmp_path, resume_on, folder) == [7, 7]
+
+
+# ---- killed at any moment --------------------------------------------------------------------
+def start(size, config):
+    """The processes of a run of `minimal`, which torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def child(rank):
+        torch.set_num_threads(1)
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os._exit(harness.main(minimal.train, config))
+
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes, seconds=300):
+    """The exit codes of processes that end by themselves in time; -9 of the others."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def wait_for(condition, processes):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        if any(process.exitcode is not None for process in processes):
+            return
+        time.sleep(0.001)
+
+
+def children(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def losses(folder):
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [row for row in found if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(
+    tmp_path, size, monkeypatch
+):
+    """Ten kills of each: of the main processes, of the loader's, and in the middle of a save."""
+    random = Random(size)
+    monkeypatch.setattr(minimal, "probe", lambda model: 0.25)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        pixels = torch.randint(256, (32, 32, 3), generator=harness.generator(number))
+        Image.fromarray(pixels.byte().numpy()).save(images / f"{number}.png")
+    config = minimal.Config(
+        data=images, run=tmp_path / "whole", size=16, grid=2, batch=4, epochs=12, workers=1,
+        log_every=1, save_every=3, device="cpu",
+    )  # fmt: skip
+    assert end(start(size, config)) == [0] * size
+    whole = losses(config.run)
+    assert len(whole) == 48
+
+    folder = tmp_path / "killed"
+    config = replace(config, run=folder)
+
+    def has_logged(steps):
+        """Whether a run that has just resumed has made so many steps, or is at its end."""
+        newest = max([0, *map(harness.step_of, harness.find_checkpoints(folder))])
+        return len(losses(folder)) >= min(newest + steps, 46)
+
+    kills = 0
+    for number in range(10):
+        processes = start(size, config)
+        if number % 3 == 2:  # a save has begun
+            wait_for(lambda: any(folder.glob("checkpoints/.step-*")), processes)
+            time.sleep(random.uniform(0, 0.02))
+        else:
+            steps = random.choice([0, 1, 2])  # the third is saved
+            wait_for(lambda steps=steps: has_logged(steps), processes)
+            time.sleep(random.uniform(0, 0.2))
+        victim = random.choice(processes)
+        if number % 3 == 1:
+            for pid in children(victim):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            victim.kill()
+        codes = end(processes)
+        kills += any(codes)
+        assert all(code in (0, 2, -signal.SIGKILL) for code in codes)
+
+    assert kills >= 8  # a few may have found the run at its end
+    assert len(losses(folder)) < 48
+    processes = start(size, config)
+    wait_for(lambda: has_logged(1), processes)
+    for _ in range(2):
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+    assert end(processes, 10) == [-signal.SIGTERM] * size  # at once
+    assert end(start(size, config)) == [0] * size
+    assert losses(folder) == whole
