@@ -39,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 class Labels:
     data: Path | None = None
     split: str = "val"
+    annotations: tuple[str, ...] = ("train.json", "val")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Named:
     data: Path | None = None
     mapping: Path | None = None
     weights: str | None = None
+    encoder: str = "random:tiny"
     labels: Labels = field(default_factory=Labels)
     changed_data: bool = False
 
@@ -102,6 +104,9 @@ def named(tmp_path):
             "list.txt": b"images/1.png\n",
             "mapping.json": b"{}",
             "weights.pth": bytes(2**20),
+            "encoder.safetensors": b"ours",
+            "encoder.json": b"0",
+            "labeled/train.json": b"1",
             "labeled/classes.json": b"[]",
             "labeled/1.png": b"map",
             "other/1.png": b"one",
@@ -111,6 +116,7 @@ def named(tmp_path):
         tmp_path / "images",
         tmp_path / "mapping.json",
         f"timm:resnet18:{tmp_path / 'weights.pth'}",
+        str(tmp_path),
         Labels(tmp_path / "labeled"),
     )
 
@@ -126,13 +132,18 @@ def write_middle(path):
     [
         (lambda folder: (folder / "mapping.json").write_text("[]"), "--mapping: another content"),
         (lambda folder: write_middle(folder / "weights.pth"), "--weights: another content now"),
+        (lambda folder: (folder / "encoder.json").write_text("1"), "--encoder: another content"),
+        (
+            lambda folder: (folder / "labeled/train.json").write_text("2"),
+            "--labels.annotations: another",
+        ),
         (
             lambda folder: (folder / "labeled/classes.json").write_text("{}"),
             "--labels.data: another content now",
         ),
         (
             lambda folder: (folder / "labeled/boxes.json").touch(),
-            "--labels.data: 1 label files then, 2 now",
+            "--labels.data: 2 label files then, 3 now",
         ),
         (lambda folder: (folder / "labeled/1.png").unlink(), "--labels.data: 1 images then, 0 now"),
         (lambda folder: shutil.rmtree(folder / "images"), "--data: no such file or folder now"),
@@ -574,10 +585,28 @@ def test_other_launchers_than_torchrun_are_told_apart(monkeypatch, size, rank, l
     ):
         pass
     monkeypatch.setenv("RANK", "0")
+    with pytest.raises(harness.UserError, match="RANK is set, and WORLD_SIZE and MASTER_ADDR and"):
+        harness.check_launcher()
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     harness.check_launcher()
     monkeypatch.delenv("RANK")
     monkeypatch.delenv(rank)  # as in the shell of an allocation
     harness.check_launcher()
+
+
+def test_a_port_in_use_is_a_sentence(monkeypatch):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": used.getsockname()[1]}
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, **place}.items():
+            monkeypatch.setenv(name, str(value))
+        with (
+            pytest.raises(harness.UserError, match=r"in use[^\n]*another --master-port"),
+            harness.process_group("cpu"),
+        ):
+            pass
 
 
 # ---- processes that differ -------------------------------------------------------------------
