@@ -618,9 +618,9 @@ def train(config: Config) -> None:
     initial = encoders.read_start(config)
     folder = harness.run_folder("d3ssl", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
-    files = {}  # which the run reads, although no option may name them
-    if config.data is not None:
-        files["proposals"] = config.proposals or default_path(config.data)
+    files = {}  # which the run reads, although no option names them
+    if config.data is not None and config.proposals is None:
+        files["proposals"] = default_path(config.data)
     with group as world, harness.Run(folder, config, world, files=files) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)

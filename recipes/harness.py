@@ -390,8 +390,14 @@ LAUNCHERS = {
 
 
 def check_launcher() -> None:
-    """A UserError, where another launcher than torchrun has started several processes."""
+    """A UserError for several processes, or for one of several, that torchrun has not started."""
     if "RANK" in os.environ:
+        missing = [x for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+        check(
+            not missing,
+            f"RANK is set, and {' and '.join(missing)} not: start with torchrun, which sets all, "
+            "or unset RANK for a single process.",
+        )
         return
     for launcher, (size, rank) in LAUNCHERS.items():
         count = os.environ.get(size, "1")
@@ -445,7 +451,13 @@ def process_group(
     started_by_torchrun = "RANK" in os.environ
     if not started_by_torchrun:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**options)
+    try:
+        dist.init_process_group(**options)
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"The processes do not find each other ({first_line(error)}): another run may use "
+            "this port, give torchrun another --master-port, or the right --master-addr."
+        ) from error
     measured_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = fixed_shapes
     try:
@@ -1101,22 +1113,22 @@ def _named_files(config: Any, prefix: str = "") -> list[tuple[str, Path, bool]]:
             named.append((name, value, has_labels))
         elif option.name in NAME_FILES:
             words = (value,) if isinstance(value, str) else value or ()
-            for path in _paths(words, getattr(config, "data", None)):
+            home = getattr(config, "data", None) if "annotations" in name else None
+            for path in _paths(words, home):
                 named.append((name, path, False))
     return named
 
 
-def _paths(words: Sequence[str], data: Path | None) -> list[Path]:
-    """The files among words such as `timm:NAME:FILE`, a run folder, or a name below the data."""
+def _paths(words: Sequence[str], home: Path | None) -> list[Path]:
+    """The files among words such as `timm:NAME:FILE`, a run folder, or names below `home`."""
     paths = []
     for word in words:
         kind, _, rest = word.partition(":")
         name = rest.partition(":")[2] if kind in ("timm", "torchvision", "random") else word
         if not name or name == "lite0":
             continue
-        beside_data = (data or Path()) / name
-        candidates = [Path(name, ENCODER), Path(name), beside_data]
-        paths += [path for path in candidates if path.is_file()][:1]
+        path = (home or Path()) / name
+        paths += [x for x in (path / ENCODER, path) if x.is_file()][:1]
     return paths
 
 
@@ -1143,7 +1155,9 @@ def _look_at(path: Path, has_labels: bool, patience: Patience) -> dict[str, Any]
 def _look_at_file(path: Path, patience: Patience) -> dict[str, Any]:
     """Size and content of a file; of a list also how many names it has."""
     found: dict[str, Any] = {"bytes": path.stat().st_size}
-    listed = []
+    listed = []  # what belongs to the file
+    if path.suffix == ".safetensors":
+        listed = [path.with_suffix(".json")]
     if path.suffix == ".txt":
         try:
             names = read_list(path)

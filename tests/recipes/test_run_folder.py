@@ -1,5 +1,6 @@
 """A run folder under fire: changed files, broken bytes, full disks, two owners, odd processes."""
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -8,20 +9,26 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import d3ssl
 import harness
+import minimal
 import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from test_d3ssl import SMALL as D3SSL
 from test_harness import ALONE, Config, build, in_a_fork, on_processes, rows, train
 
@@ -34,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 class Labels:
     data: Path | None = None
     split: str = "val"
+    annotations: tuple[str, ...] = ("train.json", "val")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Named:
     data: Path | None = None
     mapping: Path | None = None
     weights: str | None = None
+    encoder: str = "random:tiny"
     labels: Labels = field(default_factory=Labels)
     changed_data: bool = False
 
@@ -97,6 +106,9 @@ def named(tmp_path):
             "list.txt": b"images/1.png\n",
             "mapping.json": b"{}",
             "weights.pth": bytes(2**20),
+            "encoder.safetensors": b"ours",
+            "encoder.json": b"0",
+            "labeled/train.json": b"1",
             "labeled/classes.json": b"[]",
             "labeled/1.png": b"map",
             "other/1.png": b"one",
@@ -106,6 +118,7 @@ def named(tmp_path):
         tmp_path / "images",
         tmp_path / "mapping.json",
         f"timm:resnet18:{tmp_path / 'weights.pth'}",
+        str(tmp_path),
         Labels(tmp_path / "labeled"),
     )
 
@@ -121,13 +134,18 @@ def write_middle(path):
     [
         (lambda folder: (folder / "mapping.json").write_text("[]"), "--mapping: another content"),
         (lambda folder: write_middle(folder / "weights.pth"), "--weights: another content now"),
+        (lambda folder: (folder / "encoder.json").write_text("1"), "--encoder: another content"),
+        (
+            lambda folder: (folder / "labeled/train.json").write_text("2"),
+            "--labels.annotations: another",
+        ),
         (
             lambda folder: (folder / "labeled/classes.json").write_text("{}"),
             "--labels.data: another content now",
         ),
         (
             lambda folder: (folder / "labeled/boxes.json").touch(),
-            "--labels.data: 1 label files then, 2 now",
+            "--labels.data: 2 label files then, 3 now",
         ),
         (lambda folder: (folder / "labeled/1.png").unlink(), "--labels.data: 1 images then, 0 now"),
         (lambda folder: shutil.rmtree(folder / "images"), "--data: no such file or folder now"),
@@ -208,11 +226,9 @@ def test_d3ssl_names_the_proposals_that_it_finds_by_itself(tmp_path, monkeypatch
         raise KeyError
 
     monkeypatch.setattr(harness, "Run", stop)
-    for proposals in (None, tmp_path / "mine.npz"):
-        config = replace(D3SSL, data=tmp_path / "im", proposals=proposals, run=tmp_path / "run")
-        with pytest.raises(KeyError):
-            d3ssl.train(config)
-        assert given == {"proposals": proposals or tmp_path / "im.proposals.npz"}
+    with pytest.raises(KeyError):
+        d3ssl.train(replace(D3SSL, data=tmp_path / "im", run=tmp_path / "run"))
+    assert given == {"proposals": tmp_path / "im.proposals.npz"}
 
 
 # ---- broken bytes ----------------------------------------------------------------------------
@@ -569,10 +585,28 @@ def test_other_launchers_than_torchrun_are_told_apart(monkeypatch, size, rank, l
     ):
         pass
     monkeypatch.setenv("RANK", "0")
+    with pytest.raises(harness.UserError, match="RANK is set, and WORLD_SIZE and MASTER_ADDR and"):
+        harness.check_launcher()
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     harness.check_launcher()
     monkeypatch.delenv("RANK")
     monkeypatch.delenv(rank)  # as in the shell of an allocation
     harness.check_launcher()
+
+
+def test_a_port_in_use_is_a_sentence(monkeypatch):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": used.getsockname()[1]}
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, **place}.items():
+            monkeypatch.setenv(name, str(value))
+        with (
+            pytest.raises(harness.UserError, match=r"in use[^\n]*another --master-port"),
+            harness.process_group("cpu"),
+        ):
+            pass
 
 
 # ---- processes that differ -------------------------------------------------------------------
@@ -648,3 +682,128 @@ def test_all_processes_take_the_same_checkpoint(tmp_path, tmp_path_factory, whol
     folder = copy_of(whole, tmp_path_factory)
     (folder / "checkpoints" / "step-00000008" / "row.json").unlink()
     assert on_processes(2, tmp_path, resume_on, folder) == [7, 7]
+
+
+# ---- killed at any moment --------------------------------------------------------------------
+def kill_soon(delay, pids):
+    """Kill processes after so many seconds, wherever this process then is."""
+
+    def kill():
+        for pid in pids():
+            os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(delay, kill)
+    timer.daemon = True
+    timer.start()
+
+
+def own_pid():
+    return [os.getpid()]
+
+
+def children():
+    """The loader's processes."""
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def start(size, config, victim=None, kind="", count=0, delay=0.0):
+    """The processes of a run of `minimal`, which torchrun would start.
+
+    One of them, the victim, is killed so many seconds after its `count`-th step or save has begun;
+    or its loader's processes are.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def child(rank):
+        torch.set_num_threads(1)
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if rank == victim:
+            name = "save" if kind == "save" else "record"
+            method = getattr(harness.Run, name)
+            calls = iter(range(count + 1))
+
+            def then_killed(*arguments, **options):
+                if next(calls, None) == count:
+                    kill_soon(delay, children if kind == "loader" else own_pid)
+                return method(*arguments, **options)
+
+            setattr(harness.Run, name, then_killed)
+        os._exit(harness.main(minimal.train, config))
+
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes, seconds=300):
+    """The exit codes of processes that end by themselves in time; -9 of the others."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def losses(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(
+    tmp_path, size, monkeypatch
+):
+    """Ten kills of each: of the main processes, of the loader's, and in the middle of a save."""
+    random = Random(size)
+    monkeypatch.setattr(minimal, "probe", lambda model: 0.25)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        pixels = torch.randint(256, (32, 32, 3), generator=harness.generator(number))
+        Image.fromarray(pixels.byte().numpy()).save(images / f"{number}.png")
+    config = minimal.Config(
+        data=images, run=tmp_path / "whole", size=16, grid=2, batch=4, epochs=10, workers=1,
+        log_every=1, save_every=3, device="cpu",
+    )  # fmt: skip
+    assert end(start(size, config)) == [0] * size
+    whole = losses(config.run)
+    assert len(whole) == 40
+
+    config = replace(config, run=tmp_path / "killed")
+    for number in range(10):
+        kind = ("main", "save", "loader", "save")[number % 4]
+        count = random.randrange(2 if kind == "save" else 6)
+        victim = random.randrange(size)
+        codes = end(start(size, config, victim, kind, count, random.uniform(0, 0.1)))
+        killed = 2 if kind == "loader" else -signal.SIGKILL
+        assert codes[victim] == killed
+        assert set(codes) <= {2, killed}
+
+    processes = start(size, config)
+    before = len(losses(config.run))
+    assert before < 40
+    deadline = time.monotonic() + 100
+    while processes[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        newest = max(map(harness.step_of, harness.find_checkpoints(config.run)))
+        with contextlib.suppress(ValueError):  # half a line
+            if losses(config.run)[-1]["step"] > max(newest, before):
+                break
+    for _ in range(10):  # two that come at once count as one
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.05)
+    assert set(end(processes, 10)) <= {-signal.SIGTERM, 2}  # at once; 2 is of the other one's end
+    assert end(start(size, config)) == [0] * size
+    assert losses(config.run) == whole
