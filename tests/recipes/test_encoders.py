@@ -182,7 +182,10 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_ord
         ("", "cannot be read"),
         ("{", "cannot be read"),
         ("[]", r"encoder.json is \[\]: fields by their names are needed"),
-        *((json.dumps({k: FACTS[k] for k in FACTS if k != x}), f"json has no '{x}'") for x in FACTS),
+        *(
+            (json.dumps({k: FACTS[k] for k in FACTS if k != x}), f"json has no '{x}'")
+            for x in FACTS
+        ),
         *(
             (json.dumps(FACTS | changes), message)
             for changes, message in [
