@@ -43,6 +43,7 @@ class _Task(NamedTuple):
     parameters: tuple[Tensor, ...]
     dim: int
     counts: Counts
+    order: Tensor  # the rows of the first process, then those of the second, and so on
     shapes: list[torch.Size] | None  # of the results on one process; None: this is that one
     timeout: float
 
@@ -63,6 +64,7 @@ def assert_world_size_invariant(
     *,
     parameters: Sequence[Tensor] = (),
     dim: int = 0,
+    interleaved: bool = False,
     rtol: float = 1e-8,
     atol: float = 1e-8,
     timeout: float = 60.0,
@@ -97,6 +99,8 @@ def assert_world_size_invariant(
             such as `(5, 0, 1)`.
         parameters: Tensors that the function uses, such as `tuple(model.parameters())`.
         dim: The axis of the rows.
+        interleaved: Deal the rows in turn, one to each process, as torch's DistributedSampler does,
+            instead of in whole parts.
         rtol: Allowed difference, relative to the value.
         atol: Allowed difference.
         timeout: Seconds after which processes that wait for each other are ended.
@@ -104,8 +108,8 @@ def assert_world_size_invariant(
 
     Raises:
         AssertionError: A result or a gradient differs, or the processes do not end.
-        ValueError: The tensors of the batch have different numbers of rows, or the rows on the
-            processes are not all rows of the batch.
+        ValueError: The tensors of the batch have different numbers of rows, the rows on the
+            processes are not all rows of the batch, or this process is in a group itself.
 
     Examples:
         >>> from densekit import all_mean, masked_mean
@@ -119,15 +123,23 @@ def assert_world_size_invariant(
     if start_method is None:
         methods = torch.multiprocessing.get_all_start_methods()
         start_method = "fork" if "fork" in methods else "spawn"
+    if start_method == "fork" and dist.is_initialized():
+        raise ValueError(
+            "testing.assert_world_size_invariant: this process is in a group, which its forks "
+            "cannot leave; call torch.distributed.destroy_process_group() first."
+        )
     rows = _number_of_rows(batch, dim)
     all_counts = [_rows_on_each(rows, size) for size in world_sizes]
-    task = _Task(fn, batch, tuple(parameters), dim, (rows,), None, timeout)
+    whole = torch.arange(rows)
+    task = _Task(fn, batch, tuple(parameters), dim, (rows,), whole, None, timeout)
     (alone,) = _on_processes(task, start_method)
     shapes = [x.shape for x in alone.results]
     names = _names_of_leaves(batch)
     for counts in all_counts:
-        found = _on_processes(task._replace(counts=counts, shapes=shapes), start_method)
-        _compare(alone, found, counts, names, dim, {"rtol": rtol, "atol": atol})
+        order = _dealt_in_turn(counts) if interleaved else whole
+        several = task._replace(counts=counts, order=order, shapes=shapes)
+        found = _on_processes(several, start_method)
+        _compare(alone, found, several, names, {"rtol": rtol, "atol": atol})
 
 
 def _number_of_rows(batch: Any, dim: int) -> int:
@@ -155,6 +167,12 @@ def _rows_on_each(rows: int, size: int | Sequence[int]) -> Counts:
             "processes; give numbers whose sum is that of the rows."
         )
     return tuple(size)
+
+
+def _dealt_in_turn(counts: Counts) -> Tensor:
+    """The rows of each process after each other, where they are dealt in turn."""
+    turns = torch.cat([torch.arange(count) for count in counts])
+    return turns.argsort(stable=True).argsort()
 
 
 def _names_of_leaves(batch: Any) -> list[str]:
@@ -206,7 +224,7 @@ def _work(rank: int, task: _Task, folder: str) -> None:
         inputs = [*leaves, *(x for x in task.parameters if x.requires_grad)]
         gradients = []
         if _misfit(shapes, whole) is None:  # else there is an error, which comes later
-            gradients = _gradients(results, shapes, whole, inputs, rank)
+            gradients = _gradients(results, shapes, whole, inputs, task, rank)
         count = len(leaves)
         found = [x.detach() for x in results], gradients[:count], gradients[count:]
         torch.save(found, Path(folder, f"found-{rank}"))
@@ -220,7 +238,8 @@ def _part(x: Any, task: _Task, rank: int) -> Any:
     if not isinstance(x, Tensor):
         return x
     if _has_rows(x, task.dim):
-        x_part = x.detach().split(list(task.counts), task.dim)[rank]
+        dealt = x.detach().index_select(task.dim, task.order.to(x.device))
+        x_part = dealt.split(list(task.counts), task.dim)[rank]
     else:
         x_part = x.detach()
     return x_part.clone().requires_grad_(x.requires_grad)
@@ -264,6 +283,7 @@ def _gradients(
     shapes: list[list[torch.Size]],
     whole: list[torch.Size],
     inputs: list[Tensor],
+    task: _Task,
     rank: int,
 ) -> list[Tensor]:
     """The gradients of this process, of a weighted sum of all results.
@@ -280,6 +300,8 @@ def _gradients(
         weight = torch.cos(places + number)
         axis = _row_axis(of_result, whole[number])
         if axis is not None:
+            if len(task.order) == weight.shape[axis]:
+                weight = weight.index_select(axis, task.order)
             parts = weight.split([shape[axis] for shape in of_result], axis)
             weight = parts[rank] * len(shapes)
         total = total + (result * weight.to(result.device, result.dtype)).sum()
@@ -291,13 +313,14 @@ def _gradients(
 def _compare(
     alone: _Found,
     found: list[_Found],
-    counts: Counts,
+    task: _Task,
     names: list[str],
-    dim: int,
     close: dict[str, float],
 ) -> None:
     """Raise an error where several processes have found another thing than one alone."""
+    counts = task.counts
     size = len(counts)
+    place = task.order.argsort()  # of each row
     where = f"On {size} processes"
     if len(set(counts)) > 1:
         where += f" with {', '.join(map(str, counts))} rows"
@@ -311,15 +334,20 @@ def _compare(
         axis = _row_axis([x.shape for x in parts], expected.shape)
         name = "the result" if len(whole) == 1 else f"the result {number}"
         if axis is not None:
-            _assert_close(torch.cat(parts, axis), expected, f"{where} {name} is another", close)
+            got = torch.cat(parts, axis)
+            if len(place) == got.shape[axis]:
+                got = got.index_select(axis, place)
+            _assert_close(got, expected, f"{where} {name} is another", close)
             continue
         for rank, part in enumerate(parts):
             _assert_close(part, expected, f"{where} {name} is another on process {rank}", close)
 
     for number, expected in enumerate(alone.of_batch):
         parts = [own.of_batch[number] / size for own in found]
-        is_split = _has_rows(expected, dim)
-        got = torch.cat(parts, dim) if is_split else torch.stack(parts).sum(0)
+        if _has_rows(expected, task.dim):
+            got = torch.cat(parts, task.dim).index_select(task.dim, place)
+        else:
+            got = torch.stack(parts).sum(0)
         message = f"{where} the gradient of {names[number]} is another"
         _assert_close(got, expected, message, close)
     for number, expected in enumerate(alone.of_parameters):

@@ -116,6 +116,21 @@ def test_a_wrong_function_is_found(function, message):
         assert_world_size_invariant(function, batch(), (2,), parameters=WEIGHTS)
 
 
+def test_rows_may_be_dealt_in_turn():
+    """Row i is on process i % size, and comes back to its place."""
+
+    def numbered(part, group):
+        x, numbers = part
+        assert (numbers % group.size() == group.rank()).all()
+        return NET(x), dk.masked_mean(NET(x) * numbers[:, None], group=group)
+
+    numbered_rows = rows(), torch.arange(5)
+    sizes = (2, 4)
+    assert_world_size_invariant(
+        numbered, numbered_rows, sizes, parameters=WEIGHTS, interleaved=True
+    )
+
+
 def test_an_error_of_one_process_and_a_wait_without_end_end():
     def fail(part, group):
         if group.rank() == 1:
