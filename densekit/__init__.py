@@ -1,7 +1,7 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning.
 
-The modules, whose public names can all be imported from the package too, but for
-those of `recipes` and `typing`:
+The modules, whose public names can all be imported from the package too, but for those of
+`testing`, `typing` and `recipes`:
 
     numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
         maps.
@@ -39,6 +39,8 @@ those of `recipes` and `typing`:
         health.
     scenes: Procedural scenes of many objects, with ground truth, for tests, demos and
         documentation.
+    testing: Checks that your tests call on your code: the same on any number of processes, right
+        geometry.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures
         share.
     recipes: The recipes that come with densekit, and copies of them to change.

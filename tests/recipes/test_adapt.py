@@ -9,12 +9,12 @@ import adapt
 import harness
 import pytest
 import torch
-from adapt import PRESETS, Adapt, Crops, ManyViews, Views
+from adapt import PRESETS, Adapt, ManyViews, Views
 from downstream import encoders
-from processes import on_processes
 from safetensors.torch import load_file
-from torch import nn
+from steps import step_on_part
 import densekit as dk
+from densekit.testing import assert_world_size_invariant
 
 SMALL = replace(
     PRESETS["demo"], weights="random:tiny", hidden=16, outputs=8, references=9, batch=4, epochs=2,
@@ -219,28 +219,19 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(method):
     torch.testing.assert_close(in_parts.student_tokens, whole.student_tokens)
 
 
-def part_of_the_batch(rank, group, config):
-    model = build(config, torch.float64)
-    crops, views, valid, seeds = draw_batch(config)
-    own = slice(rank, None, group.size())
-    crops = Crops(*[x[own] for x in crops])
-    views = dk.index_views(views, own)
-    weight = torch.tensor(group.size() / 3, dtype=torch.float64)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    loss, _ = ddp(crops, views, valid[own], seeds[own], weight)
-    loss.backward()
-    model.move_centers(momentum=0.0)
-    center = model.teacher_outputs.clone()
-    return dk.all_mean(loss.detach(), group), center, [x.grad for x in model.student.parameters()]
-
-
 @pytest.mark.parametrize("method", ["neco", "neighbors"])
-def test_two_processes_compare_with_the_points_that_one_does(method):
+def test_processes_compare_with_the_points_that_one_does(method):
     config = replace(SMALL, method=method)
+    model = build(config, torch.float64)
+
+    def one_step(part, group):
+        weight = torch.tensor(group.size() / 3, dtype=torch.float64)
+        _, loss, gradients, moved = step_on_part(model, *part, weight)
+        moved.move_centers(momentum=0.0)
+        return dk.all_mean(loss, group), moved.teacher_outputs, gradients
+
     torch.distributed.destroy_process_group()
-    one = on_processes(1, part_of_the_batch, config)[0]
-    for found in on_processes(2, part_of_the_batch, config):
-        torch.testing.assert_close(found, one)
+    assert_world_size_invariant(one_step, draw_batch(config), (1, 2, 4), interleaved=True)
 
 
 def test_neco_draws_valid_points_without_replacement_and_neighbors_none_of_its_own():
