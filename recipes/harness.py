@@ -27,7 +27,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -506,13 +506,24 @@ def noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     They are hashes of the seed, the stream and the place in the shape: the same on every device,
     in eager and in compiled mode. What is drawn beside something else needs a stream of its own.
     """
-    count = math.prod(shape)
-    stream_seeds = _mix(seeds + _wrapped(stream * GOLDEN))
+    return noises(seeds, {stream: shape})[stream]
+
+
+def noises(seeds: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    """The `noise` of several streams, each of its own shape, in fewer operations."""
+    own_seeds = [seeds + _wrapped(stream * GOLDEN) for stream in shapes]
+    stream_seeds = _mix(torch.stack(own_seeds, 1))
+    counts = [math.prod(shape) for shape in shapes.values()]
     # A compiler knows the range of these products, and refuses one that leaves int64.
-    places = torch.arange(count, device=seeds.device) * PLACE
-    hashes = _mix(stream_seeds[:, None] + places)
+    places = torch.arange(max(counts), device=seeds.device) * PLACE
+    hashes = _mix(stream_seeds[..., None] + places)
     top_bits = (hashes >> 40) & (2**24 - 1)  # as many as a float32 holds
-    return (top_bits.float() / 2**24).view(len(seeds), *shape)
+    numbers = top_bits.float() / 2**24
+
+    drawn = {}
+    for row, count, (stream, shape) in zip(numbers.unbind(1), counts, shapes.items(), strict=True):
+        drawn[stream] = row[:, :count].reshape(len(seeds), *shape)
+    return drawn
 
 
 # The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits; the
