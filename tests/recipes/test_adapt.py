@@ -8,12 +8,15 @@ from pathlib import Path
 import adapt
 import harness
 import pytest
+import timm
 import torch
 from adapt import PRESETS, Adapt, Crops, ManyViews, Views
 from downstream import encoders
+from downstream import weights as weight_files
 from processes import on_processes
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms.v2 import functional
 import densekit as dk
 
 SMALL = replace(
@@ -440,6 +443,25 @@ def test_the_demo_prints_health_and_scores_before_and_after(method, tmp_path, mo
     for name in ("retrieval", "kmeans", "ridge"):
         assert re.search(rf"{name} +(-?0\.\d+ \[-?0\.\d+, -?0\.\d+\] *){{3}}\n", printed)
     assert len(rows(tmp_path, "retrieval_miou")) == (2 if method == "paka" else 1)
+
+
+def test_lite0_names_the_main_object_of_photographs():
+    """Proves which of the package's tensors is which of timm's: a wrong one would classify none."""
+    pytest.importorskip(weight_files.LITE0)
+    data = pytest.importorskip("skimage.data")
+    network = timm.create_model(weight_files.LITE0_ARCHITECTURE)
+    network.load_state_dict(weight_files.read_lite0())
+    mean, std = (weight_files.LITE0_FACTS[x][0] for x in ("mean", "std"))
+    expected = {"chelsea": 285, "coffee": 967, "rocket": 657}  # Egyptian cat, espresso, missile
+    found = {}
+    for name in expected:
+        image = torch.from_numpy(getattr(data, name)()).movedim(-1, 0).float() / 255
+        side = min(image.shape[1:])
+        square = functional.center_crop(image, [side, side])
+        pixels = (functional.resize(square, [224, 224]) - mean) / std
+        with torch.inference_mode():
+            found[name] = network.eval()(pixels[None])[0].topk(2).indices.tolist()
+    assert all(number in found[name] for name, number in expected.items()), found
 
 
 def test_without_its_package_the_demo_says_how_to_install_it(monkeypatch):
