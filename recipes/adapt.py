@@ -988,8 +988,8 @@ def score(encoder: Any, start: Any, config: Config) -> dict[str, Tensor]:
     fit, test = evaluation.features(disturb=False)
     counts = {}
     for name, protocol in SCORES.items():
-        seeds = range(CLUSTERINGS if name == "kmeans" else 1)
-        found = [protocols.COUNTS[protocol](fit, test, options, seed) for seed in seeds]
+        repeats = CLUSTERINGS if name == "kmeans" else 1
+        found = [protocols.COUNTS[protocol](fit, test, options, seed) for seed in range(repeats)]
         counts[name] = torch.stack(found).sum(0)
     return counts
 
