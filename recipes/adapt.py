@@ -817,7 +817,9 @@ def change_last_layer(encoder: Any, matrix: Tensor, bias: Tensor) -> bool:
     norm = norms[-1]
     convolution = convolutions[-1]
     fits = norm.num_features == convolution.out_channels == len(matrix)
-    if not fits or norm.running_var is None or convolution.bias is not None or not norm.affine:
+    if not fits or convolution.bias is not None or not norm.affine:
+        return False
+    if norm.running_mean is None or norm.running_var is None:
         return False
 
     matrix = matrix.double()
