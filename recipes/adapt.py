@@ -800,7 +800,8 @@ def gather_in_order(x: Tensor) -> Tensor:
     return rearrange(dk.all_gather(x, group), "(rank b) ... -> (b rank) ...", rank=size)
 
 
-# ==== whitening ===================================================================================
+# ==== evaluation ==================================================================================
+# ---- whitening -----------------------------------------------------------------------------------
 MOST_BATCHES = 64  # batches that the covariance is measured on
 SMALLEST_VARIANCE = 1e-4  # of a direction, as a share of the mean variance
 
@@ -866,7 +867,7 @@ def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
     return encoder
 
 
-# ==== evaluation ==================================================================================
+# ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
