@@ -425,9 +425,6 @@ def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch, 
     assert 2 < int(said[1]) <= 50
     assert Path(said[2]).is_dir()
     assert encoders.load_encoder(said[2]).facts["step"] < int(said[1])
-    capsys.readouterr()
-    assert harness.main(adapt.train, config) == 2  # it goes on, and says the same
-    assert said[0] in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("alone")

@@ -1,10 +1,12 @@
 """The health of features: what counts as a collapse, and that measuring changes nothing else."""
 
 import importlib
+import importlib.util
 import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import adapt
@@ -13,9 +15,11 @@ import minimal
 import pytest
 import torch
 from downstream import encoders, health
+from files import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_processes
+from scipy import stats
 from strategies import generators
 from test_adapt import SMALL as ADAPT
 from torch import nn
@@ -246,3 +250,52 @@ def test_a_collapse_in_a_recipe_is_said_within_a_hundred_steps(tmp_path, monkeyp
     said = re.findall(r"The features collapse at step (\d+)", capsys.readouterr().err)
     assert len(said) == 1
     assert int(said[0]) <= 20
+
+
+@pytest.mark.parametrize("size", [(64, 96), (300, 296)])
+def test_the_protocol_measures_the_first_images(size, monkeypatch):
+    monkeypatch.setattr(
+        health, "measure_structure", lambda _, seeds: {"dense_structure": seeds - 1.0}
+    )
+    encoder = encoders.load_encoder("random:tiny")
+    images = torch.rand(40 if size == (64, 96) else 9, 3, *size)
+    samples = [SimpleNamespace(image=image) for image in images]
+    batches = [samples[start : start + 7] for start in range(0, len(samples), 7)]
+    found = health.health(encoder, batches, None, Path())
+    with torch.no_grad():
+        kept = of_maps(health.keep_tokens(encoder(images)))
+    want = {name: float(value) for name, value in health.measure(kept).items()}
+    want |= {"dense_structure": 2.0, "tokens": kept.last[:, 0].numel()}
+    assert found == pytest.approx(want, rel=1e-3, abs=1e-3)
+
+
+# ---- the study -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def study():
+    """benchmarks/health.py, by its path: a module of downstream/ has the same name."""
+    specification = importlib.util.spec_from_file_location(
+        "health_study", ROOT / "benchmarks" / "health.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=20))
+def test_the_study_correlates_as_scipy_does(study, pairs):
+    x, y = torch.tensor([*pairs, (0, 1), (1, 0)], dtype=torch.float64).T
+    torch.testing.assert_close(study.spearman(x, y).item(), stats.spearmanr(x, y).statistic)
+
+
+def test_the_study_has_a_column_for_each_set_and_large_architecture(study):
+    rows = []
+    for number in range(12):
+        architecture = "tiny" if number % 3 else "resnet18"
+        scores = dict.fromkeys(study.SCORES, float(number))
+        miou = [number / 20, 0.0, 1.0]
+        rows.append({"set": "a", "architecture": architecture, "miou": miou, **scores})
+    head, _, *lines = study.table(rows).splitlines()
+    assert head == "| score | better | a, all 12 | a, 8 of `tiny` |"
+    assert [line.split("|")[3] for line in lines] == [" 1.00 [1.00, 1.00] "] * len(study.SCORES)
+    assert "constant" in study.table([row | {"norm_outliers": 0.0} for row in rows])
