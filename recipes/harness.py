@@ -128,7 +128,7 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
     except RuntimeError as error:
         if not is_of_lost_process(error):
             raise
-        return 2, "Another process of this run has ended: its own message says why."
+        return 2, "Another process of this run has ended: see its own message, if it left one."
     return 0, ""
 
 
