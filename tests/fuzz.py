@@ -45,7 +45,7 @@ CLASSES = ["other", "cat", "dog"]
 SIDE = 6
 
 
-class Limit(Exception):
+class LimitError(Exception):
     """A case takes too long."""
 
 
@@ -366,8 +366,14 @@ def masks(draw: Callable, root: Path) -> None:
 
 def side_car(draw: Callable, root: Path) -> None:
     """encoder.json beside its weights; the network itself is not built."""
-    facts = {"architecture": "tiny", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2],
-             "color_order": "RGB", "method": "croc", "step": 3, "input_size": [3, 64, 64]}  # fmt: skip
+    facts = {
+        "architecture": "tiny",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.2, 0.2],
+        "color_order": "RGB",
+        "method": "croc",
+        "step": 3,
+    }
     path = root / harness.ENCODER
     own = json.dumps(draw(spoiled(facts)) if draw(st.booleans()) else facts)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"facts": own})
@@ -458,6 +464,7 @@ def openimages(draw: Callable, root: Path) -> None:
 
 COMMANDS = ("minimal", "densesiam", "croc", "dupr", "d3ssl", "adapt", "densesiam_segment", "detect")
 COMMANDS += ("evaluate", "export", "proposals")
+NUMBERS = ["0", "1", "-1", "2", "3", "7", "1000000"]
 POSITIONAL = {
     "export": ["random:tiny", "--to", "timm", "--out", "a.pth"],
     "evaluate": ["random:tiny"],
@@ -487,7 +494,7 @@ def command_lines(draw: Callable, root: Path) -> None:
     name = draw(st.sampled_from(COMMANDS))
     recipe = __import__(name)
     options = OPTIONS.get(name) or OPTIONS.setdefault(name, options_of(recipe))
-    few = st.lists(st.sampled_from(VALUES), min_size=1, max_size=2)
+    few = st.lists(st.sampled_from(NUMBERS) | st.sampled_from(VALUES), min_size=1, max_size=2)
     pairs = st.tuples(st.sampled_from(options), few.map(lambda x: x[:1]) | few)
     arguments = list(POSITIONAL.get(name, []))
     for option, values in draw(st.lists(pairs, min_size=1, max_size=2)):
@@ -552,7 +559,7 @@ def run_case(target: str, draw: Callable, seconds: float, megabytes: int) -> Non
 
 
 def out_of_time(*_: object) -> None:
-    raise Limit("a case does not end in its time")
+    raise LimitError("a case does not end in its time")
 
 
 def fuzz(target: str, cases: int, *, seed: int | None, seconds: float, megabytes: int) -> None:
