@@ -480,9 +480,7 @@ def test_another_model_is_not_loaded_in_part(tmp_path, world):
     net.extra = nn.Linear(2, 2)
     with (
         harness.Run(tmp_path / "run", Config(), world) as run,
-        pytest.raises(
-            harness.UserError, match=r"1 does not fit .*model\.extra\.weight"
-        ),
+        pytest.raises(harness.UserError, match=r"1 does not fit .*model\.extra\.weight"),
     ):
         run.resume(net, torch.optim.SGD(net.parameters(), 0.1))
 
