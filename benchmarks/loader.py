@@ -19,6 +19,7 @@ The rows against lightly come only where it is installed.
 
 import argparse
 import importlib.util
+import itertools
 import os
 import random
 import statistics
@@ -30,9 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-# The recipes come before the benchmarks: both have an adapt.py.
-sys.path[:0] = [str(ROOT / part) for part in ("recipes", "benchmarks", ".")]
+# The recipes come first: both they and the benchmarks have an adapt.py.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import croc
 import densesiam
@@ -43,7 +44,6 @@ import torch
 import torchvision.transforms as v1
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms import functional as pil
 import densekit as dk
 
@@ -323,10 +323,8 @@ def workers(source: Any, rounds: int) -> None:
     for count in (1, 2):
         stop = epochs * per_epoch
         made = harness.batches(dataset, batch, world, seed=0, start=0, stop=stop, workers=count)
-        times = []
-        for _ in made:
-            times.append(time.perf_counter())
-        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        times = [time.perf_counter() for _ in made]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
         mean = statistics.mean(gaps)
         at_ends = statistics.mean(gaps[per_epoch - 1 :: per_epoch])
         processes = f"{count} loader process{'es' if count > 1 else ''}"
