@@ -11,13 +11,13 @@ sys.path.append(str(ROOT / "benchmarks"))
 import loader
 
 
-def test_a_small_run_makes_a_row_for_each_pair_of_sides(capsys):
+def test_a_small_run_makes_a_row_for_each_pair_of_sides(capsys, monkeypatch):
+    monkeypatch.setattr(loader, "METHODS", {"CrOC": loader.METHODS["CrOC"]})
     loader.main(["views", "draft"], 1, None)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    for name in loader.METHODS:
-        own = [line for line in rows if f"two views of {name}," in line]
-        assert len(own) >= 3
-        assert all(line.endswith(" x |") for line in own)
+    own = [line for line in rows if "two views of CrOC," in line]
+    assert len(own) == 3
+    assert all(line.endswith(" x |") for line in own)
     assert any("gray levels apart at most" in line for line in rows)
 
 
