@@ -153,7 +153,7 @@ import harness
 import safetensors.torch
 import torch
 from downstream import encoders, health, protocols
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
@@ -318,11 +318,11 @@ def photometric(view_config: Views) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU
+            as_picture,  # PIL is the quickest on a CPU
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 
