@@ -564,6 +564,7 @@ def train(config: Config) -> None:
         )
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
+        banks = {name: harness.with_unit_keys(bank) for name, bank in banks.items()}
 
         batches = partial(
             harness.batches,

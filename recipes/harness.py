@@ -435,6 +435,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def with_unit_keys(bank: dk.Bank) -> dk.Bank:
+    """The bank of a run that resumes, with keys of length one, as the recipes push them.
+
+    Older versions pushed keys of any length, and normalized them in every step. Keys of length one
+    keep their bits, and so do empty rows.
+    """
+    length = bank.features.norm(dim=-1, keepdim=True)
+    is_rounded_unit = (length - 1).abs() < 1e-3
+    features = torch.where(is_rounded_unit, bank.features, dk.l2_normalize(bank.features))
+    return bank._replace(features=features)
+
+
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     """Say, once, where what is to give keys other batch statistics than their queries does not.
 
