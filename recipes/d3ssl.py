@@ -71,6 +71,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The two views of each image.
 
 
@@ -117,12 +118,12 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import encoders
+from downstream import encoders, health
 from downstream.crops import crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
-from proposals import crop_objects, image_source
+from proposals import crop_objects, default_path, image_source
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
@@ -596,6 +597,16 @@ def draw_layers(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def check_regions(regions: Tensor, source) -> None:
+    """A UserError on all processes, if an epoch has had no region, which taught nothing."""
+    total = dk.all_sum(regions, torch.distributed.group.WORLD)
+    harness.check(
+        total.item() > 0,
+        f"None of the {len(source)} images had a proposal in its views in a whole epoch: the "
+        "proposals may belong to other images, make new ones with recipes/proposals.py.",
+    )
+
+
 def method_of(config: Config) -> str:
     """The name of the method that these options make."""
     if config.depositioning:
@@ -611,7 +622,10 @@ def train(config: Config) -> None:
     initial = encoders.read_start(config)
     folder = harness.run_folder("d3ssl", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
-    with group as world, harness.Run(folder, config, world) as run:
+    files = {}  # which the run reads, although no option names them
+    if config.data is not None and config.proposals is None:
+        files["proposals"] = default_path(config.data)
+    with group as world, harness.Run(folder, config, world, files=files) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
         scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
@@ -661,7 +675,9 @@ def train(config: Config) -> None:
         # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
+        monitor = health.Monitor(model.student["encoder"], preview[0], run)
         if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
             evaluate(model, source, preview, config, run, step)
         run.wait()
 
@@ -671,6 +687,8 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
+        # The regions of an epoch; one that is resumed has had some.
+        regions = torch.tensor(float(step % steps_per_epoch), device=device)
         for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
@@ -694,16 +712,24 @@ def train(config: Config) -> None:
             optimizer.step()
             step += 1
 
+            regions += valid.sum()
+            if step % steps_per_epoch == 0:
+                check_regions(regions, source)
+                regions.zero_()
+
             run.note_unreadable(unreadable)
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 values = run.take_means()
                 harness.show(bar, values, ("decoupling", "depositioning"))
-                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+                run.log(step, **values, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                monitor.warn(step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                monitor.warn(step)
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, source, preview, config, run, step)
