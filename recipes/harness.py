@@ -547,16 +547,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def with_unit_keys(bank: dk.Bank) -> dk.Bank:
-    """The bank of a run that resumes, with keys of length one, as the recipes push them.
+def unit_rows(keys: Tensor) -> Tensor:
+    """The keys of a run that resumes, of length one, as the recipes keep them.
 
-    Older versions pushed keys of any length, and normalized them in every step. Keys of length one
-    keep their bits, and so do empty rows.
+    Older versions kept keys of any length, and normalized them in every step. Keys of length one
+    keep their bits, and so do rows of zeros.
     """
-    length = bank.features.norm(dim=-1, keepdim=True)
+    length = keys.norm(dim=-1, keepdim=True)
     is_rounded_unit = (length - 1).abs() < 1e-3
-    features = torch.where(is_rounded_unit, bank.features, dk.l2_normalize(bank.features))
-    return bank._replace(features=features)
+    return torch.where(is_rounded_unit, keys, dk.l2_normalize(keys))
 
 
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:

@@ -1132,11 +1132,10 @@ def test_several_streams_of_noise_are_those_of_each_alone():
 def test_the_keys_of_a_bank_that_is_loaded_have_length_one(seed):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(6, 8, generator=generator) * 10 ** torch.linspace(-3, 3, 6)[:, None]
-    of_old_run = dk.push_to_bank(dk.init_bank(8, 8), keys)
-    unit = dk.push_to_bank(dk.init_bank(8, 8), dk.l2_normalize(keys))
-    torch.testing.assert_close(harness.with_unit_keys(of_old_run), unit)
-    resumed = harness.with_unit_keys(unit)
-    assert all(torch.equal(x, y) for x, y in zip(resumed, unit, strict=True))  # bit by bit
+    of_old_run = dk.push_to_bank(dk.init_bank(8, 8), keys).features
+    unit = dk.push_to_bank(dk.init_bank(8, 8), dk.l2_normalize(keys)).features
+    torch.testing.assert_close(harness.unit_rows(of_old_run), unit)
+    assert torch.equal(harness.unit_rows(unit), unit)  # bit by bit
 
 
 def test_neighbors_in_every_part_of_the_key_have_independent_uniform_noise():
