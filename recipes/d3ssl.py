@@ -661,6 +661,7 @@ def train(config: Config) -> None:
         )
         bank = dk.init_bank(config.bank, config.head[1], device=device)
         step = run.resume(model, optimizer, bank=bank)
+        bank = bank._replace(features=harness.unit_rows(bank.features))
 
         batches = partial(
             harness.batches,

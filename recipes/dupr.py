@@ -565,6 +565,8 @@ def train(config: Config) -> None:
         )
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
+        for name, bank in banks.items():
+            banks[name] = bank._replace(features=harness.unit_rows(bank.features))
 
         batches = partial(
             harness.batches,

@@ -548,6 +548,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def unit_rows(keys: Tensor) -> Tensor:
+    """The keys of a run that resumes, of length one, as the recipes keep them.
+
+    Older versions kept keys of any length, and normalized them in every step. Keys of length one
+    keep their bits, and so do rows of zeros.
+    """
+    length = keys.norm(dim=-1, keepdim=True)
+    is_rounded_unit = (length - 1).abs() < 1e-3
+    return torch.where(is_rounded_unit, keys, dk.l2_normalize(keys))
+
+
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     """Say, once, where what is to give keys other batch statistics than their queries does not.
 
