@@ -94,6 +94,10 @@ class Config:
     # The run ends when the features' rank, or their spread, is below this share of the start's.
     collapse: float = 0.5
     save: Literal["student", "teacher"] = "student"  # Whose encoder is saved and scored.
+    # At the end the covariance of the features is raised to 1 - this power, in closed form; 0
+    # leaves the features as they are. The network's map has to be the output of a convolution and
+    # a batch normalization, as in EfficientNet-lite0.
+    whiten: float = 0.0
     seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -109,6 +113,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The views of each image.
     score: Score = field(default_factory=Score)  # The labeled set, if there is one.
 
@@ -234,6 +239,10 @@ def check_options(config: Config) -> None:
         f"--collapse is {config.collapse}: give a share from 0 (never end) to less than 1.",
     )
     harness.check(
+        0 <= config.whiten <= 1,
+        f"--whiten is {config.whiten}: give a power from 0 (off) to 1.",
+    )
+    harness.check(
         config.save == "student" or config.teacher == "ema",
         "--save is teacher: give student, since --teacher frozen stays as it starts.",
     )
@@ -287,6 +296,15 @@ def check_start(config: Config, start: Any) -> None:
         f"--trainable-blocks is {config.trainable_blocks}: give at most {blocks}, the blocks of "
         f"{start.architecture}.",
     )
+    if config.whiten > 0:
+        channels = encoder.feature_info[-1]["num_chs"]
+        copied = copy.deepcopy(encoder)
+        harness.check(
+            change_last_layer(copied, 2 * torch.eye(channels), torch.ones(channels))
+            and is_changed(encoder, copied, 2.0, 1.0, config.views.size),
+            f"--whiten is {config.whiten}: give 0, since the map of {start.architecture} is not "
+            "the output of a convolution and a batch normalization.",
+        )
 
 
 # ==== views =======================================================================================
@@ -783,8 +801,76 @@ def gather_in_order(x: Tensor) -> Tensor:
 
 
 # ==== evaluation ==================================================================================
+# ---- whitening -----------------------------------------------------------------------------------
+MOST_BATCHES = 64  # batches that the covariance is measured on
+SMALLEST_VARIANCE = 1e-4  # of a direction, as a share of the mean variance
+
+
+@torch.no_grad()
+def change_last_layer(encoder: Any, matrix: Tensor, bias: Tensor) -> bool:
+    """Let the encoder give `matrix @ y + bias` in place of y, by the weights of its last layers.
+
+    They are a convolution and its batch normalization; False, and no change, where they are not.
+    """
+    norms = [x for x in encoder.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    convolutions = [x for x in encoder.modules() if isinstance(x, nn.Conv2d)]
+    if not norms or not convolutions:
+        return False
+    norm = norms[-1]
+    convolution = convolutions[-1]
+    fits = norm.num_features == convolution.out_channels == len(matrix)
+    if not fits or convolution.bias is not None or not norm.affine:
+        return False
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+
+    matrix = matrix.double()
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    kernel = convolution.weight.double() * scale[:, None, None, None]
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    convolution.weight.copy_(torch.einsum("ij, jchw -> ichw", matrix, kernel))
+    norm.bias.copy_(matrix @ shift + bias)
+    norm.weight.fill_(1.0)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    return True
+
+
+@torch.no_grad()
+def is_changed(encoder: Any, changed: Any, factor: float, bias: float, size: int) -> bool:
+    """Whether one network gives factor * y + bias where the other gives y."""
+    images = torch.randn(2, 3, size, size, generator=harness.generator(0))
+    before, after = [encoders.last_map(copy.deepcopy(x).eval(), images) for x in (encoder, changed)]
+    return torch.allclose(after, factor * before + bias, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
+    """A copy of the encoder whose features have the covariance C ** (1 - whiten), and mean 0.
+
+    C is that of its features of the large views as the teacher sees them, over all processes. The
+    copy's features are a linear map of the encoder's, so that no linear layer loses by it.
+    """
+    encoder = copy.deepcopy(encoder).eval()
+    moments = []
+    for crops, *_ in batches:
+        rows = dk.map_to_rows(encoders.last_map(encoder, model.normalize(crops.teacher)))
+        rows = rows.flatten(0, -2).double()
+        moments.append(torch.cat([rows.mean(0)[None], rows.mT @ rows / len(rows)]))
+    mean_and_square = dk.all_mean(torch.stack(moments).mean(0), torch.distributed.group.WORLD)
+    mean = mean_and_square[0]
+    covariance = mean_and_square[1:] - mean[:, None] * mean
+    variances, directions = torch.linalg.eigh(covariance)
+    variances = variances.clamp(min=SMALLEST_VARIANCE * variances.mean())
+    matrix = directions * (variances / variances.mean()) ** (-config.whiten / 2) @ directions.mT
+    change_last_layer(encoder, matrix, -matrix @ mean)
+    return encoder
+
+
+# ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
+CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
 
@@ -835,6 +921,7 @@ def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
 @torch.no_grad()
 def evaluate(
     model: Adapt,
+    encoder: Any,
     preview: tuple,
     start_maps: Tensor,
     start: Any,
@@ -844,7 +931,6 @@ def evaluate(
 ) -> None:
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
-    encoder = saved_encoder(model, config)
     maps = preview_maps(model, encoder, crops, config)
     draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
 
@@ -886,7 +972,9 @@ def score(encoder: Any, start: Any, config: Config) -> dict[str, Tensor]:
     fit, test = evaluation.features(disturb=False)
     counts = {}
     for name, protocol in SCORES.items():
-        counts[name] = protocols.COUNTS[protocol](fit, test, options, 0)
+        repeats = CLUSTERINGS if name == "kmeans" else 1
+        found = [protocols.COUNTS[protocol](fit, test, options, seed) for seed in range(repeats)]
+        counts[name] = torch.stack(found).sum(0)
     return counts
 
 
@@ -898,16 +986,16 @@ def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
     for name in health.SCORES:
         rows = run.rows(name)
-        print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+        harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
     before = safetensors.torch.load(counts_path(run, 0).read_bytes())
     after = safetensors.torch.load(counts_path(run, step).read_bytes())
-    print("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
+    harness.tell("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])
         texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found]
-        print(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
+        harness.tell(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
 
 
 def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Interval, dk.Interval]:
@@ -1088,7 +1176,8 @@ def train(config: Config) -> None:
         )
         if step == 0 and world.is_main:
             run.log(step, **monitor.measure_all())
-            evaluate(model, preview, start_maps, start, config, run, step)
+            encoder = saved_encoder(model, config)
+            evaluate(model, encoder, preview, start_maps, start, config, run, step)
         run.wait()
 
         facts = {
@@ -1179,14 +1268,18 @@ def train(config: Config) -> None:
                 run.log(step, **monitor.measure_all())
                 check_health(monitor, config, step)
             stop = run.stop_requested()
+            encoder = saved_encoder(model, config)
+            if step == steps and config.whiten > 0:
+                count = min(steps_per_epoch, MOST_BATCHES)
+                encoder = whiten(model, encoder, batches(config.batch, start=0, stop=count), config)
             if due and world.is_main:
-                evaluate(model, preview, start_maps, start, config, run, step)
+                evaluate(model, encoder, preview, start_maps, start, config, run, step)
             if due or stop:
                 run.save(
                     step,
                     model,
                     optimizer,
-                    encoder=saved_encoder(model, config),
+                    encoder=encoder,
                     facts=facts,
                     epoch=kept.get(step),
                     scale=scale_of(scaler),

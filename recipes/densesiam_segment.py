@@ -65,6 +65,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
 
 
 PRESETS = {
@@ -700,4 +701,4 @@ def train(config: Config) -> None:
         if world.is_main:
             harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
-                print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                harness.tell(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

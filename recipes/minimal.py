@@ -37,6 +37,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints.
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
 
 
 def read_options() -> Config:
@@ -239,4 +240,4 @@ def train(config: Config) -> None:
 
         if world.is_main:
             for row in run.rows("probe_miou"):
-                print(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")
+                harness.tell(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")
