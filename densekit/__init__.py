@@ -1,7 +1,7 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning.
 
-The modules, whose public names can all be imported from the package too, but for those of `testing`,
-`typing` and `recipes`:
+The modules, whose public names can all be imported from the package too, but for those of
+`testing`, `typing` and `recipes`:
 
     numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
         maps.
