@@ -578,7 +578,7 @@ def _check_crop(crop: Tensor, view: View, extent: Tensor, tolerance: float, name
         shown = shown / 255
     shown = shown * extent
     exact = View(view.box.double(), view.flip, view.vertical_flip)
-    said = coordinate_map(exact, tuple(crop.shape[-2:]))
+    said = coordinate_map(exact, (crop.shape[-2], crop.shape[-1]))
 
     # Near the border a filter that is wider than a pixel reaches over the edge.
     sides = exact.box[2:] - exact.box[:2]

@@ -33,6 +33,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 import densekit as dk
 from densekit.scenes import sample_scenes
 from densekit.testing import assert_world_size_invariant
@@ -332,6 +333,36 @@ def test_soco_changes_half_of_the_proposals_and_keeps_boxes_in_the_view():
     sides = (after[small, 2:] - after[small, :2]) / extent
     assert sides.min() < 0.91
     assert 1.09 < sides.max() <= 1.1 + 1e-6
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that torch is asked for, views of memory too."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        # Some versions of torch also name a slice that is the whole.
+        is_whole = function is torch.ops.aten.slice.Tensor and result.shape == args[0].shape
+        self.operations += not is_whole
+        return result
+
+
+def test_the_augmentation_takes_few_operations_for_any_number_of_images():
+    """A GPU waits for the host to name each of them. On a GPU the number is the same."""
+    config = replace(PRESETS["paper"], views=Views(size=32))
+    counts = []
+    for count in (1, 8):
+        images = [torch.rand(count, 3, 32, 32) for _ in range(2)]
+        views = [dk.full_view((32, 32), (count,))] * 2
+        boxes = torch.tensor([4.0, 4.0, 24.0, 24.0]).expand(count, config.regions, 4)
+        valid = torch.ones(count, config.regions, dtype=torch.bool)
+        with Count() as counter:
+            augment(images, views, boxes, valid, torch.arange(count), config)
+        counts.append(counter.operations)
+    assert counts[0] == counts[1] <= 600
 
 
 def test_images_without_any_proposal_stay_clean_and_finite():
