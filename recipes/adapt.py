@@ -868,6 +868,7 @@ def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
 # ==== evaluation ==================================================================================
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
+ZOOM = 2  # of the views in the picture, so that their maps have more cells
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 TOKENS = 2048  # tokens at most that the health is measured on
 HEALTH = ("effective_rank", "off_diagonal_cosine", "position_share", "norm_outliers")
@@ -881,13 +882,14 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
 
 
 @torch.no_grad()
-def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views, as the teacher sees them."""
+def preview_maps(
+    model: Adapt, encoder: Any, crops: Crops, config: Config, *, zoom: int = 1
+) -> Tensor:
+    """The maps (v, b, d, h, w) of the preview's large views, as the teacher sees them, enlarged."""
     images = model.normalize(crops.teacher)
-    if images.shape[-1] != config.views.size:
-        images = nn.functional.interpolate(
-            images, config.views.size, mode="bilinear", antialias=True
-        )
+    side = config.views.size * zoom
+    if images.shape[-1] != side:
+        images = nn.functional.interpolate(images, side, mode="bilinear", antialias=True)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -949,7 +951,7 @@ def evaluate(
 ) -> None:
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
-    maps = preview_maps(model, encoder, crops, config)
+    maps = preview_maps(model, encoder, crops, config, zoom=ZOOM)
     draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
 
     counts = score(encoder, start, config)
@@ -1184,8 +1186,9 @@ def train(config: Config) -> None:
         # The pictures show six images of the main process; the health is measured on all.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
-        start_maps = preview_maps(model, model.student["encoder"], preview[0], config)
-        health_at_start = measure_health(start_maps)
+        first_encoder = model.student["encoder"]
+        start_maps = preview_maps(model, first_encoder, preview[0], config, zoom=ZOOM)
+        health_at_start = measure_health(preview_maps(model, first_encoder, preview[0], config))
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
