@@ -145,11 +145,12 @@ def run_job(job: dict) -> None:
         found = adapt.compare_scores(counts, after[name])
         figures = zip(("before", "after", "difference"), found, strict=True)
         scores[name] = {x: [round(float(y), 4) for y in interval[:3]] for x, interval in figures}
+    losses = [row["loss"] for row in rows if "loss" in row]
     health = {x: [rows[0][x], rows[-1][x]] for x in ("effective_rank", "off_diagonal_cosine")}
     row = {
         **job, "images": len(files), "scored": len(counts), "size": SIZE, "scores": scores,
         "seconds": round(seconds), "gigabytes": round(memory, 2), "health": health,
-        "loss": [rows[1]["loss"], rows[-1]["loss"]],
+        "loss": [losses[0], losses[-1]],
     }  # fmt: skip
     row.pop("folder")
     print("\n" + json.dumps(row))

@@ -113,6 +113,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The views of each image.
     score: Score = field(default_factory=Score)  # The labeled set, if there is one.
 
@@ -151,7 +152,7 @@ import evaluate as scoring
 import harness
 import safetensors.torch
 import torch
-from downstream import encoders, protocols
+from downstream import encoders, health, protocols
 from downstream.crops import crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
@@ -799,7 +800,8 @@ def gather_in_order(x: Tensor) -> Tensor:
     return rearrange(dk.all_gather(x, group), "(rank b) ... -> (b rank) ...", rank=size)
 
 
-# ==== whitening ===================================================================================
+# ==== evaluation ==================================================================================
+# ---- whitening -----------------------------------------------------------------------------------
 MOST_BATCHES = 64  # batches that the covariance is measured on
 SMALLEST_VARIANCE = 1e-4  # of a direction, as a share of the mean variance
 
@@ -865,13 +867,11 @@ def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
     return encoder
 
 
-# ==== evaluation ==================================================================================
+# ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
 ZOOM = 2  # of the views in the picture, so that their maps have more cells
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
-TOKENS = 2048  # tokens at most that the health is measured on
-HEALTH = ("effective_rank", "off_diagonal_cosine", "position_share", "norm_outliers")
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
 
@@ -881,15 +881,21 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
     return network["encoder"]
 
 
-@torch.no_grad()
-def preview_maps(
-    model: Adapt, encoder: Any, crops: Crops, config: Config, *, zoom: int = 1
-) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views, as the teacher sees them, enlarged."""
+def preview_images(model: Adapt, crops: Crops, side: int) -> Tensor:
+    """The preview's large views as the teacher sees them, but of this side: (v b c h w).
+
+    They are normalized.
+    """
     images = model.normalize(crops.teacher)
-    side = config.views.size * zoom
     if images.shape[-1] != side:
         images = nn.functional.interpolate(images, side, mode="bilinear", antialias=True)
+    return images
+
+
+@torch.no_grad()
+def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
+    """The maps (v, b, d, h, w) of the preview's large views, enlarged for the picture."""
+    images = preview_images(model, crops, ZOOM * config.views.size)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -898,43 +904,16 @@ def preview_maps(
     return rearrange(maps, "(v b) d h w -> v b d h w", b=len(crops.teacher))
 
 
-def measure_health(maps: Tensor) -> dict[str, Tensor]:
-    """Measures without labels, of at most 2,048 tokens of all processes' previews."""
-    group = torch.distributed.group.WORLD
-    images = dk.all_gather(rearrange(maps, "v b d h w -> (b v) d h w"), group)
-    cells = images.shape[-2] * images.shape[-1]
-    images = images[: max(2, TOKENS // cells)]
-    rows = dk.map_to_rows(images).flatten(0, 1)
-    rows = rows[:: math.ceil(len(rows) / TOKENS)]
-    return {
-        "effective_rank": dk.effective_rank(rows),
-        "off_diagonal_cosine": dk.off_diagonal_cosine(rows),
-        "position_share": dk.position_share(images),
-        "norm_outliers": dk.norm_outliers(images),
-    }
-
-
-def check_health(
-    health: dict[str, Tensor], at_start: dict[str, Tensor], config: Config, step: int
-) -> None:
-    """A UserError where the features collapse: on all processes alike."""
-    rank = float(health["effective_rank"])
-    first_rank = float(at_start["effective_rank"])
-    spread = 1 - float(health["off_diagonal_cosine"])
-    first_spread = 1 - float(at_start["off_diagonal_cosine"])
-    advice = (
-        f"below --collapse {config.collapse} of it; give a smaller --lr, --anchor 1, or fewer "
-        "--epochs."
-    )
+def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
+    """A UserError where the features have collapsed: on all processes alike."""
+    problem = monitor.collapse_on_all()
+    checkpoints = sorted(monitor.run.folder.glob("checkpoints/step-*"))
+    kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
     harness.check(
-        rank >= config.collapse * first_rank,
-        f"The features collapse at step {step}: their effective rank is {rank:.1f}, from "
-        f"{first_rank:.1f} at the start, {advice}",
-    )
-    harness.check(
-        spread >= config.collapse * first_spread,
-        f"The features collapse at step {step}: 1 - their mean cosine is {spread:.3f}, from "
-        f"{first_spread:.3f} at the start, {advice}",
+        not problem,
+        f"The features collapse at step {step}: {problem} at the start, of which --collapse "
+        f"{config.collapse} is the least share; give a smaller --lr, --anchor 1 or fewer --epochs, "
+        f"and another --run ({kept}).",
     )
 
 
@@ -951,7 +930,7 @@ def evaluate(
 ) -> None:
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
-    maps = preview_maps(model, encoder, crops, config, zoom=ZOOM)
+    maps = preview_maps(model, encoder, crops, config)
     draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
 
     counts = score(encoder, start, config)
@@ -1004,18 +983,18 @@ def counts_path(run: harness.Run, step: int) -> Path:
 
 def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
-    rows = run.rows("effective_rank")
-    for name in HEALTH:
-        print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+    for name in health.SCORES:
+        rows = run.rows(name)
+        harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
     before = safetensors.torch.load(counts_path(run, 0).read_bytes())
     after = safetensors.torch.load(counts_path(run, step).read_bytes())
-    print("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
+    harness.tell("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])
         texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found]
-        print(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
+        harness.tell(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
 
 
 def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Interval, dk.Interval]:
@@ -1183,20 +1162,21 @@ def train(config: Config) -> None:
             workers=config.workers,
             patience=patience,
         )
-        # The pictures show six images of the main process; the health is measured on all.
+        # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
-        first_encoder = model.student["encoder"]
-        start_maps = preview_maps(model, first_encoder, preview[0], config, zoom=ZOOM)
-        health_at_start = measure_health(preview_maps(model, first_encoder, preview[0], config))
+        start_maps = preview_maps(model, model.student["encoder"], preview[0], config)
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
-        if step == 0:
-            run.log(step, **health_at_start)
-            if world.is_main:
-                encoder = saved_encoder(model, config)
-                evaluate(model, encoder, preview, start_maps, start, config, run, step)
+        images = preview_images(model, preview[0], config.views.size)
+        monitor = health.Monitor(
+            model.student["encoder"], [images], run, config.collapse, against_start=True
+        )
+        if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
+            encoder = saved_encoder(model, config)
+            evaluate(model, encoder, preview, start_maps, start, config, run, step)
         run.wait()
 
         facts = {
@@ -1277,15 +1257,15 @@ def train(config: Config) -> None:
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 means = run.take_means()
-                encoder = saved_encoder(model, config)
-                health = measure_health(preview_maps(model, encoder, preview[0], config))
                 harness.show(bar, means, (config.method, "excess", "anchor"))
-                run.log(step, **means, **health, lr=lr, unreadable=run.unreadable)
-                check_health(health, health_at_start, config, step)
+                run.log(step, **means, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                check_health(monitor, config, step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                check_health(monitor, config, step)
             stop = run.stop_requested()
             encoder = saved_encoder(model, config)
             if step == steps and config.whiten > 0:

@@ -10,14 +10,14 @@ import harness
 import pytest
 import timm
 import torch
-from adapt import PRESETS, Adapt, Crops, ManyViews, Views
+from adapt import PRESETS, Adapt, ManyViews, Views
 from downstream import encoders
 from downstream import weights as weight_files
-from processes import on_processes
 from safetensors.torch import load_file
-from torch import nn
+from steps import step_on_part
 from torchvision.transforms.v2 import functional
 import densekit as dk
+from densekit.testing import assert_world_size_invariant
 
 SMALL = replace(
     PRESETS["demo"], weights="random:tiny", hidden=16, outputs=8, references=9, batch=4, epochs=2,
@@ -227,28 +227,19 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(method):
     torch.testing.assert_close(in_parts.student_tokens, whole.student_tokens)
 
 
-def part_of_the_batch(rank, group, config):
-    model = build(config, torch.float64)
-    crops, views, valid, seeds = draw_batch(config)
-    own = slice(rank, None, group.size())
-    crops = Crops(*[x[own] for x in crops])
-    views = dk.index_views(views, own)
-    weight = torch.tensor(group.size() / 3, dtype=torch.float64)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    loss, _ = ddp(crops, views, valid[own], seeds[own], weight)
-    loss.backward()
-    model.move_centers(momentum=0.0)
-    center = model.teacher_outputs.clone()
-    return dk.all_mean(loss.detach(), group), center, [x.grad for x in model.student.parameters()]
-
-
 @pytest.mark.parametrize("method", ["neco", "neighbors"])
-def test_two_processes_compare_with_the_points_that_one_does(method):
+def test_processes_compare_with_the_points_that_one_does(method):
     config = replace(SMALL, method=method)
+    model = build(config, torch.float64)
+
+    def one_step(part, group):
+        weight = torch.tensor(group.size() / 3, dtype=torch.float64)
+        _, loss, gradients, moved = step_on_part(model, *part, weight)
+        moved.move_centers(momentum=0.0)
+        return dk.all_mean(loss, group), moved.teacher_outputs, gradients
+
     torch.distributed.destroy_process_group()
-    one = on_processes(1, part_of_the_batch, config)[0]
-    for found in on_processes(2, part_of_the_batch, config):
-        torch.testing.assert_close(found, one)
+    assert_world_size_invariant(one_step, draw_batch(config), (1, 2, 4), interleaved=True)
 
 
 def test_neco_draws_valid_points_without_replacement_and_neighbors_none_of_its_own():
@@ -416,15 +407,24 @@ def test_the_head_trains_alone_at_first(tmp_path):
 
 
 @pytest.mark.usefixtures("alone", "scenes")
-def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
+def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):
     def to_one_point(self, student, teacher, valid, seeds):
         loss = (student - torch.ones_like(student)).square().mean((1, 2))
         return loss, torch.zeros_like(loss)
 
     monkeypatch.setattr(Adapt, "compare", to_one_point)
-    config = replace(SMALL, run=tmp_path, head="none", lr=1e-2, epochs=25, log_every=5)
-    with pytest.raises(harness.UserError, match=r"The features collapse at step \d\d?: .*--lr"):
-        adapt.train(config)
+    config = replace(
+        SMALL, run=tmp_path, head="none", lr=1e-3, epochs=25, log_every=5, save_every=2
+    )
+    assert harness.main(adapt.train, config) == 2
+    printed = capsys.readouterr().err
+    said = re.search(
+        r"error: The features collapse at step (\d+): .*--lr.*the last checkpoint is (\S+)\)\.",
+        printed,
+    )
+    assert 2 < int(said[1]) <= 50
+    assert Path(said[2]).is_dir()
+    assert encoders.load_encoder(said[2]).facts["step"] < int(said[1])
 
 
 @pytest.mark.usefixtures("alone")
