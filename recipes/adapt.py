@@ -870,6 +870,7 @@ def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
 # ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
+ZOOM = 2  # of the views in the picture, so that their maps have more cells
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
@@ -880,23 +881,21 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
     return network["encoder"]
 
 
-def preview_images(model: Adapt, crops: Crops, config: Config) -> Tensor:
-    """The preview's large views as the teacher sees them, but of the student's size: (v b c h w).
+def preview_images(model: Adapt, crops: Crops, side: int) -> Tensor:
+    """The preview's large views as the teacher sees them, but of this side: (v b c h w).
 
     They are normalized.
     """
     images = model.normalize(crops.teacher)
-    if images.shape[-1] != config.views.size:
-        images = nn.functional.interpolate(
-            images, config.views.size, mode="bilinear", antialias=True
-        )
+    if images.shape[-1] != side:
+        images = nn.functional.interpolate(images, side, mode="bilinear", antialias=True)
     return images
 
 
 @torch.no_grad()
 def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views."""
-    images = preview_images(model, crops, config)
+    """The maps (v, b, d, h, w) of the preview's large views, enlarged for the picture."""
+    images = preview_images(model, crops, ZOOM * config.views.size)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -1170,7 +1169,7 @@ def train(config: Config) -> None:
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
-        images = preview_images(model, preview[0], config)
+        images = preview_images(model, preview[0], config.views.size)
         monitor = health.Monitor(
             model.student["encoder"], [images], run, config.collapse, against_start=True
         )
