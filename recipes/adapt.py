@@ -1218,8 +1218,8 @@ def train(config: Config) -> None:
         patience = harness.Patience(config.warn_after, config.give_up_after)
         if start.bands is not None and world.is_main:
             harness.say(
-                f"Images have {start.bands.channels} channels as stored: contrast, brightness and "
-                "sharpness change; hue, saturation and gray are left out, which only RGB has."
+                f"Images have {bands.named(start.bands.channels)} as stored: contrast, brightness "
+                "and sharpness change; hue, saturation and gray are left out, which only RGB has."
             )
         dataset = ManyViews(source, config)
         steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)

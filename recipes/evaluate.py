@@ -427,8 +427,8 @@ def open_encoder(name: str, seed: int, samples: Any, config: Config) -> Encoder:
     if encoder.bands is not None:
         harness.check(
             "video" not in wanted_protocols(config),
-            f"--protocol is {config.protocol}: {name} takes images of {encoder.bands.channels} "
-            "channels, and the videos of DAVIS are RGB.",
+            f"--protocol is {config.protocol}: {name} takes images of "
+            f"{bands.named(encoder.bands.channels)}, and the videos of DAVIS are RGB.",
         )
         return encoder
     if samples is None:
@@ -439,8 +439,8 @@ def open_encoder(name: str, seed: int, samples: Any, config: Config) -> Encoder:
         channels = bands.more_than_picture(first) if isinstance(first, Path) else 0
         harness.check(
             channels == 0,
-            f"{first} is no picture, it has {channels} channels as stored, and {name} takes RGB: "
-            "give --channel-init mean, zero or random.",
+            f"{first} is no picture, it has {bands.named(channels)} as stored, and {name} takes "
+            "RGB: give --channel-init mean, zero or random.",
         )
         return encoder
     return encoder_of(start_for_bands(name, paths, config), seed=seed)

@@ -55,7 +55,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from downstream.bands import FILE_ORDER
+from downstream.bands import FILE_ORDER, named
 from downstream.encoders import TINY, Encoder, load_encoder
 from harness import UserError
 from torch import Tensor, nn
@@ -482,7 +482,7 @@ def load(config: Config) -> Encoder:
     harness.check(
         encoder.bands is None or config.to in ("timm", "onnx"),
         f"--to is {config.to}: give timm or onnx, since {name} takes images of "
-        f"{len(encoder.mean)} channels as stored, and {config.to} reads RGB.",
+        f"{named(len(encoder.mean))} as stored, and {config.to} reads RGB.",
     )
     if config.to not in ("timm", "onnx"):
         check_fit(encoder, config.to)

@@ -6,6 +6,7 @@ other channels or of more bits, whose values stay as they are in the file.
 This module is no command. More: docs/recipes/adapt.md, "Images as you have them".
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ MOST_CHANNELS = 32
 FILE_ORDER = "file"  # what a side-car says of the order of the channels
 SAMPLED = 256  # images that mean and standard deviation are measured on
 SAMPLED_SIDE = 256  # pixels along each side of them
+
+
+# What is wrong with a file is said in a sentence of ours.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class Bands(NamedTuple):
@@ -83,6 +88,7 @@ def is_picture(path: str | Path) -> bool:
         with Image.open(path) as file:
             return file.mode in PICTURE_MODES
     with tifffile.TiffFile(path) as file:
+        check_pages(file)
         page: Any = file.pages[0]
         samples = page.samplesperpixel
         alpha = sum(x != tifffile.EXTRASAMPLE.UNSPECIFIED for x in page.extrasamples)
@@ -200,8 +206,19 @@ class TiffLayout(NamedTuple):
         return (width, height) if self.orientation >= 5 else (height, width)
 
 
+def check_pages(file: tifffile.TiffFile) -> None:
+    """A ValueError where pages are missing: a file that was cut off would have fewer channels."""
+    pages: Any = file.pages
+    count = len(pages)  # all are looked for
+    file.filehandle.seek(pages.next_page_offset)
+    link = file.filehandle.read(file.tiff.offsetsize)
+    if link != bytes(file.tiff.offsetsize):  # the last page has no next one
+        raise ValueError(f"its page {count + 1} is missing: the file is cut off")
+
+
 def tiff_layout(file: tifffile.TiffFile) -> TiffLayout:
     """Where the channels are in a TIFF: its samples are the channels, or else its pages."""
+    check_pages(file)
     series = file.series[0]
     axes = series.axes
     others = [i for i, name in enumerate(axes) if name not in "YX" and series.shape[i] > 1]
@@ -282,7 +299,7 @@ def read_floats(path: str | Path, bands: Bands) -> Tensor:
     found = stored.shape[0]
     if found != bands.channels:
         raise UserError(
-            f"{path} has {_channels(found)}, and the encoder takes images of {bands.channels}."
+            f"{path} has {named(found)}, and the encoder takes images of {bands.channels}."
         )
     own_range = range_of(stored.values.dtype)
     tells_other = own_range not in (FLOATS, bands.value_range) and bands.value_range != FLOATS
@@ -294,7 +311,8 @@ def read_floats(path: str | Path, bands: Bands) -> Tensor:
     return to_floats(stored, bands)
 
 
-def _channels(count: int) -> str:
+def named(count: int) -> str:
+    """A number of channels in a sentence."""
     return f"{count} channel" if count == 1 else f"{count} channels"
 
 
@@ -353,7 +371,7 @@ class BandImages(harness.FolderImages):
         found = stored.shape[0]
         harness.check(
             found == self.channels,
-            f"{self.first} has {_channels(self.channels)}, and {path} has {found}: give images of "
+            f"{self.first} has {named(self.channels)}, and {path} has {found}: give images of "
             "one kind, or a .txt list of them.",
         )
         own = stored.values.dtype
@@ -426,7 +444,7 @@ def open_folder(
 
     harness.check(
         channels in ("auto", source.channels),
-        f"--channels is {channels}: {source.first} has {_channels(source.channels)}.",
+        f"--channels is {channels}: {source.first} has {named(source.channels)}.",
     )
     source.bands = Bands(source.channels, range_of(source.dtype), False, (), ())
     if known is not None and known.channels == source.channels:

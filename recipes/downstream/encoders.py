@@ -29,7 +29,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 import densekit as dk
 from downstream import weights as weight_files
-from downstream.bands import FILE_ORDER, Bands, bands_of
+from downstream.bands import FILE_ORDER, Bands, bands_of, named
 
 # The architectures of the demos: a name of timm, and the options that make it small.
 TINY = {
@@ -433,7 +433,7 @@ def read_start(config: Any) -> Start:
     start = find_start(config.weights, config.arch)
     harness.check(
         bands_of(start.facts) is None,
-        f"--weights is {config.weights}: its images have {start.channels} channels as stored, and "
+        f"--weights is {config.weights}: its images have {named(start.channels)} as stored, and "
         "this recipe reads RGB pictures; give it to adapt.py.",
     )
     return start
@@ -576,7 +576,7 @@ def change_channels(start: Start, bands: Bands, how: str | None, *, seed: int = 
     old = start.channels
     if start.weights is None or old == bands.channels:
         return start._replace(facts=facts)
-    count = f"{bands.channels} channel" if bands.channels == 1 else f"{bands.channels} channels"
+    count = named(bands.channels)
     if how is None:
         raise harness.UserError(
             f"The images have {count}, and {start.name} takes {old}: give --channel-init mean, "
