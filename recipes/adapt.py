@@ -110,10 +110,10 @@ class Config:
     channels: int | Literal["auto", "rgb"] = "auto"
     # What the weights of other channels start from: the mean of the old ones, 0, or at random.
     channel_init: Literal["mean", "zero", "random"] | None = None
-    # Mean and standard deviation of each channel; by default those of the weights, and for images
-    # as stored, measured.
+    # Mean of each channel, of values from 0 to 1; by default that of the weights, and for images as
+    # they are stored, measured.
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None  # Standard deviation of each channel, likewise.
     # Side of a large view in pixels of the image, which all views then show at one resolution; 0
     # takes the shares below --views.
     crop_pixels: int = 0
