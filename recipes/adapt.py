@@ -318,9 +318,6 @@ def check_start(config: Config, start: Any) -> None:
         f"--weights is {config.weights}: give a network of timm with feature maps, such as "
         "timm:resnet50.",
     )
-    encoders.check_side("--views.size", config.views.size, encoder, start.architecture)
-    small_size = config.views.small_size
-    encoders.check_side("--views.small-size", small_size, encoder, start.architecture)
     blocks = max(layer_of_parameters(encoder, by_stage=not is_vit(encoder)).values()) + 1
     harness.check(
         config.trainable_blocks <= blocks,
@@ -1209,6 +1206,8 @@ def open_source(config: Config, start: Any) -> tuple[Any, Any]:
 def train(config: Config) -> None:
     check_options(config)
     source, initial = open_source(config, encoders.find_start(config.weights))
+    encoders.check_maps(config, "--views.size", config.views.size)
+    encoders.check_maps(config, "--views.small-size", config.views.small_size)
     start = encoders.encoder_of(initial, seed=config.seed)
     check_start(config, start)
     folder = harness.run_folder("adapt", config, config.method)

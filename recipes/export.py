@@ -176,7 +176,7 @@ def vit_sizes(network: Any) -> dict[str, Any] | None:
             "hidden_dim": network.embed_dim,
             "mlp_dim": block.mlp.fc1.out_features,
         }
-    except AttributeError:
+    except (AttributeError, TypeError):  # XCiT has the side of a patch as a number
         return None
 
 

@@ -79,8 +79,23 @@ class Encoder(nn.Module):
         self.by_timm = hasattr(network, "forward_intermediates")
         self.eval().requires_grad_(requires_grad=False)
 
-        coarsest = self(torch.zeros(1, len(self.mean), 224, 224))
-        self.stride = 224 // coarsest.shape[-1]
+        self.stride = self.measure_stride()
+
+    def measure_stride(self) -> int:
+        """The side of a cell of the last map; a UserError for a network without maps."""
+        config = getattr(self.network, "pretrained_cfg", None) or {}
+        own_side = config.get("input_size", (3, 224, 224))[-1]
+        for side in dict.fromkeys((224, own_side)):  # some take images of their own size alone
+            try:
+                coarsest = self(torch.zeros(1, len(self.mean), side, side))
+            except Exception:  # networks of others raise nearly anything
+                continue
+            if coarsest.ndim == 4 and coarsest.shape[-1] > 0:
+                return side // coarsest.shape[-1]
+        raise harness.UserError(
+            f"{self.name} gives no feature maps: name a network of timm that does, such as "
+            "resnet50 or convnext_tiny."
+        )
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT."""
@@ -178,9 +193,10 @@ def check_maps(config: Any, option: str, side: int, *, levels: int = 1) -> None:
 
 def check_side(option: str, side: int, network: Any, architecture: str) -> None:
     """A UserError, unless whole patches of a ViT fit into a square view."""
-    if not is_vit(network):
+    size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not is_vit(network) or size is None:
         return
-    patch = network.patch_embed.patch_size[0]
+    patch = size if isinstance(size, int) else size[0]
     below = side // patch * patch
     nearest = f"{below} or {below + patch}" if below else f"{patch}"
     harness.check(
