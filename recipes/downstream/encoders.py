@@ -447,12 +447,18 @@ def read_start(config: Any) -> Start:
     if config.weights is None:
         return Start("random", config.arch, None, IMAGENET)
     start = find_start(config.weights, config.arch)
-    harness.check(
-        bands_of(start.facts) is None,
-        f"--weights is {config.weights}: its images have {named(start.channels)} as stored, and "
-        "this recipe reads RGB pictures; give it to adapt.py.",
-    )
+    check_pictures(start)
     return start
+
+
+def check_pictures(start: Any) -> None:
+    """A UserError where a start, or an encoder, is for other images than a recipe reads."""
+    told = bands_of(start.facts)
+    if told is not None:
+        raise harness.UserError(
+            f"{start.name} takes images of {named(told.channels)} as stored, and this recipe reads "
+            "RGB pictures: give it to adapt.py, evaluate.py or export.py."
+        )
 
 
 def find_start(name: str, arch: str | None = None) -> Start:

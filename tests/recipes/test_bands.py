@@ -362,7 +362,7 @@ def test_an_encoder_of_bands_is_no_start_of_a_recipe_of_pictures(tmp_path):
     assert encoder.bands == FIVE
     assert encoder(torch.rand(1, 5, 32, 32)).shape[-1] == 4
     config = replace(test_adapt.SMALL, weights=str(path))
-    with pytest.raises(UserError, match=r"--weights is .* its images have 5 channels as stored"):
+    with pytest.raises(UserError, match=r"takes images of 5 channels as stored, and this recipe"):
         encoders.read_start(type("Options", (), {"weights": str(path), "arch": "tiny"}))
     with pytest.raises(UserError, match=r"The images have 3 channels, and .* takes 5: give --chan"):
         adapt.open_source(config, encoders.find_start(str(path)))
