@@ -423,6 +423,22 @@ def test_pictures_stay_pictures_unless_a_number_of_channels_is_given(tmp_path):
     assert as_stored.bands.value_range == (0.0, 255.0)
 
 
+def test_mistakes_with_images_are_one_sentence_each(tmp_path, capsys):
+    for number in range(10):
+        Image.fromarray(array((40, 50, 3), "u1", number)).save(tmp_path / f"{number}.png")
+    config = replace(test_adapt.SMALL, preset="images", data=tmp_path, run=tmp_path / "run")
+    for changes, sentence in [
+        ({"batch": 64}, "--batch is 64: give at most 10, the number of images."),
+        ({"crop_pixels": 48}, "--crop-pixels is 48: give at most 40, since an image has 40 x 50"),
+        ({"channels": 5}, f"--channels is 5: {tmp_path / '0.png'} has 3 channels."),
+        ({"channels": 3, "mean": (1.0,)}, "--mean is 1.0: give 3 numbers, one for each channel"),
+    ]:
+        assert harness.main(adapt.train, replace(config, **changes)) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith(f"error: {sentence}")
+        assert "Traceback" not in "".join(said)
+
+
 # ---- from end to end -------------------------------------------------------------------------
 
 
