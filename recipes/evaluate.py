@@ -187,6 +187,11 @@ def make_folder(out: Path) -> None:
     except OSError as error:
         problem = f"it cannot be made a folder ({error.strerror}), give another"
         raise harness.UserError(f"--out is {out}: {problem}.") from error
+    for name in ("results.json", "report.md", "figures/example.png"):
+        path = out / name
+        has_folder = path.parent.exists()  # that of the figures is made with the first one
+        if has_folder:
+            harness.check_output("--out", path)
 
 
 # ==== samples =====================================================================================
@@ -261,7 +266,7 @@ def load_batches(samples: Samples, config: Config, title: str) -> Iterable[list[
     )
     patience = harness.Patience(config.warn_after, config.give_up_after)
     loaded = harness.load(loader, patience)
-    return tqdm(loaded, desc=title, total=count, unit="batch", leave=False)
+    return tqdm(loaded, desc=harness.printable(title), total=count, unit="batch", leave=False)
 
 
 def open_samples(config: Config) -> tuple[Samples, Samples]:
@@ -496,4 +501,4 @@ def evaluate(config: Config) -> None:
         seeds[name] = found
         # Files are written after each encoder, so that nothing is lost.
         write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
-    print(report_text(results, PROTOCOLS, config))
+    harness.tell(*report_text(results, PROTOCOLS, config).splitlines())

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 import densekit as dk
 from downstream.encoders import Encoder, device_of
+from downstream.health import health
 from downstream.protocols import Features, main_class
 
 IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a box and its copies
@@ -152,7 +153,12 @@ class NamedLevels(torch.nn.Module):
         return [level(x) for level, x in zip(self.level, maps, strict=True)]
 
 
-DIAGNOSTICS = {"patches": patches, "similarity-iou": similarity_iou, "bias": bias}
+DIAGNOSTICS = {
+    "patches": patches,
+    "similarity-iou": similarity_iou,
+    "bias": bias,
+    "health": health,
+}
 
 
 # ---- a diagnostic of features --------------------------------------------------------------------

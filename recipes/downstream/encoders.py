@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import densekit as dk
 from downstream import weights as weight_files
 from downstream.bands import FILE_ORDER, Bands, bands_of, named
+from downstream.fields import FieldError, get, items, table, text, to_float
 
 # The architectures of the demos: a name of timm, and the options that make it small.
 TINY = {
@@ -502,9 +503,11 @@ def load_encoder(name: str, *, arch: str | None = None, seed: int = 0) -> Encode
     kind, _, architecture = name.partition(":")
     if kind == "torchvision":
         network = build_torchvision(architecture)
+        check_weights(name, network.state_dict())
         return Encoder(name, architecture, network, facts_of_torchvision(name))
     if kind == "timm" and ":" not in architecture:
         network = build(architecture, pretrained=True)
+        check_weights(name, network.state_dict())
         return Encoder(name, architecture, network, facts_of_timm(name, network))
     return encoder_of(find_start(name, arch), seed=seed)
 
@@ -576,6 +579,7 @@ def fit(
         fitted = weight_files.fit(tensors, network)
     except harness.UserError as error:
         raise harness.UserError(f"{source} does not fit {architecture}: {error}.") from error
+    check_weights(source, fitted.tensors)
     if fitted.unmatched:
         unused = weight_files.summary(fitted.unmatched)
         facts = {**facts, "unused": unused}
@@ -641,6 +645,15 @@ def for_pictures(
     if std is not None:
         facts["std"] = std
     return start._replace(facts=facts)
+
+
+def check_weights(source: str, weights: dict[str, Tensor]) -> None:
+    """A UserError, unless all weights are finite: others would be scored, trained and exported."""
+    for name, x in weights.items():
+        harness.check(
+            bool(x.isfinite().all()),
+            f"{source} has infinite or NaN weights, such as {name}: its training has diverged.",
+        )
 
 
 # ---- torchvision ---------------------------------------------------------------------------------
@@ -735,15 +748,17 @@ def read_checkpoint(path: Path) -> Start:
                 "timm:NAME, torchvision:NAME, random:NAME; for a file of others timm:NAME:FILE."
             )
     try:
-        facts = json.loads(side_car.read_text())
+        facts = table(json.loads(side_car.read_bytes()))
         tensors, own_facts = weight_files.read_safetensors(path)
         own_step = own_facts.get("step")
         if own_step is not None and facts.get("step", own_step) != own_step:
             facts = own_facts  # a run is just replacing both files
-        architecture = facts["architecture"]
-        color_order = facts["color_order"]
-        mean = [float(x) for x in facts["mean"]]
-        std = [float(x) for x in facts["std"]]
+        architecture = text(get(facts, "architecture"), "architecture")
+        color_order = get(facts, "color_order")
+        mean = [to_float(x) for x in items(get(facts, "mean"), "mean")]
+        std = [to_float(x) for x in items(get(facts, "std"), "std")]
+    except FieldError as error:
+        raise harness.UserError(f"{side_car} {error}.") from error
     except Exception as error:  # broken bytes raise nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise harness.UserError(f"{path} and {side_car.name} cannot be read ({reason}).") from error
@@ -765,7 +780,7 @@ def read_checkpoint(path: Path) -> Start:
 
     if architecture == "tiny" and "patch_embed.proj.weight" in tensors:
         architecture = "tiny-vit"  # CrOC's demo calls its ViT tiny, too
-    return fit(str(path), architecture, tensors, facts)
+    return fit(str(path), architecture, tensors, {**facts, "mean": mean, "std": std})
 
 
 def numbers_of(count: int) -> str:
@@ -776,7 +791,8 @@ def check_range(side_car: Path, facts: dict[str, Any]) -> None:
     """A UserError where the side-car of an encoder of bands tells no range of values."""
     limits: Any = facts.get("value_range")
     is_pair = isinstance(limits, list) and len(limits) == 2
-    if not is_pair or not (-math.inf < float(limits[0]) < float(limits[1]) < math.inf):
+    are_numbers = is_pair and all(isinstance(x, (int, float)) for x in limits)
+    if not are_numbers or not -math.inf < limits[0] < limits[1] < math.inf:
         raise harness.UserError(
             f"{side_car} has value_range {limits}: two numbers are needed, the lower first."
         )

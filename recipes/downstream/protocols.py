@@ -332,7 +332,7 @@ FITTED = {
 def video(encoder: Encoder, videos: list[Video], config: Any) -> dict:
     """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
     sums = []
-    for item in tqdm(videos, desc=f"{encoder.name} video"):
+    for item in tqdm(videos, desc=harness.printable(f"{encoder.name} video")):
         first, objects = read_first_mask(item)
         maps = encode_frames(encoder, item, config)
         start = share_of_objects(first, objects, maps)
