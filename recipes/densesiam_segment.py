@@ -352,6 +352,7 @@ def build_encoder(config: Config) -> encoders.Encoder:
     """The ResNet to start from, without its classifier."""
     name = config.weights or f"random:{config.arch}"
     encoder = encoders.load_encoder(name, arch=config.arch, seed=config.seed)
+    encoders.check_pictures(encoder)
     if config.weights is not None:
         harness.check(
             isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),

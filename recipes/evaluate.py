@@ -45,6 +45,9 @@ class Config:
     workers: int = 2  # Processes that read images; 0 reads in the main process.
     # Range of values that is mapped to black ... white, for images whose file tells none.
     value_range: tuple[float, float] | None = None
+    # Encoders of pictures get all channels of the images as stored: what the weights of new
+    # channels start from, the mean of the old ones, 0, or at random.
+    channel_init: Literal["mean", "zero", "random"] | None = None
     warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -67,10 +70,18 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import image_sets
+from downstream import bands, image_sets
 from downstream.davis import find_lists
 from downstream.diagnose import DIAGNOSTICS, retrieval
-from downstream.encoders import Encoder, device_of, load_encoder
+from downstream.encoders import (
+    Encoder,
+    Start,
+    change_channels,
+    device_of,
+    encoder_of,
+    find_start,
+    load_encoder,
+)
 from downstream.layouts import find_places
 from downstream.protocols import FITTED, Features, position_prior, video
 from downstream.report import mean_over_seeds, report_text, write_results
@@ -185,7 +196,7 @@ def make_folder(out: Path) -> None:
 
 # ==== samples =====================================================================================
 class Sample(NamedTuple):
-    image: Tensor  # float (3, h, w) in [0, 1], resized
+    image: Tensor  # float (c, h, w), resized; a picture is RGB in [0, 1]
     labels: Tensor | None  # the class map at its own size
     boxes: Tensor  # (n, 4) in [0, 1]
     classes: Tensor  # (n,): the class of each box
@@ -211,7 +222,8 @@ class Samples:
         row = self.rows[index]
         item = self.images[row]
         h, w = item.image.shape[-2:]
-        image = transforms.resize(item.image / 255, self.size, antialias=True)
+        white = 255 if item.image.dtype == torch.uint8 else 1
+        image = transforms.resize(item.image / white, self.size, antialias=True)
 
         order = torch.randperm(len(item.boxes), generator=harness.generator(1, row))
         chosen = order[: self.objects].sort().values
@@ -375,6 +387,8 @@ class Evaluation:
         self.config = config
         self.seed = seed
         self.made: dict[bool, tuple[Features, Features]] = {}  # disturbed or not
+        for split in samples or ():
+            split.images.bands = encoder.bands
 
     def features(self, *, disturb: bool) -> tuple[Features, Features]:
         """The features of the split to fit on and of the split to score."""
@@ -393,7 +407,7 @@ class Evaluation:
         if protocol == "retrieval":
             test = self.samples[1]
             features = self.features(disturb=False)[1]
-            return retrieval(self.encoder, lambda i: test[i].image, features, folder)
+            return retrieval(self.encoder, lambda i: self.picture(test[i].image), features, folder)
         if protocol in DIAGNOSTICS:
             title = f"{self.encoder.name} {protocol}"
             batches = load_batches(self.samples[1], self.config, title)
@@ -402,10 +416,51 @@ class Evaluation:
         fit, test = self.features(disturb=chosen.disturbed)
         return chosen.score(fit, test, self.config, self.seed)
 
+    def picture(self, image: Tensor) -> Tensor:
+        """An image to look at, RGB in [0, 1]."""
+        return image if self.encoder.bands is None else bands.to_pictures(image)
+
     def score_prior(self) -> dict:
         """The figures of the position prior, which looks at no image."""
         fit, test = self.features(disturb=False)
         return position_prior(fit, test, self.config)
+
+
+def open_encoder(name: str, seed: int, samples: Any, config: Config) -> Encoder:
+    """An encoder, for images as it was trained on, or with --channel-init as they are stored."""
+    encoder = load_encoder(name, seed=seed)
+    if encoder.bands is not None:
+        harness.check(
+            "video" not in wanted_protocols(config),
+            f"--protocol is {config.protocol}: {name} takes images of "
+            f"{bands.named(encoder.bands.channels)}, and the videos of DAVIS are RGB.",
+        )
+        return encoder
+    if samples is None:
+        return encoder
+    paths = samples[0].images.images
+    if config.channel_init is None:
+        first = next(iter(paths.values()))
+        channels = bands.more_than_picture(first) if isinstance(first, Path) else 0
+        harness.check(
+            channels == 0,
+            f"{first} is no picture, it has {bands.named(channels)} as stored, and {name} takes "
+            "RGB: give --channel-init mean, zero or random.",
+        )
+        return encoder
+    return encoder_of(start_for_bands(name, paths, config), seed=seed)
+
+
+def start_for_bands(name: str, paths: dict[str, Any], config: Config) -> Start:
+    """The weights of an encoder of pictures for the channels of images, which are measured."""
+    files = [str(path.absolute()) for path in paths.values() if isinstance(path, Path)]
+    harness.check(
+        len(files) > 0,
+        f"--channel-init is {config.channel_init}: leave it out, since scenes are RGB pictures.",
+    )
+    source = bands.open_files(files, config.value_range)
+    bands.complete(source, None, None)
+    return change_channels(find_start(name), source.bands, config.channel_init)
 
 
 def check_size(encoder: Encoder, config: Config) -> None:
@@ -433,7 +488,7 @@ def evaluate(config: Config) -> None:
     for name in config.encoders:
         found = defaultdict(list)  # by protocol, the figures of each seed
         for seed in range(config.seeds):
-            encoder = load_encoder(name, seed=seed).to("cuda" if use_cuda else "cpu")
+            encoder = open_encoder(name, seed, samples, config).to("cuda" if use_cuda else "cpu")
             check_size(encoder, config)
             evaluation = Evaluation(encoder, samples, videos, config, seed)
             for protocol in protocols:

@@ -593,6 +593,9 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
         raise OSError("it is no regular file")  # a pipe would be waited for
     with Image.open(path) as file:
         tags = getattr(file, "tag_v2", {})  # of a TIFF
+        samples = _tag(tags, SAMPLES_PER_PIXEL, 1)
+        if samples > 2 and _tag(tags, PHOTOMETRIC, 1) <= 1:  # Pillow may read the first gray alone
+            raise ValueError(f"it has {samples} channels, and a picture is gray or RGB")
         ImageOps.exif_transpose(file, in_place=True)
         image = file
         is_signed_byte = image.mode == "L" and _tag(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
@@ -609,6 +612,7 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
 # Tags of a TIFF, and values of two of them.
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
+SAMPLES_PER_PIXEL = 277
 SAMPLE_FORMAT = 339
 NO_DATA = 42113  # GDAL's: the value of pixels without data, as text
 WHITE_IS_ZERO = 0
@@ -637,7 +641,7 @@ def _as_8_bit(
     values = values.astype(np.float64)
 
     has_data = np.abs(values) < HUGE  # NaN has none
-    no_data = _as_number(_tag(tags, NO_DATA, ""))
+    no_data = as_number(_tag(tags, NO_DATA, ""))
     has_data &= values != no_data
     values[values == no_data] = np.nan
     lowest = min(0.0, values.min(where=has_data, initial=0.0))
@@ -665,7 +669,7 @@ def _as_8_bit(
     return Image.fromarray((shares * 255).round().astype(np.uint8))
 
 
-def _as_number(text: Any) -> float:
+def as_number(text: Any) -> float:
     """The number that a tag holds as text; NaN where it holds none."""
     try:
         return float(str(text).strip("\0 "))
@@ -686,7 +690,9 @@ def read_list(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
+def list_images(
+    folder: Path, patience: Patience = PATIENCE, extensions: tuple[str, ...] = EXTENSIONS
+) -> list[str]:
     """The paths of the image files below a folder, relative to it, sorted; no hidden ones.
 
     Links are followed, but each folder is listed once: a link to one around it would go in circles.
@@ -710,7 +716,7 @@ def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
                         waiting.append(f"{name}/")
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         linked.append(f"{name}/")
-                    elif _is_image(entry):
+                    elif _is_image(entry, extensions):
                         names.append(name)
             waiting = linked
     return sorted(names)
@@ -735,12 +741,12 @@ def _entries(folder: Path, listed: set, watch: Watch) -> list[os.DirEntry]:
     return entries
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    """Whether it has the name of an image and is a regular file.
+def _is_image(entry: os.DirEntry, extensions: tuple[str, ...]) -> bool:
+    """Whether its name ends in one of the extensions, and it is a regular file.
 
     A link that leads nowhere counts too: reading it will name it as unreadable.
     """
-    if not entry.name.lower().endswith(EXTENSIONS):
+    if not entry.name.lower().endswith(extensions):
         return False
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
@@ -752,6 +758,7 @@ class FolderImages:
 
     `source[i]` is an image, uint8 (3, H, W), and a "path: reason" of each unreadable file that was
     passed over before it. `value_range` is that of images whose file does not tell it.
+    `extensions` are those of image files. `read` is for a subclass to change.
     """
 
     def __init__(
@@ -761,6 +768,7 @@ class FolderImages:
         *,
         value_range: tuple[float, float] | None = None,
         patience: Patience = PATIENCE,
+        extensions: tuple[str, ...] = EXTENSIONS,
     ):
         self.folder = Path(folder)
         self.value_range = value_range
@@ -772,24 +780,32 @@ class FolderImages:
 
         if names is None:
             names = _listings.pop(os.path.realpath(self.folder), None)
+            if extensions != EXTENSIONS:
+                names = None  # they were listed without the other ones
         if names is None:
-            names = list_images(self.folder, patience)
+            names = list_images(self.folder, patience, extensions)
         names = [name for name in names if name]
         if not names:
-            raise UserError(f"No image file ({' '.join(EXTENSIONS)}) lies below {folder}.")
+            raise UserError(f"No image file ({' '.join(extensions)}) lies below {folder}.")
         # In one array, forked workers share the names; a list would be copied by each of them.
         self.names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
+    def read(self, path: Path) -> Any:
+        """The image of a file."""
+        return read_image(path, self.value_range)
+
+    def __getitem__(self, index: int) -> tuple[Any, tuple[str, ...]]:
         unreadable = []
         name = self.names[index]
         while len(unreadable) < len(self):
             path = self.folder / os.fsdecode(name)
             try:
-                return read_image(path, self.value_range), tuple(unreadable)
+                return self.read(path), tuple(unreadable)
+            except UserError:  # the file is well, and of another kind than the others
+                raise
             except Exception as error:  # broken bytes raise nearly anything
                 reason = str(error) or type(error).__name__
                 unreadable.append(" ".join(f"{path}: {reason}".split()))

@@ -1,4 +1,4 @@
-"""Crops of images as the loader processes make them: bytes in, bytes out.
+"""Crops of images as the loader processes make them: bytes in, bytes out; or floats.
 
 This module is no command.
 """
@@ -62,6 +62,24 @@ def crop_bytes(
     if view.vertical_flip is not None and view.vertical_flip:
         crop = crop.flip(-2)
     return crop
+
+
+def crop_floats(inside: Tensor, flip: Tensor, size: int) -> Tensor:
+    """The part of an image in the box of a view, resized and flipped: as `dk.crop_views`.
+
+    Args:
+        inside: All pixels of the box and no others, float (c, h, w).
+        flip: Whether the view is mirrored left to right.
+        size: Side of the crop in pixels.
+
+    Returns:
+        The crop, float (c, size, size).
+    """
+    sides = (size, size)
+    crop = inside
+    if inside.shape[-2:] != sides:
+        crop = nn.functional.interpolate(inside[None], sides, mode="bilinear", antialias=True)[0]
+    return crop.flip(-1) if flip else crop
 
 
 def _rounded_bytes(pixels: Tensor) -> Tensor:

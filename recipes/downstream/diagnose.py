@@ -143,7 +143,8 @@ class NamedLevels(torch.nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
-        maps = encoder.levels(torch.zeros(1, 3, 224, 224, device=device_of(encoder)))
+        channels = len(encoder.mean)
+        maps = encoder.levels(torch.zeros(1, channels, 224, 224, device=device_of(encoder)))
         self.level = torch.nn.ModuleList(torch.nn.Identity() for _ in maps)
         self.names = [f"level.{number}" for number in range(len(maps))]
 
