@@ -17,6 +17,7 @@ from downstream.protocols import (
     segmentation_figures,
     small_labels,
 )
+from downstream.shards import Shards
 from PIL import Image
 from torch import nn
 import densekit as dk
@@ -28,14 +29,14 @@ COLORS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=
 class Colors(nn.Module):
     """An encoder whose features are the image at an eighth of its size: they know the colors."""
 
-    name, stride = "colors", 8
+    name, stride, strides = "colors", 8, [4, 8]
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         self.seen = []
 
-    def levels(self, images):
+    def levels(self, images, *, stem=False):
         self.seen.append(images.clone())
         return [nn.functional.avg_pool2d(images, size) * self.scale for size in (4, 8)]
 
@@ -81,14 +82,13 @@ def configured(data, tmp_path, **changes):
 
 
 def samples(config, split):
-    return evaluate.Samples(image_sets.open_images(config.data, split=split), config)
+    images = image_sets.open_images(config.data, split=split)
+    return evaluate.Samples(images, config, gallery=split == "train")
 
 
-def both(config, encoder=None, **options):
+def both(config, encoder=None):
     encoder = encoder or Colors()
-    return [
-        evaluate.encode(encoder, samples(config, x), config, **options) for x in ("train", "val")
-    ]
+    return [evaluate.encode(encoder, samples(config, x), config) for x in ("train", "val")]
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_features_of_objects_are_torchvisions_roi_align_averaged(data, tmp_path)
     features = evaluate.encode(encoder, source, config)
     assert features.objects.shape == (8, 3)
     for number, sample in enumerate(source[i] for i in range(len(source))):
-        maps = encoder(sample.image[None])
+        maps = encoder(sample.image[None] / 255)
         box = sample.boxes * 4  # in cells
         want = torchvision.ops.roi_align(maps, [box], 7, sampling_ratio=2, aligned=True)
         torch.testing.assert_close(features.objects[number], want.mean((-2, -1))[0])
@@ -113,21 +113,32 @@ def test_features_of_objects_are_torchvisions_roi_align_averaged(data, tmp_path)
 def test_disturbed_objects_keep_their_pixels_and_no_others(data, tmp_path):
     config = configured(data, tmp_path)
     encoder, source = Colors(), samples(config, "val")
-    evaluate.encode(encoder, source, config, disturb=True)
-    batches = [x for x in encoder.seen if len(x)]
-    number = 0
-    for images, made in zip(batches[::2], batches[1::2], strict=True):
-        for image in made:
-            sample = source[number]
-            x1, y1, x2, y2 = (sample.boxes[0] * 32).int().tolist()
-            inside = torch.zeros(32, 32, dtype=torch.bool)
-            inside[y1:y2, x1:x2] = True
-            assert torch.equal(image[:, inside], sample.image[:, inside])
-            rest = [torch.equal(image[:, ~inside], other[:, ~inside]) for other in images]
-            assert any(rest)
-            assert not torch.equal(image[:, ~inside], sample.image[:, ~inside])
-            number += 1
-    assert number == 8
+    evaluate.encode_disturbed(encoder, source, config)
+    images = [source[i].image / 255 for i in range(len(source))]
+    made = torch.cat(encoder.seen)
+    assert len(made) == 8
+    for number, image in enumerate(made):
+        x1, y1, x2, y2 = (source[number].boxes[0] * 32).int().tolist()
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[y1:y2, x1:x2] = True
+        assert torch.equal(image[:, inside], images[number][:, inside])
+        rest = [torch.equal(image[:, ~inside], other[:, ~inside]) for other in images]
+        assert any(rest[:number] + rest[number + 1 :])
+    # What is around an object depends on neither the batch nor the process.
+    other = Colors()
+    evaluate.encode_disturbed(other, source, dataclasses.replace(config, batch=1))
+    assert torch.equal(torch.cat(other.seen), made)
+    parts = Colors()
+    for rank in (0, 1):
+        evaluate.encode_disturbed(parts, source, config, Part(rank, 2))
+    assert torch.equal(torch.cat(parts.seen), made)
+
+
+class Part(Shards):
+    """One of some processes that never meet."""
+
+    def gather(self, rows):
+        return rows
 
 
 def test_a_limit_draws_the_same_images_again(data, tmp_path):
@@ -156,7 +167,12 @@ def test_features_that_know_the_classes_segment_without_a_fault(data, tmp_path, 
 @pytest.mark.parametrize("protocol", ["object-knn", "disturbed-object-knn"])
 def test_features_that_know_the_classes_name_all_objects(data, tmp_path, protocol):
     config = configured(data, tmp_path)
-    features = both(config, disturb=FITTED[protocol].disturbed)
+    features = both(config)
+    if protocol.startswith("disturbed"):
+        features = [
+            evaluate.encode_disturbed(Colors(), samples(config, x), config)
+            for x in ("train", "val")
+        ]
     found = FITTED[protocol].score(*features, config, 0)
     assert found["overall"].value == found["macro"].value == 1
     assert found["overall"].deviation == 0
@@ -254,7 +270,7 @@ def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them
     evaluate.evaluate(dataclasses.replace(config, encoders=("random:tiny-vit",)))
     text = (config.out / "results.json").read_text()
     assert set(json.loads(text)["results"]["random:tiny-vit"]["bias"]) == {
-        "level1", "level2", "level3"
+        "level1", "level2", "level3", "objects"
     }  # fmt: skip
 
 
@@ -351,10 +367,9 @@ WRONG = [
     (["random:tiny", "--cost", "nan"], "--cost is nan: give a finite number above 0"),
     (["random:tiny", "--draws", "0"], "--draws is 0: give 1"),
     (["random:tiny", "--batch", "0"], "--batch is 0: give 1"),
-    (
-        ["random:tiny", "--protocol", "disturbed-object-knn", "--batch", "1"],
-        "--batch is 1: to disturb an object",
-    ),
+    (["random:tiny", "--kmeans-seeds", "0"], "--kmeans-seeds is 0: give 1"),
+    (["random:tiny", "--level", "-1"], "--level is -1: give 0"),
+    (["random:tiny", "--level", "5"], "--level is 5: random:tiny has the levels 1 to 4"),
     (["random:tiny", "--workers", "-1"], "--workers is -1: give 0"),
 ]
 if not torch.cuda.is_available():
@@ -398,8 +413,9 @@ def test_a_set_without_labels_or_objects_is_named(data, tmp_path):
         FITTED["object-knn"].score(fit, none, config, 0)
     with pytest.raises(harness.UserError, match="no image of a class"):
         FITTED["image-knn"].score(fit, test._replace(area=test.area * 0), config, 0)
-    with pytest.raises(harness.UserError, match="--batch is 1: it leaves an image alone"):
-        both(dataclasses.replace(config, batch=1), disturb=True)
+    alone = samples(dataclasses.replace(config, limit=1), "val")
+    with pytest.raises(harness.UserError, match="takes another image: the split has 1 alone"):
+        evaluate.encode_disturbed(Colors(), alone, config)
 
 
 def test_images_without_a_class_are_left_out(data, tmp_path):
