@@ -89,12 +89,12 @@ class Encoder(nn.Module):
         height, width = self.own_size
         try:
             maps = self.levels(torch.zeros(1, 3, height, width, device=device_of(self)))
-            columns = [x.shape[-1] for x in maps]
         except Exception as error:  # a network of timm that has no maps raises nearly anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise harness.UserError(f"{self.name} gives no feature maps: {reason}.") from error
         shapes_right = all(x.ndim == 4 and min(x.shape) > 0 for x in maps)
         harness.check(shapes_right, f"{self.name} gives no feature maps of all its levels.")
+        columns = [x.shape[-1] for x in maps]
 
         if is_vit(self.network):
             return [max(1, width // x) for x in columns]

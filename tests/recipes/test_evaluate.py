@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import socket
 
 import evaluate
 import harness
@@ -322,6 +325,98 @@ def test_labels_follow_a_moving_object(tmp_path):
     blind = Colors()
     blind.scale.data.zero_()
     assert evaluate.video(blind, videos, config)["J"].value < 0.6
+
+
+def one_of_two(rank, port, config):
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    evaluate.evaluate(config)
+
+
+def numbers_of(figures, name=""):
+    """Each number of nested figures, by its dotted name."""
+    if not isinstance(figures, dict):
+        return {name: figures}
+    found = {}
+    for key, value in figures.items():
+        found |= numbers_of(value, f"{name}.{key}")
+    return found
+
+
+def test_two_processes_have_the_numbers_of_one(data, tmp_path):
+    protocols = [x for x in evaluate.PROTOCOLS if x not in ("image-svm", "image-linear-map")]
+    davis(tmp_path / "set")
+    shutil.copytree(data, tmp_path / "set", dirs_exist_ok=True)
+    config = configured(
+        tmp_path / "set", tmp_path, size=(64, 64), protocol=",".join(protocols), layout="folder",
+        kmeans_seeds=1, epochs=5, batch=3,
+    )  # fmt: skip
+    results = []
+    for count in (1, 2):
+        own = dataclasses.replace(config, out=tmp_path / str(count))
+        if count == 1:
+            evaluate.evaluate(own)
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            torch.multiprocessing.start_processes(
+                one_of_two, (port, own), nprocs=2, start_method="fork"
+            )
+        results.append(json.loads((own.out / "results.json").read_text())["results"])
+    one, two = map(numbers_of, results)
+    assert set(one) == set(two)
+    assert len(one) > 60
+    assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+def test_features_that_are_not_finite_are_refused_and_large_ones_stay_float(data, tmp_path):
+    config = configured(data, tmp_path)
+    encoder = Colors()
+    maps = {}
+    for scale in (1.0, 1e6, 1e-6):
+        encoder.scale.data.fill_(scale)
+        maps[scale] = evaluate.encode(encoder, samples(config, "val"), config).maps
+        torch.testing.assert_close(maps[scale].float() / scale, maps[1.0].float())
+    assert [x.dtype for x in maps.values()] == [torch.float16, torch.float32, torch.float32]
+    encoder.scale.data.fill_(torch.nan)
+    with pytest.raises(harness.UserError, match=r"^colors gives features that are not finite"):
+        evaluate.encode(encoder, samples(config, "val"), config)
+
+
+def test_only_what_the_protocols_need_is_made(data, tmp_path):
+    config = configured(data, tmp_path, protocol="kmeans-seg")
+    both_splits = (samples(config, "train"), samples(config, "val"))
+    encoder = Colors()
+    evaluation = evaluate.Evaluation(encoder, both_splits, None, config, 0)
+    assert evaluation.score("kmeans-seg")["images"] == 8
+    evaluation.score_prior()
+    assert sum(map(len, encoder.seen)) == 8  # of the split to fit on, the label maps alone
+    test = evaluation.test.made
+    assert [len(x) for x in (test.pooled, test.vectors, test.objects)] == [0, 0, 0]
+    evaluation.score("object-knn")
+    assert sum(map(len, encoder.seen)) == 8 + 16
+    assert len(evaluation.test.made.objects) == 8
+
+
+def test_weights_that_are_the_same_are_encoded_once_for_all_seeds(data, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        evaluate, "load_encoder", lambda name, seed: encoded.append(name) or Named()
+    )
+    for name, times in (("runs/croc", 1), ("random:colors", 3)):
+        encoded.clear()
+        config = configured(data, tmp_path, encoders=(name,), seeds=3, protocol="kmeans-seg")
+        evaluate.evaluate(config)
+        found = json.loads((config.out / "results.json").read_text())
+        assert len(encoded) == times
+        assert len(found["seeds"][name]["kmeans-seg"]) == 15  # five of k-means for each
+
+
+class Named(Colors):
+    def takes(self, size):
+        return ""
 
 
 @pytest.mark.parametrize(
