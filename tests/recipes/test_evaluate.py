@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from downstream import image_sets, report
+from downstream import image_sets, memory, report
 from downstream.protocols import (
     FITTED,
     main_class,
@@ -398,6 +398,24 @@ def test_only_what_the_protocols_need_is_made(data, tmp_path):
     evaluation.score("object-knn")
     assert sum(map(len, encoder.seen)) == 8 + 16
     assert len(evaluation.test.made.objects) == 8
+
+
+def test_the_bytes_of_the_features_follow_from_the_shapes(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    sizes = memory.Sizes(
+        fit=8, test=8, cells=16, channels=3, pooled=(3, 3), vectors=(3 * 64, 3 * 16), gallery=8,
+        objects=8,
+    )  # fmt: skip
+    held = {
+        "linear-seg": [fit.maps, test.maps],
+        "kmeans-seg": [test.maps],
+        "object-knn": [fit.objects, test.objects],
+        "image-linear": [*fit.pooled, *test.pooled],
+        "image-svm": [*fit.vectors, *test.vectors],
+    }
+    for protocol, tensors in held.items():
+        assert memory.feature_bytes(protocol, sizes) == sum(x.nbytes for x in tensors)
 
 
 def test_weights_that_are_the_same_are_encoded_once_for_all_seeds(data, tmp_path, monkeypatch):
