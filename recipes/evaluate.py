@@ -741,7 +741,10 @@ def check_size(encoder: Encoder, config: Config) -> None:
 def evaluate(config: Config) -> None:
     check_options(config)
     make_folder(config.out)
+    threads = torch.get_num_threads()
     with harness.process_group(config.device, DAY) as world:
+        if world.size == 1:
+            torch.set_num_threads(threads)  # the loader rests while the fits are made
         score_encoders(config, shards_of(world), world.device)
 
 
