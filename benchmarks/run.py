@@ -361,7 +361,8 @@ def clustering() -> None:
             loss, _ = model(images, views, 0.07, torch.arange(len(images[0]), device=DEVICE))
         loss.backward()
 
-    step, locate = times(train, lambda: model.find_clusters(*encoded, views), rounds=5)
+    seeds = torch.arange(batch, device=DEVICE)
+    step, locate = times(train, lambda: model.find_clusters(*encoded, views, seeds), rounds=5)
     row(
         f"clustering in a step of CrOC, ViT-S/16, batch {batch}",
         f"{locate * 1e3:.1f} ms",
@@ -520,7 +521,7 @@ def cut_one_by_one(boxes: Tensor, draws: Tensor, beside: Tensor, images: Tensor)
     """Apply PRC and PRM image by image and proposal by proposal, on slices of whole pixels."""
     images = images.clone()
     for image, own, draw, masks in zip(images, boxes, draws, beside, strict=True):
-        cut = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        cut = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
         sides, numbers = own.round().int().tolist(), draw.tolist()
         area = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in sides]
         for k in sorted(range(len(area)), key=lambda k: -area[k]):

@@ -1,7 +1,7 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning.
 
-The modules, whose public names can all be imported from the package too, but for
-those of `recipes` and `typing`:
+The modules, whose public names can all be imported from the package too, but for those of
+`testing`, `typing` and `recipes`:
 
     numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
         maps.
@@ -12,6 +12,8 @@ those of `recipes` and `typing`:
     bank: A bank of keys, first in, first out: the source of negatives in MoCo and related methods.
     boxes: Box algebra, and random selection and placement of boxes.
     views: Views of an image: a crop box and flips, the maps between the frames, overlap, cropping.
+    adapters: Views from and to what other libraries record of a crop: so that any of them may do
+        the cropping.
     sampling: Points in regions, and features at points: how the same image point is found in two
         views.
     matching: Correspondences of two views: by place, by feature, and by regions that both views
@@ -37,6 +39,8 @@ those of `recipes` and `typing`:
         health.
     scenes: Procedural scenes of many objects, with ground truth, for tests, demos and
         documentation.
+    testing: Checks that your tests call on your code: the same on any number of processes, right
+        geometry.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures
         share.
     recipes: The recipes that come with densekit, and copies of them to change.
@@ -44,6 +48,16 @@ those of `recipes` and `typing`:
 Start with `help(densekit.views)`, or with README.md.
 """
 
+from densekit.adapters import (
+    view_from_albumentations,
+    view_from_kornia,
+    view_from_lightly_train,
+    view_from_torchvision,
+    view_to_albumentations,
+    view_to_kornia,
+    view_to_lightly_train,
+    view_to_torchvision,
+)
 from densekit.bank import Bank, Negatives, bank_negatives, init_bank, push_to_bank, sample_keys
 from densekit.boxes import (
     SampledBoxes,
@@ -373,11 +387,19 @@ __all__ = [
     "unstack_views",
     "update_center",
     "variance_covariance",
+    "view_from_albumentations",
+    "view_from_kornia",
+    "view_from_lightly_train",
     "view_from_matrix",
     "view_from_relative",
+    "view_from_torchvision",
     "view_from_xywh",
+    "view_to_albumentations",
     "view_to_image",
+    "view_to_kornia",
+    "view_to_lightly_train",
     "view_to_matrix",
+    "view_to_torchvision",
     "views_to",
     "views_valid",
     "warmup_cosine",

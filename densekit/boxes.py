@@ -71,7 +71,7 @@ def box_area(boxes: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
         >>> box_area(torch.tensor([[1.0, 1.0, 3.0, 2.0], [2.0, 0.0, 0.0, 1.0]]))
         tensor([2., 0.])
     """
-    return _area(boxes)
+    return _area(boxes, _valid(boxes))
 
 
 @typed
@@ -96,7 +96,8 @@ def intersect_boxes(
     References:
         DenseSiam, Sec 3.2 (the intersected region of two views).
     """
-    return _intersection(boxes1, boxes2)
+    boxes, valid = _with_shared(boxes1, boxes2)
+    return torch.where(valid[..., None], boxes[2], 0.0)
 
 
 @typed
@@ -120,7 +121,7 @@ def box_iou(
         >>> box_iou(torch.tensor([0.0, 0, 2, 1]), torch.tensor([1.0, 0, 3, 1]))
         tensor(0.3333)
     """
-    area1, area2, shared = _area(torch.stack([boxes1, boxes2, _intersection(boxes1, boxes2)]))
+    area1, area2, shared = _areas(boxes1, boxes2)
     union = area1 + area2 - shared
     return safe_divide(shared, union)
 
@@ -148,7 +149,7 @@ def box_containment(
     References:
         D3SSL, Sec 4.1 (proposals that a view contains).
     """
-    area, shared = _area(torch.stack([boxes1, _intersection(boxes1, boxes2)]))
+    area, _, shared = _areas(boxes1, boxes2)
     return safe_divide(shared, area)
 
 
@@ -283,14 +284,21 @@ def _valid(boxes: Tensor) -> Tensor:
     return ((extent > 0) & (extent < torch.inf)).all(-1)
 
 
-def _area(boxes: Tensor) -> Tensor:
+def _area(boxes: Tensor, valid: Tensor) -> Tensor:
     boxes = widened(boxes)
-    extent = torch.where(_valid(boxes)[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
+    extent = torch.where(valid[..., None], boxes[..., 2:] - boxes[..., :2], 0.0)
     return extent[..., 0] * extent[..., 1]
 
 
-def _intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def _areas(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, ...]:
+    """Compute the areas of both boxes and of what they share; 0 where they share nothing."""
+    boxes, valid = _with_shared(boxes1, boxes2)
+    return _area(boxes, valid).unbind(0)
+
+
+def _with_shared(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Stack two boxes and what they share, and return where all three are valid."""
     corner = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     box = torch.cat([corner, torch.minimum(boxes1[..., 2:], boxes2[..., 2:])], -1)
-    valid = _valid(torch.stack([boxes1, boxes2, box])).all(0)
-    return torch.where(valid[..., None], box, 0.0)
+    boxes = torch.stack([boxes1, boxes2, box])
+    return boxes, _valid(boxes).all(0)

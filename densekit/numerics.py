@@ -164,7 +164,7 @@ def rows_to_map(
 
 def widened(x: Tensor) -> Tensor:
     """Convert as `widen` does, without the type check, which takes ten times as long."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
     The numerator must be finite there, as in the sum of no entries divided by their number.
     """
-    return numerator / torch.where(denominator == 0, torch.inf, denominator)
+    return numerator / denominator.masked_fill(denominator == 0, torch.inf)
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any, Literal[False] | None]:
@@ -249,7 +249,7 @@ def sample_uniform(
     Half precision therefore gets the same numbers as float32. With `noise`, which has this shape,
     its numbers are the result.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if noise is not None:
         # A number just below 1 must not be rounded to 1.
         return noise.to(dtype).clamp(max=1 - torch.finfo(dtype).eps / 2)

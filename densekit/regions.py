@@ -9,14 +9,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from densekit.boxes import box_area, boxes_valid
+from densekit.boxes import boxes_valid
 from densekit.numerics import (
     check,
     check_size,
     full_precision,
     readable,
     row_of,
-    safe_divide,
     sample_uniform,
     take_rows,
     widened,
@@ -137,14 +136,16 @@ def sample_inner_boxes(
     check("regions.sample_inner_boxes", "scale", scale, fits, "0 < smallest <= largest <= 1")
 
     draws = sample_uniform((*boxes.shape[:-1], 4), boxes, generator=generator, noise=noise)
-    first = widened(boxes[..., :2])
-    last = widened(boxes[..., 2:])
+    corner1 = boxes[..., :2]
+    corner2 = boxes[..., 2:]
+    first = widened(corner1)
+    last = widened(corner2)
     free = (1 - (low + (high - low) * draws[..., :2])) * (last - first)
     before = free * draws[..., 2:]
-    corner1 = (first + before).to(boxes.dtype)
-    corner2 = (last - (free - before)).to(boxes.dtype)
+    first = (first + before).to(boxes.dtype)
+    last = (last - (free - before)).to(boxes.dtype)
     # Rounding must not move a side outside.
-    return torch.cat([corner1.maximum(boxes[..., :2]), corner2.minimum(boxes[..., 2:])], -1)
+    return torch.cat([first.maximum(corner1), last.minimum(corner2)], -1)
 
 
 @typed
@@ -228,61 +229,79 @@ def proposal_cutout(
         D3SSL, Sec 4.1, 1) (proposal-based random cutout).
     """
     check_size("regions.proposal_cutout", size)
-    usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
-    boxes = widened(torch.where(usable[..., None], boxes, 0.0))
-    draws = torch.where(usable[..., None], draws, 0.0).to(boxes)
+    draws = draws.clamp(0, 1)
+    usable = boxes_valid(boxes) & (draws == draws).all(-1)  # not NaN
+    if valid is not None:
+        usable = usable & valid
+    boxes = widened(boxes)
+    table = torch.where(usable[..., None], torch.cat([boxes, draws.to(boxes)], -1), 0.0)
     cuts = torch.zeros_like(boxes)
 
-    order = _large_to_small(boxes, draws, usable)
+    order = _large_to_small(table, usable)
     if usable.numel() and readable(usable):
         order = order[..., : int(usable.sum(-1).max())]  # the other proposals come last
-    boxes = take_rows(boxes, order)
-    draws = take_rows(draws, order)
+    table = take_rows(table, order)
+
+    # Both axes are handled at once: the axes of what belongs to a proposal are x and y, and two of
+    # size 1, for rectangles and for the edges along an axis.
+    columns = table[..., None, None]
+    sides = columns[..., :4, :, :].unflatten(-3, (2, 2))
+    limits = row_of([size[1], size[0]], table)[:, None, None]
+    first, last = sides.unbind(-4)
+    low, high = sides.clamp(min=0).minimum(limits).unbind(-4)
+    extent = last - first
+    area = extent[..., :1, :, :] * extent[..., 1:, :, :]
+    area = area.clamp(min=torch.finfo(area.dtype).tiny)  # nothing is lost of an area of 0
+    rho = columns[..., 4:5, :, :]
+    place = columns[..., 5:, :, :]
 
     # Pixels between the same edges have the same state, so the mask consists of such cells, as long
-    # as there are few: a proposal has up to four edges along each axis.
-    by_pixel = 4 * boxes.shape[-2] > max(size)
-    split_axes = () if by_pixel else (0, 1)
-    at = {"dtype": boxes.dtype, "device": boxes.device}
-    lengths = (size[1], size[0])
-    lines = [torch.arange(0, x + 1, 1 if by_pixel else x, **at) for x in lengths]
-    edges = [line.expand(*boxes.shape[:-2], -1) for line in lines]
-    counts = (len(lines[1]) - 1, len(lines[0]) - 1)
-    cells = torch.zeros(*boxes.shape[:-2], *counts, dtype=torch.bool, device=boxes.device)
+    # as there are few: a proposal has up to four edges along each axis. A cell begins at an edge,
+    # and ends at the next one; the last cell has no end.
+    by_pixel = 4 * table.shape[-2] > max(size)
+    pixels = torch.arange(max(size), dtype=table.dtype, device=table.device)
+    pixels = pixels.expand(*table.shape[:-2], 2, 1, -1).contiguous()
+    edges = pixels if by_pixel else torch.full_like(pixels[..., :1], -torch.inf)
+    count = edges.shape[-1]
+    cells = edges.new_zeros((*table.shape[:-2], 1, count, count), dtype=torch.bool)
 
-    rectangles = []
-    for box, draw in zip(boxes.unbind(-2), draws.unbind(-2), strict=True):
-        extent = box[..., 2:] - box[..., :2]
-        area = box_area(box)
-        rho = draw[..., 0]
-        across = _overlap(edges[0], box, 0)
-        down = _overlap(edges[1], box, 1)
-
-        lost = (cells.to(boxes.dtype) * down[..., :, None]).mul_(across[..., None, :])
-        share = safe_divide(lost.sum((-2, -1)), area)
+    corners = []
+    opposites = []
+    quantities = (first, extent, area, low, high, first.floor(), last.ceil(), rho, place)
+    turns = zip(*(quantity.unbind(-4) for quantity in quantities), strict=True)
+    for first, extent, area, low, high, first_touched, last_touched, rho, place in turns:
+        across, down = edges.clamp(low, high).diff(append=high).split(1, -3)
+        lost = (cells * down.mT).mul_(across)
+        share = lost.sum((-2, -1), keepdim=True) / area
         restored = share > rho
+        length = (rho - share.masked_fill(restored, 0.0)).sqrt() * extent
+        corner = first + place * (extent - length)
+        opposite = corner + length
+        corners.append(corner)
+        opposites.append(opposite)
 
-        side = (rho - torch.where(restored, 0.0, share)).clamp(min=0).sqrt()[..., None] * extent
-        corner = box[..., :2] + draw[..., 1:] * (extent - side)
-        some = (side > 0).all(-1)[..., None]
-        cut = torch.where(some, torch.cat([corner, corner + side], -1), 0.0)
-        rectangles.append(cut)
+        # Two rectangles of whole pixels: what the proposal touches, and what is cut out of it.
+        starts = torch.cat([first_touched, corner.ceil()], -2)
+        ends = torch.cat([last_touched, opposite.floor()], -2)
+        if not by_pixel:
+            more_edges = torch.cat([edges, starts.mT, ends.mT], -1).sort().values
+            cells = _cells_at(more_edges, edges, cells)
+            edges = more_edges
+        across, down = ((edges >= starts) & (edges < ends)).unbind(-3)
+        touched, cut = _outer(down, across).split(1, -3)
+        cells = (cells > (touched & restored)) | cut  # > is "and not"
 
-        touched = torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], -1)
-        whole = torch.cat([cut[..., :2].ceil(), cut[..., 2:].floor()], -1)
-        for axis in split_axes:
-            new = torch.cat([touched[..., axis::2], whole[..., axis::2]], -1)
-            edges[axis], cells = _split(edges[axis], new, cells, axis)
-        refilled = restored[..., None, None] & _inside(edges, touched)
-        cells = (cells & ~refilled) | _inside(edges, whole)
-
-    for axis in split_axes:
-        pixels = torch.arange(size[1 - axis], device=boxes.device)
-        cell = (edges[axis][..., None, :] <= pixels[:, None]).sum(-1) - 1
-        cells = _take(cells, cell, axis)
-
-    own = torch.stack(rectangles, -2) if rectangles else boxes
-    return Cutout(cells, cuts.scatter(-2, order[..., None].expand_as(own), own))
+    if not by_pixel:
+        cells = _cells_at(pixels, edges, cells)
+    mask = cells.squeeze(-3)[..., : size[0], : size[1]]
+    if corners:
+        corner = torch.stack(corners, -4)
+        opposite = torch.stack(opposites, -4)
+        some = (opposite > corner).all(-3, keepdim=True)
+        own = torch.where(some, torch.cat([corner, opposite], -3), 0.0).flatten(-3)
+    else:
+        own = table[..., :4]
+    return Cutout(mask, cuts.scatter(-2, order[..., None].expand_as(own), own))
 
 
 @typed
@@ -330,21 +349,24 @@ def sample_surrounding_boxes(
     check(where, "aspect", aspect, fits, "0 < smallest <= largest")
 
     draws = sample_uniform((*boxes.shape[:-1], 3), boxes, generator=generator, noise=noise)
+    by_share, by_aspect, by_angle = draws.unbind(-1)
     wide = widened(boxes)
-    share = ratio[0] + (ratio[1] - ratio[0]) * draws[..., 0]
-    shape = aspect[0] * (aspect[1] / aspect[0]) ** draws[..., 1]
-    extent = wide[..., 2:] - wide[..., :2]
+    first = wide[..., :2]
+    last = wide[..., 2:]
+    share = ratio[0] + (ratio[1] - ratio[0]) * by_share
+    stretch = (aspect[0] * (aspect[1] / aspect[0]) ** by_aspect).sqrt()
+    extent = (last - first).clamp(min=0)
 
-    area = extent.clamp(min=0).prod(-1) * share
-    some = area > 0  # the gradient of the root is infinite at 0
-    root = torch.where(some, torch.where(some, area, 1.0).sqrt(), 0.0)
-    half = torch.stack([root * shape.sqrt(), root / shape.sqrt()], -1) / 2
+    area = extent.prod(-1) * share
+    tiny = torch.finfo(area.dtype).tiny  # the gradient of the root is infinite at 0
+    root = area.clamp(min=tiny).sqrt() - tiny**0.5
+    half = torch.stack([root * stretch, root / stretch], -1) / 2
 
-    angle = 2 * math.pi * draws[..., 2]
+    angle = 2 * math.pi * by_angle
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     # The distance of the centers at which the two boxes no longer overlap along one axis.
-    reach = (extent.clamp(min=0) / 2 + half) / direction.abs().clamp(min=1e-6)
-    center = (wide[..., :2] + wide[..., 2:]) / 2 + reach.amin(-1, keepdim=True) * direction
+    reach = (extent / 2 + half) / direction.abs().clamp(min=1e-6)
+    center = (first + last) / 2 + reach.amin(-1, keepdim=True) * direction
     return torch.cat([center - half, center + half], -1).to(boxes.dtype)
 
 
@@ -378,13 +400,13 @@ def boxes_to_mask(
     """
     check_size("regions.boxes_to_mask", size)
     usable = boxes_valid(boxes) if valid is None else valid & boxes_valid(boxes)
-    x1, y1, x2, y2 = widened(boxes).unbind(-1)
+    x1, y1, x2, y2 = widened(boxes)[..., None].unbind(-2)
 
     h, w = size
-    y = torch.arange(h, device=boxes.device).to(x1) + 0.5
-    x = torch.arange(w, device=boxes.device).to(x1) + 0.5
-    in_rows = (y >= y1[..., None]) & (y < y2[..., None])
-    in_columns = (x >= x1[..., None]) & (x < x2[..., None])
+    y = torch.arange(0.5, h, dtype=x1.dtype, device=boxes.device)
+    x = torch.arange(0.5, w, dtype=x1.dtype, device=boxes.device)
+    in_rows = (y >= y1) & (y < y2)
+    in_columns = (x >= x1) & (x < x2)
     rows = (in_rows & usable[..., None]).float()
     columns = in_columns.float()
     with full_precision(boxes):
@@ -418,8 +440,10 @@ def fill_mask(
     References:
         D3SSL, Sec 4.1.
     """
-    fill = fill[:, None, None] if isinstance(fill, Tensor) else fill
-    return torch.where(mask[..., None, :, :], fill, images).to(images.dtype)
+    mask = mask[..., None, :, :]
+    if not isinstance(fill, Tensor):
+        return images.masked_fill(mask, fill)
+    return torch.where(mask, fill[:, None, None], images).to(images.dtype)
 
 
 @typed
@@ -463,14 +487,13 @@ def sample_shift(
     used = usable[..., None]
 
     sides = row_of([size[1], size[0]], wide)
+    reach = torch.where(used, torch.cat([-wide[..., :2], wide[..., 2:]], -1), -torch.inf)
     # The padding gives an envelope to an image without boxes.
-    nowhere = wide.new_full((*wide.shape[:-2], 1, 2), torch.inf)
-    first = torch.cat([torch.where(used, wide[..., :2], torch.inf), nowhere], -2).amin(-2)
-    last = torch.cat([torch.where(used, wide[..., 2:], -torch.inf), -nowhere], -2).amax(-2)
+    farthest = torch.nn.functional.pad(reach, (0, 0, 0, 1), value=-torch.inf).amax(-2)
 
-    low = (-first).ceil()
-    high = (sides - last).floor()
-    fits = (low <= 0) & (high >= 0) & low.isfinite() & high.isfinite()
+    low = farthest[..., :2].ceil()
+    high = (sides - farthest[..., 2:]).floor()
+    fits = (low <= 0) & (high >= 0) & usable.any(-1, keepdim=True)
     low = torch.where(fits, low, 0.0)
     high = torch.where(fits, high, 0.0)
 
@@ -543,11 +566,11 @@ def composite(
         dx, dy = shift.round().long()[..., None].unbind(-2)
         x = torch.arange(w, device=shift.device) - dx
         y = torch.arange(h, device=shift.device) - dy
-        mask = mask & _outer((y >= 0) & (y < h), (x >= 0) & (x < w))  # where the foreground reaches
-
         row = y.clamp(0, max(h - 1, 0))
         column = x.clamp(0, max(w - 1, 0))
-        source = (row[..., :, None] * w + column[..., None, :]).flatten(-2)[..., None, :]
+        mask = mask & _outer(row == y, column == x)  # where the foreground reaches
+        source = torch.add(column[..., None, :], row[..., :, None], alpha=w)
+        source = source.flatten(-2)[..., None, :]
         pixels = foreground.flatten(-2)
         foreground = pixels.gather(-1, source.expand_as(pixels)).view_as(background)
     return torch.where(mask[..., None, :, :], foreground, background)
@@ -557,46 +580,20 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[..., :, None] * columns[..., None, :]
 
 
-def _overlap(edges: Tensor, box: Tensor, axis: int) -> Tensor:
-    """Compute the length of the overlap of a box with each interval between two edges."""
-    first = box[..., axis, None]
-    last = box[..., 2 + axis, None]
-    return (edges[..., 1:].minimum(last) - edges[..., :-1].maximum(first)).clamp(min=0)
+def _cells_at(points: Tensor, edges: Tensor, cells: Tensor) -> Tensor:
+    """Take the cells (*batch, 1, rows, columns) at points of both axes (*batch, 2, 1, n)."""
+    column, row = (torch.searchsorted(edges, points, right=True) - 1).split(1, -3)
+    count = points.shape[-1]
+    cells = cells.gather(-2, row.mT.expand(*cells.shape[:-2], count, cells.shape[-1]))
+    return cells.gather(-1, column.expand(*cells.shape[:-2], count, count))
 
 
-def _inside(edges: list[Tensor], box: Tensor) -> Tensor:
-    """Mark the cells that lie in a box whose sides are among the edges."""
-    across = _between(edges[0], box, 0)
-    down = _between(edges[1], box, 1)
-    return _outer(down, across)
-
-
-def _between(edges: Tensor, box: Tensor, axis: int) -> Tensor:
-    first = box[..., axis, None]
-    last = box[..., 2 + axis, None]
-    return (edges[..., :-1] >= first) & (edges[..., 1:] <= last)
-
-
-def _split(edges: Tensor, new: Tensor, cells: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Insert edges along one axis; the new cells have the values of the cells that they split."""
-    old = edges.shape[-1]
-    new = new.maximum(edges[..., :1]).minimum(edges[..., -1:])
-    edges, order = torch.cat([edges, new], -1).sort(stable=True)
-    cell = ((order < old).cumsum(-1) - 1).clamp(max=old - 2)[..., :-1]
-    return edges, _take(cells, cell, axis)
-
-
-def _take(cells: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Take columns (axis 0) or rows (axis 1) of cells by their indices."""
-    shape = list(cells.shape)
-    shape[-1 - axis] = index.shape[-1]
-    return cells.gather(-1 - axis, index.unsqueeze(axis - 2).expand(shape))
-
-
-def _large_to_small(boxes: Tensor, draws: Tensor, usable: Tensor) -> Tensor:
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    keys = [*draws.unbind(-1), y2, x2, y1, x1, -box_area(boxes), ~usable]
-    order = torch.arange(boxes.shape[-2], device=boxes.device).expand(boxes.shape[:-1])
+def _large_to_small(table: Tensor, usable: Tensor) -> Tensor:
+    """Order the rows of boxes and draws; those that are not usable come last."""
+    x1, y1, x2, y2, *draws = table.unbind(-1)
+    minus_area = (x2 - x1) * (y1 - y2)
+    least, *keys = [*draws, y2, x2, y1, x1, torch.where(usable, minus_area, torch.inf)]
+    order = least.argsort(dim=-1)
     for key in keys:  # stable sorts, by the least important key first
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
     return order

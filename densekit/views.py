@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from densekit.boxes import box_containment, box_iou, boxes_valid, clip_boxes, intersect_boxes
+from densekit.boxes import box_containment, box_iou, boxes_valid, intersect_boxes
 from densekit.numerics import (
     broadcasts,
     check,
@@ -964,9 +964,10 @@ def boxes_in_view(
     fits = 0 < min_share <= 1
     check("views.boxes_in_view", "min_share", min_share, fits, "a share above 0 and at most 1")
     share = box_containment(boxes, view.box[..., None, :].expand_as(boxes))
-    seen = clip_boxes(_map_boxes(_image_to_view, view, boxes), (1, 1))
-    seen = torch.where((share > 0)[..., None], seen, 0.0)
-    enough = (share > 0) & (share >= min_share - 1e-6)  # rounding may remove this much
+    some = share > 0
+    seen = _map_boxes(_image_to_view, view, boxes).clamp(0, 1)
+    seen = torch.where(some[..., None], seen, 0.0)
+    enough = some & (share >= min_share - 1e-6)  # rounding may remove this much
     if valid is not None:
         enough = enough & valid
     return BoxesInView(seen, share, enough)

@@ -94,6 +94,10 @@ class Config:
     # The run ends when the features' rank, or their spread, is below this share of the start's.
     collapse: float = 0.5
     save: Literal["student", "teacher"] = "student"  # Whose encoder is saved and scored.
+    # At the end the covariance of the features is raised to 1 - this power, in closed form; 0
+    # leaves the features as they are. The network's map has to be the output of a convolution and
+    # a batch normalization, as in EfficientNet-lite0.
+    whiten: float = 0.0
     seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -109,6 +113,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The views of each image.
     score: Score = field(default_factory=Score)  # The labeled set, if there is one.
 
@@ -147,7 +152,7 @@ import evaluate as scoring
 import harness
 import safetensors.torch
 import torch
-from downstream import encoders, protocols
+from downstream import encoders, health, protocols
 from downstream.crops import crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
@@ -234,6 +239,10 @@ def check_options(config: Config) -> None:
         f"--collapse is {config.collapse}: give a share from 0 (never end) to less than 1.",
     )
     harness.check(
+        0 <= config.whiten <= 1,
+        f"--whiten is {config.whiten}: give a power from 0 (off) to 1.",
+    )
+    harness.check(
         config.save == "student" or config.teacher == "ema",
         "--save is teacher: give student, since --teacher frozen stays as it starts.",
     )
@@ -287,6 +296,15 @@ def check_start(config: Config, start: Any) -> None:
         f"--trainable-blocks is {config.trainable_blocks}: give at most {blocks}, the blocks of "
         f"{start.architecture}.",
     )
+    if config.whiten > 0:
+        channels = encoder.feature_info[-1]["num_chs"]
+        copied = copy.deepcopy(encoder)
+        harness.check(
+            change_last_layer(copied, 2 * torch.eye(channels), torch.ones(channels))
+            and is_changed(encoder, copied, 2.0, 1.0, config.views.size),
+            f"--whiten is {config.whiten}: give 0, since the map of {start.architecture} is not "
+            "the output of a convolution and a batch normalization.",
+        )
 
 
 # ==== views =======================================================================================
@@ -783,10 +801,76 @@ def gather_in_order(x: Tensor) -> Tensor:
 
 
 # ==== evaluation ==================================================================================
+# ---- whitening -----------------------------------------------------------------------------------
+MOST_BATCHES = 64  # batches that the covariance is measured on
+SMALLEST_VARIANCE = 1e-4  # of a direction, as a share of the mean variance
+
+
+@torch.no_grad()
+def change_last_layer(encoder: Any, matrix: Tensor, bias: Tensor) -> bool:
+    """Let the encoder give `matrix @ y + bias` in place of y, by the weights of its last layers.
+
+    They are a convolution and its batch normalization; False, and no change, where they are not.
+    """
+    norms = [x for x in encoder.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    convolutions = [x for x in encoder.modules() if isinstance(x, nn.Conv2d)]
+    if not norms or not convolutions:
+        return False
+    norm = norms[-1]
+    convolution = convolutions[-1]
+    fits = norm.num_features == convolution.out_channels == len(matrix)
+    if not fits or convolution.bias is not None or not norm.affine:
+        return False
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+
+    matrix = matrix.double()
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    kernel = convolution.weight.double() * scale[:, None, None, None]
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    convolution.weight.copy_(torch.einsum("ij, jchw -> ichw", matrix, kernel))
+    norm.bias.copy_(matrix @ shift + bias)
+    norm.weight.fill_(1.0)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+    return True
+
+
+@torch.no_grad()
+def is_changed(encoder: Any, changed: Any, factor: float, bias: float, size: int) -> bool:
+    """Whether one network gives factor * y + bias where the other gives y."""
+    images = torch.randn(2, 3, size, size, generator=harness.generator(0))
+    before, after = [encoders.last_map(copy.deepcopy(x).eval(), images) for x in (encoder, changed)]
+    return torch.allclose(after, factor * before + bias, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
+    """A copy of the encoder whose features have the covariance C ** (1 - whiten), and mean 0.
+
+    C is that of its features of the large views as the teacher sees them, over all processes. The
+    copy's features are a linear map of the encoder's, so that no linear layer loses by it.
+    """
+    encoder = copy.deepcopy(encoder).eval()
+    moments = []
+    for crops, *_ in batches:
+        rows = dk.map_to_rows(encoders.last_map(encoder, model.normalize(crops.teacher)))
+        rows = rows.flatten(0, -2).double()
+        moments.append(torch.cat([rows.mean(0)[None], rows.mT @ rows / len(rows)]))
+    mean_and_square = dk.all_mean(torch.stack(moments).mean(0), torch.distributed.group.WORLD)
+    mean = mean_and_square[0]
+    covariance = mean_and_square[1:] - mean[:, None] * mean
+    variances, directions = torch.linalg.eigh(covariance)
+    variances = variances.clamp(min=SMALLEST_VARIANCE * variances.mean())
+    matrix = directions * (variances / variances.mean()) ** (-config.whiten / 2) @ directions.mT
+    change_last_layer(encoder, matrix, -matrix @ mean)
+    return encoder
+
+
+# ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
-TOKENS = 2048  # tokens at most that the health is measured on
-HEALTH = ("effective_rank", "off_diagonal_cosine", "position_share", "norm_outliers")
+CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
 
@@ -796,14 +880,23 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
     return network["encoder"]
 
 
-@torch.no_grad()
-def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views, as the teacher sees them."""
+def preview_images(model: Adapt, crops: Crops, config: Config) -> Tensor:
+    """The preview's large views as the teacher sees them, but of the student's size: (v b c h w).
+
+    They are normalized.
+    """
     images = model.normalize(crops.teacher)
     if images.shape[-1] != config.views.size:
         images = nn.functional.interpolate(
             images, config.views.size, mode="bilinear", antialias=True
         )
+    return images
+
+
+@torch.no_grad()
+def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
+    """The maps (v, b, d, h, w) of the preview's large views."""
+    images = preview_images(model, crops, config)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -812,49 +905,23 @@ def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Te
     return rearrange(maps, "(v b) d h w -> v b d h w", b=len(crops.teacher))
 
 
-def measure_health(maps: Tensor) -> dict[str, Tensor]:
-    """Measures without labels, of at most 2,048 tokens of all processes' previews."""
-    group = torch.distributed.group.WORLD
-    images = dk.all_gather(rearrange(maps, "v b d h w -> (b v) d h w"), group)
-    cells = images.shape[-2] * images.shape[-1]
-    images = images[: max(2, TOKENS // cells)]
-    rows = dk.map_to_rows(images).flatten(0, 1)
-    rows = rows[:: math.ceil(len(rows) / TOKENS)]
-    return {
-        "effective_rank": dk.effective_rank(rows),
-        "off_diagonal_cosine": dk.off_diagonal_cosine(rows),
-        "position_share": dk.position_share(images),
-        "norm_outliers": dk.norm_outliers(images),
-    }
-
-
-def check_health(
-    health: dict[str, Tensor], at_start: dict[str, Tensor], config: Config, step: int
-) -> None:
-    """A UserError where the features collapse: on all processes alike."""
-    rank = float(health["effective_rank"])
-    first_rank = float(at_start["effective_rank"])
-    spread = 1 - float(health["off_diagonal_cosine"])
-    first_spread = 1 - float(at_start["off_diagonal_cosine"])
-    advice = (
-        f"below --collapse {config.collapse} of it; give a smaller --lr, --anchor 1, or fewer "
-        "--epochs."
-    )
+def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
+    """A UserError where the features have collapsed: on all processes alike."""
+    problem = monitor.collapse_on_all()
+    checkpoints = sorted(monitor.run.folder.glob("checkpoints/step-*"))
+    kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
     harness.check(
-        rank >= config.collapse * first_rank,
-        f"The features collapse at step {step}: their effective rank is {rank:.1f}, from "
-        f"{first_rank:.1f} at the start, {advice}",
-    )
-    harness.check(
-        spread >= config.collapse * first_spread,
-        f"The features collapse at step {step}: 1 - their mean cosine is {spread:.3f}, from "
-        f"{first_spread:.3f} at the start, {advice}",
+        not problem,
+        f"The features collapse at step {step}: {problem} at the start, of which --collapse "
+        f"{config.collapse} is the least share; give a smaller --lr, --anchor 1 or fewer --epochs, "
+        f"and another --run ({kept}).",
     )
 
 
 @torch.no_grad()
 def evaluate(
     model: Adapt,
+    encoder: Any,
     preview: tuple,
     start_maps: Tensor,
     start: Any,
@@ -864,7 +931,6 @@ def evaluate(
 ) -> None:
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
-    encoder = saved_encoder(model, config)
     maps = preview_maps(model, encoder, crops, config)
     draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
 
@@ -906,7 +972,9 @@ def score(encoder: Any, start: Any, config: Config) -> dict[str, Tensor]:
     fit, test = evaluation.features()
     counts = {}
     for name, protocol in SCORES.items():
-        counts[name] = protocols.COUNTS[protocol](fit, test, options, 0)
+        repeats = CLUSTERINGS if name == "kmeans" else 1
+        found = [protocols.COUNTS[protocol](fit, test, options, seed) for seed in range(repeats)]
+        counts[name] = torch.stack(found).sum(0)
     return counts
 
 
@@ -916,18 +984,18 @@ def counts_path(run: harness.Run, step: int) -> Path:
 
 def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
-    rows = run.rows("effective_rank")
-    for name in HEALTH:
-        print(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+    for name in health.SCORES:
+        rows = run.rows(name)
+        harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
     before = safetensors.torch.load(counts_path(run, 0).read_bytes())
     after = safetensors.torch.load(counts_path(run, step).read_bytes())
-    print("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
+    harness.tell("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])
         texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found]
-        print(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
+        harness.tell(f"{name:9} {texts[0]}   {texts[1]}   {texts[2]}")
 
 
 def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Interval, dk.Interval]:
@@ -1095,18 +1163,21 @@ def train(config: Config) -> None:
             workers=config.workers,
             patience=patience,
         )
-        # The pictures show six images of the main process; the health is measured on all.
+        # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
         start_maps = preview_maps(model, model.student["encoder"], preview[0], config)
-        health_at_start = measure_health(start_maps)
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
-        if step == 0:
-            run.log(step, **health_at_start)
-            if world.is_main:
-                evaluate(model, preview, start_maps, start, config, run, step)
+        images = preview_images(model, preview[0], config)
+        monitor = health.Monitor(
+            model.student["encoder"], [images], run, config.collapse, against_start=True
+        )
+        if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
+            encoder = saved_encoder(model, config)
+            evaluate(model, encoder, preview, start_maps, start, config, run, step)
         run.wait()
 
         facts = {
@@ -1187,24 +1258,28 @@ def train(config: Config) -> None:
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 means = run.take_means()
-                encoder = saved_encoder(model, config)
-                health = measure_health(preview_maps(model, encoder, preview[0], config))
                 harness.show(bar, means, (config.method, "excess", "anchor"))
-                run.log(step, **means, **health, lr=lr, unreadable=run.unreadable)
-                check_health(health, health_at_start, config, step)
+                run.log(step, **means, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                check_health(monitor, config, step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                check_health(monitor, config, step)
             stop = run.stop_requested()
+            encoder = saved_encoder(model, config)
+            if step == steps and config.whiten > 0:
+                count = min(steps_per_epoch, MOST_BATCHES)
+                encoder = whiten(model, encoder, batches(config.batch, start=0, stop=count), config)
             if due and world.is_main:
-                evaluate(model, preview, start_maps, start, config, run, step)
+                evaluate(model, encoder, preview, start_maps, start, config, run, step)
             if due or stop:
                 run.save(
                     step,
                     model,
                     optimizer,
-                    encoder=saved_encoder(model, config),
+                    encoder=encoder,
                     facts=facts,
                     epoch=kept.get(step),
                     scale=scale_of(scaler),

@@ -71,6 +71,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The two views of each image.
 
 
@@ -117,12 +118,12 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import encoders
+from downstream import encoders, health
 from downstream.crops import crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
-from proposals import crop_objects, image_source
+from proposals import crop_objects, default_path, image_source
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import draw_bounding_boxes, save_image
@@ -269,13 +270,23 @@ class Input(NamedTuple):
     valid: Tensor  # (b, K): which of the boxes hold a proposal
 
 
-# What is drawn for an image. Each number of a stream is for one view of one proposal.
+# What is drawn for an image.
 SHIFT = 1
 CUT = 2
 BESIDE = 3
 JITTER = 4
 SOCO_CUTOUT = 5
 SOCO_JITTER = 6
+
+
+def draw(seeds: Tensor, count: int, config: Config) -> dict[int, Tensor]:
+    """Uniform numbers for each image: for its shift, and for `count` proposals in several views."""
+    shapes = {SHIFT: (2,), CUT: (3, count, 3), BESIDE: (2, count, 3), JITTER: (4, count, 4)}
+    if any(config.soco_cutout):
+        shapes[SOCO_CUTOUT] = (2, count, 4)
+    if config.soco_jitter:
+        shapes[SOCO_JITTER] = (4, count, 5)
+    return harness.noises(seeds, shapes)
 
 
 def augment(
@@ -297,18 +308,19 @@ def augment(
     boxes1, boxes2 = in_views.boxes * side
 
     # All proposals of view 3 are moved by one vector.
-    shift_noise = harness.noise(seeds, (2,), SHIFT)
-    shift = dk.sample_shift(boxes2, (side, side), valid, noise=shift_noise)
+    noises = draw(seeds, boxes.shape[1], config)
+    shift = dk.sample_shift(boxes2, (side, side), valid, noise=noises[SHIFT])
     boxes3 = dk.shift_boxes(boxes2, shift)
 
     # The small view lies in a corner of its mask, whose other pixels nobody uses.
     changed = torch.stack([boxes1, boxes2 / 2, boxes3], 1)
-    cut1, cut_small, cut3 = cut_masks(changed, side, valid, seeds, config).unbind(1)
-    beside1, beside_small, moved = beside_masks(changed, side, valid, seeds, config).unbind(1)
+    used = valid[:, None].expand(changed.shape[:-1])
+    cut1, cut_small, cut3 = cut_masks(changed, side, used, noises, config).unbind(1)
+    beside1, beside_small, moved = beside_masks(changed, side, used, noises, config).unbind(1)
     covered1 = cut1 | beside1
     covered_small = cut_small | beside_small
     if any(config.soco_cutout):
-        soco1, soco_small = soco_masks(changed[:, :2], side, valid, seeds, config).unbind(1)
+        soco1, soco_small = soco_masks(changed, side, used, noises, config).unbind(1)
         covered1 = covered1 | soco1
         covered_small = covered_small | soco_small
 
@@ -321,7 +333,7 @@ def augment(
 
     jittered = torch.stack([boxes1, boxes2, boxes2, boxes3], 1)
     jittered1, jittered2, jittered_small, jittered3 = jitter_boxes(
-        jittered, side, seeds, config
+        jittered, side, noises, config
     ).unbind(1)
     return [
         Input(images1_covered, jittered1, valid),
@@ -331,50 +343,43 @@ def augment(
     ]
 
 
-def of_views(valid: Tensor, boxes: Tensor) -> Tensor:
-    """Which of the boxes (b, v, K, 4) hold a proposal, (b, v, K)."""
-    return valid[:, None].expand(boxes.shape[:-1])
-
-
-def cut_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+def cut_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Config) -> Tensor:
     """The pixels to cut out of the proposals of each view (PRC)."""
-    noise = harness.noise(seeds, (*boxes.shape[1:3], 3), CUT)
-    cutout = dk.sample_cutout(boxes, ratio=config.cut, noise=noise)
-    return dk.proposal_cutout(boxes, cutout, (side, side), of_views(valid, boxes)).mask
+    cutout = dk.sample_cutout(boxes, ratio=config.cut, noise=noises[CUT])
+    return dk.proposal_cutout(boxes, cutout, (side, side), valid).mask
 
 
-def beside_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
+def beside_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Config) -> Tensor:
     """In all views but the last a rectangle beside each proposal (PRM), there the proposals."""
-    noise = harness.noise(seeds, (boxes.shape[1] - 1, boxes.shape[2], 3), BESIDE)
-    beside = dk.sample_surrounding_boxes(boxes[:, :-1], ratio=config.mask, noise=noise)
+    beside = dk.sample_surrounding_boxes(boxes[:, :-1], ratio=config.mask, noise=noises[BESIDE])
     marked = torch.cat([beside, boxes[:, -1:]], 1)
-    return dk.boxes_to_mask(marked, (side, side), of_views(valid, marked))
+    return dk.boxes_to_mask(marked, (side, side), valid)
 
 
-def soco_masks(boxes: Tensor, side: int, valid: Tensor, seeds: Tensor, config: Config) -> Tensor:
-    """A square whose center lies anywhere in a proposal, for some of them (SoCo's cutout)."""
+def soco_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Config) -> Tensor:
+    """In views 1 a square at any center in a proposal, for some of them (SoCo's cutout)."""
     low, high = config.soco_cutout
-    noise = harness.noise(seeds, (*boxes.shape[1:3], 4), SOCO_CUTOUT)
+    boxes = boxes[:, :2]
+    noise = noises[SOCO_CUTOUT]
     share = low + (high - low) * noise[..., 0]
     half_side = (share * dk.box_area(boxes)).sqrt()[..., None] / 2
     center = dk.sample_points(boxes, 1, noise=noise[..., None, 1:3]).squeeze(-2)
     squares = torch.cat([center - half_side, center + half_side], -1)
     chosen = noise[..., 3] < SOCO_PROBABILITY
-    return dk.boxes_to_mask(squares, (side, side), of_views(valid, boxes) & chosen)
+    return dk.boxes_to_mask(squares, (side, side), valid[:, :2] & chosen)
 
 
-def jitter_boxes(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
+def jitter_boxes(boxes: Tensor, side: int, noises: dict, config: Config) -> Tensor:
     """Random boxes inside those in pixels (RBJ), in [0, 1]."""
     if config.soco_jitter:
-        boxes = soco_jitter(boxes, side, seeds, config)
-    noise = harness.noise(seeds, boxes.shape[1:], JITTER)
-    return dk.sample_inner_boxes(boxes, scale=config.jitter, noise=noise) / side
+        boxes = soco_jitter(boxes, side, noises, config)
+    return dk.sample_inner_boxes(boxes, scale=config.jitter, noise=noises[JITTER]) / side
 
 
-def soco_jitter(boxes: Tensor, side: int, seeds: Tensor, config: Config) -> Tensor:
+def soco_jitter(boxes: Tensor, side: int, noises: dict, config: Config) -> Tensor:
     """Boxes of which some are moved and resized, but not beyond the view (SoCo's box jitter)."""
     share = config.soco_jitter
-    noise = harness.noise(seeds, (*boxes.shape[1:3], 5), SOCO_JITTER)
+    noise = noises[SOCO_JITTER]
     moved = dk.sample_jittered_boxes(boxes, center=share, size=share, noise=noise[..., :4])
     chosen = noise[..., 4:] < SOCO_PROBABILITY
     return torch.where(chosen, dk.clip_boxes(moved, (side, side)), boxes)
@@ -592,6 +597,16 @@ def draw_layers(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def check_regions(regions: Tensor, source) -> None:
+    """A UserError on all processes, if an epoch has had no region, which taught nothing."""
+    total = dk.all_sum(regions, torch.distributed.group.WORLD)
+    harness.check(
+        total.item() > 0,
+        f"None of the {len(source)} images had a proposal in its views in a whole epoch: the "
+        "proposals may belong to other images, make new ones with recipes/proposals.py.",
+    )
+
+
 def method_of(config: Config) -> str:
     """The name of the method that these options make."""
     if config.depositioning:
@@ -607,7 +622,10 @@ def train(config: Config) -> None:
     initial = encoders.read_start(config)
     folder = harness.run_folder("d3ssl", config)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
-    with group as world, harness.Run(folder, config, world) as run:
+    files = {}  # which the run reads, although no option names them
+    if config.data is not None and config.proposals is None:
+        files["proposals"] = default_path(config.data)
+    with group as world, harness.Run(folder, config, world, files=files) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
         scenes = 4096 if config.preset == "demo" else 0  # the other presets need --data
@@ -656,7 +674,9 @@ def train(config: Config) -> None:
         # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
+        monitor = health.Monitor(model.student["encoder"], preview[0], run)
         if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
             evaluate(model, source, preview, config, run, step)
         run.wait()
 
@@ -666,6 +686,8 @@ def train(config: Config) -> None:
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
+        # The regions of an epoch; one that is resumed has had some.
+        regions = torch.tensor(float(step % steps_per_epoch), device=device)
         for images, views, boxes, valid, indices, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=peak_lr)
             optimizer.param_groups[0].update(lr=lr)
@@ -689,16 +711,24 @@ def train(config: Config) -> None:
             optimizer.step()
             step += 1
 
+            regions += valid.sum()
+            if step % steps_per_epoch == 0:
+                check_regions(regions, source)
+                regions.zero_()
+
             run.note_unreadable(unreadable)
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 values = run.take_means()
                 harness.show(bar, values, ("decoupling", "depositioning"))
-                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+                run.log(step, **values, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                monitor.warn(step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                monitor.warn(step)
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, source, preview, config, run, step)

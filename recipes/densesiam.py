@@ -82,6 +82,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
     views: Views = field(default_factory=Views)  # The two views of each image.
     loss: Loss = field(default_factory=Loss)  # The terms of the loss.
 
@@ -118,7 +119,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import encoders
+from downstream import encoders, health
 from downstream.crops import crop_bytes
 from downstream.encoders import last_map
 from einops import rearrange
@@ -693,7 +694,9 @@ def train(config: Config) -> None:
         # The pictures show six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
+        monitor = health.Monitor(model.encoder, preview[0], run)
         if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
             evaluate(model, preview, config, run, step)
         run.wait()
 
@@ -728,11 +731,14 @@ def train(config: Config) -> None:
             if step % config.log_every == 0:
                 values = run.take_means()
                 harness.show(bar, values, ("sim", "dense", "region"))
-                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+                run.log(step, **values, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                monitor.warn(step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                monitor.warn(step)
             stop = run.stop_requested()
             if due and world.is_main:
                 evaluate(model, preview, config, run, step)

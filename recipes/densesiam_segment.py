@@ -65,6 +65,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
 
 
 PRESETS = {
@@ -99,7 +100,7 @@ import harness
 import timm
 import torch
 import torchvision
-from downstream import encoders, image_sets
+from downstream import encoders, health, image_sets
 from downstream.crops import crop_bytes
 from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
@@ -622,10 +623,25 @@ def train(config: Config) -> None:
             model.parameters(), lr, momentum=0.9, weight_decay=config.weight_decay
         )
         step = run.resume(model, optimizer)
+
+        batches = partial(
+            harness.batches,
+            dataset,
+            world=world,
+            seed=config.seed,
+            workers=config.workers,
+            normalize=UNIT_RANGE,
+            patience=patience,
+        )
+        encoder: Any = model.encoder
+        # The health is measured on six images of the main process.
+        preview_batch = min(6 * world.size, config.batch)
+        preview = next(batches(preview_batch, start=0, stop=1))
+        monitor = health.Monitor(encoder, preview[0], run)
         if step == 0:
+            run.log(step, **monitor.measure_all())
             evaluate(model, val, run, step)
 
-        encoder: Any = model.encoder
         facts = {
             "architecture": encoder.architecture,
             "mean": encoder.mean,
@@ -636,17 +652,7 @@ def train(config: Config) -> None:
         }
         kept = harness.kept_epochs(config, steps_per_epoch)
 
-        training_batches = harness.batches(
-            dataset,
-            config.batch,
-            world,
-            seed=config.seed,
-            start=step,
-            stop=steps,
-            workers=config.workers,
-            normalize=UNIT_RANGE,
-            patience=patience,
-        )
+        training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view, _, unreadable in bar:
             has_begun = has_region and step >= config.region_start * steps
@@ -669,11 +675,14 @@ def train(config: Config) -> None:
             if step % config.log_every == 0:
                 values = run.take_means()
                 harness.show(bar, values, ("dense", "segment", "region"))
-                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+                run.log(step, **values, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                monitor.warn(step)
 
             due = step % config.save_every == 0 or step in kept or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                monitor.warn(step)
             stop = run.stop_requested()
             if due:
                 evaluate(model, val, run, step)
@@ -692,4 +701,4 @@ def train(config: Config) -> None:
         if world.is_main:
             harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
-                print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+                harness.tell(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

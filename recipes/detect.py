@@ -60,6 +60,7 @@ class Config:
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
     collective_timeout: float | None = None
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
 
 
 PRESETS = {
@@ -635,4 +636,4 @@ def train(config: Config) -> None:
             torch.save(model.state_dict(), folder / "detector.pt")
             line = "step {step}: AP {box_AP:.3f}, AP50 {box_AP50:.3f}, AP75 {box_AP75:.3f}"
             for row in run.rows("box_AP"):
-                print(line.format(**row))
+                harness.tell(line.format(**row))

@@ -185,6 +185,11 @@ def make_folder(out: Path) -> None:
     except OSError as error:
         problem = f"it cannot be made a folder ({error.strerror}), give another"
         raise harness.UserError(f"--out is {out}: {problem}.") from error
+    for name in ("results.json", "report.md", "figures/example.png"):
+        path = out / name
+        has_folder = path.parent.exists()  # that of the figures is made with the first one
+        if has_folder:
+            harness.check_output("--out", path)
 
 
 # ==== samples =====================================================================================
@@ -363,7 +368,14 @@ def load_batches(
     )
     patience = harness.Patience(config.warn_after, config.give_up_after)
     loaded = harness.load(loader, patience)
-    return tqdm(loaded, desc=title, total=count, unit="batch", leave=False, disable=silent)
+    return tqdm(
+        loaded,
+        desc=harness.printable(title),
+        total=count,
+        unit="batch",
+        leave=False,
+        disable=silent,
+    )
 
 
 def open_samples(config: Config) -> tuple[Samples, Samples]:
@@ -784,7 +796,7 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
         # Files are written after each encoder, so that nothing is lost.
         write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
     if shards.is_main:
-        print(report_text(results, PROTOCOLS, config))
+        harness.tell(*report_text(results, PROTOCOLS, config).splitlines())
 
 
 def seeds_of(protocol: str, seed: int, config: Config) -> range:

@@ -91,6 +91,9 @@ def check_options(config: Config) -> None:
         )
         harness.check(not file.is_dir(), f"--out is {out}: {file} is a folder, give another name.")
 
+    for file in (out, side_car_of(out)):
+        harness.check_output("--out", file)
+
     harness.check(
         config.color_order != "bgr" or to in READ_BYTES,
         f"--color-order is bgr: networks of {to} take RGB images, give rgb.",
@@ -369,6 +372,7 @@ def to_onnx(job: Job) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"{error}: pip install onnx onnxscript onnxruntime.") from error
 
+    check_onnx_size(job)
     stride = job.encoder.stride
     shapes = [(2, 3, 4 * stride, 6 * stride), (1, 3, 6 * stride, 4 * stride), (3, 3, 224, 224)]
     draws = harness.generator(0)
@@ -387,7 +391,7 @@ def to_onnx(job: Job) -> tuple[Any, str]:
         raise UserError(f"{job.encoder.architecture} does not go to ONNX: {problem}") from error
 
     gap = largest_difference(found, expected)
-    print(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
+    harness.tell(f"onnxruntime and torch differ by {gap:.1e} of the largest value at most")
     if not gap < 1e-4:
         raise UserError(
             "That is more than 1e-4: nothing was written. The exporter of torch "
@@ -398,6 +402,19 @@ def to_onnx(job: Job) -> tuple[Any, str]:
     lines = f"""session = onnxruntime.InferenceSession({job.path!r})
 maps = session.run(None, {{"images": images}})  # sides: multiples of {stride}; {outputs}"""
     return content, lines
+
+
+LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: a file holds 2 GiB, and some of them are the graph
+
+
+def check_onnx_size(job: Job) -> None:
+    """Refuse a network that no ONNX file holds, before it is exported."""
+    size = sum(x.numel() * x.element_size() for x in job.encoder.network.state_dict().values())
+    harness.check(
+        size <= LARGEST_ONNX,
+        f"{job.encoder.architecture} has weights of {size / 2**30:.1f} GiB, and an ONNX file holds "
+        "less than 2: give a smaller network, or another format with --to.",
+    )
 
 
 def export_program(model: nn.Module, images: Tensor, names: list[str]) -> bytes:
@@ -464,8 +481,6 @@ def load(config: Config) -> Encoder:
     """The encoder, if it can go there."""
     name = config.checkpoint
     encoder = load_encoder(name)
-    if not all(x.isfinite().all() for x in encoder.state_dict().values()):
-        raise UserError(f"{name} has infinite or NaN weights: its training has diverged.")
     if config.to != "onnx" and not encoder.by_timm:
         raise UserError(f"{name} is no network of timm: export timm:{encoder.architecture}.")
     if config.to not in ("timm", "onnx"):
@@ -524,4 +539,4 @@ def export(config: Config) -> None:
     file = file_bytes(content, config.out.suffix)
     harness.write(side_car_of(config.out), side_car.encode())
     harness.write(config.out, file)  # the last one: where it is, all is
-    print(f"{lines}\n# images: {images}")
+    harness.tell(*lines.splitlines(), f"# images: {images}")

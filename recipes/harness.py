@@ -1,12 +1,15 @@
 """What no method owns: processes, seeds, images, the run folder, checkpoints, the way out.
 
 A run folder holds config.json, metrics.jsonl, tensorboard/, pictures/, unreadable.txt, the encoder
-of the newest checkpoint, and in checkpoints/ the two newest and those of the epochs to keep.
+of the newest checkpoint, and in checkpoints/ the two newest and those of the epochs to keep. The
+process that holds the lock on `.lock` owns the folder.
 """
 
 import codecs
 import copy
 import dataclasses
+import errno
+import fcntl
 import gc
 import hashlib
 import importlib
@@ -15,12 +18,16 @@ import math
 import mmap
 import multiprocessing
 import os
+import pathlib
+import pickle
+import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -46,14 +53,36 @@ import densekit as dk
 # These options may change when a run resumes: they say where and how it runs, not what it computes.
 MAY_CHANGE = (
     *("run", "workers", "device", "log_every", "save_every", "keep"),
-    *("warn_after", "give_up_after", "collective_timeout"),
+    *("warn_after", "give_up_after", "collective_timeout", "changed_data"),
 )
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
 # ---- the way out -----------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """The text with escapes such as \\x1b and \\n for what a terminal would act upon, or not show.
+
+    Names of files come from anywhere: one may clear the screen, hide its end or fake a line. Bytes
+    that are no UTF-8 are escaped as well. Applied a second time it changes nothing.
+    """
+    if text.isprintable():
+        return text
+    escaped = []
+    for character in text:
+        if character.isprintable():
+            escaped.append(character)
+        elif "\udc80" <= character <= "\udcff":  # how Python holds a byte that is no UTF-8
+            escaped.append(f"\\x{ord(character) - 0xDC00:02x}")
+        else:
+            escaped.append(character.encode("unicode_escape").decode())
+    return "".join(escaped)
+
+
 class UserError(Exception):
-    """Something that the user can put right, in one sentence."""
+    """Something that the user can put right, in one sentence, which is printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteError(Exception):
@@ -82,7 +111,7 @@ def main(function: Callable[[Any], None], config: Any) -> int:
         sentence = loader_failure(error)
 
     if code != 0:
-        print(f"error: {sentence}", file=sys.stderr)
+        print(printable(f"error: {sentence}"), file=sys.stderr)
     return code
 
 
@@ -91,13 +120,25 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
     try:
         function(config)
     except UserError as error:
-        # A worker of the loader puts its own traceback before the sentence.
-        return 2, str(error).rsplit("UserError: ")[-1].strip()
+        return 2, _sentence_of(error)
     except NonFiniteError as error:
         return 3, str(error)
     except KeyboardInterrupt:
         return 130, "interrupted"
+    except RuntimeError as error:
+        if not is_of_lost_process(error):
+            raise
+        return 2, "Another process of this run has ended: see its own message, if it left one."
     return 0, ""
+
+
+def _sentence_of(error: UserError) -> str:
+    """The sentence, which torch puts behind the traceback of a loader process, in the last line."""
+    message = str(error)
+    if not message.startswith("Caught UserError in "):
+        return message
+    *_, last_line = str(error.args[0]).strip().split("\n")
+    return last_line.partition("UserError: ")[2]
 
 
 # ---- options ---------------------------------------------------------------------------------
@@ -115,6 +156,26 @@ def check_finite(option: str, value: float) -> None:
 def check_above_zero(option: str, value: float) -> None:
     """Check a number that may not be 0, such as a temperature."""
     check(0 < value < math.inf, f"{option} is {value}: give a finite number above 0.")
+
+
+def check_output(option: str, path: Path) -> None:
+    """A UserError, unless a file can be made or replaced here: work is not lost at its end.
+
+    It is tried: permissions do not tell of a disk that is read-only.
+    """
+    trial = _temporary(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        is_new = not trial.exists()
+        with trial.open("ab"):
+            pass
+        if is_new:
+            trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} leads to {path}, which cannot be written ({error.strerror}): give another."
+        ) from error
 
 
 def as_typed(value: Any) -> str:
@@ -273,9 +334,15 @@ class Watch:
         os._exit(2)
 
 
+def tell(*lines: str) -> None:
+    """Lines on the standard output. Recipes print with this alone, since a line may hold a name."""
+    for line in lines:
+        print(printable(line))
+
+
 def say(sentence: str) -> None:
     """A line on the standard error, which a progress bar makes way for."""
-    tqdm.write(sentence, file=sys.stderr)
+    tqdm.write(printable(sentence), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -291,7 +358,7 @@ def say_once(sentence: str) -> None:
     if is_main and not _has_said[0]:
         _has_said[0] = 1
         # Not `say`: a fork may have copied the lock of the progress bar while it was held.
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {sentence}"), file=sys.stderr, flush=True)
 
 
 # ---- processes and randomness ----------------------------------------------------------------
@@ -313,6 +380,44 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+# Launchers that start several processes without telling them of each other: how many there are,
+# and which of them this one is.
+LAUNCHERS = {
+    "srun": ("SLURM_NTASKS", "SLURM_PROCID"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpiexec": ("PMI_SIZE", "PMI_RANK"),
+}
+
+
+def check_launcher() -> None:
+    """A UserError for several processes, or for one of several, that torchrun has not started."""
+    if "RANK" in os.environ:
+        missing = [x for x in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+        check(
+            not missing,
+            f"RANK is set, and {' and '.join(missing)} not: start with torchrun, which sets all, "
+            "or unset RANK for a single process.",
+        )
+        return
+    for launcher, (size, rank) in LAUNCHERS.items():
+        count = os.environ.get(size, "1")
+        is_one_of_several = count.isdigit() and int(count) > 1 and rank in os.environ
+        check(
+            not is_one_of_several,
+            f"{launcher} has started {count} processes ({size}), which would train without each "
+            "other on one run folder: start with torchrun, once on each machine, or unset "
+            f"{rank} for a single process.",
+        )
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
+
+
+def is_of_lost_process(error: Exception) -> bool:
+    """Whether torch says by this error that another process of the group has ended."""
+    return any(words in str(error) for words in LOST)
+
+
 def uses_cuda(device: str) -> bool:
     """Whether a run with this `--device` works on a GPU."""
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -327,6 +432,7 @@ def process_group(
     A collective operation may take `collective_timeout` seconds, by default as long as torch says.
     With `fixed_shapes`, cuDNN measures once which algorithms are the quickest for each shape.
     """
+    check_launcher()
     use_cuda = uses_cuda(device)
     if use_cuda:
         if not torch.cuda.is_available():
@@ -345,7 +451,13 @@ def process_group(
     started_by_torchrun = "RANK" in os.environ
     if not started_by_torchrun:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**options)
+    try:
+        dist.init_process_group(**options)
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"The processes do not find each other ({first_line(error)}): another run may use "
+            "this port, give torchrun another --master-port, or the right --master-addr."
+        ) from error
     measured_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = fixed_shapes
     try:
@@ -394,13 +506,24 @@ def noise(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     They are hashes of the seed, the stream and the place in the shape: the same on every device,
     in eager and in compiled mode. What is drawn beside something else needs a stream of its own.
     """
-    count = math.prod(shape)
-    stream_seeds = _mix(seeds + _wrapped(stream * GOLDEN))
+    return noises(seeds, {stream: shape})[stream]
+
+
+def noises(seeds: Tensor, shapes: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    """The `noise` of several streams, each of its own shape, in fewer operations."""
+    own_seeds = [seeds + _wrapped(stream * GOLDEN) for stream in shapes]
+    stream_seeds = _mix(torch.stack(own_seeds, 1))
+    counts = [math.prod(shape) for shape in shapes.values()]
     # A compiler knows the range of these products, and refuses one that leaves int64.
-    places = torch.arange(count, device=seeds.device) * PLACE
-    hashes = _mix(stream_seeds[:, None] + places)
+    places = torch.arange(max(counts), device=seeds.device) * PLACE
+    hashes = _mix(stream_seeds[..., None] + places)
     top_bits = (hashes >> 40) & (2**24 - 1)  # as many as a float32 holds
-    return (top_bits.float() / 2**24).view(len(seeds), *shape)
+    numbers = top_bits.float() / 2**24
+
+    drawn = {}
+    for row, count, (stream, shape) in zip(numbers.unbind(1), counts, shapes.items(), strict=True):
+        drawn[stream] = row[:, :count].reshape(len(seeds), *shape)
+    return drawn
 
 
 # The constants of SplitMix64, a generator that counts in steps of the first and mixes the bits; the
@@ -444,7 +567,7 @@ def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     else:
         return
     if world.is_main:
-        print(f"warning: {means} has no effect: {reason}.", file=sys.stderr)
+        say(f"warning: {means} has no effect: {reason}.")
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -554,7 +677,7 @@ def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
     """The paths of the image files below a folder, relative to it, sorted; no hidden ones.
 
     Links are followed, but each folder is listed once: a link to one around it would go in circles.
-    Of several paths to a folder, the one with the fewest links counts.
+    Of several paths to a folder, the one with the fewest links counts. Run folders are left out.
     """
     names = []
     listed = set()
@@ -566,6 +689,8 @@ def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
             while waiting:
                 parent = waiting.pop()
                 entries = _entries(folder / parent, listed, watch)
+                if {"config.json", "metrics.jsonl"} <= {entry.name for entry in entries}:
+                    continue  # a run folder, whose pictures are not to train on
                 for entry in sorted(entries, key=lambda x: x.name, reverse=True):
                     name = f"{parent}{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
@@ -632,6 +757,8 @@ class FolderImages:
         elif not self.folder.is_dir():
             raise UserError(f"The image folder {folder} does not exist or is not a folder.")
 
+        if names is None:
+            names = _listings.pop(os.path.realpath(self.folder), None)
         if names is None:
             names = list_images(self.folder, patience)
         names = [name for name in names if name]
@@ -950,6 +1077,348 @@ def show(bar: tqdm, values: dict[str, float], names: Sequence[str] = ()) -> None
     bar.set_postfix(shown, refresh=False)
 
 
+# ---- the files that a run reads --------------------------------------------------------------
+NAME_FILES = ("weights", "encoder", "annotations", "val_annotations")  # in words, not as a Path
+LABELED = ("layout", "annotations", "split")  # options beside those of a folder with labels
+LABEL_FILES = (".json", ".txt", ".xml", ".npz", ".csv", ".mat")
+SAMPLE = 256  # files of a folder whose content counts
+SAMPLE_BYTES = 2**26  # what is read of them, together
+
+_listings: dict[str, list[str]] = {}  # the images of a folder, for the first one who asks
+
+
+def fingerprint(
+    config: Any,
+    *,
+    ignore: Sequence[str] = (),
+    more: dict[str, Path] | None = None,
+    patience: Patience = PATIENCE,
+) -> dict[str, dict[str, Any]]:
+    """What there is where the options of a configuration name files, by the option.
+
+    Args:
+        config: A dataclass. Its options that are a Path name files, and those of `NAME_FILES`.
+        ignore: Options that count for nothing, such as the run folder.
+        more: Other files that the run reads, by a name for messages.
+        patience: How long to wait for a disk.
+    """
+    found = {}
+    for option, path, has_labels in _named_files(config):
+        if option.split(".")[-1] not in ignore:
+            found[option] = _look_at(path, has_labels, patience)
+    for name, path in (more or {}).items():
+        found[name] = _look_at(path, has_labels=False, patience=patience)
+    return found
+
+
+def _named_files(config: Any, prefix: str = "") -> list[tuple[str, Path, bool]]:
+    """The options that name files, with what they name, and whether labels lie there, too."""
+    named = []
+    has_labels = any(hasattr(config, name) for name in LABELED)
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        name = prefix + option.name
+        if dataclasses.is_dataclass(value):
+            named += _named_files(value, f"{name}.")
+        elif isinstance(value, Path):
+            named.append((name, value, has_labels))
+        elif option.name in NAME_FILES:
+            words = (value,) if isinstance(value, str) else value or ()
+            home = getattr(config, "data", None) if "annotations" in name else None
+            for path in _paths(words, home):
+                named.append((name, path, False))
+    return named
+
+
+def _paths(words: Sequence[str], home: Path | None) -> list[Path]:
+    """The files among words such as `timm:NAME:FILE`, a run folder, or names below `home`."""
+    paths = []
+    for word in words:
+        kind, _, rest = word.partition(":")
+        name = rest.partition(":")[2] if kind in ("timm", "torchvision", "random") else word
+        if not name or name == "lite0":
+            continue
+        path = (home or Path()) / name
+        paths += [x for x in (path / ENCODER, path) if x.is_file()][:1]
+    return paths
+
+
+def _look_at(path: Path, has_labels: bool, patience: Patience) -> dict[str, Any]:
+    """The place of a file or folder, how many names there are, and hashes of names and content."""
+    place = {"path": os.path.realpath(path)}
+    if path.is_file():
+        return {**place, **_look_at_file(path, patience)}
+    if not path.is_dir():
+        return {**place, "missing": True}
+
+    names = list_images(path, patience)
+    _listings[place["path"]] = names
+    files = [path / name for name in names]
+    found = {"images": len(names), "names": _hash(map(os.fsencode, names))}
+    if has_labels:
+        label_files = _label_files(path)
+        found["label_files"] = len(label_files)
+        found["label_names"] = _hash(os.fsencode(x.relative_to(path)) for x in label_files)
+        found["labels"] = _content(label_files, patience)
+    return {**place, **found, "content": _content(files, patience)}
+
+
+def _look_at_file(path: Path, patience: Patience) -> dict[str, Any]:
+    """Size and content of a file; of a list also how many names it has."""
+    found: dict[str, Any] = {"bytes": path.stat().st_size}
+    listed = []  # what belongs to the file
+    if path.suffix == ".safetensors":
+        listed = [path.with_suffix(".json")]
+    if path.suffix == ".txt":
+        try:
+            names = read_list(path)
+        except (UserError, OSError):  # whoever reads it says so
+            names = []
+        found["names_listed"] = len(names)
+        listed = [path.parent / name for name in names]
+    return {**found, "content": _content([path], patience), "listed": _content(listed, patience)}
+
+
+def _label_files(folder: Path) -> list[Path]:
+    """The files below a folder that may hold labels, sorted; no hidden ones."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        if {"config.json", "metrics.jsonl"} <= set(names):  # a run folder
+            folders.clear()
+            continue
+        found += [Path(parent, x) for x in names if x[0] != "." and x.endswith(LABEL_FILES)]
+    return sorted(found)
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _content(files: Sequence[Path], patience: Patience) -> str:
+    """A hash of the content of some of the files, evenly chosen, and of parts of large ones."""
+    stride = max(1, math.ceil(len(files) / SAMPLE))
+    chosen = files[::stride]
+    limit = SAMPLE_BYTES // max(1, len(chosen))
+    parts = []
+    with Watch("Reading the files that the options name has not gone on", patience) as watch:
+        for file in chosen:
+            watch.progress()
+            parts.append(_sample(file, limit))
+    return _hash(parts)
+
+
+def _sample(file: Path, limit: int) -> bytes:
+    """The size of a file and up to `limit` bytes of it, in 16 parts; its error, if it has one."""
+    try:
+        if not file.is_file():
+            return b"is no file"
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            starts = [0] if size <= limit else [size * part // 16 for part in range(16)]
+            parts = [size.to_bytes(8, "little")]
+            for start in starts:
+                opened.seek(start)
+                parts.append(opened.read(limit // len(starts)))
+            return b"".join(parts)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        return type(error).__name__.encode()
+
+
+COUNTED = {
+    "images": "images",
+    "label_files": "label files",
+    "names_listed": "names",
+    "bytes": "bytes",
+}
+
+
+def _file_difference(old: dict[str, Any], new: dict[str, Any], then: str, now: str) -> str:
+    """What differs in the files of an option, such as `24 images then, 40 now`; or nothing."""
+    if old.get("missing") != new.get("missing"):
+        return f"no such file or folder {now if new.get('missing') else then}"
+
+    differences = []
+    for key, noun in COUNTED.items():
+        if key in old and key in new and old[key] != new[key]:
+            differences.append(f"{old[key]} {noun} {then}, {new[key]} {now}")
+            break  # the others follow from it
+    if not differences and old.get("names") != new.get("names"):
+        differences.append(f"images of other names {now}")
+    if not differences and old.get("label_names") != new.get("label_names"):
+        differences.append(f"label files of other names {now}")
+    contents = ("content", "labels", "listed")
+    if not differences and any(old.get(key) != new.get(key) for key in contents):
+        differences.append(f"another content {now}")
+    return " and ".join(differences)
+
+
+def _changed_files(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The options whose files are no longer those of the old fingerprint, and how."""
+    changes = []
+    for option, now in new.items():
+        then = old.get(option)
+        if not isinstance(then, dict):
+            continue  # an older version did not look at it
+        differences = [_file_difference(then, now, "then", "now")]
+        if then.get("path") != now["path"]:
+            differences.insert(0, f"{then.get('path')} then, {now['path']} now")
+        told = " and ".join(x for x in differences if x)
+        if told:
+            changes.append(f"{as_option(option)}: {told}")
+    return "; ".join(changes)
+
+
+def as_option(name: str) -> str:
+    """The field `views.min_size` of a configuration as it is typed, `--views.min-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+ROW = "row.json"  # the sums, in a checkpoint, of the row of the log that is not complete yet
+CHECKSUMS = "checksums.json"  # size and hash of each file of a checkpoint; it is written last
+ENCODER = "encoder.safetensors"
+SIDE_CAR = "encoder.json"
+CHECKPOINT = re.compile(r"step-([0-9]{8,})(-epoch-[0-9]+)?")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint by its name, such as step-00000040-epoch-2; -1 for other names."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, in the order of their steps, whole or not."""
+    found = [x for x in folder.glob("checkpoints/step-*") if step_of(x) >= 0 and x.is_dir()]
+    return sorted(found, key=lambda x: (step_of(x), x.name))
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": digest}
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Write the checksums of all files of a checkpoint into it."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != CHECKSUMS]
+    sums = {path.name: _checksum(path) for path in files}
+    write(checkpoint / CHECKSUMS, json.dumps(sums, indent=2).encode())
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; empty where nothing is."""
+    try:
+        if (checkpoint / CHECKSUMS).exists():
+            for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+                if not (checkpoint / name).is_file():
+                    return f"{name} is missing"
+                found = _checksum(checkpoint / name)
+                if found["bytes"] != expected["bytes"]:
+                    return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
+                if found != expected:
+                    return f"{name} has another checksum"
+
+        if not (checkpoint / ".metadata").is_file():
+            return ".metadata is missing"
+        metadata = PlainReader(checkpoint).read_metadata()
+        for part in metadata.storage_data.values():
+            file = checkpoint / part.relative_path
+            if not file.is_file() or file.stat().st_size < part.offset + part.length:
+                return f"{part.relative_path} is missing or too short"
+        if (checkpoint / ROW).exists():  # older versions had none
+            json.loads((checkpoint / ROW).read_text())
+    except Exception as error:  # broken bytes raise nearly anything
+        return first_line(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads the metadata of torch's distributed checkpoints, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        home = "torch.distributed.checkpoint"
+        is_record = module == f"{home}.metadata" or (module, name) == (
+            f"{home}.filesystem",
+            "_StorageInfo",
+        )
+        if is_record and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
+            return super().find_class(module, name)
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
+            return pathlib.PurePath  # which touches no disk
+        raise pickle.UnpicklingError(
+            f"the metadata names {module}.{name}, which is none of torch's"
+        )
+
+
+class PlainReader(dcp.FileSystemReader):
+    """Reads a checkpoint whose metadata nobody has to trust."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Any:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata = PlainUnpickler(file).load()
+        if not isinstance(metadata, dcp.Metadata):
+            raise pickle.UnpicklingError(".metadata holds no metadata of a checkpoint")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class PlainPlanner(dcp.DefaultLoadPlanner):
+    """Loads what is no tensor, the state of the optimizer, as plain data alone."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)  # it refuses what could run code
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+# What the disk says, whatever the file is.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+
+WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")  # of torch.save
+
+
+def disk_failure(error: BaseException, folder: Path) -> str:
+    """What a disk says of a failure below a folder; empty where the error is of something else."""
+    if isinstance(error, dcp.api.CheckpointException):
+        reasons = [disk_failure(failed, folder) for failed, _ in error.failures.values()]
+        return next(filter(None, reasons), "")
+    if isinstance(error, RuntimeError):  # torch.save counts the bytes that have arrived
+        of_writer = any(words in str(error) for words in WRITER_ERRORS)
+        inner = error.__cause__ or error.__context__
+        told = disk_failure(inner, folder) if inner is not None else ""
+        return (told or "a file was not written whole") if of_writer else ""
+    if not isinstance(error, OSError):
+        return ""
+    name = error.filename
+    is_named = isinstance(name, str | bytes)  # it may be a number
+    file = Path(os.path.abspath(os.fsdecode(name))) if is_named else None
+    is_inside = file is not None and file.is_relative_to(os.path.abspath(folder))
+    if error.errno not in DISK_ERRORS and not is_inside:
+        return ""
+    reason = error.strerror or first_line(error)
+    return f"{reason}: {file}" if is_inside else reason
+
+
 # ---- the run folder --------------------------------------------------------------------------
 def run_folder(recipe: str, config: Any, *more: str) -> Path:
     """`--run`, or runs/RECIPE-PRESET with what else tells runs apart, and the data's name."""
@@ -963,9 +1432,18 @@ def run_folder(recipe: str, config: Any, *more: str) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """Make or replace a file: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:  # a disk that is full has more use for the space
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _remove(folder: Path) -> None:
@@ -1005,15 +1483,70 @@ def _tensors(state: Any) -> Any:
     return {name: _tensors(value) for name, value in fields.items()}
 
 
-ROW = "row.json"  # the sums, in a checkpoint, of the row of the log that is not complete yet
-ENCODER = "encoder.safetensors"
-SIDE_CAR = "encoder.json"
+LOCK = ".lock"  # in a run folder: who owns the folder holds the lock on it
 PASSED_ON_WITHIN = 2.0  # seconds in which torchrun passes a signal on
 
 
 def kept_epochs(config: Any, steps_per_epoch: int) -> dict[int, int]:
     """The epochs of --keep, by the step that ends each of them."""
     return {epoch * steps_per_epoch: epoch for epoch in config.keep}
+
+
+FINGERPRINT = "fingerprint"  # in config.json: what there was where the options name files
+# Between the processes of a run these may differ; --run is compared as the folder.
+MAY_DIFFER = ("run", "workers", "device", "warn_after", "give_up_after", "changed_data")
+
+_locks = set()  # the open files by which this process owns run folders
+
+
+def _drop_locks() -> None:
+    """What a fork does: the lock belongs to its parent, and would outlive it in a copy."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
+
+
+def _unlock(file: Any) -> None:
+    if not file.closed:  # a process that is just forked off may still have a copy
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a config.json holds."""
+    try:
+        content = json.loads(path.read_bytes())
+        check(isinstance(content, dict), "it is no JSON object")
+    except (ValueError, RecursionError, UserError) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): restore it, or choose another run "
+            "folder with --run."
+        ) from error
+    return content
+
+
+def _without(options: dict[str, Any], ignore: Sequence[str]) -> set[str]:
+    """The names of the options that count."""
+    return {name for name in options if name.split(".")[-1] not in ignore}
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    has_step = isinstance(row, dict) and type(row.get("step")) is int
+    return row if has_step else None
+
+
+def patience_of(config: Any) -> Patience:
+    """How long a run with this configuration waits; some have no option for it."""
+    if hasattr(config, "warn_after"):
+        return Patience(config.warn_after, config.give_up_after)
+    return PATIENCE
 
 
 class Run(ExitStack):
@@ -1029,9 +1562,28 @@ class Run(ExitStack):
 
     SIGTERM, SIGINT and SIGUSR1 ask a run to stop once it has made a step; before, and a second
     time, SIGTERM and SIGINT end it at once.
+
+    The folder belongs to one run at a time, and that run knows its files: where the images, or
+    what else its options name, have changed, it goes on with `changed_data` in its configuration
+    alone. A disk that fails is a UserError, also where the code in the `with` writes to the folder.
+
+    Args:
+        folder: The run folder.
+        config: The configuration, a dataclass.
+        world: This process.
+        ignore: Options that may change when the run resumes.
+        files: Other files that the run reads than those of its options, by a name.
     """
 
-    def __init__(self, folder: Path, config: Any, world: World, ignore: Sequence = MAY_CHANGE):
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        world: World,
+        ignore: Sequence = MAY_CHANGE,
+        *,
+        files: dict[str, Path] | None = None,
+    ):
         super().__init__()
         self.folder = Path(folder)
         self.world = world
@@ -1048,33 +1600,195 @@ class Run(ExitStack):
             longest = timedelta(seconds=LONGEST_WAIT)
             self._patient_group = dist.new_group(backend="gloo", timeout=longest)
 
-        problem, checkpoints = self._prepare(config, ignore) if world.is_main else ("", [])
-        answer = [problem, checkpoints]
-        dist.broadcast_object_list(answer, src=0, device=world.device)
-        problem, self._checkpoints = answer  # in the order of their steps
+        self._checkpoints = []  # in the order of their steps
+        self._content = b""  # of config.json
+        try:
+            found = fingerprint(config, ignore=ignore, more=files, patience=patience_of(config))
+            self._compare_processes(config, found)
+            self._checkpoints = self._on_main(partial(self._prepare, config, found, ignore))
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Any:
+        _listings.clear()
+        suppressed = False
+        try:
+            suppressed = super().__exit__(kind, error, trace)
+        except OSError as closing:  # such as of the last rows of the curves
+            if error is None:
+                self._refuse_disk(closing)
+                raise
+        if error is not None:
+            self._refuse_disk(error)
+        return suppressed
+
+    def _refuse_disk(self, error: BaseException) -> None:
+        """Raise a UserError for a disk that fails; for another error do nothing."""
+        reason = disk_failure(error, self.folder)
+        if reason:
+            raise UserError(self._disk_sentence(reason)) from error
+
+    def _disk_sentence(self, reason: str) -> str:
+        return f"The run folder {self.folder} cannot be read or written ({reason}); {self._kept()}."
+
+    def _kept(self) -> str:
+        if self._checkpoints:
+            return f"the last good checkpoint is {self._checkpoints[-1]}"
+        return "none is saved"
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns on the main process; all get it, and a UserError of it as well."""
+        found = None
+        problem = ""
+        if self.world.is_main:
+            try:
+                found = work()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = self._disk_sentence(disk_failure(error, self.folder) or first_line(error))
+        if self.world.size > 1:
+            answer = [found, problem]
+            dist.broadcast_object_list(answer, src=0, group=self._patient_group)
+            found, problem = answer
         if problem:
-            raise UserError(f"The run folder {folder} {problem}: choose another with --run.")
+            raise UserError(problem)
+        return found
 
-    def _prepare(self, config: Any, ignore: Sequence) -> tuple[str, list[Path]]:
-        """What speaks against this folder, and the checkpoints in it; it is made where missing."""
+    def _compare_processes(self, config: Any, found: dict[str, dict[str, Any]]) -> None:
+        """The same UserError on all processes, where options or files differ between them."""
+        if self.world.size == 1:
+            return
+        options = _flatten(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+        options["run"] = str(self.folder)
+        own = {name: x for name, x in options.items() if name.split(".")[-1] not in MAY_DIFFER}
+        everywhere: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everywhere, (own, found), group=self._patient_group)
+
+        differences = []
+        first_options, first_files = everywhere[0]
+        for rank, (other_options, other_files) in enumerate(everywhere):
+            for name in {**first_options, **other_options}:
+                first = first_options.get(name)
+                other = other_options.get(name)
+                is_file = name in first_files and name in other_files  # places may differ
+                if first != other and not (is_file and name not in NAME_FILES):
+                    differences.append(
+                        f"{as_option(name)} is {first} on rank 0, {other} on rank {rank}"
+                    )
+            for name in {**first_files, **other_files}:
+                first = first_files.get(name, {"missing": True})
+                other = other_files.get(name, {"missing": True})
+                told = _file_difference(first, other, "on rank 0", f"on rank {rank}")
+                if told:
+                    differences.append(f"{as_option(name)}: {told}")
+        check(
+            not differences,
+            f"The processes of this run differ ({'; '.join(differences[:8])}): start all of them "
+            "with the same options and the same files.",
+        )
+
+    def _prepare(
+        self, config: Any, found: dict[str, dict[str, Any]], ignore: Sequence
+    ) -> list[Path]:
+        """Take the folder, which is made where missing; the checkpoints in it."""
         path = self.folder / "config.json"
-        log = self.folder / "metrics.jsonl"
-        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-        if path.exists():
-            old = _flatten(json.loads(path.read_text()))
-            new = _flatten(json.loads(text))
-            difference = _difference(old, new, ignore)
-            other_recipe = old.keys() != new.keys()
-            if difference and (other_recipe or log.exists()):
-                return f"holds a run with another configuration ({difference})", []
-        elif self.folder.is_file() or any(p.name[0] != "." for p in self.folder.glob("*")):
-            return "is neither empty nor an earlier run's", []
-
+        is_new = not path.exists()
+        if is_new and (
+            self.folder.is_file() or any(x.name[0] != "." for x in self.folder.glob("*"))
+        ):
+            raise UserError(
+                f"The run folder {self.folder} is neither empty nor an earlier run's: choose "
+                "another with --run."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write(path, text.encode())
-        for leftover in self.folder.glob("checkpoints/.*"):  # of a save that was killed
-            shutil.rmtree(leftover)
-        return "", sorted(self.folder.glob("checkpoints/step-*"))
+        is_locked = self._lock_folder()
+
+        # What is not text, such as a path, stands as text in the file.
+        text = json.dumps({**dataclasses.asdict(config), FINGERPRINT: found}, default=str)
+        new = json.loads(text)
+        self._content = json.dumps(new, indent=2).encode()
+        has_begun = path.exists() and (self.folder / "metrics.jsonl").exists()
+        if path.exists():
+            self._check_configuration(_read_config(path), new, config, ignore, has_begun)
+        if not has_begun:  # else `resume` writes it
+            write(path, self._content)
+
+        if is_locked:  # or they may be of a save that goes on
+            for leftover in self.folder.glob("checkpoints/.step-*"):  # of a save that was killed
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+        return find_checkpoints(self.folder)
+
+    def _lock_folder(self) -> bool:
+        """Take the lock, which is free again when this process has ended, whatever ends it."""
+        file = (self.folder / LOCK).open("a+b", buffering=0)
+        self.callback(file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).decode(errors="replace")
+            raise UserError(
+                f"The run folder {self.folder} is in use by another process ({owner}): wait for "
+                "its end, or choose another with --run."
+            ) from None
+        except OSError as error:
+            say(
+                f"warning: the file system of {self.folder} has no locks ({error.strerror}): make "
+                "sure that no other process uses this run folder."
+            )
+            return False
+        _locks.add(file)
+        self.callback(_locks.discard, file)
+        self.callback(_unlock, file)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+        return True
+
+    def _check_configuration(
+        self,
+        old: dict[str, Any],
+        new: dict[str, Any],
+        config: Any,
+        ignore: Sequence,
+        has_begun: bool,
+    ) -> None:
+        """A UserError, unless the run in this folder has these options and these files."""
+        # Of a file counts what it is, and not how an option calls it.
+        named_files = [name for name, _, _ in _named_files(config) if name not in NAME_FILES]
+        old_files = old.pop(FINGERPRINT, None)
+        new_files = new.pop(FINGERPRINT)
+        is_known = isinstance(old_files, dict)
+        same_place = [name for name in named_files if is_known and name in old_files]
+
+        old_options = _flatten(old)
+        new_options = _flatten(new)
+        difference = _difference(old_options, new_options, (*ignore, *same_place))
+        is_other_recipe = _without(old_options, ignore) != _without(new_options, ignore)
+        check(
+            not difference or not (is_other_recipe or has_begun),
+            f"The run folder {self.folder} holds a run with another configuration ({difference}): "
+            "choose another with --run.",
+        )
+        if not has_begun:
+            return
+        if new_files and not is_known:
+            say(
+                f"warning: an older version has begun the run in {self.folder}, and has not noted "
+                "its files: whether they have changed is not known."
+            )
+        changed = _changed_files(old_files, new_files) if is_known else ""
+        may_change = getattr(config, "changed_data", None)
+        other_way = "" if may_change is None else "go on with them by --changed-data, or "
+        check(
+            not changed or bool(may_change),
+            f"The run folder {self.folder} holds a run on other files ({changed}): {other_way}"
+            "choose another with --run.",
+        )
+        if changed:
+            say(f"warning: the run in {self.folder} goes on with other files ({changed}).")
 
     def wait(self) -> None:
         """Wait for all processes, however long: one of them may evaluate the model meanwhile."""
@@ -1103,33 +1817,44 @@ class Run(ExitStack):
             epoch: The epoch that ends here, if its checkpoint is to be kept: see `kept_epochs`.
             extra: Other modules, tensors, NamedTuples or dicts of the state.
         """
-        self.wait()
-        self.check()
         name = f"step-{step:08d}"
         if epoch is not None:
             name += f"-epoch-{epoch}"
         folder = self.folder / "checkpoints" / name
         temporary = folder.with_name(f".{name}")
+        if self.world.is_main and temporary.exists():  # where no lock shows whose it is
+            shutil.rmtree(temporary)
+        self.wait()
+        self.check()
         state = _tensors({"model": model, "extra": extra})
         # In a tuple it is one object to DCP: an optimizer without moments yet may load it.
         state["optimizer"] = (tree_map_only(Tensor, Tensor.cpu, optimizer.state_dict()),)
         # Where processes differ (batch-norm statistics) the first one's count, as in DDP.
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        dcp.save(state, checkpoint_id=temporary, planner=planner)
+        try:
+            dcp.save(state, checkpoint_id=temporary, planner=planner)
+        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._refuse_disk(error)
+            raise
 
-        self._checkpoints = [folder]
-        if self.world.is_main:
+        def finish() -> None:
             write(temporary / ROW, json.dumps(self._row_so_far(), indent=2).encode())
             if encoder is not None:
                 save_encoder(temporary / ENCODER, encoder, **(facts or {}), step=step)
-            for old in folder.parent.glob(f"step-{step:08d}*"):  # the same step again
-                _remove(old)
+            write_checksums(temporary)
+            for old in find_checkpoints(self.folder):
+                if step_of(old) == step:  # the same step again
+                    _remove(old)
             temporary.replace(folder)
             self._publish_encoder(folder)
-            passing = [x for x in folder.parent.glob("step-*") if "-epoch-" not in x.name]
-            for old in sorted(passing)[:-2]:
+            passing = [x for x in find_checkpoints(self.folder) if "-epoch-" not in x.name]
+            for old in passing[:-2]:
                 _remove(old)
-        dist.barrier()
+
+        self._on_main(finish)
+        self._checkpoints = [folder]
 
     def _publish_encoder(self, checkpoint: Path) -> None:
         """Put the encoder of a checkpoint, if it has one, into the run folder.
@@ -1143,33 +1868,96 @@ class Run(ExitStack):
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer, **extra: Any) -> int:
         """Load the newest checkpoint in place, extras too, and return its step; 0 without one."""
+        newest, parts = self._on_main(self._choose)
         step = 0
         last_row = -1  # a run without a checkpoint begins anew, and so does its log
-        if self._checkpoints:
-            newest = self._checkpoints[-1]
-            step = last_row = int(newest.name.split("-")[1])  # of step-00000040-epoch-2
+        if newest is not None:
+            self._checkpoints = [newest]
+            step = last_row = step_of(newest)
             state = _tensors({"model": model, "extra": extra})
             state["optimizer"] = ()
-            dcp.load(state, checkpoint_id=newest)
-            optimizer.load_state_dict(state["optimizer"][0])
-            if (newest / ROW).exists():  # older versions had none
-                self._continue_row(json.loads((newest / ROW).read_text()))
-            if self.world.is_main:
-                self._publish_encoder(newest)  # which a kill may have prevented
-        if self.world.is_main:
-            self._open_log(last_row)
+            try:
+                dcp.load(state, storage_reader=PlainReader(newest), planner=PlainPlanner())
+                optimizer.load_state_dict(state["optimizer"][0])
+            except (dcp.api.CheckpointException, ValueError) as error:
+                reason = _reason_of(error)
+                raise UserError(
+                    f"The checkpoint {newest} does not fit this recipe ({reason}): resume it with "
+                    "the code that wrote it, or choose another run folder with --run."
+                ) from error
+            self._continue_row(parts)
+        self._on_main(partial(self._begin, newest, last_row))
         return step
+
+    def _choose(self) -> tuple[Path | None, list[dict[str, Any]]]:
+        """The newest checkpoint that is whole, and what it tells of its row of the log.
+
+        One that is not whole is named, and put aside as `broken-step-...`.
+        """
+        broken = []
+        for checkpoint in reversed(self._checkpoints):
+            damage = damage_of(checkpoint)
+            if damage:
+                broken.append((checkpoint, damage))
+                continue
+
+            for newer, reason in broken:
+                aside = newer.with_name(f"broken-{newer.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                newer.rename(aside)
+                say(
+                    f"warning: the checkpoint {newer} is broken ({reason}): it is now called "
+                    f"{aside.name}, and the run goes on from {checkpoint.name}."
+                )
+            if not (checkpoint / CHECKSUMS).exists():
+                say(
+                    f"warning: {checkpoint} has no {CHECKSUMS}, as those of older versions: its "
+                    "content is not verified."
+                )
+            row = checkpoint / ROW
+            return checkpoint, json.loads(row.read_text()) if row.exists() else []
+
+        told = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in broken)
+        check(
+            not broken,
+            f"No checkpoint in {self.folder / 'checkpoints'} is whole ({told}): restore one, or "
+            "remove them to begin anew.",
+        )
+        return None, []
+
+    def _begin(self, newest: Path | None, last_row: int) -> None:
+        """What the main process does before the first step."""
+        write(self.folder / "config.json", self._content)
+        if newest is not None:
+            self._publish_encoder(newest)  # which a kill may have prevented
+        self._open_log(last_row)
 
     def _open_log(self, last_row: int) -> None:
         """Open the log behind the row of this step; later rows are of steps that are done again."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill may halve the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= last_row]
+        kept = []
+        strange = 0
+        for line in whole:
+            row = _parse_row(line)
+            if row is None:
+                strange += 1
+            elif row["step"] <= last_row:
+                kept.append(line)
+        if strange:
+            say(f"warning: {strange} lines of {path} are no rows of a log, and are left out.")
         write(path, b"".join(kept))
         self._metrics = self.enter_context(path.open("a", buffering=1))
         self._curves = SummaryWriter(str(self.folder / "tensorboard"), purge_step=last_row + 1)
+        self.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = partial(self._on_thread_error, threading.excepthook)
         self.callback(self._curves.close)
+
+    def _on_thread_error(self, report: Callable[[Any], Any], failed: Any) -> None:
+        """Report an error of a thread, unless it is of the curves: the next row raises it again."""
+        if not disk_failure(failed.exc_value, self.folder):
+            report(failed)
 
     def log(self, step: int, **terms: float | Tensor) -> None:
         """Append one row, on the main process."""
@@ -1182,8 +1970,9 @@ class Run(ExitStack):
 
     def rows(self, name: str) -> list[dict[str, float]]:
         """The logged rows that hold a number of this name, in order."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if name in row]
+        lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
+        found = [_parse_row(line) for line in lines]
+        return [row for row in found if row is not None and name in row]
 
     def record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Note the terms of a step, on the device; all processes note the same ones.
@@ -1243,10 +2032,7 @@ class Run(ExitStack):
             if step == first:
                 values[name] = values.get(name, 0.0) + value  # NaN and inf survive a sum
         named = ", ".join(f"{name} = {value}" for name, value in values.items())
-        kept = "none is saved"
-        if self._checkpoints:
-            kept = f"the last good checkpoint is {self._checkpoints[-1]}"
-        raise NonFiniteError(f"Not finite at step {int(first)}: {named}; {kept}.")
+        raise NonFiniteError(f"Not finite at step {int(first)}: {named}; {self._kept()}.")
 
     def take_means(self) -> dict[str, float]:
         """The mean of each term over the processes, and over the steps since the last call.
@@ -1322,7 +2108,7 @@ class Run(ExitStack):
         """Name each unreadable file once in unreadable.txt, which is opened for new ones alone."""
         if not names:
             return
-        new = {os.fsencode(name) for name in names} - self._unreadable
+        new = {printable(name).encode() for name in names} - self._unreadable
         if new:
             new -= self._read_unreadable()
             with (self.folder / "unreadable.txt").open("ab") as file:
@@ -1353,9 +2139,16 @@ def print_probes(run: Run, more: str = "") -> None:
     line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
     rows = run.rows("probe_miou")
     if rows:
-        print("At step 0 the network is random.")
+        tell("At step 0 the network is random.")
     for row in rows:
-        print(line.format(**row))
+        tell(line.format(**row))
+
+
+def _reason_of(error: BaseException) -> str:
+    """What an error says in one line; of a checkpoint, the first error of a process."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return first_line(error)
 
 
 def _number(value: float | Tensor) -> float:

@@ -10,6 +10,7 @@ Copy this file to write a method of your own: docs/recipes/minimal.md goes throu
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
     log_every: int = 20  # Steps between two rows of the log.
     save_every: int = 1000  # Steps between two checkpoints.
+    changed_data: bool = False  # Go on with a run although its images or other files have changed.
 
 
 def read_options() -> Config:
@@ -55,7 +57,7 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import encoders
+from downstream import encoders, health
 from downstream.crops import crop_bytes
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
@@ -185,24 +187,28 @@ def train(config: Config) -> None:
         ddp = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=1e-4)
         step = run.resume(model, optimizer)
-        if step == 0 and world.is_main:
-            run.log(step, probe_miou=probe(model))
-        run.wait()
 
-        batches = harness.batches(
+        batches = partial(
+            harness.batches,
             dataset,
-            config.batch,
-            world,
+            world=world,
             seed=config.seed,
-            start=step,
-            stop=steps,
             workers=config.workers,
             normalize=(initial.mean, initial.std),
         )
+        # The health is measured on six images of the main process.
+        preview_batch = min(6 * world.size, config.batch)
+        preview = next(batches(preview_batch, start=0, stop=1))
+        monitor = health.Monitor(model.encoder, preview[0], run)
+        if step == 0 and world.is_main:
+            run.log(step, **monitor.measure_all())
+            run.log(step, probe_miou=probe(model))
+        run.wait()
+
         facts = {**initial.side_car(), "method": "minimal"}
-        for images, views, valid, _, unreadable in harness.progress(
-            batches, start=step, stop=steps, world=world
-        ):
+        training_batches = batches(config.batch, start=step, stop=steps)
+        bar = harness.progress(training_batches, start=step, stop=steps, world=world)
+        for images, views, valid, _, unreadable in bar:
             lr = dk.cosine_schedule(step, steps, start=config.lr, end=0.0)
             optimizer.param_groups[0]["lr"] = lr
             loss = ddp(images, views, valid)
@@ -216,11 +222,14 @@ def train(config: Config) -> None:
             # The device is waited for here alone. The run ends if a value was not finite.
             if step % config.log_every == 0:
                 values = run.take_means()
-                run.log(step, **values, lr=lr, unreadable=run.unreadable)
+                run.log(step, **values, **monitor.measure(), lr=lr, unreadable=run.unreadable)
+                monitor.warn(step)
 
             due = step % config.save_every == 0 or step == steps
             if due:
                 run.check()  # what follows a bad value is neither shown nor saved
+                run.log(step, **monitor.measure_all())
+                monitor.warn(step)
             stop = run.stop_requested()
             if due and world.is_main:
                 run.log(step, probe_miou=probe(model))
@@ -231,4 +240,4 @@ def train(config: Config) -> None:
 
         if world.is_main:
             for row in run.rows("probe_miou"):
-                print(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")
+                harness.tell(f"step {row['step']:4}: probe mIoU {row['probe_miou']:.3f}")

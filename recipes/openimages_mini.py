@@ -93,6 +93,8 @@ def check_options(config: Config) -> None:
     harness.check(
         config.out.parent.is_dir(), f"--out is {config.out}: give a file in a folder that exists."
     )
+    for path in (config.out, figures_path(config.out)):
+        harness.check_output("--out", path)
     harness.check(
         config.images is None or config.images.is_dir(),
         f"--images is {config.images}: give a folder that exists.",
@@ -136,12 +138,19 @@ def read_coco(path: Path, groups: bool) -> dict[str, int]:
 
     with opened(path, "an instances file of COCO") as (_, text):
         content = json.load(text, object_hook=drop_the_rest)
-        names = {category["id"]: category["name"] for category in content["categories"]}
+        names = {x["id"]: text_of(x["name"]) for x in content["categories"]}
         counts = dict.fromkeys(names.values(), 0)
         for annotation in content["annotations"]:
             if groups or not annotation.get("iscrowd"):
                 counts[names[annotation["category_id"]]] += 1
         return counts
+
+
+def text_of(value: Any) -> str:
+    """A name, which must be a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"the name {value!r} is no text")
+    return value
 
 
 def read_classes(path: Path) -> dict[str, str]:
@@ -175,7 +184,9 @@ def read_boxes(path: Path, groups: bool) -> Boxes:
         label_column = header.index("LabelName")
         group_column = header.index("IsGroupOf")
 
-        with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
+        with tqdm(
+            total=path.stat().st_size, unit="B", unit_scale=True, desc=harness.printable(path.name)
+        ) as bar:
             for number, row in enumerate(filter(None, rows)):
                 if len(row) != len(header):
                     raise ValueError(f"line {rows.line_num} has {len(row)} columns")
@@ -276,7 +287,7 @@ def select(config: Config) -> None:
     shared = [name for name in coco if name in coco_class.values()]
     lacking = [name for name in coco if name not in shared]
     for name in lacking:
-        print(f"warning: no class of OpenImages is a counterpart of COCO's {name!r}.")
+        harness.tell(f"warning: no class of OpenImages is a counterpart of COCO's {name!r}.")
 
     boxes = read_boxes(config.boxes, config.groups)
     order = visiting_order(boxes.images, config)
@@ -326,12 +337,16 @@ def table_row(boxes: Boxes, taken: list[int]) -> dict[str, Any]:
     }
 
 
+def figures_path(out: Path) -> Path:
+    return Path(f"{out}.json")
+
+
 def write_list(out: Path, names: list[str], figures: dict[str, Any]) -> None:
     """Write the figures and the list; each file is there whole or not at all."""
-    text = json.dumps(figures, indent=2, default=str)
+    content = json.dumps(figures, indent=2, default=str)
     lines = "".join(f"{name}\n" for name in names)
     try:
-        harness.write(Path(f"{out}.json"), f"{text}\n".encode())
+        harness.write(figures_path(out), f"{content}\n".encode())
         harness.write(out, lines.encode())
     except OSError as error:
         raise harness.UserError(f"{out} cannot be written: {error.strerror}.") from error
@@ -342,6 +357,6 @@ def print_table(name: str, figures: dict[str, Any]) -> None:
     objects = f"{figures['objects_per_image']:.4g}"
     categories = f"{figures['categories_per_image']:.4g}"
     row = "{:26}{:>9}{:>12}{:>12}{:>9}".format
-    print(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
-    print(row(name, figures["images"], objects, categories, figures["categories"]))
-    print(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))
+    harness.tell(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
+    harness.tell(row(name, figures["images"], objects, categories, figures["categories"]))
+    harness.tell(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))

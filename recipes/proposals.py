@@ -66,6 +66,8 @@ if __name__ == "__main__":
 import harness
 import numpy as np
 import torch
+from downstream.fields import four, text, whole
+from downstream.label_files import upright_size
 from harness import UserError
 from tqdm import tqdm
 import densekit as dk
@@ -285,6 +287,12 @@ def check_content(found: Proposals) -> None:
     if found.offsets[0] != 0 or found.offsets[-1] != len(found.boxes) or (starts > stops).any():
         raise ValueError(f"its offsets do not rise from 0 to the {len(found.boxes)} boxes")
 
+    heights_and_widths = found.sizes.repeat(np.diff(found.offsets), axis=0)
+    corners = found.boxes[:, 2:]
+    is_inside = (found.boxes[:, :2] >= 0) & (corners <= heights_and_widths[:, ::-1])
+    if not (is_inside & (found.boxes[:, :2] <= corners)).all():
+        raise ValueError("it has a box that does not lie in its image")
+
 
 def write_proposals(out: Path, found: dict[str, Found], settings: dict[str, Any]) -> None:
     """Write the file; it is there whole or not at all."""
@@ -322,10 +330,25 @@ def read_earlier(out: Path, partial: Path, settings: dict[str, Any]) -> dict[str
                 row = parse_line(line)
                 if isinstance(row, dict):
                     check_settings(partial, row, settings)
-                elif row:
-                    name, size, boxes = row
-                    results[name] = Found(size, np.array(boxes, np.int32).reshape(-1, 4))
+                elif row is not None:
+                    name, found = parse_row(row, partial)
+                    results[name] = found
     return results
+
+
+def parse_row(row: Any, partial: Path) -> tuple[str, Found]:
+    """The name of an image and what was found in it, of a line of the partial file."""
+    try:
+        name, size, boxes = row
+        height, width = (whole(x, "size", 1) for x in size)
+        rows = [[whole(x, "box") for x in four(box, "box")] for box in boxes]
+        found = Found((height, width), np.array(rows, np.int32).reshape(-1, 4))
+        return text(name, "name"), found
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{partial} has a line that is no result ({error}): remove the file, and the images "
+            "that it names are searched again."
+        ) from None
 
 
 def parse_line(line: bytes) -> Any:
@@ -367,12 +390,15 @@ class ImagesWithProposals(harness.FolderImages):
         counts = np.diff(known.offsets)
         rows = {name: row for row, name in enumerate(known.names) if counts[row] > 0}
 
+        warn_of_shapes(self, known, path)
         listed = [os.fsdecode(name) for name in self.names.tolist()]
         names = [name for name in listed if name in rows]
         if not names:
             raise UserError(f"{path} has no proposal of any image of {data}.")
         if len(names) < len(listed) and os.environ.get("RANK", "0") == "0":
-            print(f"{len(names)} of {len(listed)} images have proposals; the others are left out.")
+            harness.tell(
+                f"{len(names)} of {len(listed)} images have proposals; the others are left out."
+            )
         super().__init__(data, names, value_range=value_range)
 
         widths_and_heights = np.tile(known.sizes[:, ::-1], 2)
@@ -381,6 +407,35 @@ class ImagesWithProposals(harness.FolderImages):
         for name in names:
             start, stop = known.offsets[rows[name] : rows[name] + 2]
             self.boxes.append(boxes[start:stop])
+
+
+FIRST_FEW = 16  # images whose shapes are compared: reading the headers of all would take long
+
+
+def warn_of_shapes(images: harness.FolderImages, known: Proposals, path: Path) -> None:
+    """Say where the first images have other shapes than those of their proposals.
+
+    A resized copy of an image may use its proposals. An image of another shape is likely another.
+    """
+    sizes = dict(zip(known.names, known.sizes.tolist(), strict=True))
+    names = [os.fsdecode(name) for name in images.names[:FIRST_FEW].tolist()]
+    for name in names:
+        if name not in sizes:
+            continue
+        try:
+            size = upright_size(images.folder / name)
+        except UserError:  # what cannot be read is passed over later
+            continue
+        said = sizes[name]
+        gap = abs(size[0] * said[1] - size[1] * said[0])
+        is_main = os.environ.get("RANK", "0") == "0"
+        if gap > max(*size, *said) and is_main:  # a side may be rounded by a pixel
+            harness.say(
+                f"warning: {images.folder / name} is {size[0]} x {size[1]} pixels, but {path} has "
+                f"proposals of an image of {said[0]} x {said[1]}: if it was not resized, make new "
+                "ones with recipes/proposals.py."
+            )
+            return
 
 
 class SceneProposals(list):
@@ -454,6 +509,8 @@ def propose(config: Config) -> None:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out is {out}: give a file in a folder that you can write to.")
     partial = out.with_name(f"{out.name}.partial")
+    for path in (out, partial, out.with_suffix(".unreadable.txt")):
+        harness.check_output("--out", path)
 
     settings = {"schema": SCHEMA, **asdict(config)}
     for name in ("data", "out", "workers", "warn_after", "give_up_after"):
@@ -495,7 +552,7 @@ def propose(config: Config) -> None:
     partial.unlink()
 
     counts = np.array([len(found.boxes) for found in results.values()])
-    print(
+    harness.tell(
         f"{len(results)} images, {counts.sum()} proposals, {counts.mean():.1f} an image, "
         f"{(counts == 0).sum()} images without any, {len(unreadable)} unreadable files: {out}"
     )
@@ -505,5 +562,7 @@ def write_unreadable(path: Path, names: list[str], unreadable: dict[str, str]) -
     """Name the unreadable files, in the order of the images; an older list is replaced."""
     if not unreadable and not path.exists():
         return
-    lines = [os.fsencode(unreadable[name]) + b"\n" for name in names if name in unreadable]
+    lines = [
+        harness.printable(unreadable[name]).encode() + b"\n" for name in names if name in unreadable
+    ]
     path.write_bytes(b"".join(lines))

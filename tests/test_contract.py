@@ -183,6 +183,12 @@ def matrices_of_views(batch, n, dtype, generator):
     return (torch.cat([first, last], -2).to(dtype),)
 
 
+def eight_numbers(batch, n, dtype, generator):
+    box, *mirrored = view(batch, dtype, generator)
+    sides = uniform(generator, *batch, 2, low=8, high=16).to(dtype)
+    return (torch.cat([box, sides, torch.stack(mirrored, -1).to(dtype)], -1),)
+
+
 def view_and_points(batch, n, dtype, generator):
     points = uniform(generator, *batch, n, 2, high=8).to(dtype)
     return view(batch, dtype, generator), points
@@ -482,6 +488,7 @@ MASKS = {
     "bfloat16 float16": "takes true or false",
 }
 RAISES = {" ".join(COLUMNS): "reads values, and raises or gives nothing: tests/test_views.py"}
+ADAPTS = {" ".join(COLUMNS): "takes or gives Python numbers: tests/test_adapters.py"}
 RECORDS = {" ".join(COLUMNS): "gives Python numbers and text: tests/test_metrics.py"}
 TRAINS = {
     "vmap": "it takes its own backward passes, where the losses of all copies would be needed",
@@ -625,6 +632,14 @@ TABLE = [
     row("pair_views", three_views, (0,), call=paired),
     row("view_from_matrix", matrices_of_views, (0,), size=(6, 5), pixel_centers="integer"),
     row("view_to_matrix", one_view, (0,), size=(6, 5), pixel_centers="half"),
+    row("view_from_kornia", matrices_of_views, (0,), size=(6, 5)),
+    row("view_to_kornia", one_view, (0,), size=(6, 5)),
+    row("view_from_lightly_train", eight_numbers, (0,)),
+    row("view_to_lightly_train", one_view, (0,), size=(6, 5)),
+    row("view_from_torchvision", nothing, without=ADAPTS),
+    row("view_to_torchvision", nothing, without=ADAPTS),
+    row("view_from_albumentations", nothing, without=ADAPTS),
+    row("view_to_albumentations", nothing, without=ADAPTS),
     row("sample_views", image_sizes, without=VIEWS_DRAWN),
     row("sample_inner_views", one_view, without=DRAWS | DETACHED),
     row(
@@ -1218,14 +1233,18 @@ def test_an_axis_of_size_one_is_the_single_result(entry, n):
     assert_same(batched, result)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("entry", cells("cuda"))
-def test_the_gpu_gives_what_the_cpu_gives(entry):
+def device_gives_what_the_cpu_gives(entry, device):
     arguments = build(entry, () if "batched" in entry.without else (2,))
-    there = tree_map(lambda x: x.cuda(), arguments)
+    there = tree_map(lambda x: x.to(device), arguments)
     result = run(entry, there)
-    assert all(x.is_cuda for x in tree_leaves(result))
+    assert all(x.device.type == device for x in tree_leaves(result))
     assert_same(tree_map(lambda x: x.cpu(), result), run(entry, arguments))
     if entry.smooth:
         grads = [grad.cpu() for grad in gradients(entry, there)]
         assert_same(grads, list(gradients(entry, arguments)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("entry", cells("cuda"))
+def test_the_gpu_gives_what_the_cpu_gives(entry):
+    device_gives_what_the_cpu_gives(entry, "cuda")

@@ -697,6 +697,38 @@ def test_a_planted_position_code_shows_and_noise_does_not():
     assert position_share(noise[:1]) == 0
 
 
+@given(st.integers(0, 99), st.floats(0, 3))
+def test_the_share_of_the_position_is_that_of_a_planted_code(seed, strength):
+    place = gaussian(seeded(seed), 1, 4, 7, 7)
+    noise = gaussian(seeded(seed + 100), 40, 4, 7, 7)
+    spread = (place - place.mean((-2, -1), keepdim=True)).square().mean() * strength**2
+    got = position_share(noise + strength * place)
+    torch.testing.assert_close(got, spread / (spread + 1), rtol=0, atol=0.05)
+
+
+@given(st.integers(2, 6), generators(), st.floats(-3, 3), st.floats(0.5, 5))
+def test_cosines_and_outliers_know_no_turn_and_no_scale(d, generator, exponent, factor):
+    rows = gaussian(generator, 3, 4, d)
+    turned = rows @ turn(generator, d) * 10.0**exponent
+    # A cosine has no length: each row may have a scale of its own.
+    own_scale = 10 ** gaussian(generator, 3, 4, 1)
+    found = off_diagonal_cosine(turned.flatten(0, 1) * own_scale.flatten(0, 1))
+    torch.testing.assert_close(found, off_diagonal_cosine(rows.flatten(0, 1)), rtol=0, atol=1e-9)
+    shares = [norm_outliers(rows_to_map(x, (2, 2)), factor=factor) for x in (rows, turned)]
+    assert shares[0] == shares[1]
+
+
+@given(st.integers(2, 8), generators(), st.floats(0, 0.5))
+def test_features_that_shrink_towards_one_vector_become_alike(d, generator, rest):
+    noise = gaussian(generator, 30, d)
+    vector = gaussian(generator, d)
+    vector = vector / vector.norm() * d**0.5
+    spread = 1 - off_diagonal_cosine(vector + rest * noise)
+    # Each row is within asin(r) of the vector, so two of them are within twice that angle.
+    largest = (rest * noise).norm(dim=-1).max() / vector.norm()
+    assert spread <= 2 * largest**2 + 1e-12
+
+
 @given(st.integers(0, 30), st.integers(0, 9), st.floats(0.5, 5))
 def test_outliers_are_counted_against_the_median(tokens, large, factor):
     rows = torch.ones(1, tokens + 1, 1)

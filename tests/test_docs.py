@@ -25,7 +25,7 @@ MODULES = {
     for path in project_files("densekit/*.py")
     if path.stem != "__init__"
 }
-NOT_FLAT = {"recipes", "typing"}  # imported by their own names: no part of a training program
+NOT_FLAT = {"recipes", "testing", "typing"}  # by their own names: no part of a training program
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "hints": {
         "array_hint",

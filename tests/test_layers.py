@@ -18,13 +18,16 @@ ROOMS = [  # from the ground up: a module imports from the lines below its own a
     {"views", "pooling", "regions", "losses", "clustering", "neighbors", "video"},
     {"sampling", "k_means"},
     {"matching", "probes", "diagnostics"},
-    {"testing", "viz"},
+    {"adapters", "testing", "viz"},
 ]
 LAYERS = {module: layer for layer, modules in enumerate(ROOMS) for module in modules}
 GEOMETRY = {"boxes", "views", "sampling", "matching", "pooling", "regions"}
 ONLY_FOR = {"scenes": {"probes"}}  # modules that no other module may import
 DEPENDENCIES = {"torch", "einops", "jaxtyping", "beartype"}
-OPTIONAL = {"metrics": {"scipy"}}  # imported where it is called, with a sentence if it is missing
+OPTIONAL = {
+    "metrics": {"scipy"},
+    "adapters": {"albumentations"},
+}  # imported where it is called, with a sentence if it is missing
 
 
 def imports(source):

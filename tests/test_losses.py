@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import on_processes
 from strategies import BATCHES, batches, flips, generators, tensors, uniform, valid_rows
 from torch.utils._pytree import tree_leaves
 import densekit
@@ -1194,26 +1193,6 @@ def test_the_center_settles_on_the_mean():
     torch.testing.assert_close(center, teacher.mean(0), **CLOSE)
 
 
-def center_of_a_part(rank, group, center, problems, bounds):
-    part = slice(*bounds[rank : rank + 2])
-    return [
-        update_center(center, x[part], None if valid is None else valid[part], group=group)
-        for x, valid in problems
-    ]
-
-
-@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9)])
-def test_every_valid_row_counts_once_on_any_number_of_processes(bounds):
-    teacher, center = uniform(seeded(0), 9, 3), uniform(seeded(1), 3)
-    some = torch.tensor([False, True, False, True, True, True, False, True, True])
-    first = torch.arange(9) > 1  # the first process of two has none
-    none = torch.zeros(9, dtype=torch.bool)
-    problems = [(teacher, valid) for valid in (None, some, first, none)]
-    for results in on_processes(len(bounds) - 1, center_of_a_part, center, problems, bounds):
-        for got, problem in zip(results, problems, strict=True):
-            torch.testing.assert_close(got, update_center(center, *problem), **CLOSE)
-
-
 EXTREMES = [math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, 1.0]
 
 
@@ -1306,34 +1285,6 @@ def test_rows_that_are_not_valid_reach_neither_term_nor_gradient(pair):
     (grad,) = torch.autograd.grad(sum(x.sum() for x in got), bad)
     assert grad.isfinite().all()
     assert (grad[~valid] == 0).all()
-
-
-def terms_of_a_part(rank, group, problems, bounds):
-    results = []
-    for rows, valid in problems:
-        part = slice(*bounds[rank : rank + 2])
-        leaf = rows[..., part, :].clone().requires_grad_()
-        terms = variance_covariance(leaf, None if valid is None else valid[..., part], group=group)
-        total = terms.variance.sum() + 3 * terms.covariance.sum()
-        (grad,) = torch.autograd.grad(total, leaf)
-        results.append((*(x.detach() for x in terms), grad / group.size()))
-    return results
-
-
-@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9), (0, 1, 3, 3, 9)])
-def test_terms_and_gradients_of_several_processes_are_those_of_one(bounds):
-    rows = uniform(seeded(), 2, 9, 3, low=-1)
-    problems = [(rows, None), (rows, flips(seeded(1), 2, 9)), (rows[0], torch.arange(9) < 2)]
-    parts = on_processes(len(bounds) - 1, terms_of_a_part, problems, bounds)
-    for i, (x, valid) in enumerate(problems):
-        leaf = x.clone().requires_grad_()
-        want = variance_covariance(leaf, valid)
-        total = want.variance.sum() + 3 * want.covariance.sum()
-        (grad,) = torch.autograd.grad(total, leaf)
-        for part in parts:
-            torch.testing.assert_close(part[i][:2], tuple(want), **CLOSE)
-        got = torch.cat([part[i][2] for part in parts], -2)
-        torch.testing.assert_close(got, grad, **CLOSE)
 
 
 @pytest.mark.parametrize(("name", "value"), [("target", -1.0), ("epsilon", 0.0)])

@@ -100,38 +100,6 @@ def test_valid_that_no_axis_would_help_gets_no_advice():
         masked_mean(torch.zeros(3, 4), torch.ones(5, dtype=torch.bool))
 
 
-def means_of_a_part(rank, group, problems, bounds):
-    part, results = slice(*bounds[rank : rank + 2]), []
-    for values, valid in problems:
-        mine = values[part].clone().requires_grad_()
-        # One mask for all of the values, or one for each row.
-        mask = valid if valid is None or valid.shape[0] == 1 else valid[part]
-        mean = masked_mean(mine, mask, group=group)
-        results.append((mean.detach(), torch.autograd.grad(mean, mine)[0] / group.size()))
-    return results
-
-
-@pytest.mark.parametrize("bounds", [(0, 9), (0, 2, 9), (0, 9, 9), (0, 2, 2, 7, 9)])
-def test_every_valid_value_counts_once_on_any_number_of_processes(bounds):
-    values, first = uniform(seeded(), 9, 3), torch.arange(9) > 1  # the first process has none
-    some = uniform(seeded(1), 9, 3) < 0.5
-    masks = [None, some, first[:, None], torch.tensor([[True, False, True]]), some & False]
-    masks += [torch.arange(27).view(9, 3) == 25]  # fewer entries than processes
-    problems = [
-        (values if valid is None else torch.where(valid, values, torch.nan), valid)
-        for valid in masks
-    ]
-    results = on_processes(len(bounds) - 1, means_of_a_part, problems, bounds)
-    for (rows, valid), *parts in zip(problems, *results, strict=True):
-        rows = rows.clone().requires_grad_()
-        want = masked_mean(rows, valid)
-        (slope,) = torch.autograd.grad(want, rows)
-        for mean, _ in parts:
-            torch.testing.assert_close(mean, want.detach(), **CLOSE)
-        # The average over processes of the gradients, as for any parameter behind the values.
-        torch.testing.assert_close(torch.cat([grad for _, grad in parts]), slope, **CLOSE)
-
-
 def mean_of_half(rank, group, dtype):
     values = torch.full((1000 * rank,), 1000.0, dtype=dtype)
     return masked_mean(values, group=group)

@@ -51,13 +51,25 @@ def results(rows):
     return "\n".join(lines) or "No run is finished yet."
 
 
+def option(name, value):
+    """An option as it is typed; those of the views are in a table of their own."""
+    if isinstance(value, dict):
+        return " ".join(option(f"{name}.{k}", v) for k, v in value.items() if k != "blur")
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"--{name.replace('_', '-')} {text}"
+
+
 def settings(rows):
     """A table of all settings that were tried."""
-    lines = ["| method | setting | retrieval | k-means | ridge |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | setting | retrieval | k-means | clusterings | ridge |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        setting = {k: v for k, v in row["setting"].items() if k != "steps"}
-        text = " ".join(f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else
-                        f"--{k.replace('_', '-')} {v}" for k, v in setting.items())  # fmt: skip
+        setting = {k: v for k, v in row["setting"].items() if k not in ("steps", "features", "on")}
+        text = " ".join(option(k, v) for k, v in setting.items())
+        text = f"`{text}`" if text else row["setting"]["features"]
         cells = [f"{row['scores'][x]['difference'][0]:+.3f}" for x in PROTOCOLS]
-        lines.append(f"| `{row['method']}` | `{text}` | {' | '.join(cells)} |")
+        cells.insert(2, str(row.get("clusterings", 1)))
+        lines.append(f"| `{row['method']}` | {text} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ of the split.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import make_grid
 import densekit as dk
 from downstream.encoders import Encoder, device_of
+from downstream.health import health
 from downstream.protocols import Features, main_class, split_interval
 from downstream.shards import Shards
 
@@ -361,7 +362,33 @@ class NamedLevels(torch.nn.Module):
         return [level(x) for level, x in zip(self.level, maps, strict=True)]
 
 
-DIAGNOSTICS = {"patches": patches, "similarity-iou": similarity_iou, "bias": bias}
+@torch.no_grad()
+def health_of_split(
+    encoder: Encoder,
+    samples: Any,
+    load: Callable,
+    config: Any,
+    folder: Path,
+    shards: Shards,
+) -> dict:
+    """Scores that need no labels, of the first images of the split."""
+    if not shards.is_main:
+        return {}
+
+    def batches() -> Iterator[list]:
+        title = f"{encoder.name} health"
+        for batch in load(WithBoxes(samples), config, title, range(len(samples))):
+            yield [x._replace(image=x.image / 255) for x in batch]
+
+    return health(encoder, batches(), config, folder)
+
+
+DIAGNOSTICS = {
+    "patches": patches,
+    "similarity-iou": similarity_iou,
+    "bias": bias,
+    "health": health_of_split,
+}
 
 
 # ---- a diagnostic of features --------------------------------------------------------------------

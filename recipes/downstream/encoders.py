@@ -29,6 +29,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 import densekit as dk
 from downstream import weights as weight_files
+from downstream.fields import FieldError, get, items, table, text, to_float
 
 # The architectures of the demos: a name of timm, and the options that make it small.
 TINY = {
@@ -522,9 +523,11 @@ def load_encoder(name: str, *, arch: str | None = None, seed: int = 0) -> Encode
     kind, _, architecture = name.partition(":")
     if kind == "torchvision":
         network = build_torchvision(architecture)
+        check_weights(name, network.state_dict())
         return Encoder(name, architecture, network, facts_of_torchvision(name))
     if kind == "timm" and ":" not in architecture:
         network = build(architecture, pretrained=True)
+        check_weights(name, network.state_dict())
         return Encoder(name, architecture, network, facts_of_timm(name, network))
     return encoder_of(find_start(name, arch), seed=seed)
 
@@ -596,6 +599,7 @@ def fit(
         fitted = weight_files.fit(tensors, network)
     except harness.UserError as error:
         raise harness.UserError(f"{source} does not fit {architecture}: {error}.") from error
+    check_weights(source, fitted.tensors)
     if fitted.unmatched:
         unused = weight_files.summary(fitted.unmatched)
         facts = {**facts, "unused": unused}
@@ -603,6 +607,15 @@ def fit(
         if is_main:
             harness.say(f"{source}: {len(fitted.unmatched)} tensors are not used: {unused}.")
     return Start(name or source, architecture, fitted.tensors, {"method": name or source, **facts})
+
+
+def check_weights(source: str, weights: dict[str, Tensor]) -> None:
+    """A UserError, unless all weights are finite: others would be scored, trained and exported."""
+    for name, x in weights.items():
+        harness.check(
+            bool(x.isfinite().all()),
+            f"{source} has infinite or NaN weights, such as {name}: its training has diverged.",
+        )
 
 
 # ---- torchvision ---------------------------------------------------------------------------------
@@ -697,15 +710,17 @@ def read_checkpoint(path: Path) -> Start:
                 "timm:NAME, torchvision:NAME, random:NAME; for a file of others timm:NAME:FILE."
             )
     try:
-        facts = json.loads(side_car.read_text())
+        facts = table(json.loads(side_car.read_bytes()))
         tensors, own_facts = weight_files.read_safetensors(path)
         own_step = own_facts.get("step")
         if own_step is not None and facts.get("step", own_step) != own_step:
             facts = own_facts  # a run is just replacing both files
-        architecture = facts["architecture"]
-        color_order = facts["color_order"]
-        mean = [float(x) for x in facts["mean"]]
-        std = [float(x) for x in facts["std"]]
+        architecture = text(get(facts, "architecture"), "architecture")
+        color_order = get(facts, "color_order")
+        mean = [to_float(x) for x in items(get(facts, "mean"), "mean")]
+        std = [to_float(x) for x in items(get(facts, "std"), "std")]
+    except FieldError as error:
+        raise harness.UserError(f"{side_car} {error}.") from error
     except Exception as error:  # broken bytes raise nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise harness.UserError(f"{path} and {side_car.name} cannot be read ({reason}).") from error
@@ -723,4 +738,4 @@ def read_checkpoint(path: Path) -> Start:
 
     if architecture == "tiny" and "patch_embed.proj.weight" in tensors:
         architecture = "tiny-vit"  # CrOC's demo calls its ViT tiny, too
-    return fit(str(path), architecture, tensors, facts)
+    return fit(str(path), architecture, tensors, {**facts, "mean": mean, "std": std})

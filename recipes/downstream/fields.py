@@ -16,11 +16,16 @@ class FieldError(ValueError):
 
 def get(row: Any, key: str) -> Any:
     """A field that must be there."""
-    if not isinstance(row, dict):
-        raise FieldError(f"is {short(row)}: fields by their names are needed")
-    if key not in row:
+    if key not in table(row):
         raise FieldError(f"has no {key!r}")
     return row[key]
+
+
+def table(row: Any) -> dict:
+    """Fields by their names."""
+    if not isinstance(row, dict):
+        raise FieldError(f"is {short(row)}: fields by their names are needed")
+    return row
 
 
 def items(value: Any, key: str) -> list:
@@ -55,12 +60,24 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def text(value: Any, key: str) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise FieldError(f"has the {key} {short(value)}: a text is needed")
+    return value
+
+
+def to_float(value: Any) -> float:
+    """4, 4.5 or "4.5" as a number; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def number(value: Any, key: str) -> float:
     """A finite number: 4, 4.5 or "4.5"."""
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
+    found = to_float(value)
     if not math.isfinite(found):
         raise FieldError(f"has the {key} {short(value)}: a finite number is needed")
     return found
@@ -68,6 +85,9 @@ def number(value: Any, key: str) -> float:
 
 def number_or_none(value: Any, key: str) -> float | None:
     return None if value is None else number(value, key)
+
+
+LARGEST = 2**31 - 1  # of a whole number: what is larger fits into no image
 
 
 def whole(value: Any, key: str, at_least: int = 0) -> int:
@@ -84,6 +104,8 @@ def whole(value: Any, key: str, at_least: int = 0) -> int:
         raise FieldError(
             f"has the {key} {short(value)}: a whole number, {at_least} or more, is needed"
         )
+    if found > LARGEST:
+        raise FieldError(f"has the {key} {short(value)}: at most {LARGEST} is possible")
     return found
 
 

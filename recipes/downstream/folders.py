@@ -175,5 +175,7 @@ def open_class_folders(root: Path, split: str) -> LabeledSet:
             records.append(Record(name, folder / name, classes=(class_number,)))
     loose = len(list_images(folder))
     if loose and os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: {loose} images are left out, since they lie in no folder of a class.")
+        harness.tell(
+            f"{folder}: {loose} images are left out, since they lie in no folder of a class."
+        )
     return LabeledSet([x.name for x in folders], records)

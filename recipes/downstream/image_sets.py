@@ -128,14 +128,17 @@ class ImageSet:
         record = self.records[index]
         if record.label_map is None:
             return None
-        numbers = record.label_map(IGNORED)
-        size = list(numbers.shape)
-        if size != list(image_size):
-            raise UserError(
-                f"{record.image} is {list(image_size)} pixels, upright, but {record.label_file} "
-                f"has labels of {size}."
-            )
-        return torch.where(numbers == IGNORED, self.ignored, numbers).to(self.label_type)
+        size = list(image_size)
+        of_labels = list(record.size or size)
+        if of_labels == size:  # a map of another size may be huge, and is not drawn
+            numbers = record.label_map(IGNORED)
+            of_labels = list(numbers.shape)
+            if of_labels == size:
+                return torch.where(numbers == IGNORED, self.ignored, numbers).to(self.label_type)
+        raise UserError(
+            f"{record.image} is {size} pixels, upright, but {record.label_file} has labels of "
+            f"{of_labels}."
+        )
 
     def read_boxes(
         self, index: int, image_size: Sequence[int] | None = None
@@ -238,4 +241,4 @@ def say_left_out(found: LabeledSet) -> None:
         size = record.size or (math.inf, math.inf)  # unknown until the image is read
         left_out += sum(not has_area(x.box, size) for x in record.objects or [])
     if left_out and os.environ.get("RANK", "0") == "0":
-        print(f"{left_out} objects are left out: their boxes have no area in the image.")
+        harness.tell(f"{left_out} objects are left out: their boxes have no area in the image.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import harness
 from harness import UserError
 from downstream import ade20k, cityscapes, coco, davis, folders, scene_sets, voc
 from downstream.label_files import choose
@@ -50,10 +51,10 @@ def open_set(
         found.layout = kind
         images = len(found.records)
         if layout == "auto" and main_process:
-            print(f"{root}: layout {kind}, {images} images, {len(found.classes)} classes")
+            harness.tell(f"{root}: layout {kind}, {images} images, {len(found.classes)} classes")
         with_map = sum(record.label_map is not None for record in found.records)
         if 0 < with_map < images and main_process:
-            print(f"{root}: {images - with_map} of the {images} images have no label map.")
+            harness.tell(f"{root}: {images - with_map} of the {images} images have no label map.")
 
     if mapping is not None:
         found = change_classes(found, mapping)

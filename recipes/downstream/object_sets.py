@@ -118,7 +118,9 @@ class Objects:
                 annotations.append(row)
         if dropped and os.environ.get("RANK", "0") == "0":
             kind = "training" if train else "test"
-            print(f"{dropped} objects are left out: their boxes have no area in the {kind} images.")
+            harness.tell(
+                f"{dropped} objects are left out: their boxes have no area in the {kind} images."
+            )
 
         categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
         self.coco = COCO(

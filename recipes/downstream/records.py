@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval import mask as coco_masks
 from harness import UserError
 from torch import Tensor
-from downstream.fields import list_of, named_fields, whole
+from downstream.fields import list_of, named_fields, short, whole
 from downstream.label_files import (
     by_stem,
     check_files,
@@ -171,7 +171,13 @@ def class_table(classes: int, ignored: int | None = None) -> dict[int, int]:
 
 # ---- classes -------------------------------------------------------------------------------------
 def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
-    """Names of classes, as text; those that occur twice get their marks: `bat (5)`, `bat (9)`."""
+    """Names of classes, as text; those that occur twice get their marks: `bat (5)`, `bat (9)`.
+
+    A ValueError, unless each is a text or a whole number.
+    """
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise ValueError(f"it names a class {short(name)}: a text is needed")
     texts = [str(name) for name in names]
     counts = Counter(texts)
     found = []

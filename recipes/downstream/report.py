@@ -71,9 +71,12 @@ def tables_of(protocol: str, results: Results) -> list[str]:
     for encoder, found in results.items():
         if protocol in found:
             figures = found[protocol]
-            rows[encoder] = table_row(figures)
+            name = harness.printable(encoder)
+            rows[name] = table_row(figures)
             if "iou" in figures:
-                rows_of_classes[encoder] = figures["iou"]
+                rows_of_classes[name] = {
+                    harness.printable(label): iou for label, iou in figures["iou"].items()
+                }
 
     tables = [dk.as_table(rows)] if rows else []
     if rows_of_classes:
@@ -84,7 +87,7 @@ def tables_of(protocol: str, results: Results) -> list[str]:
 # ---- files ---------------------------------------------------------------------------------------
 def report_text(results: Results, protocols: Iterable[str], config: Any) -> str:
     """The report in Markdown: the tables of all protocols, then the figures of `config.out`."""
-    data = config.data or "procedural scenes"
+    data = harness.printable(str(config.data or "procedural scenes"))
     height, width = config.size
     lines = [
         "# Evaluation",

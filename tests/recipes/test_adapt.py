@@ -8,13 +8,16 @@ from pathlib import Path
 import adapt
 import harness
 import pytest
+import timm
 import torch
-from adapt import PRESETS, Adapt, Crops, ManyViews, Views
+from adapt import PRESETS, Adapt, ManyViews, Views
 from downstream import encoders
-from processes import on_processes
+from downstream import weights as weight_files
 from safetensors.torch import load_file
-from torch import nn
+from steps import step_on_part
+from torchvision.transforms.v2 import functional
 import densekit as dk
+from densekit.testing import assert_world_size_invariant
 
 SMALL = replace(
     PRESETS["demo"], weights="random:tiny", hidden=16, outputs=8, references=9, batch=4, epochs=2,
@@ -71,6 +74,11 @@ WRONG = [
     (["--weights", "random:tiny-vit", "--views.small-size", "4"], "--views.small-size is 4: give "
      "a multiple of 8, the side of a patch of tiny-vit, such as 8"),
     (["--weights", "random:tiny", "--trainable-blocks", "99"], "--trainable-blocks is 99"),
+    (["--whiten", "-0.1"], "--whiten is -0.1"),
+    (["--whiten", "nan"], "--whiten is nan"),
+    (["--weights", "random:tiny", "--whiten", "0.5"], "--whiten is 0.5: give 0, since the map of "
+     "tiny is not the output of a convolution and a batch normalization."),
+    (["--weights", "random:tiny-vit", "--whiten", "0.5"], "--whiten is 0.5: give 0, since"),
 ]  # fmt: skip
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -219,28 +227,19 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(method):
     torch.testing.assert_close(in_parts.student_tokens, whole.student_tokens)
 
 
-def part_of_the_batch(rank, group, config):
-    model = build(config, torch.float64)
-    crops, views, valid, seeds = draw_batch(config)
-    own = slice(rank, None, group.size())
-    crops = Crops(*[x[own] for x in crops])
-    views = dk.index_views(views, own)
-    weight = torch.tensor(group.size() / 3, dtype=torch.float64)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    loss, _ = ddp(crops, views, valid[own], seeds[own], weight)
-    loss.backward()
-    model.move_centers(momentum=0.0)
-    center = model.teacher_outputs.clone()
-    return dk.all_mean(loss.detach(), group), center, [x.grad for x in model.student.parameters()]
-
-
 @pytest.mark.parametrize("method", ["neco", "neighbors"])
-def test_two_processes_compare_with_the_points_that_one_does(method):
+def test_processes_compare_with_the_points_that_one_does(method):
     config = replace(SMALL, method=method)
+    model = build(config, torch.float64)
+
+    def one_step(part, group):
+        weight = torch.tensor(group.size() / 3, dtype=torch.float64)
+        _, loss, gradients, moved = step_on_part(model, *part, weight)
+        moved.move_centers(momentum=0.0)
+        return dk.all_mean(loss, group), moved.teacher_outputs, gradients
+
     torch.distributed.destroy_process_group()
-    one = on_processes(1, part_of_the_batch, config)[0]
-    for found in on_processes(2, part_of_the_batch, config):
-        torch.testing.assert_close(found, one)
+    assert_world_size_invariant(one_step, draw_batch(config), (1, 2, 4), interleaved=True)
 
 
 def test_neco_draws_valid_points_without_replacement_and_neighbors_none_of_its_own():
@@ -312,6 +311,48 @@ def test_checkpointed_activations_take_less_memory_and_change_nothing(weights):
     assert sizes[1] < sizes[0]
 
 
+# ---- whitening -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_whitened_features_have_a_power_of_the_covariance_and_are_a_linear_map(power):
+    config = replace(SMALL, weights="random:mobilenetv2_050", whiten=power)
+    start = start_of(config)
+    with torch.no_grad():  # statistics that are neither 0 nor 1
+        for name, buffer in start.network.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+            elif name.endswith("running_mean"):
+                buffer.normal_()
+    torch.manual_seed(0)
+    model = Adapt(config, start).double().eval()
+    dataset = ManyViews(harness.SceneImages(16), config)
+    batches = [harness.make_batch(dataset, range(i, i + 8)) for i in (0, 8)]
+    encoder = model.student["encoder"]
+    whitened = adapt.whiten(model, encoder, batches, config)
+
+    def rows_of(network):
+        images = torch.cat([model.normalize(crops.teacher) for crops, *_ in batches])
+        return dk.map_to_rows(encoders.last_map(network, images)).flatten(0, 1).detach()
+
+    before, after = rows_of(encoder), rows_of(whitened)
+    # Where there are fewer cells than channels, the directions without variance stay so.
+    centered = before - before.mean(0)
+    expected = torch.linalg.eigvalsh(centered.mT @ centered).flip(0)
+    found = torch.linalg.eigvalsh(after.mT @ after).flip(0)
+    kept = expected > 1e-3 * expected.mean()
+    ratios = found[kept] / expected[kept] ** (1 - power)
+    assert kept.sum() > 4
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=0)
+    torch.testing.assert_close(after.mean(0), torch.zeros_like(after[0]), rtol=0, atol=1e-6)
+    # One linear map and a shift explain all of it, so that no linear layer loses.
+    ones = torch.ones_like(before[:, :1])
+    fitted = (
+        torch.cat([before, ones], 1) @ torch.linalg.lstsq(torch.cat([before, ones], 1), after)[0]
+    )
+    torch.testing.assert_close(fitted, after, rtol=0, atol=1e-6)
+
+
 # ---- runs ------------------------------------------------------------------------------------
 
 
@@ -366,15 +407,24 @@ def test_the_head_trains_alone_at_first(tmp_path):
 
 
 @pytest.mark.usefixtures("alone", "scenes")
-def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
+def test_a_planted_collapse_ends_the_run_with_a_sentence(tmp_path, monkeypatch, capsys):
     def to_one_point(self, student, teacher, valid, seeds):
         loss = (student - torch.ones_like(student)).square().mean((1, 2))
         return loss, torch.zeros_like(loss)
 
     monkeypatch.setattr(Adapt, "compare", to_one_point)
-    config = replace(SMALL, run=tmp_path, head="none", lr=1e-2, epochs=25, log_every=5)
-    with pytest.raises(harness.UserError, match=r"The features collapse at step \d\d?: .*--lr"):
-        adapt.train(config)
+    config = replace(
+        SMALL, run=tmp_path, head="none", lr=1e-3, epochs=25, log_every=5, save_every=2
+    )
+    assert harness.main(adapt.train, config) == 2
+    printed = capsys.readouterr().err
+    said = re.search(
+        r"error: The features collapse at step (\d+): .*--lr.*the last checkpoint is (\S+)\)\.",
+        printed,
+    )
+    assert 2 < int(said[1]) <= 50
+    assert Path(said[2]).is_dir()
+    assert encoders.load_encoder(said[2]).facts["step"] < int(said[1])
 
 
 @pytest.mark.usefixtures("alone")
@@ -393,6 +443,25 @@ def test_the_demo_prints_health_and_scores_before_and_after(method, tmp_path, mo
     for name in ("retrieval", "kmeans", "ridge"):
         assert re.search(rf"{name} +(-?0\.\d+ \[-?0\.\d+, -?0\.\d+\] *){{3}}\n", printed)
     assert len(rows(tmp_path, "retrieval_miou")) == (2 if method == "paka" else 1)
+
+
+def test_lite0_names_the_main_object_of_photographs():
+    """Proves which of the package's tensors is which of timm's: a wrong one would classify none."""
+    pytest.importorskip(weight_files.LITE0)
+    data = pytest.importorskip("skimage.data")
+    network = timm.create_model(weight_files.LITE0_ARCHITECTURE)
+    network.load_state_dict(weight_files.read_lite0())
+    mean, std = (weight_files.LITE0_FACTS[x][0] for x in ("mean", "std"))
+    expected = {"chelsea": 285, "coffee": 967, "rocket": 657}  # Egyptian cat, espresso, missile
+    found = {}
+    for name in expected:
+        image = torch.from_numpy(getattr(data, name)()).movedim(-1, 0).float() / 255
+        side = min(image.shape[1:])
+        square = functional.center_crop(image, [side, side])
+        pixels = (functional.resize(square, [224, 224]) - mean) / std
+        with torch.inference_mode():
+            found[name] = network.eval()(pixels[None])[0].topk(2).indices.tolist()
+    assert all(number in found[name] for name, number in expected.items()), found
 
 
 def test_without_its_package_the_demo_says_how_to_install_it(monkeypatch):

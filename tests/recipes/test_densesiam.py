@@ -16,11 +16,12 @@ from downstream.encoders import last_map
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import on_processes
+from steps import step_on_part
 from strategies import generators
 from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 import densekit as dk
+from densekit.testing import assert_world_size_invariant
 
 SEEDS = torch.arange(4)  # of the images of `batch`
 SMALL = replace(
@@ -472,38 +473,19 @@ def eight_pairs():
     return double(([*images], views))
 
 
-def part_of_the_batch(rank, group, size, state, changes):
-    model = make(**changes).eval()  # one process would have other batch statistics
-    model.load_state_dict(state)
-    own = slice(8 // size * rank, 8 // size * (rank + 1))
-    images, views = eight_pairs()
-    own_images = [x[own] for x in images]
-    own_views = [dk.View(view.box[own], view.flip[own]) for view in views]
-    ddp = nn.parallel.DistributedDataParallel(model)
-    loss, terms = ddp(own_images, own_views, True, torch.arange(8)[own])
-    loss.backward()
-    gradients = [x.grad for x in model.parameters()]
-    return loss.detach(), {name: x.detach() for name, x in terms.items()}, gradients
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize(("size", "changes"), [(2, {}), (4, {}), (2, {"pooled": "overlap"})])
+@pytest.mark.parametrize(("sizes", "changes"), [((2, 4), {}), ((2,), {"pooled": "overlap"})])
 def test_processes_with_other_numbers_of_valid_pairs_have_the_loss_and_gradient_of_one(
-    size, changes
+    sizes, changes
 ):
-    model = make(**changes)
-    state = model.state_dict()
-    parts = on_processes(size, part_of_the_batch, size, state, changes)
-    loss, terms = model.eval()(*eight_pairs(), True, torch.arange(8))
-    loss.backward()
-    gradients = [x.grad for x in model.parameters()]
-    for _, part_terms, part_gradients in parts:
-        torch.testing.assert_close(part_gradients, gradients)
-        for name in ("dense", "region"):
-            torch.testing.assert_close(part_terms[name], terms[name].detach())
-    # The overlap and the global loss are logged as means over the processes.
-    mean = torch.stack([part[0] for part in parts]).mean()
-    torch.testing.assert_close(mean, loss.detach())
+    model = make(**changes).eval()  # one process would have other batch statistics
+
+    def one_step(part, group):
+        (terms,), loss, gradients, _ = step_on_part(model, *part[0], True, part[1])
+        # The overlap and the global loss are logged as means over the processes.
+        mean = dk.all_mean(loss, group)
+        return mean, terms["dense"].detach(), terms["region"].detach(), gradients
+
+    assert_world_size_invariant(one_step, (eight_pairs(), torch.arange(8)), sizes)
 
 
 def test_the_rows_of_the_tables_are_commands(monkeypatch):

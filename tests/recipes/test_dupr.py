@@ -15,9 +15,11 @@ from downstream import encoders
 from dupr import DUPR, PRESETS, Views
 from PIL import Image
 from processes import on_processes
+from steps import step_on_part
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, normalize
 import densekit as dk
+from densekit.testing import assert_world_size_invariant
 
 SEEDS = torch.arange(4)  # of the images of `batch`
 SMALL = replace(
@@ -242,46 +244,21 @@ def test_the_order_of_the_shuffle_changes_nothing_on_one_process():
     torch.testing.assert_close(*results)
 
 
-def part_of_the_batch(rank, group, state, order):
-    model = DUPR(SMALL).double()
-    model.load_state_dict(state)
-    images, views = batch(torch.float64)
-    count = 4 // group.size()
-    own = slice(count * rank, count * rank + count)
-    images = [x[own] for x in images]
-    views = [dk.View(view.box[own], view.flip[own]) for view in views]
-    norms = nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d))
-    norms.eval()  # one process would have other batch statistics
-    torch.manual_seed(rank)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    loss, terms, new = ddp(
-        images, views, filled_banks(model, 20, torch.float64), order, torch.arange(4)[own]
-    )
-    loss.backward()
-    gradients = [x.grad for x in model.student.parameters()]
-    features = {name: bank.features for name, bank in new.items()}
-    return loss.detach(), terms["patch4"].detach(), gradients, features
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_processes_have_the_loss_the_gradient_and_the_banks_of_one(size):
+def test_processes_have_the_loss_the_gradient_and_the_banks_of_one():
     torch.manual_seed(0)
     model = different_teacher(DUPR(SMALL)).double()
     order = torch.tensor([2, 0, 3, 1])
-    parts = on_processes(size, part_of_the_batch, model.state_dict(), order)
-    nn.ModuleList(x for x in model.modules() if isinstance(x, nn.BatchNorm2d)).eval()
     banks = filled_banks(model, 20, torch.float64)
-    loss, terms, new = model(*batch(torch.float64), banks, order, SEEDS)
-    loss.backward()
-    gradients = [x.grad for x in model.student.parameters()]
-    for own_loss, patch4, own_gradients, own_banks in parts:
+
+    def one_step(part, group):
+        torch.manual_seed(group.rank())
+        (terms, new), loss, gradients, _ = step_on_part(model, *part[0], banks, order, part[1])
+        features = {name: bank.features for name, bank in new.items()}
         # The last process has one pair without overlap, and of four processes no other: only a mean
         # over all valid pairs gives the same.
-        torch.testing.assert_close((own_loss, patch4), (loss.detach(), terms["patch4"].detach()))
-        torch.testing.assert_close(own_gradients, gradients)
-        torch.testing.assert_close(own_banks["image5"], new["image5"].features)
-        for name, rows in own_banks.items():
-            assert torch.equal(rows, parts[0][-1][name])
+        return loss, terms["patch4"].detach(), gradients, features
+
+    assert_world_size_invariant(one_step, (batch(torch.float64), SEEDS))
 
 
 @pytest.mark.parametrize("min_overlap", [0.0, 0.3, 0.6])

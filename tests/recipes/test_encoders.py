@@ -181,16 +181,22 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_ord
     [
         ("", "cannot be read"),
         ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        *((json.dumps({k: FACTS[k] for k in FACTS if k != x}), f"Error: '{x}'") for x in FACTS),
+        ("[]", r"encoder.json is \[\]: fields by their names are needed"),
+        *(
+            (json.dumps({k: FACTS[k] for k in FACTS if k != x}), f"json has no '{x}'")
+            for x in FACTS
+        ),
         *(
             (json.dumps(FACTS | changes), message)
             for changes, message in [
                 ({"architecture": "resnet"}, "no model resnet in timm: try"),
-                ({"architecture": 7}, "no model 7 in timm: try"),
+                ({"architecture": 7}, "has the architecture 7: a text is needed"),
                 ({"architecture": "resnet18"}, "does not fit resnet18: .*conv1"),
                 ({"architecture": "tiny-vit"}, "does not fit tiny-vit: .*cls_token"),
-                ({"mean": None}, "cannot be read"),
+                ({"mean": None}, "has the mean None: a list is needed"),
+                ({"mean": "123"}, "has the mean '123': a list is needed"),
+                ({"mean": ["a", 0, 0]}, r"has mean \['a', 0, 0\] .*finite numbers are needed"),
+                ({"std": [1, True, 1]}, r"std \[1, True, 1\]: finite numbers are needed"),
                 ({"mean": [0, 0]}, r"has mean \[0, 0\]: three numbers are needed"),
                 ({"std": [1, 1]}, r"has std \[1, 1\]: three numbers above 0 are needed"),
                 ({"std": [1, 0, 1]}, r"has std \[1, 0, 1\]: three numbers above 0 are needed"),

@@ -247,7 +247,7 @@ def test_labels_to_fit_on_are_those_of_the_cells_centers(data, tmp_path):
 def test_the_command_compares_encoders_and_writes_its_report(data, tmp_path, capsys):
     config = configured(
         data, tmp_path, encoders=("random:tiny", "random:tiny-vit"), size=(64, 64), seeds=2,
-        protocol="ridge-seg,object-knn,patches,similarity-iou,retrieval,bias",
+        protocol="ridge-seg,object-knn,patches,similarity-iou,retrieval,bias,health",
     )  # fmt: skip
     evaluate.evaluate(config)
     results = json.loads((config.out / "results.json").read_text())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from test_d3ssl import SMALL as D3SSL
 from test_d3ssl import write_proposals
 from test_densesiam import SMALL as DENSESIAM
 from test_dupr import SMALL as DUPR
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 import densekit as dk
 from densekit.scenes import sample_scenes
 
@@ -253,13 +255,19 @@ def test_the_baseline_says_so_beside_its_weights(recipe, tmp_path, folder):
     assert json.loads((tmp_path / "encoder.json").read_text())["method"] == method
 
 
-def two_processes(rank, name, port, config, stop_after):
+def two_processes(rank, name, port, config, killed_in):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=port)
-    if stop_after:
-        asked = iter([False] * (stop_after - 1) + [True])
-        harness.Run.stop_requested = lambda self: next(asked)
+    if killed_in and rank:
+        calls = iter(range(1, killed_in))
+
+        def stop_requested(self):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        harness.Run.stop_requested = stop_requested
     RECIPES[name].module.train(config)
 
 
@@ -274,12 +282,17 @@ def launch(function, *arguments):
 
 
 def test_two_processes_train_and_resume_alike(name, recipe, tmp_path, folder):
+    """One of them is killed in step 4, in the middle of an epoch; the checkpoint is of step 3."""
     config = replace(recipe.small, data=folder)
 
-    for run, stop_after in (("whole", 0), ("halted", 1), ("halted", 0)):
-        launch(two_processes, name, replace(config, run=tmp_path / run), stop_after)
+    launch(two_processes, name, replace(config, run=tmp_path / "whole"), 0)
+    killed = replace(config, run=tmp_path / "killed")
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        launch(two_processes, name, killed, 4)
+    assert [x.name for x in (tmp_path / "killed/checkpoints").glob("step-*")] == ["step-00000003"]
+    launch(two_processes, name, killed, 0)
     assert len(rows(tmp_path / "whole")) == 4
-    assert rows(tmp_path / "whole") == rows(tmp_path / "halted")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
 
 
 def valid_on_the_other_process_only(rank, name, port, config):

@@ -22,6 +22,7 @@ import minimal
 import pytest
 import torch
 import torch.distributed as dist
+from downstream import health
 from test_adapt import SMALL as ADAPT
 from test_croc import SMALL as CROC
 from test_d3ssl import SMALL as D3SSL
@@ -155,8 +156,10 @@ def fake_loop(request, monkeypatch, tmp_path):
             )
             monkeypatch.setattr(harness, "batches_per_epoch", lambda *_: STEPS // 2)
             monkeypatch.setattr(module, "evaluate", lambda *_: None, raising=False)
-            monkeypatch.setattr(module, "measure_health", lambda *_: {}, raising=False)
+            monkeypatch.setattr(health.Monitor, "measure_all", lambda _: {})
             monkeypatch.setattr(module, "probe", lambda *_: 0.0, raising=False)
+            # D3SSL reads the count of its regions at the end of an epoch.
+            monkeypatch.setattr(module, "check_regions", lambda *_: None, raising=False)
             monkeypatch.setattr(nn.Module, "to", stay)
             monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
             monkeypatch.setattr(nn.parallel, "DistributedDataParallel", make_fake)
