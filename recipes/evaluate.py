@@ -14,6 +14,7 @@ docs/recipes/tables.md.
 """
 
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -752,7 +753,8 @@ def check_size(encoder: Encoder, config: Config) -> None:
 # ==== loop ========================================================================================
 def evaluate(config: Config) -> None:
     check_options(config)
-    make_folder(config.out)
+    if os.environ.get("RANK", "0") == "0":
+        make_folder(config.out)
     threads = torch.get_num_threads()
     with harness.process_group(config.device, DAY) as world:
         if world.size == 1:
