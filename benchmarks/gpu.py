@@ -19,11 +19,10 @@ or runs over its limit leaves its message and the rows that it has made, and the
 
 It needs torch, torchvision, timm, einops, jaxtyping, hypothesis and beartype. What the recipes
 import besides (tyro, tensorboard, matplotlib, faster-coco-eval) is not called here, and may be
-missing. A machine without a network needs these wheels, if it lacks them, 42 MB in all:
+missing. A machine without a network needs these wheels, if it lacks them, 38 MB in all:
 
     beartype    1.4 MB   for everything
     scipy      36   MB   for the rows of `match_clusters` in `contract`
-    pot         1.9 MB   for the rows of `transport` in `table`, which also need scipy
 """
 
 import argparse

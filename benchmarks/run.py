@@ -36,6 +36,8 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 import densekit as dk
+import densekit.typing
+from densekit.hints import form_of
 from densekit.scenes import sample_scenes
 from densekit.typing import Float, Tensor, typed
 
@@ -137,6 +139,64 @@ def checks() -> None:
         torch.compile(function, backend=backend, fullgraph=True)(x)
     equal = "same graph" if graphs[0] == graphs[1] else "another graph"
     row("`typed`, compiled", f"{len(graphs[0])} operations", f"{len(graphs[1])} operations", equal)
+    for name, step in demo_steps().items():
+        seen = checked_values(step)
+        known = {}
+
+        def check() -> None:
+            for value in seen:
+                known.get(densekit.typing._plainly(form_of)(value))
+
+        alone, whole = times(check, step, rounds=9)
+        row(
+            f"`typed` in a step of {name}'s demo, {len(seen) // 2} calls",
+            f"{alone * 1e3:.2f} ms",
+            f"{whole * 1e3:.0f} ms (the step)",
+            f"{alone / whole:.2%}",
+        )
+
+
+def demo_steps() -> dict[str, Callable[[], None]]:
+    """Return a training step of the demos of DUPR and D3SSL."""
+    config = dupr.PRESETS["demo"]
+    images, views = inputs(config.batch, DEVICE, config.views.size)
+    order = torch.arange(config.batch, device=DEVICE)
+    pairs = dupr.DUPR(config).to(DEVICE)
+    banks = pairs.init_banks(DEVICE)
+
+    config = d3ssl.PRESETS["demo"]
+    crops, places = inputs(config.batch, DEVICE, config.views.size)
+    regions = d3ssl.D3SSL(config).to(DEVICE)
+    low = 300 * torch.rand(config.batch, config.regions, 2, device=DEVICE)
+    boxes = torch.cat([low, low + 180], -1)
+    valid = torch.ones(boxes.shape[:-1], dtype=torch.bool, device=DEVICE)
+    bank = dk.init_bank(config.bank, config.head[1], device=DEVICE)
+    images_of_it = torch.arange(config.batch, device=DEVICE)
+
+    def step_of_pairs() -> None:
+        dk.ema_update(pairs.teacher, pairs.student, momentum=0.99, buffers="keep")
+        pairs(images, views, banks, order, order)[0].backward()
+
+    def step_of_regions() -> None:
+        dk.ema_update(regions.teacher, regions.student, momentum=0.99, buffers="keep")
+        regions(crops, places, boxes, valid, bank, images_of_it, images_of_it)[0].backward()
+
+    return {"DUPR": step_of_pairs, "D3SSL": step_of_regions}
+
+
+def checked_values(step: Callable[[], None]) -> list:
+    """Return the arguments and results that `typed` looks at in a step, of forms known to it."""
+    seen = []
+
+    def noted(value: object) -> object:
+        seen.append(value)
+        return form_of(value)
+
+    step()
+    densekit.typing.form_of = noted
+    step()
+    densekit.typing.form_of = form_of
+    return seen
 
 
 def primitives() -> None:
@@ -218,9 +278,9 @@ def build(loss: densesiam.Loss) -> torch.nn.Module:
     return densesiam.DenseSiam(replace(densesiam.PRESETS["paper"], loss=loss))
 
 
-def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], list[dk.View]]:
+def inputs(batch: int, device: torch.device, side: int = 224) -> tuple[list[Tensor], list[dk.View]]:
     pairs = dk.sample_view_pairs((480, 640), (batch,))
-    images = [torch.rand(batch, 3, 224, 224, device=device) for _ in range(2)]
+    images = [torch.rand(batch, 3, side, side, device=device) for _ in range(2)]
     views = [dk.View(view.box.to(device), view.flip.to(device)) for view in pairs[:2]]
     return images, views
 
@@ -496,10 +556,13 @@ def moco() -> None:
     order = torch.arange(batch, device=DEVICE)
 
     def stepper(preset: str) -> Callable[[], None]:
-        model = dupr.DUPR(dupr.PRESETS[preset]).to(DEVICE, memory_format=torch.channels_last)
+        # Without autocast the products with the bank are in float32 too.
+        precision = "bf16" if DEVICE.type == "cuda" else "fp32"
+        config = replace(dupr.PRESETS[preset], precision=precision)
+        model = dupr.DUPR(config).to(DEVICE, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.student.parameters(), 0.06, 0.9, weight_decay=1e-4)
         banks = model.init_banks(DEVICE)
-        full = torch.rand(65536, 128, device=DEVICE)
+        full = dk.l2_normalize(torch.rand(65536, 128, device=DEVICE))
         banks = {name: dk.push_to_bank(bank, full) for name, bank in banks.items()}
 
         def function() -> None:

@@ -86,8 +86,8 @@ def assert_world_size_invariant(
     DistributedDataParallel averages them: for the parameters, and for all tensors of the batch that
     require gradients. A function may call `backward` itself, and return the gradients as results.
 
-    Draw everything random beforehand, or from the rows, so that it does not depend on the process;
-    put batch normalization into evaluation mode, unless it is synchronized; use float64. The groups
+    Make all draws beforehand, or from the rows, so that they do not depend on the process; put
+    batch normalization into evaluation mode, unless it is synchronized; use float64. The groups
     are of gloo, on this machine's CPU. Where the system can fork, the function may be any closure;
     else it must be one that `pickle` takes.
 

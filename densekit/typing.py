@@ -44,8 +44,8 @@ def typed(function: _Function) -> _Function:
     A check takes about 20 microseconds for each tensor, and most calls of a training repeat an
     earlier one. So the form of a call that passed is remembered: the types of its arguments and of
     its result, and the shapes and dtypes of the tensors. A call of the same form passes again, and
-    that takes a few microseconds. Where more than the form decides, such as in annotations with
-    `list[int]` or with a validator of values, every call is checked.
+    that takes a few microseconds. Where more than the form decides, such as for arguments that are
+    annotated as `list[int]` or with a validator of values, every call is checked.
 
     Args:
         function: A function whose parameters and result are annotated.
@@ -71,14 +71,22 @@ def typed(function: _Function) -> _Function:
     signature = inspect.signature(function)
     copy = _with_checked_fields(function, signature)
     checked = jaxtyped(copy, typechecker=beartype(conf=CONF))
-    hints = [parameter.annotation for parameter in signature.parameters.values()]
-    remembers = all(form_decides(hint) for hint in [*hints, signature.return_annotation])
+    hints = {name: x.annotation for name, x in signature.parameters.items()}
+    # A call is remembered if it gives none of these: a default is not checked.
+    undecided = {name for name, hint in hints.items() if not form_decides(hint)}
+    decided = [name not in undecided for name in hints]
+    most_args = len(hints) if all(decided) else decided.index(False)  # by their places
+    result_decides = form_decides(signature.return_annotation)
+    kinds = {signature.parameters[name].kind for name in undecided}
+    if inspect.Parameter.VAR_KEYWORD in kinds:  # its arguments have other names
+        result_decides = False
     passed: dict[Hashable, Hashable] = {}  # the form of a call, and that of its newest result
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        remembers = result_decides and len(args) <= most_args and undecided.isdisjoint(kwargs)
         form = _plainly(form_of)((args, *kwargs.items())) if remembers else None
         form_of_result = passed.get(form)
         try:

@@ -654,17 +654,17 @@ def sample_view_pairs(
     batch = _check_sampling("sample_view_pairs", size, batch, scale, ratio, flip, vertical_flip)
 
     attempts = attempts if min_overlap > 0 else 1
-    drawn = sample_views(
-        size,
-        (2, attempts, *batch),
-        scale=scale,
-        ratio=ratio,
-        flip=flip,
-        vertical_flip=vertical_flip,
-        generator=generator,
-    )
-    drawn1, drawn2 = unstack_views(drawn)
+    device = None if generator is None else generator.device
+    height, width = _height_and_width(size, device)
+    shape = (2, attempts, *batch)
+    drawn = _sample_views(height, width, shape, scale, ratio, flip, vertical_flip, generator)
+    drawn1 = View(*[field[0] for field in drawn])
+    drawn2 = View(*[field[1] for field in drawn])
     iou = box_iou(drawn1.box, drawn2.box)
+    if attempts == 1:  # nothing to choose: loaders sample the views of one image so
+        view1 = View(*[field[0] for field in drawn1])
+        view2 = View(*[field[0] for field in drawn2])
+        return ViewPairs(view1, view2, (iou[0] >= min_overlap) & (iou[0] > 0))
     enough = iou >= min_overlap
     best = torch.where(enough.any(0), enough.to(torch.uint8).argmax(0), iou.argmax(0))
 

@@ -109,6 +109,18 @@ class Config:
     keep: tuple[int, ...] = ()  # Epochs whose checkpoints and encoders stay, such as 100 200.
     # Range of values that is mapped to black ... white, for images whose file tells none.
     value_range: tuple[float, float] | None = None
+    # How images are read: rgb as pictures; a number with all their channels, as many, as they are
+    # stored; auto does so where the first image has not 8 bits, or other channels than a picture.
+    channels: int | Literal["auto", "rgb"] = "auto"
+    # What the weights of other channels start from: the mean of the old ones, 0, or at random.
+    channel_init: Literal["mean", "zero", "random"] | None = None
+    # Mean of each channel, of values from 0 to 1; by default that of the weights, and for images as
+    # they are stored, measured.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None  # Standard deviation of each channel, likewise.
+    # Side of a large view in pixels of the image, which all views then show at one resolution; 0
+    # takes the shares below --views.
+    crop_pixels: int = 0
     warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     # Seconds that processes wait for each other in a step; None is torch's limit.
@@ -152,8 +164,8 @@ import evaluate as scoring
 import harness
 import safetensors.torch
 import torch
-from downstream import encoders, health, protocols
-from downstream.crops import crop_bytes
+from downstream import bands, encoders, health, protocols
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
@@ -176,6 +188,7 @@ def check_options(config: Config) -> None:
         config.anchor == 0 or config.method != "gram",
         f"--anchor is {config.anchor}: give 0, since --method gram is this term alone.",
     )
+    check_images(config)
     harness.check(
         config.weights.strip() != "",
         "--weights is empty: give lite0, timm:NAME, torchvision:NAME, a file or a run folder.",
@@ -248,6 +261,33 @@ def check_options(config: Config) -> None:
     )
 
 
+def check_images(config: Config) -> None:
+    """Check the options of how images are read."""
+    channels = config.channels
+    harness.check(
+        isinstance(channels, str) or channels >= 1,
+        f"--channels is {channels}: give 1 or more, auto or rgb.",
+    )
+    harness.check(
+        isinstance(channels, str) or config.data is not None,
+        f"--channels is {channels}: give auto or rgb, since scenes are pictures, or --data.",
+    )
+    mean = config.mean or ()
+    harness.check(
+        all(math.isfinite(x) for x in mean),
+        f"--mean is {harness.as_typed(mean)}: give a finite number for each channel.",
+    )
+    std = config.std or ()
+    harness.check(
+        all(0 < x < math.inf for x in std),
+        f"--std is {harness.as_typed(std)}: give a finite number above 0 for each channel.",
+    )
+    harness.check(
+        config.crop_pixels >= 0,
+        f"--crop-pixels is {config.crop_pixels}: give 0 (shares of the image) or more.",
+    )
+
+
 def check_views_of(config: Config) -> None:
     """Check the options of the small views, and of the images to score."""
     views = config.views
@@ -287,9 +327,6 @@ def check_start(config: Config, start: Any) -> None:
         f"--weights is {config.weights}: give a network of timm with feature maps, such as "
         "timm:resnet50.",
     )
-    encoders.check_side("--views.size", config.views.size, encoder, start.architecture)
-    small_size = config.views.small_size
-    encoders.check_side("--views.small-size", small_size, encoder, start.architecture)
     blocks = max(layer_of_parameters(encoder, by_stage=not is_vit(encoder)).values()) + 1
     harness.check(
         config.trainable_blocks <= blocks,
@@ -318,17 +355,43 @@ def photometric(view_config: Views) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU
+            as_picture,  # PIL is the quickest on a CPU
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 
 
+class BandPhotometric:
+    """The changes that make sense for any channels: contrast, brightness and sharpness.
+
+    Channels change alike. The brightness changes by a share of each channel's standard deviation,
+    so that it does not matter where the values of an image begin.
+    """
+
+    def __init__(self, view_config: Views, std: tuple[float, ...]):
+        self.sigma = torch.distributions.Uniform(*view_config.blur)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
+    def __call__(self, crop: Tensor) -> Tensor:
+        draws = torch.rand(4)
+        if draws[0] < 0.8:
+            contrast = 1 + 0.8 * (2 * draws[1] - 1)
+            brightness = 0.8 * (2 * draws[2] - 1)
+            mean = crop.mean((-2, -1), keepdim=True)
+            crop = (crop - mean) * contrast + mean + brightness * self.std
+        if draws[3] < 0.5:
+            sigma = float(self.sigma.sample())
+            radius = min(math.ceil(3 * sigma), min(crop.shape[-2:]) - 1)
+            side = 2 * radius + 1
+            crop = transforms.functional.gaussian_blur(crop, [side, side], [max(sigma, 1e-3)] * 2)
+        return crop
+
+
 class Crops(NamedTuple):
-    """The crops of a batch, uint8; the views of an image are on the second axis."""
+    """The crops of a batch, uint8, or floats of bands; an image's views are on the second axis."""
 
     teacher: Tensor  # (b, 2, c, h, w): the large views as the teacher sees them
     large: Tensor  # (b, 2, c, h, w): the same views as the student sees them
@@ -351,18 +414,32 @@ def list_pairs(config: Config) -> list[tuple[int, int]]:
     return [(g, v) for g in range(LARGE) for v in range(LARGE)] + own
 
 
+class Window(NamedTuple):
+    """The part of an image that its views are in, and their shares of its area."""
+
+    left: int
+    top: int
+    size: tuple[int, int]  # height and width
+    scale: tuple[float, float]
+    small_scale: tuple[float, float]
+    inner_scale: tuple[float, float]  # share of a large view that a small one in it covers
+    ratio: tuple[float, float]  # width by height of a view
+
+
 class ManyViews:
     """Crops of each image, the `View` of each crop, and the valid pairs.
 
-    `source` is from `harness.image_source`. `dataset[epoch, index]` is one image: its crops, of 8
-    bits, their views, which pairs of views overlap enough, its index, and the files that could not
-    be read.
+    `source` is from `open_source`. `dataset[epoch, index]` is one image: its crops, of 8 bits or
+    floats, their views, which pairs of views overlap enough, its index, and the files that could
+    not be read.
     """
 
     def __init__(self, source, config: Config):
         self.source = source
+        self.bands = getattr(source, "bands", None)
         self.seed = config.seed
         self.view_config = config.views
+        self.crop_pixels = config.crop_pixels
         self.inside = config.method == "paka"
         # The teacher of gram sees twice as many pixels along each side.
         self.teacher_size = config.views.size * (2 if config.method == "gram" else 1)
@@ -370,6 +447,8 @@ class ManyViews:
         self.clean_teacher = clean[config.clean_teacher]
         self.pairs = torch.tensor(list_pairs(config)).T
         self.photometric = photometric(config.views)
+        if self.bands is not None:
+            self.photometric = BandPhotometric(config.views, self.bands.std)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -378,13 +457,15 @@ class ManyViews:
         epoch, index = key
         image, unreadable = self.source[index]
         size = (image.shape[-2], image.shape[-1])
-        large, small = self.sample_views(size, harness.generator(self.seed, epoch, index))
+        draws = harness.generator(self.seed, epoch, index)
+        window = self.sample_window(size, draws)
+        large, small = self.sample_views(window, draws)
         boxes = torch.cat([large.box, small.box])
         views = dk.View(boxes, torch.cat([large.flip, small.flip]))
         if epoch == 0:
             dk.check_views(views, size)
         first, second = boxes[self.pairs]
-        overlap = self.share_in_common(first, second, size)
+        overlap = self.share_in_common(first, second, window.size)
         valid = (overlap > 0) & (overlap >= self.view_config.min_overlap)
 
         large_crops = self.crop(image, large, self.view_config.size)
@@ -401,16 +482,49 @@ class ManyViews:
         crops = Crops(teacher_crops, student_large, student_small)
         return crops, views, valid, torch.tensor(index), list(unreadable)
 
-    def sample_views(
-        self, size: tuple[int, int], generator: torch.Generator
-    ) -> tuple[dk.View, dk.View]:
+    def sample_window(self, size: tuple[int, int], generator: torch.Generator) -> Window:
+        """The whole image; with --crop-pixels a part of it, in which such views overlap."""
+        config = self.view_config
+        side = self.crop_pixels
+        if side == 0:
+            return Window(
+                0, 0, size, config.scale, config.small_scale, config.inner_scale, (3 / 4, 4 / 3)
+            )
+        harness.check(
+            side <= min(size),
+            f"--crop-pixels is {side}: give at most {min(size)}, since an image has "
+            f"{size[0]} x {size[1]} pixels.",
+        )
+        height, width = [min(x, math.ceil(1.5 * side)) for x in size]
+        draws = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        top = int(draws[0] * (size[0] - height + 1))
+        left = int(draws[1] * (size[1] - width + 1))
+        small_side = max(1, round(side * config.small_size / config.size))
+        large_share = side**2 / (height * width)
+        small_share = min(1.0, small_side**2 / (height * width))
+        inner_share = min(1.0, small_side**2 / side**2)
+        return Window(
+            left,
+            top,
+            (height, width),
+            (large_share, large_share),
+            (small_share, small_share),
+            (inner_share, inner_share),
+            (1.0, 1.0),
+        )
+
+    def sample_views(self, window: Window, generator: torch.Generator) -> tuple[dk.View, dk.View]:
         """Two large views that overlap, and small ones, inside the large ones or overlapping them.
 
         The first of `attempts` views counts that overlaps enough; where none does, the last.
         """
         config = self.view_config
         attempts = config.attempts
-        drawn = dk.sample_views(size, (1 + attempts,), scale=config.scale, generator=generator)
+        size = window.size
+        shift = torch.tensor([window.left, window.top, window.left, window.top])
+        drawn = dk.sample_views(
+            size, (1 + attempts,), scale=window.scale, ratio=window.ratio, generator=generator
+        )
         first = dk.index_views(drawn, slice(0, 1))
         others = dk.index_views(drawn, slice(1, None))
         share = self.share_in_common(first.box, others.box, size)
@@ -420,32 +534,46 @@ class ManyViews:
         half = config.small // 2
         if self.inside:
             inner = dk.sample_inner_views(
-                large, half, scale=config.inner_scale, generator=generator
+                large, half, scale=window.inner_scale, ratio=window.ratio, generator=generator
             )
             boxes = rearrange(inner.box, "s g xyxy -> (g s) xyxy")
-            return large, dk.View(boxes, rearrange(inner.flip, "s g -> (g s)"))
+            small = dk.View(boxes, rearrange(inner.flip, "s g -> (g s)"))
+            return move(large, shift), move(small, shift)
 
         drawn = dk.sample_views(
-            size, (attempts, config.small), scale=config.small_scale, generator=generator
+            size,
+            (attempts, config.small),
+            scale=window.small_scale,
+            ratio=window.ratio,
+            generator=generator,
         )
         share = self.share_in_common(drawn.box[:, :, None], large.box, size)
         chosen = first_true((share > config.min_overlap).all(-1))
         each = torch.arange(config.small)
-        return large, dk.View(drawn.box[chosen, each], drawn.flip[chosen, each])
+        small = dk.View(drawn.box[chosen, each], drawn.flip[chosen, each])
+        return move(large, shift), move(small, shift)
 
     def share_in_common(self, boxes1: Tensor, boxes2: Tensor, size: tuple[int, int]) -> Tensor:
-        """The area of the intersection of two boxes, as a share of the image."""
+        """The area of the intersection of two boxes, as a share of the image, or the window."""
         boxes1, boxes2 = torch.broadcast_tensors(boxes1, boxes2)
         return dk.box_area(dk.intersect_boxes(boxes1, boxes2)) / math.prod(size)
 
-    def crop(self, image: Tensor, views: dk.View, size: int) -> Tensor:
-        """The crops of an image by several views, uint8."""
+    def crop(self, image: Any, views: dk.View, size: int) -> Tensor:
+        """The crops of an image by several views, uint8, or floats of bands."""
+        if self.bands is not None:
+            crops = [bands.crop(image, x, size, self.bands) for x in dk.unstack_views(views)]
+            return torch.stack(crops) if crops else torch.zeros(0, image.shape[0], size, size)
         crops = [crop_bytes(image, view, size) for view in dk.unstack_views(views)]
         return torch.stack(crops) if crops else image.new_zeros(0, 3, size, size)
 
     def change_colors(self, crops: Tensor) -> Tensor:
         changed = [self.photometric(crop) for crop in crops]
         return torch.stack(changed) if changed else crops
+
+
+def move(views: dk.View, shift: Tensor) -> dk.View:
+    """Views whose boxes lie elsewhere in the image."""
+    return views._replace(box=views.box + shift)
 
 
 def first_true(allowed: Tensor) -> Tensor:
@@ -510,7 +638,8 @@ class Adapt(nn.Module):
         of_large = nn.functional.one_hot(torch.tensor([g for g, _ in self.pairs]), LARGE)
         self.register_buffer("of_large", of_large, persistent=False)
         options = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-        encoder = encoders.build(start.architecture, levels=1, **options)
+        inputs = len(start.mean)
+        encoder = encoders.build(start.architecture, levels=1, channels=inputs, **options)
         encoder.load_state_dict(start.network.state_dict())
         if config.checkpoint_activations:
             encoder.set_grad_checkpointing(True)
@@ -526,7 +655,7 @@ class Adapt(nn.Module):
         freeze_blocks(encoder, config.trainable_blocks)
         self.drop_paths = encoders.replace_drop_paths(self.student)
 
-        column = (3, 1, 1)
+        column = (-1, 1, 1)
         self.register_buffer("mean", torch.tensor(start.mean).view(column), persistent=False)
         self.register_buffer("std", torch.tensor(start.std).view(column), persistent=False)
         # The means of the features that are compared, which the centered methods subtract.
@@ -551,9 +680,10 @@ class Adapt(nn.Module):
         return self
 
     def normalize(self, crops: Tensor) -> Tensor:
-        """Crops (b, v, c, h, w) of uint8 as images of all views, (v b, c, h, w)."""
+        """Crops (b, v, c, h, w), uint8 or floats, as images of all views, (v b, c, h, w)."""
         images = rearrange(crops, "b v c h w -> (v b) c h w")
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        white = 255 if crops.dtype == torch.uint8 else 1
+        return (images.to(self.mean.dtype) / white - self.mean) / self.std
 
     def encode(self, network: nn.ModuleDict, crops: Tensor) -> Features:
         """The features of crops (b, v, c, h, w)."""
@@ -870,6 +1000,7 @@ def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
 # ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
+ZOOM = 2  # of the views in the picture, so that their maps have more cells
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
@@ -880,23 +1011,21 @@ def saved_encoder(model: Adapt, config: Config) -> nn.Module:
     return network["encoder"]
 
 
-def preview_images(model: Adapt, crops: Crops, config: Config) -> Tensor:
-    """The preview's large views as the teacher sees them, but of the student's size: (v b c h w).
+def preview_images(model: Adapt, crops: Crops, side: int) -> Tensor:
+    """The preview's large views as the teacher sees them, but of this side: (v b c h w).
 
     They are normalized.
     """
     images = model.normalize(crops.teacher)
-    if images.shape[-1] != config.views.size:
-        images = nn.functional.interpolate(
-            images, config.views.size, mode="bilinear", antialias=True
-        )
+    if images.shape[-1] != side:
+        images = nn.functional.interpolate(images, side, mode="bilinear", antialias=True)
     return images
 
 
 @torch.no_grad()
 def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Tensor:
-    """The maps (v, b, d, h, w) of the preview's large views."""
-    images = preview_images(model, crops, config)
+    """The maps (v, b, d, h, w) of the preview's large views, enlarged for the picture."""
+    images = preview_images(model, crops, ZOOM * config.views.size)
     was_training = encoder.training
     encoder.eval()
     maps = encoders.last_map(encoder, images).float()
@@ -1024,7 +1153,9 @@ def draw(
     views = dk.views_to(dk.index_views(views, slice(0, 6)), "cpu")
     start_maps = start_maps[:, :6]
     maps = maps[:, :6]
-    pictures = crops.teacher[:, :, :3].float() / 255  # (b, 2, 3, h, w)
+    pictures = crops.teacher.float() / 255  # (b, 2, 3, h, w)
+    if crops.teacher.dtype != torch.uint8:
+        pictures = bands.to_pictures(crops.teacher)
     size = (PANEL_SIDE, PANEL_SIDE)
     first = nn.functional.interpolate(pictures[:, 0], size, mode="bilinear", antialias=True)
 
@@ -1115,19 +1246,47 @@ def split(part: int, parts: int, *batch: Any) -> Any:
     return tree_map_only(Tensor, cut, batch)
 
 
+def open_source(config: Config, start: Any) -> tuple[Any, Any]:
+    """The images, and the start weights for their channels.
+
+    The images of a folder are pictures, or bands: see `bands.open_folder`.
+    """
+    patience = harness.Patience(config.warn_after, config.give_up_after)
+    if config.data is None:
+        scenes = 1024 if config.preset == "demo" else 0  # the other presets need --data
+        source = harness.image_source(None, scenes=scenes)
+    else:
+        known = bands.bands_of(start.facts)
+        source = bands.open_folder(
+            config.data, config.channels, config.value_range, known, patience
+        )
+    if isinstance(source, bands.BandImages):
+        bands.complete(source, config.mean, config.std)
+        return source, encoders.change_channels(
+            start, source.bands, config.channel_init, seed=config.seed
+        )
+    return source, encoders.for_pictures(
+        start, config.mean, config.std, config.channel_init, seed=config.seed
+    )
+
+
 def train(config: Config) -> None:
     check_options(config)
-    start = encoders.encoder_of(encoders.find_start(config.weights), seed=config.seed)
+    source, initial = open_source(config, encoders.find_start(config.weights))
+    encoders.check_maps(config, "--views.size", config.views.size)
+    encoders.check_maps(config, "--views.small-size", config.views.small_size)
+    start = encoders.encoder_of(initial, seed=config.seed)
     check_start(config, start)
     folder = harness.run_folder("adapt", config, config.method)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
-        scenes = 1024 if config.preset == "demo" else 0  # the other presets need --data
-        source = harness.image_source(
-            config.data, scenes=scenes, value_range=config.value_range, patience=patience
-        )
+        if start.bands is not None and world.is_main:
+            harness.say(
+                f"Images have {bands.named(start.bands.channels)} as stored: contrast, brightness "
+                "and sharpness change; hue, saturation and gray are left out, which only RGB has."
+            )
         dataset = ManyViews(source, config)
         steps_per_epoch = harness.batches_per_epoch(len(source), config.batch, world)
         steps = config.epochs * steps_per_epoch if config.method != "none" else 0
@@ -1170,7 +1329,7 @@ def train(config: Config) -> None:
 
         step = run.resume(model, optimizer, scale=scale)
         load_scale(scaler, scale)
-        images = preview_images(model, preview[0], config)
+        images = preview_images(model, preview[0], config.views.size)
         monitor = health.Monitor(
             model.student["encoder"], [images], run, config.collapse, against_start=True
         )
@@ -1190,6 +1349,9 @@ def train(config: Config) -> None:
             "start_source": start.facts.get("source", config.weights),
             "start_license": start.facts.get("license", encoders.NO_LICENSE),
         }
+        if start.bands is not None:
+            facts |= start.bands.side_car()
+            facts["channel_init"] = start.facts.get("channel_init")
         kept = harness.kept_epochs(config, steps_per_epoch)
         autocast = partial(
             torch.autocast,

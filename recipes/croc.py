@@ -128,7 +128,7 @@ import harness
 import timm
 import torch
 from downstream import encoders, health
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from einops import rearrange, repeat
 from PIL.ImageFilter import GaussianBlur
 from timm.layers import apply_rot_embed_cat
@@ -214,12 +214,12 @@ def photometric(
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and DINO blurs with it
+            as_picture,  # PIL is the quickest on a CPU, and DINO blurs with it
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=blur_probability),
             transforms.RandomSolarize(128, p=solarize_probability),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 

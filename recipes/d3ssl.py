@@ -119,7 +119,7 @@ if __name__ == "__main__":
 import harness
 import torch
 from downstream import encoders, health
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
@@ -202,11 +202,11 @@ def photometric(view_config: Views) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
+            as_picture,  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 
@@ -661,6 +661,7 @@ def train(config: Config) -> None:
         )
         bank = dk.init_bank(config.bank, config.head[1], device=device)
         step = run.resume(model, optimizer, bank=bank)
+        bank = bank._replace(features=harness.unit_rows(bank.features))
 
         batches = partial(
             harness.batches,

@@ -120,7 +120,7 @@ import harness
 import timm
 import torch
 from downstream import encoders, health
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import last_map
 from einops import rearrange
 from PIL.ImageFilter import GaussianBlur
@@ -190,11 +190,11 @@ def photometric(view_config: Views) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and SimSiam blurs with it
+            as_picture,  # PIL is the quickest on a CPU, and SimSiam blurs with it
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 

@@ -101,7 +101,7 @@ import timm
 import torch
 import torchvision
 from downstream import encoders, health, image_sets
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.published import row_permuted_group_scores
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
@@ -233,14 +233,14 @@ def photometric(config: Config) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU
+            as_picture,  # PIL is the quickest on a CPU
             transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(saturation=0.3)], p=0.8),
             transforms.RandomApply([transforms.ColorJitter(hue=config.hue)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 
@@ -352,6 +352,7 @@ def build_encoder(config: Config) -> encoders.Encoder:
     """The ResNet to start from, without its classifier."""
     name = config.weights or f"random:{config.arch}"
     encoder = encoders.load_encoder(name, arch=config.arch, seed=config.seed)
+    encoders.check_pictures(encoder)
     if config.weights is not None:
         harness.check(
             isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),

@@ -107,7 +107,7 @@ import harness
 import timm
 import torch
 import torchvision
-from downstream.encoders import load_encoder
+from downstream.encoders import check_pictures, load_encoder
 from downstream.object_sets import Objects, boxes_of, object_classes, read, sample_set
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
@@ -214,6 +214,7 @@ RATIOS = (0.5, 1.0, 2.0)  # Height of an anchor, divided by its width.
 def build_detector(config: Config, classes: int) -> nn.Module:
     """The detector of torchvision whose backbone is the encoder; `classes` are those of objects."""
     encoder = load_encoder(config.encoder)
+    check_pictures(encoder)
     network = encoder.network
     harness.check(
         isinstance(network, timm.models.ResNet | torchvision.models.ResNet),

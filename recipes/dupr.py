@@ -112,7 +112,7 @@ import harness
 import timm
 import torch
 from downstream import encoders, health
-from downstream.crops import crop_bytes
+from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import last_map, level_maps
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -187,11 +187,11 @@ def photometric(view_config: Views) -> transforms.Compose:
 
     return transforms.Compose(
         [
-            transforms.ToPILImage(),  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
+            as_picture,  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 
@@ -565,6 +565,8 @@ def train(config: Config) -> None:
         )
         banks = model.init_banks(device)
         step = run.resume(model, optimizer, banks=banks)
+        for name, bank in banks.items():
+            banks[name] = bank._replace(features=harness.unit_rows(bank.features))
 
         batches = partial(
             harness.batches,

@@ -54,6 +54,9 @@ class Config:
     workers: int = 2  # Processes that read images, for each process; 0 reads in the main one.
     # Range of values that is mapped to black ... white, for images whose file tells none.
     value_range: tuple[float, float] | None = None
+    # Encoders of pictures get all channels of the images as stored: what the weights of new
+    # channels start from, the mean of the old ones, 0, or at random.
+    channel_init: Literal["mean", "zero", "random"] | None = None
     warn_after: float = 60.0  # Seconds without a new batch or listed file, then a warning.
     give_up_after: float = 600.0  # Seconds without a new batch or listed file, then the end.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -76,10 +79,18 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import image_sets
+from downstream import bands, image_sets
 from downstream.davis import find_lists
 from downstream.diagnose import DIAGNOSTICS, retrieval
-from downstream.encoders import Encoder, device_of, load_encoder
+from downstream.encoders import (
+    Encoder,
+    Start,
+    change_channels,
+    device_of,
+    encoder_of,
+    find_start,
+    load_encoder,
+)
 from downstream.layouts import find_places
 from downstream.protocols import FITTED, Features, position_prior
 from downstream.report import mean_over_seeds, report_text, write_results
@@ -197,7 +208,7 @@ def make_folder(out: Path) -> None:
 class Sample(NamedTuple):
     """An image as an encoder takes it. What no protocol needs is empty."""
 
-    image: Tensor  # uint8 (3, h, w), resized
+    image: Tensor  # resized: uint8 (3, h, w); of bands, float (c, h, w)
     boxes: Tensor  # (n, 4) in [0, 1]
     classes: Tensor  # (n,): the class of each box
     area: Tensor  # (classes,): the share of each class in the image
@@ -406,8 +417,8 @@ def open_videos(config: Config) -> list[image_sets.Video]:
 
 # ==== features ====================================================================================
 def as_floats(images: list[Tensor], encoder: Encoder) -> Tensor:
-    """Images of 8 bits as the encoder takes them: in [0, 1], on its device."""
-    return torch.stack(images).to(device_of(encoder)) / 255
+    """Images as the encoder takes them, on its device: pictures in [0, 1], bands as they are."""
+    return bands.in_unit(torch.stack(images).to(device_of(encoder)))
 
 
 class Kept:
@@ -688,6 +699,8 @@ class Evaluation:
         self.seed = seed
         self.shards = shards
         if samples is not None:
+            for split in samples:
+                split.images.bands = encoder.bands
             self.fit = Split(samples[0], planned_parts(config, of_fit=True))
             self.test = Split(samples[1], planned_parts(config, of_fit=False))
 
@@ -729,13 +742,51 @@ class Evaluation:
         return chosen.score(fit, test, self.config, self.seed)
 
     def picture(self, index: int) -> Tensor:
-        """An image of the split to score, in [0, 1]."""
-        return self.samples[1].read(index, frozenset()).image / 255
+        """An image of the split to score to look at, RGB in [0, 1]."""
+        image = bands.in_unit(self.samples[1].read(index, frozenset()).image)
+        return image if self.encoder.bands is None else bands.to_pictures(image)
 
     def score_prior(self) -> dict:
         """The figures of the position prior, which looks at no image."""
         fit, test = self.features(needs_fit=False)
         return position_prior(fit, test, self.config) if self.shards.is_main else {}
+
+
+def open_encoder(name: str, seed: int, samples: Any, config: Config) -> Encoder:
+    """An encoder, for images as it was trained on, or with --channel-init as they are stored."""
+    encoder = load_encoder(name, seed=seed)
+    if encoder.bands is not None:
+        harness.check(
+            "video" not in wanted_protocols(config),
+            f"--protocol is {config.protocol}: {name} takes images of "
+            f"{bands.named(encoder.bands.channels)}, and the videos of DAVIS are RGB.",
+        )
+        return encoder
+    if samples is None:
+        return encoder
+    paths = samples[0].images.images
+    if config.channel_init is None:
+        first = next(iter(paths.values()))
+        channels = bands.more_than_picture(first) if isinstance(first, Path) else 0
+        harness.check(
+            channels == 0,
+            f"{first} is no picture, it has {bands.named(channels)} as stored, and {name} takes "
+            "RGB: give --channel-init mean, zero or random.",
+        )
+        return encoder
+    return encoder_of(start_for_bands(name, paths, config), seed=seed)
+
+
+def start_for_bands(name: str, paths: dict[str, Any], config: Config) -> Start:
+    """The weights of an encoder of pictures for the channels of images, which are measured."""
+    files = [str(path.absolute()) for path in paths.values() if isinstance(path, Path)]
+    harness.check(
+        len(files) > 0,
+        f"--channel-init is {config.channel_init}: leave it out, since scenes are RGB pictures.",
+    )
+    source = bands.open_files(files, config.value_range)
+    bands.complete(source, None, None)
+    return change_channels(find_start(name), source.bands, config.channel_init)
 
 
 def check_size(encoder: Encoder, config: Config) -> None:
@@ -778,7 +829,7 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
         evaluation = None
         for seed in range(config.seeds):
             if evaluation is None or is_random:  # the same weights are encoded once
-                encoder = load_encoder(name, seed=seed).to(device)
+                encoder = open_encoder(name, seed, samples, config).to(device)
                 check_size(encoder, config)
                 evaluation = Evaluation(encoder, samples, videos, config, seed, shards)
             for protocol in protocols:

@@ -55,6 +55,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from downstream.bands import FILE_ORDER, named
 from downstream.encoders import TINY, Encoder, load_encoder
 from harness import UserError
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ def vit_sizes(network: Any) -> dict[str, Any] | None:
             "hidden_dim": network.embed_dim,
             "mlp_dim": block.mlp.fc1.out_features,
         }
-    except AttributeError:
+    except (AttributeError, TypeError):  # XCiT has the side of a patch as a number
         return None
 
 
@@ -281,6 +282,9 @@ network.load_state_dict(weights, strict=False)  # all but {head}"""
 def to_timm(job: Job) -> tuple[Any, str]:
     architecture = job.encoder.architecture
     name, options = TINY.get(architecture, (architecture, {}))
+    channels = len(job.encoder.mean)
+    if channels != 3:
+        options = {**options, "in_chans": channels}
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     call = f"timm.create_model({name!r}{given}"
     overlay = {"file": job.path, "custom_load": False}
@@ -374,9 +378,16 @@ def to_onnx(job: Job) -> tuple[Any, str]:
 
     check_onnx_size(job)
     stride = job.encoder.stride
-    shapes = [(2, 3, 4 * stride, 6 * stride), (1, 3, 6 * stride, 4 * stride), (3, 3, 224, 224)]
+    channels = len(job.encoder.mean)
+    sizes = [(2, 4 * stride, 6 * stride), (1, 6 * stride, 4 * stride), (3, 224, 224)]
+    shapes = [(count, channels, height, width) for count, height, width in sizes]
     draws = harness.generator(0)
     batches = [torch.rand(shape, generator=draws) for shape in shapes]
+    if job.encoder.bands is not None:  # values as large as those of its images
+        column = (channels, 1, 1)
+        mean = torch.tensor(job.encoder.mean).view(column)
+        std = torch.tensor(job.encoder.std).view(column)
+        batches = [mean + std * 3 * (images - 0.5) for images in batches]
     model = Levels(job.encoder).eval()
 
     try:
@@ -483,6 +494,11 @@ def load(config: Config) -> Encoder:
     encoder = load_encoder(name)
     if config.to != "onnx" and not encoder.by_timm:
         raise UserError(f"{name} is no network of timm: export timm:{encoder.architecture}.")
+    harness.check(
+        encoder.bands is None or config.to in ("timm", "onnx"),
+        f"--to is {config.to}: give timm or onnx, since {name} takes images of "
+        f"{named(len(encoder.mean))} as stored, and {config.to} reads RGB.",
+    )
     if config.to not in ("timm", "onnx"):
         check_fit(encoder, config.to)
     return encoder
@@ -491,10 +507,12 @@ def load(config: Config) -> Encoder:
 def make_job(encoder: Encoder, config: Config) -> Job:
     """The weights and the normalization in the color order that the framework reads."""
     white = white_of(config.to)
-    mean = [round(white * x, 6) for x in encoder.mean]
-    std = [round(white * x, 6) for x in encoder.std]
+    mean = [rounded(white * x) for x in encoder.mean]
+    std = [rounded(white * x) for x in encoder.std]
     weights = {name: value.clone() for name, value in encoder.network.state_dict().items()}
 
+    if encoder.bands is not None:
+        return Job(str(config.out), encoder, weights, FILE_ORDER, mean, std)
     order = config.color_order or ("bgr" if config.to == "detectron2" else "rgb")
     if order == "bgr":
         first = next(name for name, value in weights.items() if value.ndim == 4)
@@ -502,6 +520,11 @@ def make_job(encoder: Encoder, config: Config) -> Job:
         mean.reverse()
         std.reverse()
     return Job(str(config.out), encoder, weights, order.upper(), mean, std)
+
+
+def rounded(x: float) -> float:
+    """Six digits: of a number below 1, behind the point; of a very small one, all that count."""
+    return round(x, 6) if abs(x) >= 0.01 else float(f"{x:.6g}")
 
 
 def white_of(to: str) -> int:
@@ -514,8 +537,8 @@ def export(config: Config) -> None:
     encoder = load(config)
     job = make_job(encoder, config)
     if not config.normalize:  # the side-car has the mean and std, and the file leaves them out
-        encoder.mean = (0.0, 0.0, 0.0)
-        encoder.std = (1.0, 1.0, 1.0)
+        encoder.mean = (0.0,) * len(job.mean)
+        encoder.std = (1.0,) * len(job.std)
     content, lines = FRAMEWORKS[config.to](job)
 
     images = {

@@ -7,6 +7,7 @@ process that holds the lock on `.lock` owns the folder.
 
 import codecs
 import copy
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -547,6 +548,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def unit_rows(keys: Tensor) -> Tensor:
+    """The keys of a run that resumes, of length one, as the recipes keep them.
+
+    Older versions kept keys of any length, and normalized them in every step. Keys of length one
+    keep their bits, and so do rows of zeros.
+    """
+    length = keys.norm(dim=-1, keepdim=True)
+    is_rounded_unit = (length - 1).abs() < 1e-3
+    return torch.where(is_rounded_unit, keys, dk.l2_normalize(keys))
+
+
 def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
     """Say, once, where what is to give keys other batch statistics than their queries does not.
 
@@ -581,14 +593,18 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
         raise OSError("it is no regular file")  # a pipe would be waited for
     with Image.open(path) as file:
         tags = getattr(file, "tag_v2", {})  # of a TIFF
-        image = ImageOps.exif_transpose(file)
+        samples = _tag(tags, SAMPLES_PER_PIXEL, 1)
+        if samples > 2 and _tag(tags, PHOTOMETRIC, 1) <= 1:  # Pillow may read the first gray alone
+            raise ValueError(f"it has {samples} channels, and a picture is gray or RGB")
+        ImageOps.exif_transpose(file, in_place=True)
+        image = file
         is_signed_byte = image.mode == "L" and _tag(tags, SAMPLE_FORMAT, UNSIGNED) == SIGNED
         if image.mode[0] in "IF" or is_signed_byte:  # `convert("RGB")` would clip the values
             image = _as_8_bit(image, tags, path, value_range)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # The channels of a pixel stay side by side: torch resizes such bytes several times faster.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -596,6 +612,7 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
 # Tags of a TIFF, and values of two of them.
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
+SAMPLES_PER_PIXEL = 277
 SAMPLE_FORMAT = 339
 NO_DATA = 42113  # GDAL's: the value of pixels without data, as text
 WHITE_IS_ZERO = 0
@@ -624,7 +641,7 @@ def _as_8_bit(
     values = values.astype(np.float64)
 
     has_data = np.abs(values) < HUGE  # NaN has none
-    no_data = _as_number(_tag(tags, NO_DATA, ""))
+    no_data = as_number(_tag(tags, NO_DATA, ""))
     has_data &= values != no_data
     values[values == no_data] = np.nan
     lowest = min(0.0, values.min(where=has_data, initial=0.0))
@@ -652,7 +669,7 @@ def _as_8_bit(
     return Image.fromarray((shares * 255).round().astype(np.uint8))
 
 
-def _as_number(text: Any) -> float:
+def as_number(text: Any) -> float:
     """The number that a tag holds as text; NaN where it holds none."""
     try:
         return float(str(text).strip("\0 "))
@@ -673,7 +690,9 @@ def read_list(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
+def list_images(
+    folder: Path, patience: Patience = PATIENCE, extensions: tuple[str, ...] = EXTENSIONS
+) -> list[str]:
     """The paths of the image files below a folder, relative to it, sorted; no hidden ones.
 
     Links are followed, but each folder is listed once: a link to one around it would go in circles.
@@ -697,7 +716,7 @@ def list_images(folder: Path, patience: Patience = PATIENCE) -> list[str]:
                         waiting.append(f"{name}/")
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         linked.append(f"{name}/")
-                    elif _is_image(entry):
+                    elif _is_image(entry, extensions):
                         names.append(name)
             waiting = linked
     return sorted(names)
@@ -722,12 +741,12 @@ def _entries(folder: Path, listed: set, watch: Watch) -> list[os.DirEntry]:
     return entries
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    """Whether it has the name of an image and is a regular file.
+def _is_image(entry: os.DirEntry, extensions: tuple[str, ...]) -> bool:
+    """Whether its name ends in one of the extensions, and it is a regular file.
 
     A link that leads nowhere counts too: reading it will name it as unreadable.
     """
-    if not entry.name.lower().endswith(EXTENSIONS):
+    if not entry.name.lower().endswith(extensions):
         return False
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
@@ -739,6 +758,7 @@ class FolderImages:
 
     `source[i]` is an image, uint8 (3, H, W), and a "path: reason" of each unreadable file that was
     passed over before it. `value_range` is that of images whose file does not tell it.
+    `extensions` are those of image files. `read` is for a subclass to change.
     """
 
     def __init__(
@@ -748,6 +768,7 @@ class FolderImages:
         *,
         value_range: tuple[float, float] | None = None,
         patience: Patience = PATIENCE,
+        extensions: tuple[str, ...] = EXTENSIONS,
     ):
         self.folder = Path(folder)
         self.value_range = value_range
@@ -759,24 +780,32 @@ class FolderImages:
 
         if names is None:
             names = _listings.pop(os.path.realpath(self.folder), None)
+            if extensions != EXTENSIONS:
+                names = None  # they were listed without the other ones
         if names is None:
-            names = list_images(self.folder, patience)
+            names = list_images(self.folder, patience, extensions)
         names = [name for name in names if name]
         if not names:
-            raise UserError(f"No image file ({' '.join(EXTENSIONS)}) lies below {folder}.")
+            raise UserError(f"No image file ({' '.join(extensions)}) lies below {folder}.")
         # In one array, forked workers share the names; a list would be copied by each of them.
         self.names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
+    def read(self, path: Path) -> Any:
+        """The image of a file."""
+        return read_image(path, self.value_range)
+
+    def __getitem__(self, index: int) -> tuple[Any, tuple[str, ...]]:
         unreadable = []
         name = self.names[index]
         while len(unreadable) < len(self):
             path = self.folder / os.fsdecode(name)
             try:
-                return read_image(path, self.value_range), tuple(unreadable)
+                return self.read(path), tuple(unreadable)
+            except UserError:  # the file is well, and of another kind than the others
+                raise
             except Exception as error:  # broken bytes raise nearly anything
                 reason = str(error) or type(error).__name__
                 unreadable.append(" ".join(f"{path}: {reason}".split()))
@@ -868,9 +897,29 @@ def loader_failure(error: Exception) -> str:
     )
 
 
+# Options of glibc's `mallopt`, and their values in bytes.
+TRIM_THRESHOLD = (-1, 2**26)
+MMAP_THRESHOLD = (-3, 2**25)  # the highest that it takes
+
+
+def keep_memory() -> None:
+    """Let this process keep up to 64 MB of what it frees, for the next image of about this size.
+
+    Otherwise glibc returns the memory of each image to the system, which clears all of it again
+    before it gives it out. Other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(*TRIM_THRESHOLD)
+    mallopt(*MMAP_THRESHOLD)
+
+
 def start_worker(_: int) -> None:
     """What every loader process does first: the `worker_init_fn` of a DataLoader."""
     gc.freeze()  # a dead process group, collected here, would wait for threads that a fork lacks
+    keep_memory()
     os.setpgrp()  # a signal to all, as torchrun sends it, is for the main process to heed
 
 

@@ -1,4 +1,4 @@
-"""Crops of images as the loader processes make them: bytes in, bytes out.
+"""Crops of images as the loader processes make them: bytes in, bytes out; or floats.
 
 This module is no command.
 """
@@ -6,8 +6,22 @@ This module is no command.
 from functools import partial
 from typing import Literal
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
 import densekit as dk
+
+
+def as_picture(crop: Tensor) -> Image.Image:
+    """A crop, uint8 (3, h, w), as an RGB image of PIL."""
+    # torch brings the channels of a pixel together several times faster than PIL.
+    return Image.fromarray(crop.movedim(0, -1).contiguous().numpy())
+
+
+def as_bytes(picture: Image.Image) -> Tensor:
+    """An RGB image of PIL as uint8 (3, h, w)."""
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
 
 def crop_bytes(
@@ -33,7 +47,7 @@ def crop_bytes(
     is_whole = is_inside and all(edge == int(edge) for edge in (left, top, right, bottom))
     if not is_whole:  # its edges lie within pixels
         crop = dk.crop_views(image / 255, view, size, interpolation=interpolation)
-        return _as_bytes(crop * 255)
+        return _rounded_bytes(crop * 255)
 
     pixels = image[None, :, int(top) : int(bottom), int(left) : int(right)]
     sides = (size, size) if isinstance(size, int) else size
@@ -41,7 +55,7 @@ def crop_bytes(
     if interpolation == "bilinear":
         crop = resize(pixels)[0]
     else:  # bytes would be clipped between the two passes, where bicubic overshoots
-        crop = _as_bytes(resize(pixels.float())[0])
+        crop = _rounded_bytes(resize(pixels.float())[0])
 
     if view.flip:
         crop = crop.flip(-1)
@@ -50,6 +64,24 @@ def crop_bytes(
     return crop
 
 
-def _as_bytes(pixels: Tensor) -> Tensor:
+def crop_floats(inside: Tensor, flip: Tensor, size: int) -> Tensor:
+    """The part of an image in the box of a view, resized and flipped: as `dk.crop_views`.
+
+    Args:
+        inside: All pixels of the box and no others, float (c, h, w).
+        flip: Whether the view is mirrored left to right.
+        size: Side of the crop in pixels.
+
+    Returns:
+        The crop, float (c, size, size).
+    """
+    sides = (size, size)
+    crop = inside
+    if inside.shape[-2:] != sides:
+        crop = nn.functional.interpolate(inside[None], sides, mode="bilinear", antialias=True)[0]
+    return crop.flip(-1) if flip else crop
+
+
+def _rounded_bytes(pixels: Tensor) -> Tensor:
     """Gray levels 0 ... 255 as uint8, rounded."""
     return pixels.round().clamp(0, 255).byte()

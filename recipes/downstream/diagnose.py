@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import make_grid
 import densekit as dk
+from downstream import bands
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
 from downstream.protocols import Features, main_class, split_interval
@@ -76,7 +77,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 class TwoViews(NamedTuple):
     """Two augmented views of an image."""
 
-    crops: Tensor  # uint8 (2, 3, h, w)
+    crops: Tensor  # uint8 (2, 3, h, w); of bands, float (2, c, h, w)
     views: dk.View  # of both, (2,)
     boxes: Tensor  # (2, 4): one object in the frame of each view
     has_object: bool  # whether both views contain it
@@ -129,9 +130,10 @@ class PatchViews:
         crops = []
         with harness.seeded(3, row):
             for view in dk.unstack_views(views):
-                crop = dk.crop_views(image / 255, view, self.size)
-                crop = (crop * 255).round().clamp(0, 255).byte()
-                crops.append(self.colors(crop) if len(crop) == 3 else crop)
+                crop = dk.crop_views(bands.in_unit(image), view, self.size)
+                if image.dtype == torch.uint8:  # the colors of bands stay as they are
+                    crop = self.colors((crop * 255).round().clamp(0, 255).byte())
+                crops.append(crop)
         return TwoViews(torch.stack(crops), views, seen.boxes[:, 0], bool(seen.valid.all()))
 
 
@@ -162,7 +164,7 @@ def patches(
     found = []  # of each image: cells found, by chance, and all; on the diagonal, objects
     affinity = []
     for batch in load(source, config, title, own, silent=not shards.is_main):
-        crops = torch.stack([x.crops for x in batch]).to(device_of(encoder)) / 255
+        crops = bands.in_unit(torch.stack([x.crops for x in batch]).to(device_of(encoder)))
         levels1 = encoder.levels(crops[:, 0])
         levels2 = encoder.levels(crops[:, 1])
         views = dk.stack_views([x.views for x in batch])
@@ -256,7 +258,7 @@ def similarity_iou(
     curves = []
     title = f"{encoder.name} similarity-iou"
     for batch in load(WithBoxes(samples), config, title, own, silent=not shards.is_main):
-        images = torch.stack([x.image for x in batch]).to(device_of(encoder)) / 255
+        images = bands.in_unit(torch.stack([x.image for x in batch]).to(device_of(encoder)))
         maps = encoder.levels(images)[level].float().cpu()
         for own_maps, sample in zip(maps, batch, strict=True):
             draws = harness.generator(4, number)
@@ -341,10 +343,10 @@ def pair_classes(classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut_first_object(sample: Any, side: int) -> Tensor:
-    """The first object of an image, resized to a square, in [0, 1]."""
+    """The first object of an image, resized to a square; a picture is in [0, 1]."""
     h, w = sample.image.shape[-2:]
     box = sample.boxes[0] * torch.tensor([w, h, w, h])
-    return dk.crop_views(sample.image / 255, dk.View(box, torch.tensor(False)), side)
+    return dk.crop_views(bands.in_unit(sample.image), dk.View(box, torch.tensor(False)), side)
 
 
 class NamedLevels(torch.nn.Module):
@@ -378,7 +380,7 @@ def health_of_split(
     def batches() -> Iterator[list]:
         title = f"{encoder.name} health"
         for batch in load(WithBoxes(samples), config, title, range(len(samples))):
-            yield [x._replace(image=x.image / 255) for x in batch]
+            yield [x._replace(image=bands.in_unit(x.image)) for x in batch]
 
     return health(encoder, batches(), config, folder)
 

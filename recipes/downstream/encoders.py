@@ -29,6 +29,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 import densekit as dk
 from downstream import weights as weight_files
+from downstream.bands import FILE_ORDER, Bands, bands_of, named
 from downstream.fields import FieldError, get, items, table, text, to_float
 
 # The architectures of the demos: a name of timm, and the options that make it small.
@@ -55,12 +56,14 @@ RESNET_LEVELS = ["layer1", "layer2", "layer3", "layer4"]  # in torchvision
 class Encoder(nn.Module):
     """A frozen network with its normalization.
 
-    It takes RGB images in [0, 1] whose sides are multiples of `stride`, or those of `own_size`.
+    It takes RGB images in [0, 1] whose sides are multiples of `stride`, or those of `own_size`;
+    or bands, as their `bands` say.
 
     Attributes:
         name: The name that the command gave.
         architecture: The name of the network in timm or torchvision, or one of TINY.
-        mean, std: Of the normalization of the input, in the order RGB.
+        mean, std: Of the normalization of the input, in the order of the channels, RGB or `bands`.
+        bands: How image files become its images; None: they are pictures.
         stride: The side of a cell of the last map, in pixels.
         strides: The same of each map of `levels`.
         own_size: The sides of the images that the network was made for.
@@ -75,6 +78,7 @@ class Encoder(nn.Module):
         self.facts = facts
         self.mean = facts.get("mean", IMAGENET_DEFAULT_MEAN)
         self.std = facts.get("std", IMAGENET_DEFAULT_STD)
+        self.bands = bands_of(facts)
         self.by_timm = hasattr(network, "forward_intermediates")
         self.eval().requires_grad_(requires_grad=False)
 
@@ -87,9 +91,10 @@ class Encoder(nn.Module):
 
         A network without padding has fewer cells than its stride says, so one size is not enough.
         """
+        channels = len(self.mean)
         height, width = self.own_size
         try:
-            maps = self.levels(torch.zeros(1, 3, height, width, device=device_of(self)))
+            maps = self.levels(torch.zeros(1, channels, height, width, device=device_of(self)))
         except Exception as error:  # a network of timm that has no maps raises nearly anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise harness.UserError(f"{self.name} gives no feature maps: {reason}.") from error
@@ -100,7 +105,8 @@ class Encoder(nn.Module):
         if is_vit(self.network):
             return [max(1, width // x) for x in columns]
         try:
-            wide = torch.zeros(1, 3, min(height, 96), width + 256, device=device_of(self))
+            sides = (min(height, 96), width + 256)
+            wide = torch.zeros(1, channels, *sides, device=device_of(self))
             wider = self.levels(wide)
             more = [x.shape[-1] for x in wider]
         except Exception:  # a network that takes images of one size
@@ -114,7 +120,7 @@ class Encoder(nn.Module):
         if any(side % self.stride for side in size):
             return f"takes multiples of {self.stride}"
         try:
-            probe = torch.zeros(1, 3, *size, device=device_of(self))
+            probe = torch.zeros(1, len(self.mean), *size, device=device_of(self))
             maps = self.levels(probe)
         except Exception:  # a window or a table of positions that does not fit
             height, width = self.own_size
@@ -237,9 +243,10 @@ def check_maps(config: Any, option: str, side: int, *, levels: int = 1) -> None:
 
 def check_side(option: str, side: int, network: Any, architecture: str) -> None:
     """A UserError, unless whole patches of a ViT fit into a square view."""
-    if not is_vit(network):
+    size = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not is_vit(network) or size is None:
         return
-    patch = network.patch_embed.patch_size[0]
+    patch = size if isinstance(size, int) else size[0]
     below = side // patch * patch
     nearest = f"{below} or {below + patch}" if below else f"{patch}"
     harness.check(
@@ -267,24 +274,24 @@ def last_map(network: Any, images: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def unused_weights(network: Any, levels: int) -> set[str]:
+def unused_weights(network: Any, levels: int, channels: int = 3) -> set[str]:
     """The names of the weights that the maps of the last levels do not need."""
     probe = copy.deepcopy(network).to("meta").requires_grad_()
     height, width = network.pretrained_cfg["input_size"][1:]
-    maps = level_maps(probe, torch.zeros(2, 3, height, width, device="meta"), levels)
+    maps = level_maps(probe, torch.zeros(2, channels, height, width, device="meta"), levels)
     names, weights = zip(*probe.named_parameters(), strict=True)
     total = sum(x.sum() for x in maps)
     gradients = torch.autograd.grad(total, weights, allow_unused=True)
     return {name for name, x in zip(names, gradients, strict=True) if x is None}
 
 
-def drop_head(network: Any) -> None:
+def drop_head(network: Any, channels: int = 3) -> None:
     """Remove the parts that no map of the last four levels needs.
 
     Without its classes ConvNeXt keeps `head.norm`, and EfficientNet its last convolution. Their
     weights would get no gradient, and DistributedDataParallel would wait for them for ever.
     """
-    unused = unused_weights(network, levels=4)
+    unused = unused_weights(network, levels=4, channels=channels)
     for part, module in network.named_children():
         own = {f"{part}.{name}" for name, _ in module.named_parameters()}
         if own and own <= unused:
@@ -384,11 +391,18 @@ def replace_drop_paths(encoder: nn.Module) -> list[DropPath]:
 
 
 # ---- loading -------------------------------------------------------------------------------------
-def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **more: Any) -> Any:
+def build(
+    architecture: str,
+    *,
+    pretrained: bool = False,
+    levels: int = 4,
+    channels: int = 3,
+    **more: Any,
+) -> Any:
     """A network of timm without its head, with the options that our recipes give it, and `more`.
 
     `level_maps` gives its feature maps. Its own `forward` may need the head, so do not call it.
-    What the maps of the last `levels` do not need is not trained.
+    What the maps of the last `levels` do not need is not trained. Its images have `channels`.
     """
     name, options = TINY.get(architecture, (str(architecture), {}))
     options = {**options, **more}
@@ -399,12 +413,14 @@ def build(architecture: str, *, pretrained: bool = False, levels: int = 4, **mor
     home = timm.models.model_entrypoint(name).__module__
     if home in ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"):
         options = {**options, "dynamic_img_size": True}
+    if channels != 3:
+        options = {**options, "in_chans": channels}
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         if hasattr(network, "forward_intermediates"):
-            drop_head(network)
+            drop_head(network, channels)
             # A few networks, such as HRNet, have weights that only other maps need.
-            for unused in unused_weights(network, levels):
+            for unused in unused_weights(network, levels, channels):
                 network.get_parameter(unused).requires_grad_(requires_grad=False)
     except Exception as error:  # a wrong tag, a download or a file raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -430,6 +446,11 @@ class Start(NamedTuple):
     def std(self) -> tuple[float, ...]:
         """The standard deviation of each color that the weights are used to."""
         return tuple(self.facts["std"])
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images."""
+        return len(self.facts["mean"])
 
     def side_car(self) -> dict[str, Any]:
         """What the side-car of an encoder tells that starts from here: see `save_encoder`."""
@@ -479,7 +500,19 @@ def read_start(config: Any) -> Start:
     """What the network of a training recipe starts from: its --weights, or its --arch at random."""
     if config.weights is None:
         return Start("random", config.arch, None, IMAGENET)
-    return find_start(config.weights, config.arch)
+    start = find_start(config.weights, config.arch)
+    check_pictures(start)
+    return start
+
+
+def check_pictures(start: Any) -> None:
+    """A UserError where a start, or an encoder, is for other images than a recipe reads."""
+    told = bands_of(start.facts)
+    if told is not None:
+        raise harness.UserError(
+            f"{start.name} takes images of {named(told.channels)} as stored, and this recipe reads "
+            "RGB pictures: give it to adapt.py, evaluate.py or export.py."
+        )
 
 
 def find_start(name: str, arch: str | None = None) -> Start:
@@ -512,7 +545,7 @@ def find_start(name: str, arch: str | None = None) -> Start:
 
 def build_start(start: Start, *, levels: int = 4, **more: Any) -> Any:
     """A network of timm that starts from given weights; see `build` for the other arguments."""
-    network = build(start.architecture, levels=levels, **more)
+    network = build(start.architecture, levels=levels, channels=start.channels, **more)
     if start.weights is not None:
         network.load_state_dict(start.weights)
     return network
@@ -594,7 +627,7 @@ def fit(
         name: What the command calls them; by default the source.
     """
     with harness.seeded(0):
-        network = build(architecture)
+        network = build(architecture, channels=len(facts["mean"]))
     try:
         fitted = weight_files.fit(tensors, network)
     except harness.UserError as error:
@@ -607,6 +640,64 @@ def fit(
         if is_main:
             harness.say(f"{source}: {len(fitted.unmatched)} tensors are not used: {unused}.")
     return Start(name or source, architecture, fitted.tensors, {"method": name or source, **facts})
+
+
+def change_channels(start: Start, bands: Bands, how: str | None, *, seed: int = 0) -> Start:
+    """A start for images of bands, whose mean and standard deviation count from now on.
+
+    Args:
+        start: Of any images.
+        bands: The images.
+        how: --channel-init, which has to be given where the number of channels changes.
+        seed: Of what is drawn.
+    """
+    facts = {**start.facts, **bands.side_car()}
+    old = start.channels
+    if start.weights is None or old == bands.channels:
+        return start._replace(facts=facts)
+    count = named(bands.channels)
+    if how is None:
+        raise harness.UserError(
+            f"The images have {count}, and {start.name} takes {old}: give --channel-init mean, "
+            "zero or random, what the new channels start from."
+        )
+    with harness.seeded(0):
+        network = build(start.architecture, channels=bands.channels)
+    try:
+        weights = weight_files.change_channels(
+            start.weights, network.state_dict(), old, bands.channels, how, seed=seed
+        )
+    except harness.UserError as error:
+        raise harness.UserError(f"{start.architecture} takes no {count}: {error}.") from error
+    return start._replace(weights=weights, facts={**facts, "channel_init": how})
+
+
+def for_pictures(
+    start: Start,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    how: str | None,
+    *,
+    seed: int = 0,
+) -> Start:
+    """A start for RGB pictures, with another mean and standard deviation where they are given."""
+    for option, values in (("--mean", mean), ("--std", std)):
+        harness.check(
+            values is None or len(values) == 3,
+            f"{option} is {harness.as_typed(values)}: give three numbers, since the images are "
+            "RGB pictures.",
+        )
+    told = bands_of(start.facts)
+    if told is not None:
+        pictures = Bands(3, (0.0, 255.0), False, IMAGENET["mean"], IMAGENET["std"])
+        start = change_channels(start, pictures, how, seed=seed)
+        start = start._replace(facts={**start.facts, "color_order": "RGB"})
+    facts = dict(start.facts)
+    if mean is not None:
+        facts["mean"] = mean
+    if std is not None:
+        facts["std"] = std
+    return start._replace(facts=facts)
 
 
 def check_weights(source: str, weights: dict[str, Tensor]) -> None:
@@ -725,17 +816,40 @@ def read_checkpoint(path: Path) -> Start:
         reason = f"{type(error).__name__}: {error}"
         raise harness.UserError(f"{path} and {side_car.name} cannot be read ({reason}).") from error
 
-    if len(mean) != 3:
-        raise harness.UserError(f"{side_car} has mean {facts['mean']}: three numbers are needed.")
+    count = facts.get("channels", 3)
+    if len(mean) != count:
+        needed = f"{numbers_of(count)} are needed"
+        raise harness.UserError(f"{side_car} has mean {facts['mean']}: {needed}.")
     if not all(math.isfinite(x) for x in (*mean, *std)):
         problem = f"mean {facts['mean']} and std {facts['std']}: finite numbers are needed"
         raise harness.UserError(f"{side_car} has {problem}.")
-    if len(std) != 3 or not min(std) > 0:
-        problem = f"std {facts['std']}: three numbers above 0 are needed"
+    if len(std) != count or not min(std) > 0:
+        problem = f"std {facts['std']}: {numbers_of(count)} above 0 are needed"
         raise harness.UserError(f"{side_car} has {problem}.")
-    if color_order != "RGB":
+    if color_order not in ("RGB", FILE_ORDER):
         raise harness.UserError(f"{side_car} has color_order {color_order}: RGB is needed.")
+    if color_order == FILE_ORDER:
+        check_range(side_car, facts)
 
     if architecture == "tiny" and "patch_embed.proj.weight" in tensors:
         architecture = "tiny-vit"  # CrOC's demo calls its ViT tiny, too
     return fit(str(path), architecture, tensors, {**facts, "mean": mean, "std": std})
+
+
+def numbers_of(count: int) -> str:
+    return "three numbers" if count == 3 else f"{count} numbers"
+
+
+def check_range(side_car: Path, facts: dict[str, Any]) -> None:
+    """A UserError where the side-car of an encoder of bands tells no range of values."""
+    limits: Any = facts.get("value_range")
+    is_pair = isinstance(limits, list) and len(limits) == 2
+    are_numbers = is_pair and all(isinstance(x, (int, float)) for x in limits)
+    if not are_numbers or not -math.inf < limits[0] < limits[1] < math.inf:
+        raise harness.UserError(
+            f"{side_car} has value_range {limits}: two numbers are needed, the lower first."
+        )
+    if not isinstance(facts.get("clip"), bool):
+        raise harness.UserError(
+            f"{side_car} has clip {facts.get('clip')}: true or false is needed."
+        )

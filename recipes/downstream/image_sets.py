@@ -16,12 +16,15 @@ import harness
 import torch
 from harness import UserError
 from torch import Tensor
+from downstream import bands
 from downstream.davis import Video, open_videos
 from downstream.label_files import (
     UnknownNameError,
     read_frame,
     read_list,
     read_mask,
+    reading,
+    upright_size,
 )
 from downstream.layouts import LAYOUTS, open_set
 from downstream.records import IGNORED, LabeledObject, LabeledSet, clip_box, has_area, image_size
@@ -41,7 +44,7 @@ __all__ = [
 
 
 class Labeled(NamedTuple):
-    image: Tensor  # uint8 (3, H, W), upright RGB
+    image: Tensor  # uint8 (3, H, W), upright RGB; of bands, float (c, H, W)
     labels: Tensor | None  # (H, W), the class of each pixel, or `ignored`; None: no map
     boxes: Tensor  # float32 (n, 4), x0 y0 x1 y1 in pixels, half-open
     box_classes: Tensor  # int64 (n,)
@@ -66,6 +69,7 @@ class ImageSet:
         images: The file of each image, or the image itself, by its name.
         labels: The file of each label map, by the name of the image; None where there is none.
         value_range: Of the values of images whose file does not tell it.
+        bands: How image files become images; None: they are pictures.
     """
 
     def __init__(self, found: LabeledSet):
@@ -79,6 +83,7 @@ class ImageSet:
         self.images = {record.name: record.image for record in found.records}
         self.labels = {record.name: record.label_file for record in found.records}
         self.value_range: tuple[float, float] | None = None
+        self.bands: bands.Bands | None = None
         self.numbers: dict[str, list[int]] | None = None  # by name, once `find` needs them
 
         self.label_type = torch.uint8
@@ -114,14 +119,33 @@ class ImageSet:
     def read_image(self, index: int) -> Tensor:
         """The image alone."""
         source = self.records[index].image
+        if self.bands is not None:
+            return self.read_bands(source, self.bands)
         return source if isinstance(source, Tensor) else read_frame(source, self.value_range)
+
+    def read_bands(self, source: Path | Tensor, wanted: bands.Bands) -> Tensor:
+        """An image with all channels, float (c, H, W)."""
+        if isinstance(source, Tensor):
+            raise UserError(
+                f"Scenes are RGB pictures, and the encoder takes {wanted.channels} channels as "
+                "stored: name a labeled set."
+            )
+        with reading(source):
+            return bands.read_floats(source, wanted)
+
+    def size_in_file(self, index: int) -> Sequence[int]:
+        """Height and width, as the image says: no pixel is decoded."""
+        source = self.records[index].image
+        if self.bands is None or isinstance(source, Tensor):
+            return image_size(source)
+        return upright_size(source, self.bands.channels)
 
     def read_labels(self, index: int) -> Tensor | None:
         """The label map alone; None where the image has none. No pixel of the image is decoded."""
         record = self.records[index]
         if record.label_map is None:
             return None
-        return self.draw_labels(index, image_size(record.image))
+        return self.draw_labels(index, self.size_in_file(index))
 
     def draw_labels(self, index: int, image_size: Sequence[int]) -> Tensor | None:
         """The label map of an image of this size; None where it has none."""
@@ -171,7 +195,7 @@ class ImageSet:
         record = self.records[index]
         if record.size is not None or not record.objects:  # without objects none is needed
             return record.size or (0, 0)
-        return image_size(record.image)
+        return self.size_in_file(index)
 
     def objects_in_image(self, index: int, image_size: Sequence[int]) -> list[LabeledObject]:
         """The objects whose boxes have an area in the image."""

@@ -16,6 +16,7 @@ import torch
 from harness import UserError
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
+from downstream import bands
 
 GRAY_MODES = ("L", "P", "1", "I", "I;16", "I;16B")
 
@@ -41,11 +42,15 @@ def read_frame(path: Path, value_range: tuple[float, float] | None = None) -> Te
         return harness.read_image(path, value_range)
 
 
-def upright_size(path: Path) -> tuple[int, int]:
+def upright_size(path: Path, channels: int | None = None) -> tuple[int, int]:
     """The height and the width of an image, upright, from its header: no pixel is decoded.
 
     A PNG that says more behind its pixels is the exception, since that may be its orientation.
+    An array has `channels`, if they are known.
     """
+    if path.suffix.lower() in bands.ARRAYS or (channels and path.suffix.lower() in bands.TIFF):
+        with reading(path):
+            return bands.image_size(path, channels)
     with reading(path), Image.open(path) as file:
         width, height = file.size
         if isinstance(file, TiffImagePlugin.TiffImageFile):
@@ -148,9 +153,18 @@ def translate(ids: Tensor, table: dict[int, int], where: Any) -> Tensor:
 
 # ---- names of files ------------------------------------------------------------------------------
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted, no hidden ones."""
+    """The image files of a folder, sorted, no hidden ones.
+
+    An array (npy) beside a picture of the same name belongs to it, and is no image.
+    """
     paths = sorted(folder.glob("[!.]*.*"))
-    return [path for path in paths if path.suffix.lower() in harness.EXTENSIONS and path.is_file()]
+    files = [path for path in paths if path.suffix.lower() in bands.EXTENSIONS and path.is_file()]
+    pictures = {path.stem for path in files if path.suffix.lower() in harness.EXTENSIONS}
+    return [
+        path
+        for path in files
+        if path.suffix.lower() in harness.EXTENSIONS or path.stem not in pictures
+    ]
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
@@ -198,7 +212,7 @@ class ImageFolder:
             files = self.same_stem(wanted.parent, stem)
             if files and (stem == wanted.name or wanted in files):
                 return by_stem(files)[stem]
-        is_file_name = wanted.suffix.lower() in harness.EXTENSIONS
+        is_file_name = wanted.suffix.lower() in bands.EXTENSIONS
         return wanted if is_file_name else wanted.with_name(f"{wanted.name}.jpg")
 
 

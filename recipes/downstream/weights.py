@@ -276,18 +276,22 @@ def read_lite0() -> dict[str, Tensor]:
 
 
 # ---- channels ------------------------------------------------------------------------------------
-def first_convolution(weights: dict[str, Tensor]) -> str:
-    """The name of the weights that take the image: the first ones of a convolution."""
-    return next(name for name, x in weights.items() if x.ndim == 4)
-
-
 def change_channels(
-    weights: dict[str, Tensor], channels: int, how: ChannelInit, *, seed: int = 0
+    weights: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    old: int,
+    channels: int,
+    how: ChannelInit,
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """The weights of a network whose images have another number of channels.
 
     Args:
         weights: Of the network.
+        wanted: Weights in the new shapes, whose values do not count. What differs in shape takes
+            the image: the first convolution, and in a few networks several.
+        old: The channels of the images until now.
         channels: Of the images.
         how: What a new channel starts from. "mean" gives each channel the mean of the old ones,
             scaled so that an image of equal channels has the same features as before. "zero" keeps
@@ -295,17 +299,22 @@ def change_channels(
             of them, with the spread of the old ones.
         seed: Of "random".
     """
-    name = first_convolution(weights)
-    old = weights[name]
-    count = old.shape[1]
-    shape = (old.shape[0], channels, *old.shape[2:])
-    if how == "mean":
-        new = old.mean(1, keepdim=True).expand(shape) * (count / channels)
-    elif how == "zero":
-        kept = min(count, channels)
-        new = old.new_zeros(shape)
-        new[:, :kept] = old[:, :kept]
-    else:
-        spread = old.std() * (count / channels) ** 0.5
-        new = torch.randn(shape, generator=harness.generator(seed)).to(old) * spread
-    return weights | {name: new.contiguous()}
+    changed = dict(weights)
+    draws = harness.generator(seed)
+    for name, x in weights.items():
+        if wanted[name].shape == x.shape:
+            continue
+        is_known = x.ndim == 4 and x.shape[1] == old and wanted[name].shape[1] == channels
+        harness.check(is_known, f"its {name} is no convolution of the image")
+        shape = wanted[name].shape
+        if how == "mean":
+            new = x.mean(1, keepdim=True).expand(shape) * (old / channels)
+        elif how == "zero":
+            kept = min(old, channels)
+            new = x.new_zeros(shape)
+            new[:, :kept] = x[:, :kept]
+        else:
+            spread = x.std() * (old / channels) ** 0.5
+            new = torch.randn(shape, generator=draws).to(x) * spread
+        changed[name] = new.contiguous()
+    return changed

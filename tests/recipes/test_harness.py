@@ -1120,6 +1120,24 @@ def test_the_noise_of_an_image_does_not_depend_on_the_others(seed, step, order):
     assert harness.noise(seeds, (0, 2)).shape == (6, 0, 2)
 
 
+def test_several_streams_of_noise_are_those_of_each_alone():
+    seeds = harness.image_seeds(1, 2, torch.arange(3))
+    shapes = {4: (2, 3), 0: (), 7: (0, 2), 1: (5,)}
+    for stream, numbers in harness.noises(seeds, shapes).items():
+        assert torch.equal(numbers, harness.noise(seeds, shapes[stream], stream))
+        assert numbers.shape == (3, *shapes[stream])
+
+
+@given(st.integers(0, 100))
+def test_the_keys_of_a_bank_that_is_loaded_have_length_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(6, 8, generator=generator) * 10 ** torch.linspace(-3, 3, 6)[:, None]
+    of_old_run = dk.push_to_bank(dk.init_bank(8, 8), keys).features
+    unit = dk.push_to_bank(dk.init_bank(8, 8), dk.l2_normalize(keys)).features
+    torch.testing.assert_close(harness.unit_rows(of_old_run), unit)
+    assert torch.equal(harness.unit_rows(unit), unit)  # bit by bit
+
+
 def test_neighbors_in_every_part_of_the_key_have_independent_uniform_noise():
     n = 40_000
     few = torch.arange(200)

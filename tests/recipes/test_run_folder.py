@@ -501,7 +501,7 @@ def test_whatever_is_written_to_a_run_folder_may_fail(tmp_path, place):
             (folder / "unreadable.txt").mkdir()
             run.note_unreadable(["a.png: broken"])
         elif place == "other":
-            torch.save(torch.zeros(1), "/dev/full")
+            torch.save(torch.zeros(100_000), "/dev/full")
         else:
             (tmp_path / "nowhere").read_bytes()
 
