@@ -38,6 +38,7 @@ class Colors(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         self.seen = []
+        self.bands = None
 
     def levels(self, images, *, stem=False):
         self.seen.append(images.clone())
