@@ -153,7 +153,9 @@ class ImageSet:
         if record.label_map is None:
             return None
         size = list(image_size)
-        of_labels = list(record.size or size)
+        of_labels = size
+        if record.label_file is not None and record.label_file.suffix.lower() == ".json":
+            of_labels = list(record.size or size)  # the map is drawn from the JSON, at its size
         if of_labels == size:  # a map of another size may be huge, and is not drawn
             numbers = record.label_map(IGNORED)
             of_labels = list(numbers.shape)
