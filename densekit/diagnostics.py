@@ -406,15 +406,16 @@ def layer_bias(
     model: torch.nn.Module,
     objects: Float[Tensor, "n c h w"],
     layers: Sequence[str],
+    neighbors: Float[Tensor, "n c h w"] | None = None,
     *,
     patch: int | None = None,
     chunk: int = 64,
 ) -> LayerBias:
     """Measure the coupling rate and the positional bias of each layer, over pictures of objects.
 
-    The neighbor of each object is the next object. The model must be in evaluation mode and
-    normalize its input itself, so that 0 is black: use `torch.nn.Sequential(normalize, encoder)`,
-    with layer names such as `"1.layer4"`.
+    The neighbor of each object is the next object, unless `neighbors` are given. The model must be
+    in evaluation mode and normalize its input itself, so that 0 is black: use
+    `torch.nn.Sequential(normalize, encoder)`, with layer names such as `"1.layer4"`.
 
     Args:
         model: The model; it is called with images alone.
@@ -423,6 +424,7 @@ def layer_bias(
             multiple of the stride of the deepest layer; otherwise the nine pictures lie differently
             on its cells.
         layers: Names of modules, as in `layer_features`.
+        neighbors: The object B beside each object, which should be of another class.
         patch: Side of a ViT's patches in pixels, as in `layer_features`.
         chunk: Number of objects that are measured at a time, which bounds the memory.
 
@@ -446,9 +448,10 @@ def layer_bias(
     check("diagnostics.layer_bias", "the number of objects", count, count >= 2, "2 or more")
     check("diagnostics.layer_bias", "chunk", chunk, chunk >= 1, "1 or more")
 
+    others = objects.roll(1, 0) if neighbors is None else neighbors
     rates = []
     cosines = []
-    for own, other in zip(objects.split(chunk), objects.roll(1, 0).split(chunk), strict=True):
+    for own, other in zip(objects.split(chunk), others.split(chunk), strict=True):
         made = coupling_images(own, other)
         together = layer_features(model, made.together, layers, patch=patch).values()
         alone = layer_features(model, made.alone, layers, patch=patch).values()

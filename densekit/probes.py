@@ -284,8 +284,9 @@ def train_linear_probe(
         check("probes.train_linear_probe", name, number, number >= 1, "1 or more")
     check_cells("probes.train_linear_probe", "a map", (h, w))
     x = features.detach()
-    y = labels.long()
-    y = torch.where(_counted(y, classes, ignore), y, _IGNORE)
+    small = torch.int16 if classes <= 2**15 else torch.int64  # the labels of a large set are many
+    counted = _counted(labels, classes, ignore)
+    y = torch.where(counted, torch.where(counted, labels, 0).to(small), _IGNORE)
     y, used, mean, scale = _standardize(x, y)
     steps = epochs * -(-len(x) // batch)
     step = 0
@@ -300,9 +301,10 @@ def train_linear_probe(
                 optimizer.param_groups[0]["lr"] = cosine_schedule(step, steps, start=lr)
                 maps = torch.where(used[rows], (x[rows].float() - mean) * scale, 0.0)
                 scores = _resize(_scores(maps, weight, bias), y.shape[-2:])
-                counted = (y[rows] != _IGNORE).sum().clamp(min=1)
+                target = y[rows].long()
+                counted = (target != _IGNORE).sum().clamp(min=1)
                 loss = torch.nn.functional.cross_entropy(
-                    scores, y[rows], ignore_index=_IGNORE, reduction="sum"
+                    scores, target, ignore_index=_IGNORE, reduction="sum"
                 )
 
                 optimizer.zero_grad()
@@ -312,9 +314,11 @@ def train_linear_probe(
         weight = weight.detach() * scale[:, :, 0]
         bias = bias.detach() - mean[:, 0, 0] @ weight
 
-    counted = (y != _IGNORE).flatten()
     counts = torch.zeros(classes, dtype=torch.long, device=y.device)
-    counts = counts.scatter_add(0, torch.where(counted, y.flatten(), 0), counted.long())
+    for target in y.split(block_rows(max(1, y[0].numel()))):
+        row = target.flatten().long()
+        known = row != _IGNORE
+        counts = counts.scatter_add(0, torch.where(known, row, 0), known.long())
     return LinearProbe(weight, bias, counts.float() / counts.sum().clamp(min=1))
 
 
@@ -322,21 +326,24 @@ def train_linear_probe(
 def fit_svm(
     features: Float[Tensor, "n d"],
     targets: Bool[Tensor, "n classes"],
+    weights: Float[Tensor, "n classes"] | None = None,
     *,
     cost: float = 1.0,
     iterations: int = 200,
 ) -> LinearProbe:
     r"""Fit a linear support vector machine for each class, against all other classes.
 
-    `min ||w||^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2`, where y is 1 if the image contains
-    the class and -1 otherwise. The norm includes the offset b, as in LIBLINEAR. An image may
-    contain several classes. `average_precision` computes the score. The features are held in
-    float64.
+    `min ||w||^2 / 2 + C sum_i a_i max(0, 1 - y_i (w x_i + b))^2`, where y is 1 if the image
+    contains the class and -1 otherwise, and a is the weight of the image for this class. The norm
+    includes the offset b, as in LIBLINEAR. An image may contain several classes.
+    `average_precision` computes the score. The features are held in float64.
 
     Args:
         features: Frozen features, one row for each image. Bring them to one scale, for example by
             `l2_normalize`, because the cost depends on it. A row that is not finite is left out.
         targets: True where the image contains the class.
+        weights: Weight of each image for each class, 0 or more; by default 1. A weight of 0 leaves
+            the image out for this class, such as one where the class is uncertain.
         cost: C, the weight of violated margins.
         iterations: Largest number of L-BFGS steps; the optimization stops earlier when it has
             converged.
@@ -362,6 +369,8 @@ def fit_svm(
         x = torch.where(used, features.detach(), 0.0).double()
         x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         sign = targets.double() * 2 - 1
+        share = torch.ones_like(sign) if weights is None else weights.detach().double()
+        share = torch.where(used, share, 0.0)
         weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS(
             [weight],
@@ -374,15 +383,16 @@ def fit_svm(
 
         def objective() -> Tensor:
             optimizer.zero_grad()
-            slack = torch.where(used, (1 - sign * (x @ weight)).clamp(min=0), 0.0)
-            value = weight.square().sum() / 2 + cost * slack.square().sum()
+            slack = (1 - sign * (x @ weight)).clamp(min=0)
+            value = weight.square().sum() / 2 + cost * (share * slack.square()).sum()
             value.backward()
             return value
 
         if weight.numel():
             optimizer.step(objective)
     fitted = weight.detach().float()
-    prior = (targets & used).float().sum(0) / used.sum().clamp(min=1)
+    counted = share > 0
+    prior = (targets & counted).float().sum(0) / counted.sum(0).clamp(min=1)
     return LinearProbe(fitted[:-1], fitted[-1], prior)
 
 

@@ -1098,7 +1098,7 @@ def score(encoder: Any, start: Any, config: Config) -> dict[str, Tensor]:
     scored.to(encoders.device_of(encoder))
     scoring.check_size(scored, options)
     evaluation = scoring.Evaluation(scored, scoring.open_samples(options), None, options, seed=0)
-    fit, test = evaluation.features(disturb=False)
+    fit, test = evaluation.features()
     counts = {}
     for name, protocol in SCORES.items():
         repeats = CLUSTERINGS if name == "kmeans" else 1

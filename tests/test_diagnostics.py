@@ -384,6 +384,8 @@ def test_the_bias_of_layers_is_that_of_their_maps(generator, n):
             cosines[k, i] = mean_cosine_similarity(layer(objects[i, None].repeat(1, 1, 3, 3))[0])
     torch.testing.assert_close(got.coupling_rate, rates.mean(1))
     torch.testing.assert_close(got.mean_cosine, cosines.mean(1))
+    said = layer_bias(net, objects, ["block", "stem"], objects.roll(1, 0))
+    torch.testing.assert_close([*said], [*got])
 
 
 def test_zero_padding_and_a_wide_kernel_show_as_bias():

@@ -514,6 +514,24 @@ def test_a_row_that_is_not_finite_is_left_out_of_the_svm(case, generator):
     torch.testing.assert_close([*got], [*want], rtol=1e-4, atol=1e-4)
 
 
+@given(images_with_classes(), generators())
+def test_a_weight_counts_an_image_as_often_as_it_says(case, generator):
+    features, targets, cost = case
+    times = torch.randint(0, 3, (len(features),), generator=generator)
+    weights = times.float()[:, None].expand(targets.shape).contiguous()
+    got = fit_svm(features, targets, weights, cost=cost)
+    want = fit_svm(
+        features.repeat_interleave(times, 0), targets.repeat_interleave(times, 0), cost=cost
+    )
+    torch.testing.assert_close([*got][:2], [*want][:2], rtol=1e-4, atol=1e-4)
+    none = torch.zeros_like(weights)
+    none[:, 0] = 1
+    one = fit_svm(features, targets, none, cost=cost)
+    alone = fit_svm(features, targets[:, :1], cost=cost)
+    torch.testing.assert_close(one.weight[:, :1], alone.weight, rtol=1e-4, atol=1e-4)
+    assert not one.weight[:, 1:].any()
+
+
 def test_the_svm_of_nothing_is_finite_and_of_one_kind_sure():
     rows = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     for targets, side in ((torch.ones(5, 2), 1), (torch.zeros(5, 2), -1)):

@@ -332,6 +332,11 @@ def more_than_picture(path: Path) -> int:
     return channels if suffix in ARRAYS or channels not in (1, 3, 4) else 0
 
 
+def in_unit(images: Tensor) -> Tensor:
+    """Pictures of 8 bits in [0, 1]; images of bands as they are."""
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
 def to_pictures(images: Tensor) -> Tensor:
     """Images (..., c, h, w) as RGB pictures to look at, in [0, 1], stretched over all of them.
 

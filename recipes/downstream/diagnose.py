@@ -1,27 +1,58 @@
 """The diagnostics of evaluate.py: figures of one encoder on the images of one split.
 
-This module is no command. Each function takes the encoder, batches of samples (an image, and its
-boxes in [0, 1]), the configuration, and the folder for its picture. `DIAGNOSTICS` has them by name;
-`retrieval` stands alone, because it takes the features of the split.
+This module is no command. Each function takes the encoder, the samples of the split, what loads
+them in batches, the configuration, the folder for its picture, and the processes that share the
+images out. `DIAGNOSTICS` has them by name; `retrieval` stands alone, because it takes the features
+of the split.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from PIL.ImageFilter import GaussianBlur
 from torch import Tensor
+from torchvision.transforms import v2 as transforms
 from torchvision.utils import make_grid
 import densekit as dk
+from downstream import bands
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
-from downstream.protocols import Features, main_class
+from downstream.protocols import Features, main_class, split_interval
+from downstream.shards import Shards
 
 IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a box and its copies
-PATCHES = 49  # of a view: 7 x 7
+STRIDE = 16  # of the level C4, which DUPR's figures are of
+ROI = 14  # bins of the box whose affinity is drawn, along each axis
+TEMPERATURE = 0.001  # of the affinity
+ATTEMPTS = 10  # to draw two views that both contain a box
+OBJECTS = 256  # at most, of which the coupling is measured
+
+
+def level_of_figures(encoder: Encoder, config: Any) -> int:
+    """The level that DUPR's figures are of: that of --level, or else C4, as an index.
+
+    C4 is the last level whose cells are 16 pixels wide or less.
+    """
+    if config.level:
+        return config.level - 1
+    fine = [number for number, stride in enumerate(encoder.strides) if stride <= STRIDE]
+    return fine[-1] if fine else 0
+
+
+class WithBoxes:
+    """The images of a split with their boxes, as a DataLoader reads them."""
+
+    def __init__(self, samples: Any):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples.read(index, frozenset({"objects"}))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -42,59 +73,203 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ---- diagnostics of batches ----------------------------------------------------------------------
+# ---- patches of two views ------------------------------------------------------------------------
+class TwoViews(NamedTuple):
+    """Two augmented views of an image."""
+
+    crops: Tensor  # uint8 (2, 3, h, w); of bands, float (2, c, h, w)
+    views: dk.View  # of both, (2,)
+    boxes: Tensor  # (2, 4): one object in the frame of each view
+    has_object: bool  # whether both views contain it
+
+
+def photometric() -> transforms.Compose:
+    """MoCo v2's random changes of a crop's colors and sharpness, as in dupr.py."""
+    sigma = torch.distributions.Uniform(0.1, 2.0)
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(GaussianBlur(float(sigma.sample())))
+
+    return transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur], p=0.5),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+class PatchViews:
+    """Views of the images of a split, as MoCo v2 makes them; the same in each run."""
+
+    def __init__(self, samples: Any, size: tuple[int, int]):
+        self.samples = samples
+        self.size = size
+        self.colors = photometric()
+
+    def __getitem__(self, index: int) -> TwoViews:
+        row = self.samples.rows[index]
+        image = self.samples.images.read_image(row)
+        size = (image.shape[-2], image.shape[-1])
+        boxes, _ = self.samples.images.read_boxes(row, size)
+        if not len(boxes):
+            boxes = torch.zeros(1, 4)
+        both = boxes[:1].expand(2, 1, 4)
+
+        draws = harness.generator(3, row)
+        views = sample_views_of(size, draws)
+        seen = dk.boxes_in_view(views, both)
+        for _ in range(ATTEMPTS):
+            if seen.valid.all():
+                break
+            views = sample_views_of(size, draws)
+            seen = dk.boxes_in_view(views, both)
+
+        crops = []
+        with harness.seeded(3, row):
+            for view in dk.unstack_views(views):
+                crop = dk.crop_views(bands.in_unit(image), view, self.size)
+                if image.dtype == torch.uint8:  # the colors of bands stay as they are
+                    crop = self.colors((crop * 255).round().clamp(0, 255).byte())
+                crops.append(crop)
+        return TwoViews(torch.stack(crops), views, seen.boxes[:, 0], bool(seen.valid.all()))
+
+
+def sample_views_of(size: tuple[int, int], draws: torch.Generator) -> dk.View:
+    """Two views (2,) of an image, which overlap by a tenth or more."""
+    pair = dk.sample_view_pairs(size, min_overlap=0.1, generator=draws)
+    return dk.stack_views([pair.view1, pair.view2])
+
+
 @torch.no_grad()
-def patches(encoder: Encoder, batches: Iterable, config: Any, folder: Path) -> dict:
-    """How many patches of one view are found in another, and their affinity (DUPR, Fig 9, 10)."""
-    device = device_of(encoder)
-    own_number = torch.arange(PATCHES)
-    right = 0
-    valid_pairs = 0
-    affinity = torch.zeros(PATCHES, PATCHES)
+def patches(
+    encoder: Encoder,
+    samples: Any,
+    load: Callable,
+    config: Any,
+    folder: Path,
+    shards: Shards,
+) -> dict:
+    """How many cells of one view are found in another, and their affinity (DUPR, Fig 9, 10).
 
-    for number, batch in enumerate(batches):
-        images = torch.stack([x.image for x in batch])
-        draws = harness.generator(3, number)
-        views = dk.sample_view_pairs(config.size, (len(images),), min_overlap=0.1, generator=draws)
-        crops1 = dk.crop_views(images, views.view1, config.size)
-        crops2 = dk.crop_views(images, views.view2, config.size)
-        maps1 = encoder(crops1.to(device)).float().cpu()
-        maps2 = encoder(crops2.to(device)).float().cpu()
+    A cell is found where its nearest cell by cosine is at most one cell away from the right place.
+    The affinity is that of the bins of an object that both views contain, on the last level.
+    """
+    level = level_of_figures(encoder, config)
+    source = PatchViews(samples, config.size)
+    own = shards.part(len(samples))
+    title = f"{encoder.name} patches"
+    found = []  # of each image: cells found, by chance, and all; on the diagonal, objects
+    affinity = []
+    for batch in load(source, config, title, own, silent=not shards.is_main):
+        crops = bands.in_unit(torch.stack([x.crops for x in batch]).to(device_of(encoder)))
+        levels1 = encoder.levels(crops[:, 0])
+        levels2 = encoder.levels(crops[:, 1])
+        views = dk.stack_views([x.views for x in batch])
+        view1 = dk.index_views(views, (slice(None), 0))
+        view2 = dk.index_views(views, (slice(None), 1))
+        cells = match_cells(levels1[level].cpu(), levels2[level].cpu(), view1, view2)
 
-        pairs = dk.gridsample_pairs(maps1, maps2, views.view1, views.view2)
-        overlap = pairs.valid.all(1)
-        matches = dk.match_by_feature(pairs.features1, pairs.features2)
-        found = matches.indices2[overlap]
-        right += int((found == own_number).sum())
-        valid_pairs += int(overlap.sum())
-        matrices = dk.affinity_matrix(pairs.features1, pairs.features2, temperature=0.05)
-        affinity += matrices[overlap].sum(0)
+        boxes = torch.stack([x.boxes for x in batch])
+        has_object = torch.tensor([x.has_object for x in batch])
+        bins1 = pool_bins(levels1[-1].cpu(), boxes[:, 0], view1)
+        bins2 = pool_bins(levels2[-1].cpu(), boxes[:, 1], view2)
+        matrices = dk.affinity_matrix(bins1, bins2, temperature=TEMPERATURE)
+        matrices = torch.where(has_object[:, None, None], matrices, 0.0)
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+        found.append(torch.cat([cells, torch.stack([diagonal, has_object.float()], 1)], 1))
+        affinity.append(matrices.sum(0, keepdim=True))
 
+    states = shards.gather(torch.cat(found) if found else None)
+    matrices = shards.gather(torch.cat(affinity) if affinity else None)
+    if states is None or matrices is None:
+        return {}
     figure, axes = new_figure()
-    axes.imshow((affinity / max(1, valid_pairs)).numpy())
+    axes.imshow((matrices.sum(0) / states[:, 4].sum().clamp(min=1)).numpy())
     save_figure(figure, picture_path(folder, "affinity", encoder))
+    return patch_figures(states.double(), config)
+
+
+def patch_figures(states: Tensor, config: Any) -> dict:
+    def shares(sums: Tensor) -> Tensor:
+        right, chance, count, diagonal, objects = sums.unbind(-1)
+        count = count.clamp(min=1)
+        return torch.stack([right / count, chance / count, diagonal / objects.clamp(min=1)], -1)
+
+    draws = harness.generator(2)
+    interval = dk.bootstrap(states, shares, draws=config.draws, generator=draws)
+    figures = split_interval(interval, ("found", "chance", "diagonal"))
+    figures["chance"] = figures["chance"].value
+    if not states[:, 4].sum():
+        del figures["diagonal"]
     return {
-        "found": right / max(1, PATCHES * valid_pairs),
-        "chance": 1 / PATCHES,
-        "images": valid_pairs,
+        **figures,
+        "images": int((states[:, 2] > 0).sum()),
+        "objects": int(states[:, 4].sum()),
     }
 
 
-@torch.no_grad()
-def similarity_iou(encoder: Encoder, batches: Iterable, config: Any, folder: Path) -> dict:
-    """The cosine of a box and its moved copies, by their IoU (DUPR, Eq 8, Fig 5)."""
-    device = device_of(encoder)
-    curves = []
-    for number, batch in enumerate(batches):
-        images = torch.stack([x.image for x in batch])
-        maps = encoder(images.to(device)).float().cpu()
-        boxes = torch.nn.utils.rnn.pad_sequence([x.boxes for x in batch], batch_first=True)
-        valid = dk.boxes_valid(boxes)  # what pads has no area
-        draws = harness.generator(4, number)
-        curve = dk.similarity_iou_curve(maps, boxes, valid, ious=IOUS, generator=draws)
-        curves.append(torch.where(curve.valid, curve.similarity, torch.nan))
-    mean = torch.stack(curves).nanmean(0)
+def match_cells(maps1: Tensor, maps2: Tensor, view1: dk.View, view2: dk.View) -> Tensor:
+    """Of each image (b, 3): cells of view 1 that are found, expected by chance, and in view 2."""
+    size = maps1.shape[-2:]
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    centers = dk.grid_points(whole, (size[0], size[1]))
+    points = centers.expand(len(maps1), *centers.shape)
+    target = dk.image_to_view(view2, dk.view_to_image(view1, points))
+    is_inside = ((target >= 0) & (target <= 1)).all(-1)
 
+    rows1 = dk.map_to_rows(maps1.float())
+    rows2 = dk.map_to_rows(maps2.float())
+    nearest = dk.nearest_rows(rows1, rows2).indices[..., 0]
+    cells = torch.tensor([size[1], size[0]])  # x and y
+    is_near = ((centers - target[:, :, None]).abs() * cells <= 1).all(-1)  # (b, n, n)
+    is_right = is_near.gather(-1, nearest.clamp(min=0)[..., None])[..., 0] & (nearest >= 0)
+    chance = is_near.float().mean(-1)
+    facts = [is_right.float(), chance, torch.ones_like(chance)]
+    return torch.stack([(x * is_inside).sum(1) for x in facts], 1)
+
+
+def pool_bins(maps: Tensor, boxes: Tensor, view: dk.View) -> Tensor:
+    """The bins (b, 196, d) of a box in each view, in the order of the image."""
+    bins = dk.roi_align(maps.float(), boxes[:, None], ROI).features[:, 0]
+    bins = torch.where(view.flip[:, None, None, None], bins.flip(-1), bins)
+    return dk.map_to_rows(bins)
+
+
+# ---- boxes ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def similarity_iou(
+    encoder: Encoder,
+    samples: Any,
+    load: Callable,
+    config: Any,
+    folder: Path,
+    shards: Shards,
+) -> dict:
+    """The cosine of a box and its moved copies, by their IoU (DUPR, Eq 8, Fig 5).
+
+    It is the mean over the images, of the mean over the boxes of an image.
+    """
+    level = level_of_figures(encoder, config)
+    own = shards.part(len(samples))
+    number = own.start
+    curves = []
+    title = f"{encoder.name} similarity-iou"
+    for batch in load(WithBoxes(samples), config, title, own, silent=not shards.is_main):
+        images = bands.in_unit(torch.stack([x.image for x in batch]).to(device_of(encoder)))
+        maps = encoder.levels(images)[level].float().cpu()
+        for own_maps, sample in zip(maps, batch, strict=True):
+            draws = harness.generator(4, number)
+            curve = dk.similarity_iou_curve(own_maps, sample.boxes, ious=IOUS, generator=draws)
+            curves.append(torch.where(curve.valid, curve.similarity, torch.nan))
+            number += 1
+
+    together = shards.gather(torch.stack(curves) if curves else None)
+    if together is None:
+        return {}
+    mean = together.nanmean(0)
     figure, axes = new_figure()
     axes.plot(IOUS, mean.tolist(), marker="o")
     save_figure(figure, picture_path(folder, "similarity", encoder))
@@ -103,38 +278,75 @@ def similarity_iou(encoder: Encoder, batches: Iterable, config: Any, folder: Pat
 
 
 @torch.no_grad()
-def bias(encoder: Encoder, batches: Iterable, config: Any, folder: Path) -> dict:
-    """The coupling rate and mean cosine of each level, on objects cut out (D3SSL, Sec 3)."""
+def bias(
+    encoder: Encoder,
+    samples: Any,
+    load: Callable,
+    config: Any,
+    folder: Path,
+    shards: Shards,
+) -> dict:
+    """The coupling rate and mean cosine of each level, on objects cut out (D3SSL, Sec 3).
+
+    An object and its neighbor are of different classes.
+    """
+    if not shards.is_main:
+        return {}
     # `layer_bias` makes images of 3/2 and 5/2 of this side: all of them in whole cells.
     step = 2 * encoder.stride
     side = max(1, config.size[0] // 3 // step) * step
-    objects = []
-    for batch in batches:
-        objects += cut_first_objects(batch, side)
-    if len(objects) < 2:
-        raise harness.UserError("bias needs two objects or more: choose another protocol.")
+    objects: list[Tensor] = []
+    classes: list[int] = []
+    title = f"{encoder.name} bias"
+    for batch in load(WithBoxes(samples), config, title, range(len(samples))):
+        for sample in batch:
+            if len(sample.boxes):
+                objects.append(cut_first_object(sample, side))
+                classes.append(int(sample.classes[0]))
+        if len(objects) >= OBJECTS:
+            break
+    own, others = pair_classes(torch.tensor(classes[:OBJECTS], dtype=torch.long))
+    harness.check(
+        len(own) > 1, "bias needs objects of two classes or more: choose another protocol."
+    )
 
     model = NamedLevels(encoder)
-    images = torch.stack(objects[:256]).to(device_of(encoder))
-    found = dk.layer_bias(model, images, model.names)
+    pictures = torch.stack(objects[:OBJECTS]).to(device_of(encoder))
+    found = dk.layer_bias(model, pictures[own], model.names, pictures[others])
     figures = {}
     for number in range(len(model.names)):
         coupling = found.coupling_rate[number].item()
         cosine = found.mean_cosine[number].item()
         figures[f"level{number + 1}"] = {"coupling": coupling, "cosine": cosine}
-    return figures
+    return {**figures, "objects": len(own)}
 
 
-def cut_first_objects(batch: list, side: int) -> list[Tensor]:
-    """The first object of each image that has one, resized to a square."""
-    objects = []
-    for sample in batch:
-        if not len(sample.boxes):
-            continue
-        h, w = sample.image.shape[-2:]
-        box = sample.boxes[0] * torch.tensor([w, h, w, h])
-        objects.append(dk.crop_views(sample.image, dk.View(box, torch.tensor(False)), side))
-    return objects
+def pair_classes(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of objects, and of a neighbor of another class for each of them.
+
+    Sorted by class, the neighbor is as many objects further as the most frequent class has. What
+    that class has more than all others is left out.
+    """
+    if not len(classes):
+        return classes, classes
+    order = classes.argsort(stable=True)
+    counts = classes.bincount()
+    frequent = int(counts.argmax())
+    surplus = int(2 * counts[frequent] - len(classes))
+    if surplus > 0:
+        left_out = (classes[order] == frequent).nonzero()[:surplus, 0]
+        kept = torch.ones(len(order), dtype=torch.bool)
+        kept[left_out] = False
+        order = order[kept]
+    shift = int(classes[order].bincount().amax()) if len(order) else 0
+    return order, order.roll(-shift)
+
+
+def cut_first_object(sample: Any, side: int) -> Tensor:
+    """The first object of an image, resized to a square; a picture is in [0, 1]."""
+    h, w = sample.image.shape[-2:]
+    box = sample.boxes[0] * torch.tensor([w, h, w, h])
+    return dk.crop_views(bands.in_unit(sample.image), dk.View(box, torch.tensor(False)), side)
 
 
 class NamedLevels(torch.nn.Module):
@@ -143,38 +355,78 @@ class NamedLevels(torch.nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
-        channels = len(encoder.mean)
-        maps = encoder.levels(torch.zeros(1, channels, 224, 224, device=device_of(encoder)))
-        self.level = torch.nn.ModuleList(torch.nn.Identity() for _ in maps)
-        self.names = [f"level.{number}" for number in range(len(maps))]
+        count = len(encoder.strides)
+        self.level = torch.nn.ModuleList(torch.nn.Identity() for _ in range(count))
+        self.names = [f"level.{number}" for number in range(count)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.encoder.levels(images)
         return [level(x) for level, x in zip(self.level, maps, strict=True)]
 
 
+@torch.no_grad()
+def health_of_split(
+    encoder: Encoder,
+    samples: Any,
+    load: Callable,
+    config: Any,
+    folder: Path,
+    shards: Shards,
+) -> dict:
+    """Scores that need no labels, of the first images of the split."""
+    if not shards.is_main:
+        return {}
+
+    def batches() -> Iterator[list]:
+        title = f"{encoder.name} health"
+        for batch in load(WithBoxes(samples), config, title, range(len(samples))):
+            yield [x._replace(image=bands.in_unit(x.image)) for x in batch]
+
+    return health(encoder, batches(), config, folder)
+
+
 DIAGNOSTICS = {
     "patches": patches,
     "similarity-iou": similarity_iou,
     "bias": bias,
-    "health": health,
+    "health": health_of_split,
 }
 
 
 # ---- a diagnostic of features --------------------------------------------------------------------
 def retrieval(
-    encoder: Encoder, image: Callable[[int], Tensor], test: Features, folder: Path
+    encoder: Encoder, picture: Callable[[int], Tensor], test: Features, config: Any, folder: Path
 ) -> dict:
-    """The four images whose maps agree most, place by place (DUPR, Fig 6 and 8)."""
-    queries = test.maps[:6].float()
-    nearest = dk.nearest_maps(queries, test.maps.float(), k=5).indices  # the first is the query
+    """The four images whose maps agree most, place by place (DUPR, Fig 6 and 8).
 
-    tiles = [image(int(number)) for row in nearest for number in row]
-    grid = make_grid(torch.stack(tiles), nrow=nearest.shape[1])
+    The figure is the share of them that have the main class of the image that is looked up; an
+    image without a class is not looked up.
+    """
+    harness.check(len(test.maps) > 1, "retrieval needs two images or more: give another --split.")
+    maps = test.maps.float()
+    nearest = dk.nearest_maps(maps, maps, k=5).indices.cpu()
+    is_other = nearest != torch.arange(len(nearest))[:, None]
+    # The image itself is left out, or the last one, where more than four are equal to it.
+    is_other[:, -1] &= ~is_other.all(1)
+    nearest = nearest[is_other].view(len(nearest), nearest.shape[1] - 1)
+
+    rows = torch.arange(min(6, len(nearest)))
+    shown = torch.cat([rows[:, None], nearest[rows]], 1)
+    tiles = [picture(int(number)) for row in shown for number in row]
+    grid = make_grid(torch.stack(tiles), nrow=shown.shape[1])
     figure, axes = new_figure()
     axes.imshow(grid.permute(1, 2, 0).numpy())
     save_figure(figure, picture_path(folder, "retrieval", encoder))
 
-    classes = main_class(test)[nearest]
-    same = (classes[:, 1:] == classes[:, :1]).float().mean()
-    return {"same main class": same, "queries": len(nearest)}
+    classes = main_class(test)
+    same = (classes[nearest] == classes[:, None]).double()
+    known = classes >= 0
+    harness.check(bool(known.any()), "No image has a class: choose another protocol.")
+    facts = torch.stack([same.mean(1) * known, known.double()], 1)
+
+    def share(sums: Tensor) -> Tensor:
+        return sums[..., 0] / sums[..., 1].clamp(min=1)
+
+    draws = harness.generator(2)
+    interval = dk.bootstrap(facts, share, draws=config.draws, generator=draws)
+    return {"same main class": interval, "queries": int(known.sum())}

@@ -56,8 +56,8 @@ RESNET_LEVELS = ["layer1", "layer2", "layer3", "layer4"]  # in torchvision
 class Encoder(nn.Module):
     """A frozen network with its normalization.
 
-    It takes RGB images in [0, 1] whose sides are multiples of `stride`; or bands, as their
-    `bands` say.
+    It takes RGB images in [0, 1] whose sides are multiples of `stride`, or those of `own_size`;
+    or bands, as their `bands` say.
 
     Attributes:
         name: The name that the command gave.
@@ -65,6 +65,8 @@ class Encoder(nn.Module):
         mean, std: Of the normalization of the input, in the order of the channels, RGB or `bands`.
         bands: How image files become its images; None: they are pictures.
         stride: The side of a cell of the last map, in pixels.
+        strides: The same of each map of `levels`.
+        own_size: The sides of the images that the network was made for.
         facts: The side-car of a checkpoint, or where the weights come from.
     """
 
@@ -80,39 +82,86 @@ class Encoder(nn.Module):
         self.by_timm = hasattr(network, "forward_intermediates")
         self.eval().requires_grad_(requires_grad=False)
 
-        self.stride = self.measure_stride()
+        self.own_size = own_size(network)
+        self.strides = self.find_strides()
+        self.stride = self.strides[-1]
 
-    def measure_stride(self) -> int:
-        """The side of a cell of the last map; a UserError for a network without maps."""
-        config = getattr(self.network, "pretrained_cfg", None) or {}
-        own_side = config.get("input_size", (3, 224, 224))[-1]
-        for side in dict.fromkeys((224, own_side)):  # some take images of their own size alone
-            try:
-                coarsest = self(torch.zeros(1, len(self.mean), side, side))
-            except Exception:  # networks of others raise nearly anything
-                continue
-            if coarsest.ndim == 4 and coarsest.shape[-1] > 0:
-                return side // coarsest.shape[-1]
-        raise harness.UserError(
-            f"{self.name} gives no feature maps: name a network of timm that does, such as "
-            "resnet50 or convnext_tiny."
-        )
+    def find_strides(self) -> list[int]:
+        """The side of a cell of each map in pixels, from images of two sizes.
 
-    def levels(self, images: Tensor) -> list[Tensor]:
-        """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT."""
+        A network without padding has fewer cells than its stride says, so one size is not enough.
+        """
+        channels = len(self.mean)
+        height, width = self.own_size
+        try:
+            maps = self.levels(torch.zeros(1, channels, height, width, device=device_of(self)))
+        except Exception as error:  # a network of timm that has no maps raises nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise harness.UserError(f"{self.name} gives no feature maps: {reason}.") from error
+        shapes_right = all(x.ndim == 4 and min(x.shape) > 0 for x in maps)
+        harness.check(shapes_right, f"{self.name} gives no feature maps of all its levels.")
+        columns = [x.shape[-1] for x in maps]
+
+        if is_vit(self.network):
+            return [max(1, width // x) for x in columns]
+        try:
+            sides = (min(height, 96), width + 256)
+            wide = torch.zeros(1, channels, *sides, device=device_of(self))
+            wider = self.levels(wide)
+            more = [x.shape[-1] for x in wider]
+        except Exception:  # a network that takes images of one size
+            return [max(1, width // x) for x in columns]
+        return [max(1, 256 // max(1, b - a)) for a, b in zip(columns, more, strict=True)]
+
+    def takes(self, size: tuple[int, int]) -> str:
+        """Why the network takes no images of this size; empty where it does."""
+        if tuple(size) == tuple(self.own_size):
+            return ""
+        if any(side % self.stride for side in size):
+            return f"takes multiples of {self.stride}"
+        try:
+            probe = torch.zeros(1, len(self.mean), *size, device=device_of(self))
+            maps = self.levels(probe)
+        except Exception:  # a window or a table of positions that does not fit
+            height, width = self.own_size
+            return f"takes images of {height} {width}"
+        return "" if min(maps[-1].shape) > 0 else "has no cell in a map of such images"
+
+    def levels(self, images: Tensor, *, stem: bool = False) -> list[Tensor]:
+        """The maps (b, d, h, w) of the last four levels: C2 to C5, or the last blocks of a ViT.
+
+        With `stem` there is one more, if the network has it, in front of them: conv1 of a ResNet.
+        """
         # `new_tensor` would copy them from the CPU, and the host would wait for the device.
         mean = torch.stack([images.new_full((1, 1), x) for x in self.mean])
         std = torch.stack([images.new_full((1, 1), x) for x in self.std])
         normalized = (images - mean) / std
 
         if self.by_timm:
-            return level_maps(self.network, normalized)
-        names = RESNET_LEVELS if hasattr(self.network, "layer4") else ["features"]
+            has_stem = stem and not is_vit(self.network)
+            return level_maps(self.network, normalized, levels=5 if has_stem else 4)
+        if hasattr(self.network, "feature_info"):  # of timm, without a method for its maps
+            names = [x["module"] for x in self.network.feature_info][-5 if stem else -4 :]
+        elif hasattr(self.network, "layer4"):
+            names = ["relu", *RESNET_LEVELS] if stem else RESNET_LEVELS
+        else:
+            names = ["features"]
         return list(dk.layer_features(self.network, normalized, names).values())
 
     def forward(self, images: Tensor) -> Tensor:
         """The last map, (b, d, h, w)."""
         return self.levels(images)[-1]
+
+
+def own_size(network: Any) -> tuple[int, int]:
+    """The sides of the images that a network was made for."""
+    known = getattr(network, "pretrained_cfg", None)
+    if not known:
+        return 224, 224
+    height, width = known["input_size"][1:]
+    patch = getattr(network, "patch_embed", None)
+    height, width = getattr(patch, "img_size", None) or (height, width)  # of a network made smaller
+    return height, width
 
 
 def device_of(encoder: nn.Module) -> torch.device:
@@ -210,7 +259,11 @@ def check_side(option: str, side: int, network: Any, architecture: str) -> None:
 def level_maps(network: Any, images: Tensor, levels: int = 4) -> list[Tensor]:
     """The maps (b, d, h, w) of the last levels of a network of timm, the coarsest one last."""
     count = min(levels, len(network.feature_info))
-    maps = network.forward_intermediates(images, indices=count, norm=True, intermediates_only=True)
+    options = {"indices": count, "intermediates_only": True}
+    try:
+        maps = network.forward_intermediates(images, norm=True, **options)
+    except AssertionError:  # Hiera and a few others have no norm for the maps of all levels
+        maps = network.forward_intermediates(images, norm=False, **options)
     return list(maps)
 
 

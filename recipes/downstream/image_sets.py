@@ -101,16 +101,20 @@ class ImageSet:
     def __getitem__(self, index: int) -> Labeled:
         image = self.read_image(index)
         labels = self.draw_labels(index, image.shape[1:])
-        record = self.records[index]
-        if record.objects and record.size not in (None, tuple(image.shape[1:])):
-            raise UserError(
-                f"{record.image} is {list(image.shape[1:])} pixels, upright, but its annotation "
-                f"says {list(record.size)}: the boxes are of another image."
-            )
         size = image.shape[1:]
+        self.check_size(index, size)
         boxes, box_classes = self.read_boxes(index, size)
         classes = self.image_classes(index, size)
         return Labeled(image, labels, boxes, box_classes, self.names[index], classes)
+
+    def check_size(self, index: int, size: Sequence[int]) -> None:
+        """A UserError, unless the annotation of an image with objects says this size."""
+        record = self.records[index]
+        if record.objects and record.size not in (None, tuple(size)):
+            raise UserError(
+                f"{record.image} is {list(size)} pixels, upright, but its annotation "
+                f"says {list(record.size)}: the boxes are of another image."
+            )
 
     def read_image(self, index: int) -> Tensor:
         """The image alone."""

@@ -1,11 +1,10 @@
 """The protocols of evaluate.py: features of two splits in, figures with their intervals out.
 
 This module is no command. Each protocol is a function of the features of the split to fit on, the
-features of the split to score, the configuration and a seed. `FITTED` has them by name; `video`
-stands alone, because it takes the frames of videos.
+features of the split to score, the configuration and a seed. `FITTED` has them by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,64 +12,97 @@ import harness
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 import densekit as dk
-from downstream.davis import VOID, Video
-from downstream.encoders import Encoder, device_of
-from downstream.label_files import read_frame
 
 GALLERY = 100_000  # cells at most, of retrieval-seg
 MOST = 2**30  # numbers in one tensor of kmeans-seg: 4 GB of class scores, 8 GB of counts
+CELLS = 2**13  # that are looked up at a time
+ITERATIONS = 20  # of k-means on all cells
+COSTS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # C of the SVM, to choose from
+FOLDS = 3  # of the cross-validation
+POSITIVE = 2.0  # weight of an image with the class in the SVM, as in Goyal et al. 2019
+BEST = 5  # classes that a row may be named by, for the top-5 accuracy
 
 
 class Features(NamedTuple):
-    """The features of a split, in the order of its images."""
+    """The features of a split, in the order of its images. What no protocol needs is empty.
 
-    maps: Tensor  # of the last level, (n, d, h, w), in half precision
+    What is half precision has been checked: every number of it is finite.
+    """
+
+    maps: Tensor  # of one level, (n, d, h, w)
     pooled: list[Tensor]  # the mean over the map of each level, (n, d)
-    labels: list[Tensor | None]  # class maps at their own size; what is no class is ignored
+    labels: Sequence[Tensor | None]  # class maps at their own size; what is no class is ignored
     area: Tensor  # (n, classes): the share of each class in the image
-    objects: Tensor  # (m, d): RoIAlign of the last level, averaged
+    objects: Tensor  # (m, d): RoIAlign of one level, averaged
     object_classes: Tensor
     object_images: Tensor  # the number of the image that each object is in
     classes: list[str]
+    vectors: Sequence[Tensor] = ()  # each level, pooled to about 9,000 numbers, (n, d)
+    presence: Tensor | None = None  # int8 (n, classes): 1 of the image, 0 not, -1 unsure
+    background: int | None = None  # the class that stands for no object
 
 
 Counts = Callable[[Features, Features, Any, int], Tensor]  # a confusion matrix for each image
 
 
 # ---- segmentation --------------------------------------------------------------------------------
-def resize_labels(labels: Tensor, size: list[int]) -> Tensor:
-    """A class map (h, w) at another size, by the nearest pixel."""
-    resized = F.interpolate(labels[None, None].float(), tuple(size), mode="nearest-exact")
-    return resized[0, 0].long()
+def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """A class map (h, w) at another size, by the nearest pixel, in the same dtype."""
+    rows, columns = [
+        ((2 * torch.arange(new) + 1) * old) // (2 * new)
+        for old, new in zip(labels.shape, size, strict=True)
+    ]
+    return labels[rows[:, None], columns]
 
 
-def small_labels(features: Features, cells: int) -> Tensor:
-    """Class maps of one size to fit on: `cells` x `cells` labels for each cell of the features."""
-    size = [side * cells for side in features.maps.shape[-2:]]
-    nothing = torch.full((1, 1), -1)  # no class
-    maps = [resize_labels(nothing if x is None else x, size) for x in features.labels]
-    return torch.stack(maps)
+def small_labels(features: Features, cells: int, like: Tensor | None = None) -> Tensor:
+    """Class maps of one size to fit on: `cells` x `cells` labels for each cell of the features.
+
+    They are int16, and -1 is no class. The cells are those of other maps, if `like` is given.
+    """
+    maps = features.maps if like is None else like
+    size = [side * cells for side in maps.shape[-2:]]
+    small = torch.full((len(features.labels), *size), -1, dtype=torch.int16)
+    for number, labels in enumerate(features.labels):
+        if labels is None:
+            continue
+        resized = resize_labels(labels, size)
+        is_class = (resized >= 0) & (resized < len(features.classes))
+        small[number] = torch.where(is_class, resized.to(torch.int16), -1)
+    return small
 
 
 def cells_of(maps: Tensor) -> Tensor:
     """All cells of maps (n, d, h, w) as rows (n h w, d)."""
-    return dk.map_to_rows(maps.float()).flatten(0, 1)
+    return dk.map_to_rows(maps).flatten(0, 1)
+
+
+def blocks_of_images(maps: Tensor) -> Iterable[range]:
+    """The numbers of the images, in blocks of at most some thousand cells."""
+    cells = max(1, maps.shape[-2] * maps.shape[-1])
+    at_once = max(1, CELLS // cells)
+    for first in range(0, len(maps), at_once):
+        yield range(first, min(first + at_once, len(maps)))
 
 
 def count_confusions(class_scores: Callable[[Tensor], Tensor], test: Features) -> Tensor:
     """A confusion matrix of each image that has a label map.
 
-    `class_scores` gives the scores (1, classes or clusters, h, w) of the maps of one image.
+    `class_scores` gives the scores (n, classes or clusters, h, w) of the maps of some images.
     """
     counts = []
-    for maps, labels in zip(test.maps, test.labels, strict=True):
-        if labels is None:
-            continue
-        scores = class_scores(maps[None].float())
-        counts.append(dk.segmentation_counts(scores, labels[None], classes=len(test.classes)))
+    for numbers in blocks_of_images(test.maps):
+        scores = class_scores(test.maps[numbers.start : numbers.stop].float())
+        for number, own_scores in zip(numbers, scores, strict=True):
+            labels = test.labels[number]
+            if labels is None:
+                continue
+            labels = labels.to(scores.device)
+            found = dk.segmentation_counts(
+                own_scores[None], labels[None], classes=len(test.classes)
+            )
+            counts.append(found.cpu())
     if not counts:
         raise harness.UserError("No image of the split has a label map: choose another protocol.")
     return torch.cat(counts)
@@ -99,8 +131,8 @@ def linear_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """A linear layer by SGD, on 4 x 4 labels for each cell of the features (CrOC, Sec 4.2)."""
     k = len(fit.classes)
     probe = dk.train_linear_probe(
-        fit.maps.float(),
-        small_labels(fit, 4),
+        fit.maps,
+        small_labels(fit, 4).to(fit.maps.device),
         classes=k,
         epochs=config.epochs,
         lr=config.lr,
@@ -113,7 +145,7 @@ def linear_seg(fit: Features, test: Features, config: Any, seed: int) -> dict:
 def ridge_counts(fit: Features, test: Features, config: Any, seed: int) -> Tensor:
     """A linear layer in closed form, on the label in the middle of each cell."""
     k = len(fit.classes)
-    labels = small_labels(fit, 1).flatten()
+    labels = small_labels(fit, 1).flatten().to(fit.maps.device)
     probe = dk.fit_linear_probe(cells_of(fit.maps), labels, classes=k)
     return count_confusions(partial(dk.linear_maps, probe), test)
 
@@ -131,15 +163,26 @@ def check_clusters(clusters: int, test: Features) -> None:
     )
 
 
+def cluster_cells(maps: Tensor, clusters: int, seed: int) -> Tensor:
+    """The centroids (clusters, d) of all cells of maps, by Lloyd's iteration.
+
+    It starts from the best of a few short runs on some of the cells.
+    """
+    cells = cells_of(maps)
+    draws = harness.generator(seed, device=maps.device)
+    start = dk.minibatch_kmeans(cells, clusters, steps=0, generator=draws)
+    return dk.kmeans(cells, start, iterations=ITERATIONS).centroids
+
+
 def kmeans_counts(fit: Features, test: Features, config: Any, seed: int) -> Tensor:
     """Clusters of the split to score, named by its labels (CrOC, Sec 4.2)."""
     clusters = config.clusters or len(test.classes)
     check_clusters(clusters, test)
-    draws = harness.generator(seed)
-    centers = dk.minibatch_kmeans(cells_of(test.maps), clusters, generator=draws)
+    centers = cluster_cells(test.maps, clusters, seed)
 
     def class_scores(maps: Tensor) -> Tensor:
-        nearest = dk.nearest_centroids(cells_of(maps), centers).view(-1, *maps.shape[-2:])
+        nearest = dk.nearest_centroids(cells_of(maps), centers)
+        nearest = nearest.view(len(maps), *maps.shape[-2:])
         return F.one_hot(nearest, clusters).movedim(-1, 1).float()
 
     counts = count_confusions(class_scores, test)
@@ -152,16 +195,17 @@ def retrieval_counts(fit: Features, test: Features, config: Any, seed: int) -> T
     """The nearest of 100,000 labeled cells vote."""
     k = len(fit.classes)
     labels = small_labels(fit, 1).flatten()
-    labeled = ((labels >= 0) & (labels < k)).nonzero()[:, 0]
+    labeled = (labels >= 0).nonzero()[:, 0]
     order = torch.randperm(len(labeled), generator=harness.generator(seed))
     kept = labeled[order[:GALLERY]]
-    gallery = cells_of(fit.maps)[kept]
-    gallery_labels = labels[kept]
+    device = fit.maps.device
+    gallery = dk.l2_normalize(cells_of(fit.maps)[kept.to(device)].float())
+    gallery_labels = labels[kept].to(device)
 
     def class_scores(maps: Tensor) -> Tensor:
         cells = cells_of(maps)
         votes = dk.knn_votes(cells, gallery, gallery_labels, classes=k, k=config.neighbors)
-        return votes.view(-1, *maps.shape[-2:], k).movedim(-1, 1)
+        return votes.view(len(maps), *maps.shape[-2:], k).movedim(-1, 1)
 
     return count_confusions(class_scores, test)
 
@@ -174,51 +218,65 @@ def segment(counts_of: Counts, fit: Features, test: Features, config: Any, seed:
 def position_prior(fit: Features, test: Features, config: Any) -> dict:
     """What is known without an image: the shares of the classes at each place."""
     k = len(fit.classes)
-    labels = small_labels(fit, 4)
-    is_class = (labels >= 0) & (labels < k)
-    labels = torch.where(is_class, labels, k)  # one more class for what is ignored
-    shares = F.one_hot(labels, k + 1)[..., :k].float().mean(0)
-    scores = shares.movedim(-1, 0)[None]
-    counts = count_confusions(lambda maps: scores, test)
+    labels = small_labels(fit, 4, like=test.maps)
+    shares = torch.stack([(labels == number).float().mean(0) for number in range(k)])
+
+    def class_scores(maps: Tensor) -> Tensor:
+        return shares.expand(len(maps), *shares.shape)
+
+    counts = count_confusions(class_scores, test)
     return segmentation_figures(counts, test, config)
 
 
 # ---- classification ------------------------------------------------------------------------------
+def best_classes(scores: Tensor, *, votes: bool = False) -> Tensor:
+    """The best five classes of each row, the best one first; -1 for one without a vote."""
+    best = scores.topk(min(BEST, scores.shape[1]), dim=1)
+    if votes:
+        return torch.where(best.values > 0, best.indices, -1).cpu()
+    return best.indices.cpu()
+
+
 def classification_figures(
-    labels: Tensor, predicted: Tensor, images: Tensor, test: Features, config: Any
+    labels: Tensor, ranked: Tensor, images: Tensor, test: Features, config: Any
 ) -> dict:
     """Accuracies of rows, which are images or objects; the interval is over the images.
 
     Args:
         labels: The class of each row; a row with -1 is left out.
-        predicted: The class that each row is given.
+        ranked: The classes that each row may be named by, the best one first.
         images: The number of the image that each row is in.
         test: The features of the split.
         config: The configuration of the evaluation.
     """
     known = labels >= 0
     labels = labels[known]
-    predicted = predicted[known]
+    ranked = ranked[known]
     images = images[known]
     if not len(labels):
         raise harness.UserError(
             "The split to score has no object, or no image of a class: choose another protocol."
         )
-    # For each image and class: how many rows are right, and how many there are.
-    right_and_all = torch.stack([(labels == predicted).long(), torch.ones_like(labels)], -1)
-    states = torch.zeros(len(test.maps), len(test.classes), 2, dtype=torch.long)
-    states = states.index_put((images, labels), right_and_all, accumulate=True)
+    # For each image and class: how many rows are right, right among five, and how many there are.
+    is_class = ranked == labels[:, None]
+    facts = [is_class[:, 0], is_class.any(1), torch.ones_like(is_class[:, 0])]
+    numbers = torch.stack([x.long() for x in facts], -1)
+    states = torch.zeros(len(test.labels), len(test.classes), 3, dtype=torch.long)
+    states = states.index_put((images, labels), numbers, accumulate=True)
 
     def accuracies(sums: Tensor) -> Tensor:
-        right, total = sums.double().unbind(-1)
+        right, among_five, total = sums.double().unbind(-1)
         of_classes = right / total.clamp(min=1)
         macro = of_classes.sum(-1) / (total > 0).sum(-1).clamp(min=1)
-        overall = right.sum(-1) / total.sum(-1).clamp(min=1)
-        return torch.stack([overall, macro], -1)
+        count = total.sum(-1).clamp(min=1)
+        return torch.stack([right.sum(-1) / count, macro, among_five.sum(-1) / count], -1)
 
     draws = harness.generator(2)
     interval = dk.bootstrap(states, accuracies, draws=config.draws, generator=draws)
-    return {**split_interval(interval, dk.Accuracy._fields), "rows": len(labels)}
+    return {**split_interval(interval, ACCURACIES), "rows": len(labels)}
+
+
+ACCURACIES = ("overall", "macro", "top5")
 
 
 def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, dk.Interval]:
@@ -229,74 +287,149 @@ def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, d
 def main_class(features: Features) -> Tensor:
     """The class that covers most of each image, or -1 where there is none.
 
-    In an image without a label map it is the class of the largest box.
+    In an image without a label map it is the class of the largest box. The background is no class.
     """
-    return torch.where(features.area.amax(1) > 0, features.area.argmax(1), -1)
+    area = features.area
+    if features.background is not None:
+        area = area.clone()
+        area[:, features.background] = 0
+    return torch.where(area.amax(1) > 0, area.argmax(1), -1)
 
 
 def objects_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
     votes = dk.knn_votes(
-        test.objects,
-        fit.objects,
-        fit.object_classes,
+        test.objects.float(),
+        fit.objects.float(),
+        fit.object_classes.to(fit.objects.device),
         classes=len(test.classes),
         k=config.neighbors,
     )
-    predicted = torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
-    images = test.object_images
-    return classification_figures(test.object_classes, predicted, images, test, config)
+    ranked = best_classes(votes, votes=True)
+    return classification_figures(test.object_classes, ranked, test.object_images, test, config)
 
 
 def images_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Images by the nearest neighbors of their pooled last level."""
+    gallery = fit.pooled[-1].float()
     votes = dk.knn_votes(
-        test.pooled[-1],
-        fit.pooled[-1],
-        main_class(fit),
+        test.pooled[-1].float(),
+        gallery,
+        main_class(fit).to(gallery.device),
         classes=len(test.classes),
         k=config.neighbors,
     )
-    images = torch.arange(len(test.maps))
-    return classification_figures(main_class(test), votes.argmax(1), images, test, config)
+    images = torch.arange(len(test.labels))
+    ranked = best_classes(votes, votes=True)
+    return classification_figures(main_class(test), ranked, images, test, config)
 
 
-def images_by_linear_layer(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """Images by a linear layer on each pooled level."""
-    images = torch.arange(len(test.maps))
+def images_by_linear_layer(
+    fit: Features, test: Features, config: Any, seed: int, *, part: str = "pooled"
+) -> dict:
+    """Images by a linear layer on each level, pooled to one cell, or to about 9,000 numbers."""
+    images = torch.arange(len(test.labels))
+    fit_classes = main_class(fit)
+    fit_levels = getattr(fit, part)
+    test_levels = getattr(test, part)
     figures = {}
-    levels = zip(fit.pooled, test.pooled, strict=True)
-    for number, (fit_rows, test_rows) in enumerate(levels, 1):
+    levels = zip(fit_levels, test_levels, strict=True)
+    for number, (fit_rows, test_rows) in enumerate(levels, first_level(fit_levels)):
         probe = dk.train_linear_probe(
             fit_rows[..., None, None],
-            main_class(fit)[:, None, None],
+            fit_classes[:, None, None].to(fit_rows.device),
             classes=len(fit.classes),
             epochs=config.epochs,
             lr=config.lr,
             generator=harness.generator(seed),
         )
-        predicted = (test_rows @ probe.weight + probe.bias).argmax(1)
-        found = classification_figures(main_class(test), predicted, images, test, config)
-        figures[f"level{number}"] = {name: found[name] for name in dk.Accuracy._fields}
-    return {**figures, "rows": len(images)}
+        ranked = best_classes(test_rows.float() @ probe.weight + probe.bias)
+        found = classification_figures(main_class(test), ranked, images, test, config)
+        figures[f"level{number}"] = {name: found[name] for name in ACCURACIES}
+    return {**figures, "rows": int((main_class(test) >= 0).sum())}
 
 
+def first_level(levels: Sequence[Tensor]) -> int:
+    """The number of the first level: 1, or 0 where the stem is in front of the four others."""
+    return 0 if len(levels) == 5 else 1
+
+
+# ---- support vector machines ---------------------------------------------------------------------
 def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict:
-    """A linear SVM on each pooled level; mean AP of the classes that occur (DUPR, Table 1b)."""
-    fit_targets = fit.area > 0
-    test_targets = test.area > 0
-    occurs = fit_targets.any(0) & test_targets.any(0)
+    """A linear SVM on each level; mean AP of the classes that occur (DUPR, Table 1b).
+
+    An image in which a class is unsure is left out for this class, in both splits.
+    """
+    fit_presence = presence_of(fit)
+    test_presence = presence_of(test)
+    occurs = (fit_presence > 0).any(0) & (test_presence > 0).any(0)
+    if fit.background is not None:
+        occurs[fit.background] = False
     if not occurs.any():
         raise harness.UserError("No class occurs in both splits: choose another protocol.")
 
+    fit_presence = fit_presence[:, occurs]
+    test_presence = test_presence[:, occurs]
     figures = {}
-    levels = zip(fit.pooled, test.pooled, strict=True)
-    for number, (fit_rows, test_rows) in enumerate(levels, 1):
-        svm = dk.fit_svm(dk.l2_normalize(fit_rows), fit_targets, cost=config.cost)
-        scores = dk.l2_normalize(test_rows) @ svm.weight + svm.bias
-        precision = dk.average_precision(scores, test_targets)
-        figures[f"level{number}_map"] = precision[occurs].mean()
-    return {**figures, "classes": int(occurs.sum()), "images": len(test_targets)}
+    levels = zip(fit.vectors, test.vectors, strict=True)
+    for number, (fit_rows, test_rows) in enumerate(levels, first_level(fit.vectors)):
+        rows = dk.l2_normalize(fit_rows.float())
+        presence = fit_presence.to(rows.device)
+        costs = [config.cost] * presence.shape[1]
+        if config.cost is None:
+            costs = choose_costs(rows, presence, seed)
+        scores = svm_scores(rows, presence, dk.l2_normalize(test_rows.float()), costs)
+        precision = known_precision(scores, test_presence.to(rows.device))
+        figures[f"level{number}_map"] = precision.mean()
+    return {**figures, "classes": int(occurs.sum()), "images": len(test.labels)}
+
+
+def presence_of(features: Features) -> Tensor:
+    """Which classes each image has: as the set says, or else those that cover some of it."""
+    if features.presence is not None:
+        return features.presence
+    return (features.area > 0).to(torch.int8)
+
+
+def known_precision(scores: Tensor, presence: Tensor) -> Tensor:
+    """The average precision of each class over the images where the class is sure."""
+    scores = torch.where(presence >= 0, scores, torch.nan)  # which leaves the image out
+    return dk.average_precision(scores, presence > 0)
+
+
+def svm_scores(rows: Tensor, presence: Tensor, queries: Tensor, costs: Sequence[float]) -> Tensor:
+    """The scores (queries, classes) of SVMs, each with the cost of its class."""
+    weights = torch.where(presence > 0, POSITIVE, 1.0)
+    weights = torch.where(presence >= 0, weights, 0.0)
+    scores = queries.new_zeros(len(queries), presence.shape[1])
+    for cost in sorted(set(costs)):
+        own = torch.tensor([x == cost for x in costs], device=rows.device)
+        svm = dk.fit_svm(rows, presence[:, own] > 0, weights[:, own], cost=cost)
+        scores[:, own] = queries @ svm.weight + svm.bias
+    return scores
+
+
+def choose_costs(rows: Tensor, presence: Tensor, seed: int) -> list[float]:
+    """The C of each class, of powers of 10, with the best mean precision in a cross-validation."""
+    order = torch.randperm(len(rows), generator=harness.generator(seed)).to(rows.device)
+    folds = order.tensor_split(min(FOLDS, len(rows)))
+    classes = presence.shape[1]
+    means = []
+    for cost in COSTS:
+        total = rows.new_zeros(classes)
+        tried = rows.new_zeros(classes)
+        for held_out in folds:
+            kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            kept[held_out] = False
+            own = presence[kept]
+            scores = svm_scores(rows[kept], own, rows[held_out], [cost] * classes)
+            answer = presence[held_out]
+            usable = (own > 0).any(0) & (answer > 0).any(0)
+            total += torch.where(usable, known_precision(scores, answer), 0.0)
+            tried += usable
+        means.append(total / tried.clamp(min=1))
+    best = torch.stack(means).argmax(0)
+    return [COSTS[number] for number in best.tolist()]
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -310,99 +443,32 @@ COUNTS: dict[str, Counts] = {
 
 class Protocol(NamedTuple):
     score: Callable[[Features, Features, Any, int], dict]
-    disturbed: bool = False  # on features of objects that have another image around them
+    parts: frozenset[str]  # the parts of the features that it needs
+    needs_fit: bool = True  # whether it reads the split to fit on
+    random: bool = False  # whether its figures depend on the seed
     has_prior: bool = False  # the position prior is a baseline of it
 
 
+MAPS = frozenset({"maps"})
+OBJECTS = frozenset({"objects"})
+DISTURBED = frozenset({"disturbed"})  # objects that have another image around them
+POOLED = frozenset({"pooled", "classes"})
+VECTORS = frozenset({"vectors", "classes"})
+linear_on_vectors = partial(images_by_linear_layer, part="vectors")
+
 FITTED = {
-    "linear-seg": Protocol(linear_seg, has_prior=True),
-    "ridge-seg": Protocol(partial(segment, ridge_counts), has_prior=True),
-    "kmeans-seg": Protocol(partial(segment, kmeans_counts), has_prior=True),
-    "retrieval-seg": Protocol(partial(segment, retrieval_counts), has_prior=True),
-    "object-knn": Protocol(objects_by_neighbors),
-    "disturbed-object-knn": Protocol(objects_by_neighbors, disturbed=True),
-    "image-knn": Protocol(images_by_neighbors),
-    "image-linear": Protocol(images_by_linear_layer),
-    "image-svm": Protocol(images_by_svm),
+    "linear-seg": Protocol(linear_seg, MAPS, random=True, has_prior=True),
+    "ridge-seg": Protocol(partial(segment, ridge_counts), MAPS, has_prior=True),
+    "kmeans-seg": Protocol(
+        partial(segment, kmeans_counts), MAPS, needs_fit=False, random=True, has_prior=True
+    ),
+    "retrieval-seg": Protocol(
+        partial(segment, retrieval_counts), MAPS, random=True, has_prior=True
+    ),
+    "object-knn": Protocol(objects_by_neighbors, OBJECTS),
+    "disturbed-object-knn": Protocol(objects_by_neighbors, DISTURBED),
+    "image-knn": Protocol(images_by_neighbors, POOLED),
+    "image-linear": Protocol(images_by_linear_layer, POOLED, random=True),
+    "image-linear-map": Protocol(linear_on_vectors, VECTORS, random=True),
+    "image-svm": Protocol(images_by_svm, VECTORS, random=True),
 }
-
-
-# ---- video ---------------------------------------------------------------------------------------
-@torch.no_grad()
-def video(encoder: Encoder, videos: list[Video], config: Any) -> dict:
-    """Labels of the first frame carried through DAVIS: J, F and their mean (CrOC, Appendix D)."""
-    sums = []
-    for item in tqdm(videos, desc=harness.printable(f"{encoder.name} video")):
-        first, objects = read_first_mask(item)
-        maps = encode_frames(encoder, item, config)
-        start = share_of_objects(first, objects, maps)
-        shares = dk.propagate_video(maps, start)
-        scores = score_frames(item, shares, objects)  # (frames, 2, objects)
-        sums.append(torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])]))
-    states = torch.stack(sums).double()  # of each video: J and F summed over objects, objects
-
-    def means(total: Tensor) -> Tensor:
-        both = total[..., :2] / total[..., 2:]
-        return torch.cat([both, both.mean(-1, keepdim=True)], -1)
-
-    draws = harness.generator(2)
-    interval = dk.bootstrap(states, means, draws=config.draws, generator=draws)
-    return {
-        **split_interval(interval, ("J", "F", "J&F")),
-        "videos": len(states),
-        "objects": int(states[:, 2].sum()),
-    }
-
-
-def read_first_mask(item: Video) -> tuple[Tensor, list[int]]:
-    """The mask of the first frame, and the numbers of its objects."""
-    masks = item.masks or []
-    if len(masks) >= 3 and masks[0] is not None:
-        first = item.read_mask(masks[0])
-        objects = [x for x in first.unique().tolist() if x not in (0, VOID)]
-        if objects:
-            return first, objects
-    raise harness.UserError(f"{item.name} has no object in its first frame to follow.")
-
-
-def encode_frames(encoder: Encoder, item: Video, config: Any) -> Tensor:
-    """The maps (t, d, h, w) of all frames."""
-    maps = []
-    for number in range(0, len(item.frames), config.batch):
-        paths = item.frames[number : number + config.batch]
-        pixels = [read_frame(path, config.value_range) / 255 for path in paths]
-        frames = [transforms.resize(x, config.size, antialias=True) for x in pixels]
-        maps.append(encoder(torch.stack(frames).to(device_of(encoder))).float())
-    return torch.cat(maps)
-
-
-def share_of_objects(mask: Tensor, objects: list[int], maps: Tensor) -> Tensor:
-    """The share (1 + objects, h, w) of the background and of each object in every cell."""
-    numbers = (0, *objects)
-    pixels = torch.stack([mask == x for x in numbers])[None].float().to(maps.device)
-    shares = F.interpolate(pixels, tuple(maps.shape[-2:]), mode="area")[0]
-    return shares / shares.sum(0).clamp(min=1e-6)  # without what is ignored
-
-
-def score_frames(item: Video, shares: Tensor, objects: list[int]) -> Tensor:
-    """J and F of each object in every frame with a mask, (frames, 2, objects).
-
-    The first and the last frame do not count, as in DAVIS's own program.
-    """
-    masks = item.masks or []
-    scores = []
-    for path, share in zip(masks[1:-1], shares[1:-1], strict=True):
-        if path is None:
-            continue
-        mask = item.read_mask(path)
-        resized = F.interpolate(share[None], tuple(mask.shape), mode="bilinear")[0]
-        predicted = resized.argmax(0).cpu()  # 0 is the background
-
-        true_masks = torch.stack([mask == x for x in objects])
-        own_masks = torch.stack([predicted == i for i in range(1, len(objects) + 1)])
-        j = dk.region_similarity(true_masks, own_masks)
-        f = dk.boundary_f_measure(true_masks, own_masks)
-        scores.append(torch.stack([j, f]))
-    if not scores:
-        raise harness.UserError(f"{item.name} has no mask to score by but those at its ends.")
-    return torch.stack(scores)

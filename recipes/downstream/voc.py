@@ -91,15 +91,21 @@ def as_objects(path: Path, found: Annotation, classes: list[str]) -> list[Labele
 
 # ---- sets ----------------------------------------------------------------------------------------
 def open_segmentation(root: Path, split: str) -> LabeledSet:
-    """The images of a list in ImageSets/Segmentation, all of which have a label map."""
+    """The images of a list in ImageSets/Segmentation, all of which have a label map.
+
+    Those of a list that ends in `aug` lie in SegmentationClassAug, where they have no void.
+    """
     listing = choose_file(split, root / "ImageSets" / "Segmentation", "", ".txt")
     images = ImageFolder(root / "JPEGImages")
     table = class_table(len(CLASSES))
+    label_folder = "SegmentationClass"
+    if listing.stem.endswith("aug") and (root / "SegmentationClassAug").is_dir():
+        label_folder = "SegmentationClassAug"
     records = []
     for name in dict.fromkeys(read_list(listing)):
         path = root / "Annotations" / f"{name}.xml"
         found = read_annotation(path)
-        label_file = root / "SegmentationClass" / f"{name}.png"
+        label_file = root / label_folder / f"{name}.png"
         image = images.find(name)
         records.append(
             Record(

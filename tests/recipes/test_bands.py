@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import test_adapt
+import test_evaluate
 import tifffile
 import torch
 from downstream import bands, encoders, image_sets
@@ -525,6 +526,47 @@ def test_a_set_of_five_channels_trains_is_evaluated_and_exported(five, capsys, m
         export.export, export.Config(str(five / "run"), "detectron2", five / "a.pkl")
     ) == 2  # fmt: skip
     assert "give timm or onnx" in capsys.readouterr().err
+
+
+def test_the_protocols_read_bands_as_they_read_pictures(tmp_path):
+    """The pixels of pictures, stored as arrays, give each protocol the same numbers."""
+    pictures = test_evaluate.write_set(tmp_path / "pictures")
+    arrays = test_evaluate.write_set(tmp_path / "arrays")
+    for path in sorted((arrays / "images").iterdir()):
+        np.save(path.with_suffix(".npy"), harness.read_image(path).numpy())
+        path.unlink()
+    with harness.seeded(0):
+        network = encoders.build("tiny")
+    of_pictures = encoders.Encoder("some", "tiny", network, {})
+    told = Bands(3, (0.0, 255.0), False, of_pictures.mean, of_pictures.std)
+    of_arrays = encoders.Encoder("some", "tiny", network, told.side_car())
+
+    found = []
+    for encoder, data in ((of_pictures, pictures), (of_arrays, arrays)):
+        config = test_evaluate.configured(data, tmp_path, draws=2, epochs=2)
+        splits = evaluate.open_samples(config)
+        evaluation = evaluate.Evaluation(encoder, splits, None, config, 0)
+        found.append([dk.as_dict(evaluation.score(name)) for name in SAME])
+        image = splits[1].read(0, frozenset()).image
+        assert image.dtype == (torch.uint8 if encoder is of_pictures else torch.float32)
+        assert dk.as_dict(evaluation.score("patches"))["images"] == 8  # colors of pictures alone
+    for of_picture, of_array in zip(*found, strict=True):
+        assert flat(of_array) == pytest.approx(flat(of_picture), rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+SAME = (
+    "ridge-seg", "kmeans-seg", "retrieval-seg", "object-knn", "disturbed-object-knn", "image-knn",
+    "image-svm", "similarity-iou", "retrieval", "bias", "health",
+)  # fmt: skip
+
+
+def flat(figures):
+    """The numbers of nested figures, in order."""
+    if isinstance(figures, dict):
+        figures = list(figures.values())
+    if isinstance(figures, list):
+        return [number for item in figures for number in flat(item)]
+    return [figures]
 
 
 def test_labels_and_sizes_of_images_of_bands(five):

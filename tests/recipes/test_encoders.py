@@ -293,10 +293,11 @@ def test_timms_weights_come_with_their_own_normalization(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "levels", "strides"),
-    [("resnet18", 4, (4, 8, 16, 32)), ("squeezenet1_1", 1, (17,))],
+    ("name", "levels", "sides", "stride"),
+    # Without padding a map has fewer cells than the stride says.
+    [("resnet18", 4, (56, 28, 14, 7), 32), ("squeezenet1_1", 1, (13,), 16)],
 )
-def test_torchvisions_networks_have_levels_or_one_map(monkeypatch, name, levels, strides):
+def test_torchvisions_networks_have_levels_or_one_map(monkeypatch, name, levels, sides, stride):
     get_model, asked = torchvision.models.get_model, []
 
     def offline(name, weights):
@@ -309,8 +310,49 @@ def test_torchvisions_networks_have_levels_or_one_map(monkeypatch, name, levels,
     assert not encoder.by_timm
     maps = encoder.levels(torch.rand(1, 3, 224, 224))
     assert len(maps) == levels
-    assert [224 // x.shape[-1] for x in maps] == list(strides)
-    assert encoder.stride == strides[-1]
+    assert [x.shape[-1] for x in maps] == list(sides)
+    assert encoder.stride == stride
+    if name == "resnet18":
+        conv1, *others = encoder.levels(torch.rand(1, 3, 64, 64), stem=True)
+        assert conv1.shape == (1, 64, 32, 32)
+        assert len(others) == 4
+
+
+HIERARCHY = [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "own", "maps", "sentence"),
+    [
+        ("swin_tiny_patch4_window7_224", HIERARCHY, 224, 4, "takes images of 224 224"),
+        ("eva02_tiny_patch14_224", [14] * 4, 224, 4, ""),
+        ("hiera_tiny_224", HIERARCHY, 224, 4, "takes images of 224 224"),
+        pytest.param(
+            *("beit_base_patch16_224", [16] * 4, 224, 4, "takes images of 224 224"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("inception_v3", HIERARCHY, 299, 5, "", marks=pytest.mark.slow),
+        pytest.param(
+            *("swinv2_tiny_window8_256", HIERARCHY, 256, 4, "takes images of 256 256"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_networks_for_one_size_are_asked_at_their_own(name, strides, own, maps, sentence):
+    encoder = load_encoder(f"random:{name}")
+    assert encoder.strides == strides
+    assert encoder.own_size == (own, own)
+    assert encoder.takes((own, own)) == ""
+    assert encoder.takes((448, 448)) == sentence
+    assert encoder.takes((strides[-1] + 1, 448)) == f"takes multiples of {strides[-1]}"
+    assert len(encoder.levels(torch.rand(1, 3, own, own), stem=True)) == maps
+
+
+def test_a_network_without_maps_is_one_sentence(monkeypatch):
+    tokens = torch.zeros(1, 5)
+    monkeypatch.setattr(encoders.Encoder, "levels", lambda *_, **__: [tokens])
+    with pytest.raises(UserError, match=r"^random:tiny gives no feature maps of all its levels\.$"):
+        load_encoder("random:tiny")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import socket
 
 import evaluate
 import harness
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from downstream import image_sets, report
+from downstream import image_sets, memory, report
 from downstream.protocols import (
     FITTED,
     main_class,
@@ -17,6 +20,7 @@ from downstream.protocols import (
     segmentation_figures,
     small_labels,
 )
+from downstream.shards import Shards
 from PIL import Image
 from torch import nn
 import densekit as dk
@@ -28,14 +32,15 @@ COLORS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=
 class Colors(nn.Module):
     """An encoder whose features are the image at an eighth of its size: they know the colors."""
 
-    name, stride = "colors", 8
+    name, stride, strides = "colors", 8, [4, 8]
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         self.seen = []
+        self.bands = None
 
-    def levels(self, images):
+    def levels(self, images, *, stem=False):
         self.seen.append(images.clone())
         return [nn.functional.avg_pool2d(images, size) * self.scale for size in (4, 8)]
 
@@ -81,14 +86,13 @@ def configured(data, tmp_path, **changes):
 
 
 def samples(config, split):
-    return evaluate.Samples(image_sets.open_images(config.data, split=split), config)
+    images = image_sets.open_images(config.data, split=split)
+    return evaluate.Samples(images, config, gallery=split == "train")
 
 
-def both(config, encoder=None, **options):
+def both(config, encoder=None):
     encoder = encoder or Colors()
-    return [
-        evaluate.encode(encoder, samples(config, x), config, **options) for x in ("train", "val")
-    ]
+    return [evaluate.encode(encoder, samples(config, x), config) for x in ("train", "val")]
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def test_features_of_objects_are_torchvisions_roi_align_averaged(data, tmp_path)
     features = evaluate.encode(encoder, source, config)
     assert features.objects.shape == (8, 3)
     for number, sample in enumerate(source[i] for i in range(len(source))):
-        maps = encoder(sample.image[None])
+        maps = encoder(sample.image[None] / 255)
         box = sample.boxes * 4  # in cells
         want = torchvision.ops.roi_align(maps, [box], 7, sampling_ratio=2, aligned=True)
         torch.testing.assert_close(features.objects[number], want.mean((-2, -1))[0])
@@ -113,21 +117,32 @@ def test_features_of_objects_are_torchvisions_roi_align_averaged(data, tmp_path)
 def test_disturbed_objects_keep_their_pixels_and_no_others(data, tmp_path):
     config = configured(data, tmp_path)
     encoder, source = Colors(), samples(config, "val")
-    evaluate.encode(encoder, source, config, disturb=True)
-    batches = [x for x in encoder.seen if len(x)]
-    number = 0
-    for images, made in zip(batches[::2], batches[1::2], strict=True):
-        for image in made:
-            sample = source[number]
-            x1, y1, x2, y2 = (sample.boxes[0] * 32).int().tolist()
-            inside = torch.zeros(32, 32, dtype=torch.bool)
-            inside[y1:y2, x1:x2] = True
-            assert torch.equal(image[:, inside], sample.image[:, inside])
-            rest = [torch.equal(image[:, ~inside], other[:, ~inside]) for other in images]
-            assert any(rest)
-            assert not torch.equal(image[:, ~inside], sample.image[:, ~inside])
-            number += 1
-    assert number == 8
+    evaluate.encode_disturbed(encoder, source, config)
+    images = [source[i].image / 255 for i in range(len(source))]
+    made = torch.cat(encoder.seen)
+    assert len(made) == 8
+    for number, image in enumerate(made):
+        x1, y1, x2, y2 = (source[number].boxes[0] * 32).int().tolist()
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[y1:y2, x1:x2] = True
+        assert torch.equal(image[:, inside], images[number][:, inside])
+        rest = [torch.equal(image[:, ~inside], other[:, ~inside]) for other in images]
+        assert any(rest[:number] + rest[number + 1 :])
+    # What is around an object depends on neither the batch nor the process.
+    other = Colors()
+    evaluate.encode_disturbed(other, source, dataclasses.replace(config, batch=1))
+    assert torch.equal(torch.cat(other.seen), made)
+    parts = Colors()
+    for rank in (0, 1):
+        evaluate.encode_disturbed(parts, source, config, Part(rank, 2))
+    assert torch.equal(torch.cat(parts.seen), made)
+
+
+class Part(Shards):
+    """One of some processes that never meet."""
+
+    def gather(self, rows):
+        return rows
 
 
 def test_a_limit_draws_the_same_images_again(data, tmp_path):
@@ -156,7 +171,12 @@ def test_features_that_know_the_classes_segment_without_a_fault(data, tmp_path, 
 @pytest.mark.parametrize("protocol", ["object-knn", "disturbed-object-knn"])
 def test_features_that_know_the_classes_name_all_objects(data, tmp_path, protocol):
     config = configured(data, tmp_path)
-    features = both(config, disturb=FITTED[protocol].disturbed)
+    features = both(config)
+    if protocol.startswith("disturbed"):
+        features = [
+            evaluate.encode_disturbed(Colors(), samples(config, x), config)
+            for x in ("train", "val")
+        ]
     found = FITTED[protocol].score(*features, config, 0)
     assert found["overall"].value == found["macro"].value == 1
     assert found["overall"].deviation == 0
@@ -254,7 +274,7 @@ def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them
     evaluate.evaluate(dataclasses.replace(config, encoders=("random:tiny-vit",)))
     text = (config.out / "results.json").read_text()
     assert set(json.loads(text)["results"]["random:tiny-vit"]["bias"]) == {
-        "level1", "level2", "level3"
+        "level1", "level2", "level3", "objects"
     }  # fmt: skip
 
 
@@ -308,6 +328,116 @@ def test_labels_follow_a_moving_object(tmp_path):
     assert evaluate.video(blind, videos, config)["J"].value < 0.6
 
 
+def one_of_two(rank, port, config):
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    evaluate.evaluate(config)
+
+
+def numbers_of(figures, name=""):
+    """Each number of nested figures, by its dotted name."""
+    if not isinstance(figures, dict):
+        return {name: figures}
+    found = {}
+    for key, value in figures.items():
+        found |= numbers_of(value, f"{name}.{key}")
+    return found
+
+
+def test_two_processes_have_the_numbers_of_one(data, tmp_path):
+    protocols = [x for x in evaluate.PROTOCOLS if x not in ("image-svm", "image-linear-map")]
+    davis(tmp_path / "set")
+    shutil.copytree(data, tmp_path / "set", dirs_exist_ok=True)
+    config = configured(
+        tmp_path / "set", tmp_path, size=(64, 64), protocol=",".join(protocols), layout="folder",
+        kmeans_seeds=1, epochs=5, batch=3,
+    )  # fmt: skip
+    results = []
+    for count in (1, 2):
+        own = dataclasses.replace(config, out=tmp_path / str(count))
+        if count == 1:
+            evaluate.evaluate(own)
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            torch.multiprocessing.start_processes(
+                one_of_two, (port, own), nprocs=2, start_method="fork"
+            )
+        results.append(json.loads((own.out / "results.json").read_text())["results"])
+    one, two = map(numbers_of, results)
+    assert set(one) == set(two)
+    assert len(one) > 60
+    assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+def test_features_that_are_not_finite_are_refused_and_large_ones_stay_float(data, tmp_path):
+    config = configured(data, tmp_path)
+    encoder = Colors()
+    maps = {}
+    for scale in (1.0, 1e6, 1e-6):
+        encoder.scale.data.fill_(scale)
+        maps[scale] = evaluate.encode(encoder, samples(config, "val"), config).maps
+        torch.testing.assert_close(maps[scale].float() / scale, maps[1.0].float())
+    assert [x.dtype for x in maps.values()] == [torch.float16, torch.float32, torch.float32]
+    encoder.scale.data.fill_(torch.nan)
+    with pytest.raises(harness.UserError, match=r"^colors gives features that are not finite"):
+        evaluate.encode(encoder, samples(config, "val"), config)
+
+
+def test_only_what_the_protocols_need_is_made(data, tmp_path):
+    config = configured(data, tmp_path, protocol="kmeans-seg")
+    both_splits = (samples(config, "train"), samples(config, "val"))
+    encoder = Colors()
+    evaluation = evaluate.Evaluation(encoder, both_splits, None, config, 0)
+    assert evaluation.score("kmeans-seg")["images"] == 8
+    evaluation.score_prior()
+    assert sum(map(len, encoder.seen)) == 8  # of the split to fit on, the label maps alone
+    test = evaluation.test.made
+    assert [len(x) for x in (test.pooled, test.vectors, test.objects)] == [0, 0, 0]
+    evaluation.score("object-knn")
+    assert sum(map(len, encoder.seen)) == 8 + 16
+    assert len(evaluation.test.made.objects) == 8
+
+
+def test_the_bytes_of_the_features_follow_from_the_shapes(data, tmp_path):
+    config = configured(data, tmp_path)
+    fit, test = both(config)
+    sizes = memory.Sizes(
+        fit=8, test=8, cells=16, channels=3, pooled=(3, 3), vectors=(3 * 64, 3 * 16), gallery=8,
+        objects=8,
+    )  # fmt: skip
+    held = {
+        "linear-seg": [fit.maps, test.maps],
+        "kmeans-seg": [test.maps],
+        "object-knn": [fit.objects, test.objects],
+        "image-linear": [*fit.pooled, *test.pooled],
+        "image-svm": [*fit.vectors, *test.vectors],
+    }
+    for protocol, tensors in held.items():
+        assert memory.feature_bytes(protocol, sizes) == sum(x.nbytes for x in tensors)
+
+
+def test_weights_that_are_the_same_are_encoded_once_for_all_seeds(data, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        evaluate, "load_encoder", lambda name, seed: encoded.append(name) or Named()
+    )
+    for name, times in (("runs/croc", 1), ("random:colors", 3)):
+        encoded.clear()
+        config = configured(data, tmp_path, encoders=(name,), seeds=3, protocol="kmeans-seg")
+        evaluate.evaluate(config)
+        found = json.loads((config.out / "results.json").read_text())
+        assert len(encoded) == times
+        assert len(found["seeds"][name]["kmeans-seg"]) == 15  # five of k-means for each
+
+
+class Named(Colors):
+    def takes(self, size):
+        return ""
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -351,10 +481,9 @@ WRONG = [
     (["random:tiny", "--cost", "nan"], "--cost is nan: give a finite number above 0"),
     (["random:tiny", "--draws", "0"], "--draws is 0: give 1"),
     (["random:tiny", "--batch", "0"], "--batch is 0: give 1"),
-    (
-        ["random:tiny", "--protocol", "disturbed-object-knn", "--batch", "1"],
-        "--batch is 1: to disturb an object",
-    ),
+    (["random:tiny", "--kmeans-seeds", "0"], "--kmeans-seeds is 0: give 1"),
+    (["random:tiny", "--level", "-1"], "--level is -1: give 0"),
+    (["random:tiny", "--level", "5"], "--level is 5: random:tiny has the levels 1 to 4"),
     (["random:tiny", "--workers", "-1"], "--workers is -1: give 0"),
 ]
 if not torch.cuda.is_available():
@@ -398,8 +527,9 @@ def test_a_set_without_labels_or_objects_is_named(data, tmp_path):
         FITTED["object-knn"].score(fit, none, config, 0)
     with pytest.raises(harness.UserError, match="no image of a class"):
         FITTED["image-knn"].score(fit, test._replace(area=test.area * 0), config, 0)
-    with pytest.raises(harness.UserError, match="--batch is 1: it leaves an image alone"):
-        both(dataclasses.replace(config, batch=1), disturb=True)
+    alone = samples(dataclasses.replace(config, limit=1), "val")
+    with pytest.raises(harness.UserError, match="takes another image: the split has 1 alone"):
+        evaluate.encode_disturbed(Colors(), alone, config)
 
 
 def test_images_without_a_class_are_left_out(data, tmp_path):
