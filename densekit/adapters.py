@@ -299,7 +299,9 @@ def view_to_lightly_train(view: View, size: Size) -> Float[Tensor, "*batch 8"]:
 
 
 def _one_view(box: tuple[float, float, float, float], flip: bool, vertical_flip: bool) -> View:
-    return View(torch.tensor(box), torch.tensor(flip), torch.tensor(vertical_flip))
+    sides = torch.tensor(box, dtype=torch.float32, device="cpu")
+    flips = [torch.tensor(value, device="cpu") for value in (flip, vertical_flip)]
+    return View(sides, *flips)
 
 
 def _whole_pixels(function: str, view: View) -> list[int]:
@@ -309,7 +311,7 @@ def _whole_pixels(function: str, view: View) -> list[int]:
             f"{function}(): `view` has the leading axes {tuple(view.box.shape[:-1])}: give one "
             "view at a time, as `unstack_views` makes them."
         )
-    sides = [float(side) for side in view.box]
+    sides = view.box.detach().tolist()
     if not all(side.is_integer() for side in sides):
         raise ValueError(f"{function}(): the box {sides} has sides that are no whole pixels.")
     return [int(side) for side in sides]

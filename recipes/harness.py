@@ -1558,6 +1558,23 @@ def _drop_locks() -> None:
 os.register_at_fork(after_in_child=_drop_locks)
 
 
+def _flock(file: Any) -> None:
+    """Lock a file, or a BlockingIOError.
+
+    A process that was forked off by one that is dead now may not have dropped its copy yet.
+    """
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
 def _unlock(file: Any) -> None:
     if not file.closed:  # a process that is just forked off may still have a copy
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -1775,7 +1792,7 @@ class Run(ExitStack):
         file = (self.folder / LOCK).open("a+b", buffering=0)
         self.callback(file.close)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file)
         except BlockingIOError:
             file.seek(0)
             owner = file.read(200).decode(errors="replace")

@@ -84,7 +84,7 @@ def large_to_small(regions, draws):
 
     def rank(k):
         (x1, y1, x2, y2), (rho, x, y) = regions[k].tolist(), draws[k].tolist()
-        return -(x2 - x1) * (y2 - y1), x1, y1, y, x, rho
+        return -(x2 - x1) * (y2 - y1), x1, y1, x2, y2, y, x, rho
 
     return sorted(range(len(regions)), key=rank)
 

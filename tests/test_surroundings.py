@@ -88,8 +88,24 @@ MORE = [
     row("crop_views", lambda *a: large_crops(*a), size=(301, 299)),
     row("boxes_to_mask", lambda *a: (large_crops(*a)[1].box[:, None],), size=(301, 299)),
     row("coordinate_map", lambda *a: large_crops(*a)[1:], size=(301, 2)),
+    row(
+        "view_from_torchvision",
+        numbers,
+        params={"top": 1001, "left": 1003, "height": 999, "width": 997},
+    ),
+    row(
+        "view_from_albumentations",
+        numbers,
+        applied=[("Crop", {"shape": (2001, 2003, 3), "crop_coords": (1001, 1003, 1997, 1999)})],
+    ),
+    row("view_to_torchvision", lambda *_: (whole_pixels(),)),
+    row("view_to_albumentations", lambda *_: (whole_pixels(),)),
     row("boundary_f_measure", lambda b, n, dtype, g: (flips(g, 299, 301), flips(g, 299, 301))),
 ]
+
+
+def whole_pixels():
+    return dk.View(torch.tensor([1001.0, 1003.0, 1997.0, 1999.0]), torch.tensor(False))
 
 
 def large_crops(batch, n, dtype, generator):
@@ -106,6 +122,10 @@ WITHOUT_CALL = {
     "probe_scenes",
     "as_dict",
     "as_table",
+    "view_from_torchvision",
+    "view_from_albumentations",
+    "view_to_torchvision",
+    "view_to_albumentations",
     "cosine_schedule",
     "linear_schedule",
     "warmup_cosine",
@@ -124,6 +144,10 @@ EXCEPT = {
     "linear_schedule": {("meta", "fake"): VALUES},
     "warmup_cosine": {("meta", "fake"): VALUES},
     "check_views": {("meta", "fake"): "it reads values"},
+    "view_from_torchvision": {("meta", "fake"): "takes no tensor"},
+    "view_from_albumentations": {("meta", "fake"): "takes no tensor"},
+    "view_to_torchvision": {("meta", "fake"): VALUES},
+    "view_to_albumentations": {("meta", "fake"): VALUES},
     "minibatch_kmeans": {("meta", "fake"): "it draws a seed, a Python number"},
     "match_clusters": {("meta", "fake"): "the assignment is scipy's"},
     "train_linear_probe": {("fake",): TRAINS},

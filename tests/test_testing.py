@@ -421,6 +421,8 @@ def test_the_draws_follow_from_their_numbers_and_leave_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert seen[:2] == seen[2:]
     assert seen[0] != seen[1]
-    for wrong in ({"tolerance": 0.5}, {"tolerance": 0.0}, {"draws": 0}):
-        with pytest.raises(ValueError, match="below half a pixel, and 1 draw or more"):
-            check_photometry(pipeline, **wrong)
+    for wrong in (0.5, 0.0):
+        with pytest.raises(ValueError, match=f"tolerance is {wrong}; .* below half a pixel"):
+            check_photometry(pipeline, tolerance=wrong)
+    with pytest.raises(ValueError, match="draws is 0; give 1 or more"):
+        check_photometry(pipeline, draws=0)

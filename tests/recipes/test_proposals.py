@@ -185,18 +185,20 @@ NAME = st.lists(st.sampled_from([b"a", b" ", b"/", b"\xff", "é".encode()]), min
 NAME = NAME.map(b"".join)
 
 
+@st.composite
+def boxes_of_an_image(draw):
+    """The height and the width of an image, and boxes inside of it."""
+    height, width = draw(st.tuples(*[st.integers(1, 10**5)] * 2))
+    boxes = []
+    for _ in range(draw(st.integers(0, 4))):
+        x1, x2 = sorted(draw(st.tuples(*[st.integers(0, width)] * 2)))
+        y1, y2 = sorted(draw(st.tuples(*[st.integers(0, height)] * 2)))
+        boxes.append((x1, y1, x2, y2))
+    return (height, width), boxes
+
+
 @settings(max_examples=10)
-@given(
-    st.dictionaries(
-        NAME,
-        st.tuples(
-            st.tuples(*[st.integers(1, 10**5)] * 2),
-            st.lists(st.tuples(*[st.integers(0, 10**5)] * 4), max_size=4),
-        ),
-        min_size=1,
-        max_size=5,
-    )
-)
+@given(st.dictionaries(NAME, boxes_of_an_image(), min_size=1, max_size=5))
 def test_lists_of_any_length_survive_the_file(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("lists")
     (folder / "all.txt").write_bytes(b"\n".join(images))

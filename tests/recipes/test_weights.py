@@ -181,6 +181,7 @@ def test_dinov2s_registers_and_chunks_of_blocks():
     assert fitted.unmatched == []
 
 
+@pytest.mark.skipif(not timm.is_model(ROTARY), reason="this version of timm has no DINOv3")
 def test_dinov3s_names():
     network = encoders.build(ROTARY)
     state = values(network)
@@ -245,7 +246,9 @@ def test_what_is_known_of_the_weights_follows_them(tmp_path):
     told = with_tag.side_car()
     assert told["start"] == f"timm:{VIT}.augreg_in21k:{path}"
     assert told["start_source"] == str(path)
-    assert told["start_license"] == "apache-2.0"
+    known = timm.get_pretrained_cfg(f"{VIT}.augreg_in21k")
+    assert told["start_license"] == (getattr(known, "license", None) or "not told")
+    assert told["start_license"] in ("apache-2.0", "not told")  # older versions tell none
     assert tuple(told["input_size"]) == (3, 224, 224)
 
     encoder = encoders.load_encoder(f"timm:{VIT}.augreg_in21k:{path}")
