@@ -285,6 +285,8 @@ def train_linear_probe(
     check_cells("probes.train_linear_probe", "a map", (h, w))
     x = features.detach()
     small = torch.int16 if classes <= 2**15 else torch.int64  # the labels of a large set are many
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch compares none of them
+        labels = labels.long()
     counted = _counted(labels, classes, ignore)
     y = torch.where(counted, torch.where(counted, labels, 0).to(small), _IGNORE)
     y, used, mean, scale = _standardize(x, y)

@@ -135,7 +135,7 @@ def test_an_error_of_one_process_and_a_wait_without_end_end():
     def fail(part, group):
         if group.rank() == 1:
             raise ArithmeticError("of rank 1")
-        return dk.all_sum(part[0].sum(), group)
+        return part[0].sum()  # it waits for nobody: a lost peer is an error, too, and may be first
 
     with pytest.raises(Exception, match="of rank 1"):
         assert_world_size_invariant(fail, batch(), (2,))

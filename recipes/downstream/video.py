@@ -29,8 +29,12 @@ def video(encoder: Encoder, videos: list[Video], config: Any, shards: Shards = A
     """
     own_videos = [videos[number] for number in shards.part(len(videos))]
     sums = []
-    title = harness.printable(f"{encoder.name} video")
-    for item in tqdm(own_videos, desc=title, leave=False, disable=not shards.is_main):
+    for item in tqdm(
+        own_videos,
+        desc=harness.printable(f"{encoder.name} video"),
+        leave=False,
+        disable=not shards.is_main,
+    ):
         first, objects = read_first_mask(item)
         maps = encode_frames(encoder, item, config)
         start = labels_of_cells(first, objects, maps)
