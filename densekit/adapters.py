@@ -14,7 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 from densekit.numerics import widened
 from densekit.typing import Size, typed
-from densekit.views import MatrixViews, View, view_from_matrix, view_to_matrix
+from densekit.views import (
+    MatrixViews,
+    View,
+    boxes_view_to_image,
+    full_view,
+    view_from_matrix,
+    view_from_xywh,
+    view_to_matrix,
+)
 
 __all__ = [
     "view_from_albumentations",
@@ -28,7 +36,6 @@ __all__ = [
 ]
 
 _ALBUMENTATIONS_RESIZES = {"LongestMaxSize", "RandomScale", "Resize", "SmallestMaxSize"}
-_ALBUMENTATIONS_FLIPS = {"HorizontalFlip": 0, "VerticalFlip": 1}  # the axis that each mirrors
 
 
 # ---- torchvision -----------------------------------------------------------------------------
@@ -64,11 +71,12 @@ def view_from_torchvision(
     missing = [name for name in names if name not in params]
     if missing:
         raise ValueError(
-            f"view_from_torchvision(): `params` has no {missing[0]!r}: give the top, left, height "
-            "and width of a crop, as `make_params` of torchvision's transforms returns them."
+            f"densekit.adapters.view_from_torchvision: params has no {missing[0]!r}; give the top, "
+            "left, height and width of a crop, as `make_params` of torchvision returns them."
         )
-    left, top, width, height = (float(params[name]) for name in names)
-    return _one_view((left, top, left + width, top + height), flip, vertical_flip)
+    crop = torch.tensor([params[name] for name in names], dtype=torch.float32, device="cpu")
+    flips = [torch.tensor(value, device="cpu") for value in (flip, vertical_flip)]
+    return view_from_xywh(crop, *flips)
 
 
 @typed
@@ -195,32 +203,28 @@ def view_from_albumentations(applied: Iterable[tuple[str, Mapping[str, Any]]]) -
     transforms = list(applied)
     if not transforms:
         raise ValueError(
-            "view_from_albumentations(): no transform was applied, so the size of the image is not "
-            "known: use `full_view`."
+            "densekit.adapters.view_from_albumentations: no transform was applied, so the size of "
+            "the image is not known; use `full_view`."
         )
     height, width = transforms[0][1]["shape"][:2]
-    start, extent = [0.0, 0.0], [float(width), float(height)]
-    flips = [False, False]
+    view = full_view((height, width), device="cpu")
     for name, params in transforms:
-        if name in _ALBUMENTATIONS_FLIPS:
-            axis = _ALBUMENTATIONS_FLIPS[name]
-            flips[axis] = not flips[axis]
-        elif params.get("crop_coords") is not None and not params.get("pad_params"):
-            lengths = params["shape"][1::-1]
-            first, last = params["crop_coords"][:2], params["crop_coords"][2:]
-            for axis in (0, 1):
-                low, high = first[axis] / lengths[axis], last[axis] / lengths[axis]
-                if flips[axis]:
-                    low, high = 1 - high, 1 - low
-                start[axis] += low * extent[axis]
-                extent[axis] *= high - low
+        crop = params.get("crop_coords")
+        if name == "HorizontalFlip":
+            view = view._replace(flip=~view.flip)
+        elif name == "VerticalFlip":
+            view = view._replace(vertical_flip=~view.vertical_flip)
+        elif crop is not None and not params.get("pad_params"):
+            height, width = params["shape"][:2]  # of what this transform was given
+            sides = view.box.new_tensor([width, height, width, height])
+            share = view.box.new_tensor(crop) / sides
+            view = view._replace(box=boxes_view_to_image(view, share[None])[0])
         elif name not in _ALBUMENTATIONS_RESIZES and _moves_pixels(name):
             raise ValueError(
-                f"view_from_albumentations(): {name} does more than crop, resize and mirror, which "
-                "a view does not hold."
+                f"densekit.adapters.view_from_albumentations: {name} does more than crop, resize "
+                "and mirror; give transforms that a view can hold."
             )
-    box = (start[0], start[1], start[0] + extent[0], start[1] + extent[1])
-    return _one_view(box, *flips)
+    return view
 
 
 @typed
@@ -298,22 +302,19 @@ def view_to_lightly_train(view: View, size: Size) -> Float[Tensor, "*batch 8"]:
 # ---- helpers ---------------------------------------------------------------------------------
 
 
-def _one_view(box: tuple[float, float, float, float], flip: bool, vertical_flip: bool) -> View:
-    sides = torch.tensor(box, dtype=torch.float32, device="cpu")
-    flips = [torch.tensor(value, device="cpu") for value in (flip, vertical_flip)]
-    return View(sides, *flips)
-
-
 def _whole_pixels(function: str, view: View) -> list[int]:
     """The sides of the box of one view as whole numbers."""
     if view.box.dim() != 1:
         raise ValueError(
-            f"{function}(): `view` has the leading axes {tuple(view.box.shape[:-1])}: give one "
-            "view at a time, as `unstack_views` makes them."
+            f"densekit.adapters.{function}: view has the leading axes "
+            f"{tuple(view.box.shape[:-1])}; give one view at a time, as `unstack_views` makes them."
         )
     sides = view.box.detach().tolist()
     if not all(side.is_integer() for side in sides):
-        raise ValueError(f"{function}(): the box {sides} has sides that are no whole pixels.")
+        raise ValueError(
+            f"densekit.adapters.{function}: the box {sides} has sides that are no whole pixels; "
+            "round it first."
+        )
     return [int(side) for side in sides]
 
 
@@ -321,10 +322,11 @@ def _kornia_matrix(params: Mapping[str, Any], margin: float) -> Tensor:
     """The matrices of crops, from the centers of the pixels at their corners, and a margin."""
     if "src" not in params or "dst" not in params:
         raise ValueError(
-            f"view_from_kornia(): the parameters {sorted(params)} are not those of a crop, which "
-            "has the corners `src` and `dst`: give the `transform_matrix` instead."
+            f"densekit.adapters.view_from_kornia: the parameters {sorted(params)} are not those of "
+            "a crop, which has the corners `src` and `dst`; give the `transform_matrix` instead."
         )
-    src, dst = widened(params["src"]), widened(params["dst"])
+    src = widened(params["src"])
+    dst = widened(params["dst"])
     scale = (dst[:, 2] - dst[:, 0] + 2 * margin) / (src[:, 2] - src[:, 0] + 2 * margin)
     shift = dst[:, 0] - margin - (src[:, 0] - margin) * scale
     first = torch.cat([torch.diag_embed(scale), shift[..., None]], -1)
@@ -338,8 +340,8 @@ def _moves_pixels(name: str) -> bool:
         albumentations = importlib.import_module("albumentations")
     except ImportError as error:
         raise ImportError(
-            f"view_from_albumentations(): whether {name} moves pixels is known to albumentations "
-            "alone, which is not installed."
+            f"densekit.adapters.view_from_albumentations: whether {name} moves pixels is known to "
+            "albumentations alone, which is not installed."
         ) from error
     transform = getattr(albumentations, name, None)
     return transform is None or not issubclass(transform, albumentations.ImageOnlyTransform)
