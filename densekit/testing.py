@@ -110,6 +110,8 @@ def assert_world_size_invariant(
         AssertionError: A result or a gradient differs, or the processes do not end.
         ValueError: The tensors of the batch have different numbers of rows, the rows on the
             processes are not all rows of the batch, or this process is in a group itself.
+        torch.multiprocessing.ProcessRaisedException: The function fails. The message has the
+            traceback of the process that failed first.
 
     Examples:
         >>> from densekit import all_mean, masked_mean
@@ -183,7 +185,7 @@ def _names_of_leaves(batch: Any) -> list[str]:
 
 
 def _on_processes(task: _Task, start_method: str) -> list[_Found]:
-    """What each process finds, in the order of ranks; an error of one ends all."""
+    """What each process finds, in the order of ranks; the first error of one ends all."""
     size = len(task.counts)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         # Python warns of forks beside threads: these processes touch nothing that a thread holds.
@@ -229,6 +231,14 @@ def _work(rank: int, task: _Task, folder: str) -> None:
         found = [x.detach() for x in results], gradients[:count], gradients[count:]
         torch.save(found, Path(folder, f"found-{rank}"))
         dist.barrier()
+    except Exception:
+        # A process that ends closes its connections, at which those that wait for it fail, too.
+        # So it leaves a note before, and whoever finds a note is not the cause and ends quietly.
+        try:
+            Path(folder, "failed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        raise
     finally:
         dist.destroy_process_group()
 
