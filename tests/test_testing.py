@@ -165,9 +165,11 @@ def test_rows_that_do_not_fit_are_refused():
     for wrong in ((torch.zeros(2, 3), torch.zeros(3)), (torch.zeros(()), 5), ()):
         with pytest.raises(ValueError, match="give tensors of one number of rows"):
             assert_world_size_invariant(right, wrong)
-    for wrong in ((1, 1), (6, -1), (9,)):
-        with pytest.raises(ValueError, match="give numbers whose sum is that of the rows"):
+    for wrong in ((1, 1), (6, -1), (9,), ()):
+        with pytest.raises(ValueError, match="give numbers of 0 or more, whose sum is 5"):
             assert_world_size_invariant(right, batch(), (wrong,))
+    with pytest.raises(ValueError, match="a number of processes is 0; give 1 or more"):
+        assert_world_size_invariant(right, batch(), (0,))
 
 
 # ---- every function with a group -------------------------------------------------------------
