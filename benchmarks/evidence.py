@@ -454,7 +454,8 @@ def compare(methods: list, baselines: list, draws: int = DRAWS) -> dict:
     half = math.inf
     if seeds > 1:
         half = STUDENT[seeds] * each.std().item() / seeds**0.5
-    low, high = interval.low.item(), interval.high.item()
+    low = interval.low.item()
+    high = interval.high.item()
     mean = each.mean().item()
     if min(low, mean - half) > 0:
         claim = "better"
@@ -496,8 +497,8 @@ def compare_all(study: Study) -> None:
         import numpy as np
 
         for protocol in PROTOCOLS:
-            methods, baselines = ([np.load(x)[protocol] for x in files] for files in pair)
-            result = compare(methods, baselines)
+            counts = [[np.load(file)[protocol] for file in files] for files in pair]
+            result = compare(*counts)
             row = {"kind": "comparison", "method": name, "baseline": method.baseline}
             add_row(study.rows, {**row, "protocol": protocol, "runs": names, **result})
             print(f"  {name} against {method.baseline}, {protocol}: {result['claim']}", flush=True)
