@@ -394,26 +394,27 @@ def score_run(name: str, study: Study) -> None:
     else:
         config = replace(config, data=study.data, split="test", size=study.size)
 
-    counts = {}
+    kept = []  # of the protocol that is scored
 
     def keep(found: torch.Tensor, test: protocols.Features, config: evaluate.Config) -> dict:
-        counts[protocol] = found.numpy().astype("int32")
+        kept.append(found.numpy().astype("int32"))
         return figures(found, test, config)
 
     figures = protocols.segmentation_figures
     encoder = load_encoder(str(folder), seed=0)
     evaluation = evaluate.Evaluation(encoder, evaluate.open_samples(config), None, config, 0)
     scores = {}
+    counts = {}
     with (
         mock.patch.object(protocols, "segmentation_figures", keep),
         mock.patch.object(protocols, "GALLERY", GALLERY),
     ):
         for protocol in wanted:
-            interval = evaluation.score(protocol)["miou"]
-            value, low, high, _ = interval
+            value, low, high, _ = evaluation.score(protocol)["miou"]
             scores[protocol] = {"value": float(value), "low": float(low), "high": float(high)}
-        protocol = "prior"
+            counts[protocol] = kept.pop()
         prior = float(evaluation.score_prior()["miou"].value)
+        counts["prior"] = kept.pop()
 
     np.savez_compressed(study.runs / f"{name}.counts.npz", **counts)
     text = json.dumps({"scores": scores, "prior": prior, "images": len(counts["prior"])})
@@ -454,7 +455,8 @@ def compare(methods: list, baselines: list, draws: int = DRAWS) -> dict:
     half = math.inf
     if seeds > 1:
         half = STUDENT[seeds] * each.std().item() / seeds**0.5
-    low, high = interval.low.item(), interval.high.item()
+    low = interval.low.item()
+    high = interval.high.item()
     mean = each.mean().item()
     if min(low, mean - half) > 0:
         claim = "better"
@@ -496,8 +498,8 @@ def compare_all(study: Study) -> None:
         import numpy as np
 
         for protocol in PROTOCOLS:
-            methods, baselines = ([np.load(x)[protocol] for x in files] for files in pair)
-            result = compare(methods, baselines)
+            counts = [[np.load(file)[protocol] for file in files] for files in pair]
+            result = compare(*counts)
             row = {"kind": "comparison", "method": name, "baseline": method.baseline}
             add_row(study.rows, {**row, "protocol": protocol, "runs": names, **result})
             print(f"  {name} against {method.baseline}, {protocol}: {result['claim']}", flush=True)

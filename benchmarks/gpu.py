@@ -391,8 +391,11 @@ class Clock:
 
 def configure(module: Any, size: Size, settings: Settings, compiled: bool, run: Path) -> Any:
     """The configuration of a recipe, for one epoch without rows and checkpoints between."""
-    options = dict(size.small if settings.small else size.options)
-    preset = "demo" if settings.small else size.preset
+    preset = size.preset
+    options = dict(size.options)
+    if settings.small:
+        preset = "demo"
+        options = dict(size.small)
     config = module.PRESETS[preset] if size.preset else module.Config()
     for name, value in options.items():
         if isinstance(value, dict):

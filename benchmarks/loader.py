@@ -30,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 # The recipes come first: both they and the benchmarks have an adapt.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -327,10 +328,10 @@ def workers(source: Any, rounds: int) -> None:
         gaps = [after - before for before, after in itertools.pairwise(times)]
         mean = statistics.mean(gaps)
         at_ends = statistics.mean(gaps[per_epoch - 1 :: per_epoch])
-        processes = f"{count} loader process{'es' if count > 1 else ''}"
-        row(f"DenseSiam's batches of {batch}, {processes}", f"{batch / mean:.0f} images/s", "", "")
+        who = processes(count)
+        row(f"DenseSiam's batches of {batch}, {who}", f"{batch / mean:.0f} images/s", "", "")
         row(
-            f"wait for the first batch of an epoch, {processes}",
+            f"wait for the first batch of an epoch, {who}",
             f"{at_ends * 1e3:.0f} ms",
             f"{mean * 1e3:.0f} ms (mean of all batches)",
             f"{at_ends / mean:.2f} x",
@@ -349,55 +350,42 @@ def memory(source: Any, rounds: int) -> None:
     batch = 64 if rounds > 1 else 8
     dataset = densesiam.TwoViews(Many(source, 4 * batch), densesiam.PRESETS["paper"])
     world = harness.World(0, 1, torch.device("cpu"))
-    started = []
     start_worker = harness.start_worker
-    own = {}
-
-    def note(number: int) -> None:
-        start_worker(number)
-        Path(own["folder"], str(number)).write_text(f"{os.getpid()} {anonymous(os.getpid())}")
 
     with tempfile.TemporaryDirectory() as folder:
-        own["folder"] = folder
+
+        def note(number: int) -> None:
+            """Start a loader process, and write down its id and its memory before the work."""
+            start_worker(number)
+            Path(folder, str(number)).write_text(f"{os.getpid()} {anonymous(os.getpid())}")
+
         for count in (1, 2):
-            made = start_loader(dataset, batch, world, count, note)
-            next(made)
+            with mock.patch.object(harness, "start_worker", note):
+                made = harness.batches(
+                    dataset, batch, world, seed=0, start=0, stop=4, workers=count
+                )
+                next(made)
             started = [x.read_text().split() for x in sorted(Path(folder).iterdir())]
             pids = [int(pid) for pid, _ in started]
             waiting = settled(lambda pids=pids: in_shared_memory(pids))
             formula = bytes_in_flight(count, batch, side)
             row(
-                f"in shared memory, batches of {batch}, {count} processes",
+                f"in shared memory, batches of {batch}, {processes(count)}",
                 f"{waiting / 1e6:.1f} MB",
                 f"{formula / 1e6:.1f} MB (formula)",
                 f"{waiting / formula:.2f} x",
             )
             grown = statistics.mean(anonymous(int(pid)) - int(before) for pid, before in started)
-            row(f"memory of each of {count} processes beside it", f"{grown / 1e6:.0f} MB", "", "")
+            row(f"memory of each of {processes(count)} beside it", f"{grown / 1e6:.0f} MB", "", "")
             made.close()
 
 
-def start_loader(
-    dataset: Any, batch: int, world: harness.World, count: int, note: Callable[[int], None]
-) -> Any:
-    """The batches of `harness.batches`, whose processes call `note` first."""
-    start_worker = harness.start_worker
-    harness.start_worker = note
-    try:
-        made = harness.batches(dataset, batch, world, seed=0, start=0, stop=4, workers=count)
-        first = next(made)
-    finally:
-        harness.start_worker = start_worker
-
-    def rest() -> Any:
-        yield first
-        yield from made
-
-    return rest()
+def processes(count: int) -> str:
+    return "1 loader process" if count == 1 else f"{count} loader processes"
 
 
 def settled(measure: Callable[[], int], pause: float = 0.5) -> int:
-    """A number once it has stayed the same for three looks; the largest after a minute."""
+    """A number once it has stayed the same for three looks; the last one after a minute."""
     seen = []
     for _ in range(120):
         seen.append(measure())

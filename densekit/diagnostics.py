@@ -511,8 +511,9 @@ def _quick_singular_values(rows: Tensor) -> Tensor:
 
     In float64 their error is 1e-8 of the largest one: less than the rounding of float32 rows.
     """
-    tall = rows.shape[-2] > rows.shape[-1]
-    squares = torch.linalg.eigvalsh(rows.mT @ rows if tall else rows @ rows.mT)
+    is_tall = rows.shape[-2] > rows.shape[-1]
+    gram = rows.mT @ rows if is_tall else rows @ rows.mT  # the smaller one
+    squares = torch.linalg.eigvalsh(gram)
     noise = torch.finfo(squares.dtype).eps * max(rows.shape[-2:])
     used = squares > noise * squares.detach()[..., -1:]
     return torch.where(used, torch.where(used, squares, 1.0).sqrt(), 0.0)

@@ -124,7 +124,8 @@ def form_decides(hint: Any) -> bool:
     if is_record(hint):
         return all(map(form_decides, typing.get_type_hints(hint).values()))
 
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    members = typing.get_args(hint)
     if origin is Literal:
         return all(member is None or type(member) is str for member in members)
     if origin is Callable:

@@ -429,10 +429,10 @@ def kernel_alignment(
     dtype = torch.promote_types(own.dtype, other.dtype)
     cosine = _kernel_cosine(own.to(dtype), other.to(dtype))
 
-    return _reduce((1 - cosine).clamp(0, 1), _number(student, valid) > 1, reduction)
+    return _reduce((1 - cosine).clamp(0, 1), _count_rows(student, valid) > 1, reduction)
 
 
-def _number(rows: Tensor, valid: Tensor | None) -> Tensor:
+def _count_rows(rows: Tensor, valid: Tensor | None) -> Tensor:
     """Count the valid rows of each set."""
     if valid is None:
         return torch.full(rows.shape[:-2], rows.shape[-2], device=rows.device)
@@ -462,7 +462,8 @@ def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
 def _kernel_cosine(rows: Tensor, others: Tensor) -> Tensor:
     """Compute the cosine of `rows rows^T` and `others others^T`; 0 where one of them is 0."""
     n = rows.shape[-2]
-    d, e = rows.shape[-1], others.shape[-1]
+    d = rows.shape[-1]
+    e = others.shape[-1]
     with full_precision(rows):
         if n * (d + e) < d * d + d * e + e * e:  # the same numbers, from matrices n x n
             own = rows @ rows.mT
@@ -523,15 +524,16 @@ def gram_loss(
     valid = fit_valid(where, valid, student.shape[:-1])
     grams = []
     for tokens in (student, teacher.detach()):
-        rows = l2_normalize(
-            _valid_rows(tokens, valid)
-        )  # the pairs of zeros are equal on both sides
+        # What is not valid becomes zeros, whose products are equal on both sides.
+        rows = l2_normalize(_valid_rows(tokens, valid))
         with full_precision(rows):
             gram = rows @ rows.mT
-        grams.append(gram.relu() if clip_negative else gram)
+        if clip_negative:
+            gram = gram.relu()
+        grams.append(gram)
 
     total = (grams[0] - grams[1]).square().sum((-2, -1))
-    count = _number(student, valid)
+    count = _count_rows(student, valid)
     return _reduce(total / count.clamp(min=1).square(), count > 0, reduction)
 
 
@@ -633,7 +635,8 @@ def _plans_at_a_time(near: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]
 def _proximity(rows: Tensor, references: Tensor, metric: Metric) -> Tensor:
     """Compute the cosines, or the distances, of each row and each reference."""
     if metric == "cosine":
-        own, other = l2_normalize(rows), l2_normalize(references)
+        own = l2_normalize(rows)
+        other = l2_normalize(references)
         dtype = torch.promote_types(own.dtype, other.dtype)
         with full_precision(own):
             return own.to(dtype) @ other.to(dtype).mT

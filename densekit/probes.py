@@ -284,11 +284,7 @@ def train_linear_probe(
         check("probes.train_linear_probe", name, number, number >= 1, "1 or more")
     check_cells("probes.train_linear_probe", "a map", (h, w))
     x = features.detach()
-    small = torch.int16 if classes <= 2**15 else torch.int64  # the labels of a large set are many
-    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch compares none of them
-        labels = labels.long()
-    counted = _counted(labels, classes, ignore)
-    y = torch.where(counted, torch.where(counted, labels, 0).to(small), _IGNORE)
+    y = _small_labels(labels, classes, ignore)
     y, used, mean, scale = _standardize(x, y)
     steps = epochs * -(-len(x) // batch)
     step = 0
@@ -317,7 +313,7 @@ def train_linear_probe(
         bias = bias.detach() - mean[:, 0, 0] @ weight
 
     counts = torch.zeros(classes, dtype=torch.long, device=y.device)
-    for target in y.split(block_rows(max(1, y[0].numel()))):
+    for target in y.split(block_rows(y[0].numel())):
         row = target.flatten().long()
         known = row != _IGNORE
         counts = counts.scatter_add(0, torch.where(known, row, 0), known.long())
@@ -537,6 +533,19 @@ def _gradients(x: Tensor) -> Iterator[None]:
 def _counted(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
     counted = (labels >= 0) & (labels < classes)
     return counted if ignore is None else counted & (labels != ignore)
+
+
+def _small_labels(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
+    """Return `_IGNORE` for what is not counted, and few bits: the labels of a large set are many.
+
+    It works in blocks of images, because torch does not compare every integer dtype.
+    """
+    dtype = torch.int16 if classes <= 2**15 else torch.int64
+    parts = []
+    for part in labels.split(block_rows(labels[0].numel())):
+        wide = part.long()
+        parts.append(torch.where(_counted(wide, classes, ignore), wide, _IGNORE).to(dtype))
+    return torch.cat(parts)
 
 
 def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -126,8 +126,12 @@ def _bitonic(n: int) -> list[list[tuple[int, int]]]:
             for i in range(missing, 2**stages - distance):
                 if i & distance:
                     continue
-                low, high = i - missing, i + distance - missing
-                falling = (i >> (stage + 1)) & 1
-                layer.append((high, low) if falling else (low, high))
+                low = i - missing
+                high = low + distance
+                is_falling = (i >> (stage + 1)) & 1
+                if is_falling:
+                    layer.append((high, low))
+                else:
+                    layer.append((low, high))
             layers.append(layer)
     return layers

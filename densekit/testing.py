@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
+from densekit.numerics import check
 from densekit.typing import Float, Size, typed
 from densekit.views import View, coordinate_map, full_view, image_to_view
 
@@ -109,7 +110,10 @@ def assert_world_size_invariant(
     Raises:
         AssertionError: A result or a gradient differs, or the processes do not end.
         ValueError: The tensors of the batch have different numbers of rows, the rows on the
-            processes are not all rows of the batch, or this process is in a group itself.
+            processes are not all rows of the batch, there is no process, or this process is in a
+            group itself.
+        torch.multiprocessing.ProcessRaisedException: The function fails. The message has the
+            traceback of the process that failed first.
 
     Examples:
         >>> from densekit import all_mean, masked_mean
@@ -125,8 +129,8 @@ def assert_world_size_invariant(
         start_method = "fork" if "fork" in methods else "spawn"
     if start_method == "fork" and dist.is_initialized():
         raise ValueError(
-            "testing.assert_world_size_invariant: this process is in a group, which its forks "
-            "cannot leave; call torch.distributed.destroy_process_group() first."
+            "densekit.testing.assert_world_size_invariant: this process is in a group, which its "
+            "forks cannot leave; call torch.distributed.destroy_process_group() first."
         )
     rows = _number_of_rows(batch, dim)
     all_counts = [_rows_on_each(rows, size) for size in world_sizes]
@@ -147,8 +151,8 @@ def _number_of_rows(batch: Any, dim: int) -> int:
     lengths = {x.shape[dim] for x in tree_leaves(batch) if _has_rows(x, dim)}
     if len(lengths) != 1:
         raise ValueError(
-            f"testing.assert_world_size_invariant: along the axis {dim} the tensors of the batch "
-            f"have {sorted(lengths)} rows; give tensors of one number of rows."
+            f"densekit.testing.assert_world_size_invariant: along the axis {dim} the tensors of "
+            f"the batch have {sorted(lengths)} rows; give tensors of one number of rows."
         )
     return lengths.pop()
 
@@ -159,14 +163,15 @@ def _has_rows(x: Any, dim: int) -> bool:
 
 def _rows_on_each(rows: int, size: int | Sequence[int]) -> Counts:
     """The number of rows on each process; those of a number of processes differ by one at most."""
+    where = "testing.assert_world_size_invariant"
     if isinstance(size, int):
+        check(where, "a number of processes", size, size >= 1, "1 or more")
         return tuple(len(part) for part in torch.arange(rows).tensor_split(size))
-    if sum(size) != rows or min(size) < 0:
-        raise ValueError(
-            f"testing.assert_world_size_invariant: {tuple(size)} is not how {rows} rows lie on "
-            "processes; give numbers whose sum is that of the rows."
-        )
-    return tuple(size)
+    counts = tuple(size)
+    fits = len(counts) >= 1 and min(counts) >= 0 and sum(counts) == rows
+    wanted = f"numbers of 0 or more, whose sum is {rows}"
+    check(where, "the number of rows on each process", counts, fits, wanted)
+    return counts
 
 
 def _dealt_in_turn(counts: Counts) -> Tensor:
@@ -183,7 +188,7 @@ def _names_of_leaves(batch: Any) -> list[str]:
 
 
 def _on_processes(task: _Task, start_method: str) -> list[_Found]:
-    """What each process finds, in the order of ranks; an error of one ends all."""
+    """What each process finds, in the order of ranks; the first error of one ends all."""
     size = len(task.counts)
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         # Python warns of forks beside threads: these processes touch nothing that a thread holds.
@@ -229,6 +234,14 @@ def _work(rank: int, task: _Task, folder: str) -> None:
         found = [x.detach() for x in results], gradients[:count], gradients[count:]
         torch.save(found, Path(folder, f"found-{rank}"))
         dist.barrier()
+    except Exception:
+        # A process that ends closes its connections, at which those that wait for it fail, too.
+        # So it leaves a note before, and whoever finds a note is not the cause and ends quietly.
+        try:
+            Path(folder, "failed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -553,13 +566,10 @@ def check_photometry(
         ...     return [(crop_views(image, view, 32), view)]
         >>> check_photometry(pipeline)
     """
-    if not 0 < tolerance < 0.5:
-        raise ValueError(
-            f"testing.check_photometry: tolerance is {tolerance}; give a number above 0, below "
-            "half a pixel."
-        )
-    if draws < 1:
-        raise ValueError(f"testing.check_photometry: draws is {draws}; give 1 or more.")
+    where = "testing.check_photometry"
+    fits = 0 < tolerance < 0.5
+    check(where, "tolerance", tolerance, fits, "a number above 0, below half a pixel")
+    check(where, "draws", draws, draws >= 1, "1 or more")
     height, width = size
     extent = torch.tensor([width, height], dtype=torch.float64)
     places = coordinate_map(full_view(size), size)  # (h, w, 2), in pixels

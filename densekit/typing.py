@@ -76,17 +76,16 @@ def typed(function: _Function) -> _Function:
     undecided = {name for name, hint in hints.items() if not form_decides(hint)}
     decided = [name not in undecided for name in hints]
     most_args = len(hints) if all(decided) else decided.index(False)  # by their places
-    result_decides = form_decides(signature.return_annotation)
     kinds = {signature.parameters[name].kind for name in undecided}
-    if inspect.Parameter.VAR_KEYWORD in kinds:  # its arguments have other names
-        result_decides = False
+    hidden = inspect.Parameter.VAR_KEYWORD in kinds  # its arguments have other names
+    may_remember = form_decides(signature.return_annotation) and not hidden
     passed: dict[Hashable, Hashable] = {}  # the form of a call, and that of its newest result
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        remembers = result_decides and len(args) <= most_args and undecided.isdisjoint(kwargs)
+        remembers = may_remember and len(args) <= most_args and undecided.isdisjoint(kwargs)
         form = _plainly(form_of)((args, *kwargs.items())) if remembers else None
         form_of_result = passed.get(form)
         try:

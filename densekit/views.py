@@ -1158,8 +1158,10 @@ def _height_and_width(
     """Return one size, or one for each image, in float32: exact up to 2^24 pixels a side."""
     if not isinstance(size, Tensor):
         # On the device from the start: a copy from the CPU is waited for.
-        height, width = (torch.full((), side, device=device) for side in size)
-        return height.float(), width.float()
+        h, w = size
+        height = torch.full((), h, dtype=torch.float32, device=device)
+        width = torch.full((), w, dtype=torch.float32, device=device)
+        return height, width
     sizes = size.to(device=device, dtype=torch.float32)
     height, width = sizes.unbind(-1)
     return height, width

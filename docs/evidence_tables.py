@@ -8,8 +8,10 @@ PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
 
 def read(path):
     """The last row of each run, in the order of the file, and the last comparison of each pair."""
-    runs, comparisons = {}, {}
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    runs = {}
+    comparisons = {}
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    for line in lines:
         row = json.loads(line)
         if row["kind"] == "comparison":
             comparisons[row["method"], row["protocol"]] = row
@@ -44,7 +46,8 @@ def tables(path):
         )
         for row in comparisons
     ]
-    found, grid = [], []
+    found = []
+    grid = []
     for row in runs:
         start = [row["method"], str(row["seed"]), f"{row['rate']:g}", str(row["steps"])]
         if row["status"] == "done":
@@ -61,7 +64,8 @@ def tables(path):
     if claims:
         head = ["pair", "protocol", "difference of mIoU (images)", "over seeds", "claim"]
         parts += ["### Claims\n", table(head, claims)]
-    start, end = ["method", "seed", "learning rate", "steps"], ["time", "commit"]
+    start = ["method", "seed", "learning rate", "steps"]
+    end = ["time", "commit"]
     if found:
         priors = sorted(
             {f"{row['prior']:.3f}" for row in runs if "prior" in row and row["kind"] == "run"}

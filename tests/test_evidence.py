@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from files import ROOT
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+# At the end: the recipes come first, because both they and the benchmarks have an adapt.py.
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
-import evidence  # noqa: E402
-import evidence_tables  # noqa: E402
+import evidence
+import evidence_tables
 
 
 def labeled_set(folder, count=6, side=64):
@@ -224,6 +226,27 @@ def test_all_runs_are_made_once_and_a_stopped_one_goes_on(study, monkeypatch):
     assert page.count("0.500 [0.400, 0.600]") == 2 + 3 * 3
 
 
+def test_a_pair_is_compared_once_when_all_its_runs_have_ended(study):
+    study = replace(study, methods=("simsiam", "densesiam"), factors=(), seeds=(0, 1))
+    study.runs.mkdir()
+    right = np.tile(np.eye(2, dtype=np.int32), (4, 1, 1))
+    for run in evidence.missing_runs(study, []):
+        evidence.compare_all(study)
+        assert len(evidence.read_rows(study.rows)) < 4
+        evidence.add_row(study.rows, made(run))
+        counts = right if run.method == "densesiam" else right + 1
+        files = dict.fromkeys(evidence.PROTOCOLS, counts)
+        np.savez(study.runs / f"{run.name}.counts.npz", **files)
+    for _ in range(2):
+        evidence.compare_all(study)
+        found = [x for x in evidence.read_rows(study.rows) if x["kind"] == "comparison"]
+        assert [row["protocol"] for row in found] == list(evidence.PROTOCOLS)
+    for row in found:
+        assert (row["method"], row["baseline"]) == ("densesiam", "simsiam")
+        # Its two classes are all right; of its baseline's, 2 of 4 pixels are in both.
+        assert row["difference"] == pytest.approx(1 - 2 / 4)
+
+
 def test_a_small_run_has_scores_and_counts_of_each_image(study):
     study = replace(study, methods=("simsiam",), factors=(), seeds=(0,))
     evidence.make_all(study)
@@ -232,7 +255,6 @@ def test_a_small_run_has_scores_and_counts_of_each_image(study):
     assert row["steps"] == 2
     assert row["images"] == 2
     assert set(row["scores"]) == set(evidence.PROTOCOLS)
-    import numpy as np
 
     found = np.load(study.runs / "run-simsiam-0-0.8.counts.npz")
     for protocol, score in row["scores"].items():

@@ -5,7 +5,10 @@ import torch
 from test_contract import TABLE, build, run
 from torch.utils._pytree import tree_leaves, tree_map
 
-WIDTHS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32)
+WIDTHS = (
+    *(torch.int8, torch.int16, torch.int32),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 # Their sizes and cursors are signed.
 SIGNED = {
     *("full_view", "sample_views", "sample_view_pairs", "view_from_relative", "views_valid"),

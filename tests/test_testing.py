@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from PIL import Image
 from strategies import sizes, uniform, views
 from torch import nn
+from torch.multiprocessing import ProcessContext, ProcessRaisedException
 from torchvision.transforms.v2 import functional as transforms
 import densekit as dk
 from densekit import View, image_to_view, view_to_image
@@ -131,15 +132,25 @@ def test_rows_may_be_dealt_in_turn():
     )
 
 
-def test_an_error_of_one_process_and_a_wait_without_end_end():
+def test_the_error_is_that_of_the_process_that_failed_first(monkeypatch):
+    join = ProcessContext.join
+
+    def join_late(self, timeout=None):
+        """Look at the processes only when all have ended, as on a busy machine."""
+        time.sleep(1.0)
+        return join(self, timeout)
+
     def fail(part, group):
         if group.rank() == 1:
             raise ArithmeticError("of rank 1")
-        return part[0].sum()  # it waits for nobody: a lost peer is an error, too, and may be first
+        return dk.all_sum(part[0].sum(), group)  # on two processes it waits for the failed one
 
-    with pytest.raises(Exception, match="of rank 1"):
+    monkeypatch.setattr(ProcessContext, "join", join_late)
+    with pytest.raises(ProcessRaisedException, match="ArithmeticError: of rank 1"):
         assert_world_size_invariant(fail, batch(), (2,))
 
+
+def test_a_wait_without_end_ends():
     def wait(part, group):
         time.sleep(3600 if group.size() > 1 else 0)
         return 0
@@ -154,9 +165,11 @@ def test_rows_that_do_not_fit_are_refused():
     for wrong in ((torch.zeros(2, 3), torch.zeros(3)), (torch.zeros(()), 5), ()):
         with pytest.raises(ValueError, match="give tensors of one number of rows"):
             assert_world_size_invariant(right, wrong)
-    for wrong in ((1, 1), (6, -1), (9,)):
-        with pytest.raises(ValueError, match="give numbers whose sum is that of the rows"):
+    for wrong in ((1, 1), (6, -1), (9,), ()):
+        with pytest.raises(ValueError, match="give numbers of 0 or more, whose sum is 5"):
             assert_world_size_invariant(right, batch(), (wrong,))
+    with pytest.raises(ValueError, match="a number of processes is 0; give 1 or more"):
+        assert_world_size_invariant(right, batch(), (0,))
 
 
 # ---- every function with a group -------------------------------------------------------------
