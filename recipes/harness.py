@@ -1388,7 +1388,7 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type where it says nothing."""
+    """The first line of what an error says, without the full stop; else its type."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
