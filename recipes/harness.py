@@ -1512,14 +1512,11 @@ def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str]) -> str:
+def difference_of(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()) -> str:
     """The options that differ, such as `lr = 0.1, now 0.2`; empty where none does."""
-    differences = []
-    for name in {**new, **old}:
-        ignored = name in ignore or name.split(".")[-1] in ignore
-        if not ignored and old.get(name) != new.get(name):
-            differences.append(f"{name} = {old.get(name)!r}, now {new.get(name)!r}")
-    return ", ".join(differences)
+    counted = [name for name in {**new, **old} if name not in ignore]
+    differing = [name for name in counted if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} = {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
 
 
 def _tensors(state: Any) -> Any:
@@ -1593,9 +1590,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _without(options: dict[str, Any], ignore: Sequence[str]) -> set[str]:
-    """The names of the options that count."""
-    return {name for name in options if name.split(".")[-1] not in ignore}
+def _without(options: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """The options that count: `ignore` has the last words of the names of the others."""
+    return {name: x for name, x in options.items() if name.split(".")[-1] not in ignore}
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -1728,7 +1725,7 @@ class Run(ExitStack):
             return
         options = _flatten(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
         options["run"] = str(self.folder)
-        own = {name: x for name, x in options.items() if name.split(".")[-1] not in MAY_DIFFER}
+        own = _without(options, MAY_DIFFER)
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, (own, found), group=self._patient_group)
 
@@ -1829,10 +1826,10 @@ class Run(ExitStack):
         is_known = isinstance(old_files, dict)
         same_place = [name for name in named_files if is_known and name in old_files]
 
-        old_options = _flatten(old)
-        new_options = _flatten(new)
-        difference = _difference(old_options, new_options, (*ignore, *same_place))
-        is_other_recipe = _without(old_options, ignore) != _without(new_options, ignore)
+        old_options = _without(_flatten(old), ignore)
+        new_options = _without(_flatten(new), ignore)
+        difference = difference_of(old_options, new_options, same_place)
+        is_other_recipe = old_options.keys() != new_options.keys()
         check(
             not difference or not (is_other_recipe or has_begun),
             f"The run folder {self.folder} holds a run with another configuration ({difference}): "

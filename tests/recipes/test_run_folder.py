@@ -174,6 +174,7 @@ def test_the_place_counts_and_not_its_spelling(tmp_path, named, monkeypatch):
     monkeypatch.chdir(tmp_path / "other")
     assert "--data: " in begin(run, replace(named, data=Path("images")))
     assert "data = " in begin(run, replace(named, data=None))
+    assert "labels.data = " in begin(run, replace(named, labels=Labels()))
 
 
 def test_a_list_counts_with_its_images(tmp_path, named):
