@@ -1539,7 +1539,7 @@ def kept_epochs(config: Any, steps_per_epoch: int) -> dict[int, int]:
 
 
 FINGERPRINT = "fingerprint"  # in config.json: what there was where the options name files
-# Between the processes of a run these may differ; --run is compared as the folder.
+# Between the processes of a run these may differ.
 MAY_DIFFER = ("run", "workers", "device", "warn_after", "give_up_after", "changed_data")
 
 _locks = set()  # the open files by which this process owns run folders
@@ -1724,7 +1724,6 @@ class Run(ExitStack):
         if self.world.size == 1:
             return
         options = _flatten(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
-        options["run"] = str(self.folder)
         own = _without(options, MAY_DIFFER)
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, (own, found), group=self._patient_group)
