@@ -167,7 +167,7 @@ def check_output(option: str, path: Path) -> None:
     trial = _temporary(path)
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         is_new = not trial.exists()
         with trial.open("ab"):
             pass

@@ -191,7 +191,6 @@ def test_new_files_are_noted_once_the_run_goes_on_with_them(tmp_path, named, cap
     assert begin(run, named) == ""
     fill(tmp_path, {"images/2.png": b"two"})
     refused = begin(run, named)
-    assert "24" not in refused
     assert refused.count("\n") == 0
     assert "go on with them by --changed-data, or choose another with --run" in refused
     net, optimizer = build("sgd", 0.1)
