@@ -95,6 +95,17 @@ def module_of(path: str) -> Any:
     return importlib.import_module(Path(path).stem)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line without the full stop; its type where it says nothing."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without the full stop; else its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 def main(function: Callable[[Any], None], config: Any) -> int:
     """Run `function(config)` and return the exit code.
 
@@ -807,8 +818,7 @@ class FolderImages:
             except UserError:  # the file is well, and of another kind than the others
                 raise
             except Exception as error:  # broken bytes raise nearly anything
-                reason = str(error) or type(error).__name__
-                unreadable.append(" ".join(f"{path}: {reason}".split()))
+                unreadable.append(f"{path}: {one_line(error)}")
             name = self.names[(index + len(unreadable)) % len(self)]
         raise UserError(f"No image below {self.folder} is readable, such as {unreadable[0]}.")
 
@@ -890,10 +900,9 @@ def has_dead_worker(iterator: Iterator[Any]) -> bool:
 
 def loader_failure(error: Exception) -> str:
     """A dead loader process, or a lack of shared memory, in one sentence."""
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return (
-        f"The loader has failed ({reason}): the memory or /dev/shm may be too small, give more of "
-        "it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
+        f"The loader has failed ({one_line(error)}): the memory or /dev/shm may be too small, give "
+        "more of it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
     )
 
 
@@ -1385,12 +1394,6 @@ def damage_of(checkpoint: Path) -> str:
     except Exception as error:  # broken bytes raise nearly anything
         return first_line(error)
     return ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without the full stop; else its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 class PlainUnpickler(pickle.Unpickler):

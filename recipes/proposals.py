@@ -148,8 +148,7 @@ def search(path: Path, config: Config) -> Found | str:
         searched_size = np.array([shrunk_width, shrunk_height, shrunk_width, shrunk_height])
         boxes = np.rint(boxes * full_size / searched_size)
     except Exception as error:  # broken bytes raise nearly anything
-        reason = str(error) or type(error).__name__
-        return " ".join(f"{path}: {reason}".split())
+        return f"{path}: {harness.one_line(error)}"
     return Found((height, width), select(boxes, (height, width), config))
 
 
