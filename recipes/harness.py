@@ -56,6 +56,7 @@ MAY_CHANGE = (
     *("run", "workers", "device", "log_every", "save_every", "keep"),
     *("warn_after", "give_up_after", "collective_timeout", "changed_data"),
 )
+RUN_FILES = {"config.json", "metrics.jsonl"}  # by them a folder is known as a run folder
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -719,8 +720,8 @@ def list_images(
             while waiting:
                 parent = waiting.pop()
                 entries = _entries(folder / parent, listed, watch)
-                if {"config.json", "metrics.jsonl"} <= {entry.name for entry in entries}:
-                    continue  # a run folder, whose pictures are not to train on
+                if RUN_FILES.issubset(entry.name for entry in entries):
+                    continue  # the pictures of a run folder are not to train on
                 for entry in sorted(entries, key=lambda x: x.name, reverse=True):
                     name = f"{parent}{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
@@ -1197,7 +1198,11 @@ def _paths(words: Sequence[str], home: Path | None) -> list[Path]:
         if not name or name == "lite0":
             continue
         path = (home or Path()) / name
-        paths += [x for x in (path / ENCODER, path) if x.is_file()][:1]
+        in_run_folder = path / ENCODER
+        if in_run_folder.is_file():
+            paths.append(in_run_folder)
+        elif path.is_file():
+            paths.append(path)
     return paths
 
 
@@ -1242,7 +1247,7 @@ def _label_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        if {"config.json", "metrics.jsonl"} <= set(names):  # a run folder
+        if RUN_FILES.issubset(names):
             folders.clear()
             continue
         found += [Path(parent, x) for x in names if x[0] != "." and x.endswith(LABEL_FILES)]

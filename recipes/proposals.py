@@ -354,7 +354,7 @@ def parse_line(line: bytes) -> Any:
     """A line of the partial file; None for a line that was cut when its run was killed."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
