@@ -214,8 +214,7 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
         try:
             harness.read_image(path)
         except Exception as error:  # broken bytes raise nearly anything
-            reason = str(error) or type(error).__name__
-            return None, " ".join(f"{path}: {reason}".split())
+            return None, f"{path}: {harness.one_line(error)}"
         raise  # the label map is wrong
 
 

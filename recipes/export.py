@@ -91,8 +91,6 @@ def check_options(config: Config) -> None:
             f"--out is {out}: {file} exists, add --overwrite or give another name.",
         )
         harness.check(not file.is_dir(), f"--out is {out}: {file} is a folder, give another name.")
-
-    for file in (out, side_car_of(out)):
         harness.check_output("--out", file)
 
     harness.check(
@@ -523,7 +521,7 @@ def make_job(encoder: Encoder, config: Config) -> Job:
 
 
 def rounded(x: float) -> float:
-    """Six digits: of a number below 1, behind the point; of a very small one, all that count."""
+    """Rounded to six decimals; below 0.01 to six significant digits, which say more."""
     return round(x, 6) if abs(x) >= 0.01 else float(f"{x:.6g}")
 
 

@@ -56,6 +56,7 @@ MAY_CHANGE = (
     *("run", "workers", "device", "log_every", "save_every", "keep"),
     *("warn_after", "give_up_after", "collective_timeout", "changed_data"),
 )
+RUN_FILES = {"config.json", "metrics.jsonl"}  # by them a folder is known as a run folder
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -93,6 +94,17 @@ class NonFiniteError(Exception):
 def module_of(path: str) -> Any:
     """The file at this path as a module, whatever its name is: a copy of a recipe runs itself."""
     return importlib.import_module(Path(path).stem)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line without the full stop; its type where it says nothing."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without the full stop; else its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def main(function: Callable[[Any], None], config: Any) -> int:
@@ -167,7 +179,7 @@ def check_output(option: str, path: Path) -> None:
     trial = _temporary(path)
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         is_new = not trial.exists()
         with trial.open("ab"):
             pass
@@ -708,8 +720,8 @@ def list_images(
             while waiting:
                 parent = waiting.pop()
                 entries = _entries(folder / parent, listed, watch)
-                if {"config.json", "metrics.jsonl"} <= {entry.name for entry in entries}:
-                    continue  # a run folder, whose pictures are not to train on
+                if RUN_FILES.issubset(entry.name for entry in entries):
+                    continue  # the pictures of a run folder are not to train on
                 for entry in sorted(entries, key=lambda x: x.name, reverse=True):
                     name = f"{parent}{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
@@ -807,8 +819,7 @@ class FolderImages:
             except UserError:  # the file is well, and of another kind than the others
                 raise
             except Exception as error:  # broken bytes raise nearly anything
-                reason = str(error) or type(error).__name__
-                unreadable.append(" ".join(f"{path}: {reason}".split()))
+                unreadable.append(f"{path}: {one_line(error)}")
             name = self.names[(index + len(unreadable)) % len(self)]
         raise UserError(f"No image below {self.folder} is readable, such as {unreadable[0]}.")
 
@@ -890,10 +901,9 @@ def has_dead_worker(iterator: Iterator[Any]) -> bool:
 
 def loader_failure(error: Exception) -> str:
     """A dead loader process, or a lack of shared memory, in one sentence."""
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return (
-        f"The loader has failed ({reason}): the memory or /dev/shm may be too small, give more of "
-        "it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
+        f"The loader has failed ({one_line(error)}): the memory or /dev/shm may be too small, give "
+        "more of it, a smaller --batch, fewer --workers, or --workers 0, which needs no /dev/shm."
     )
 
 
@@ -1188,7 +1198,11 @@ def _paths(words: Sequence[str], home: Path | None) -> list[Path]:
         if not name or name == "lite0":
             continue
         path = (home or Path()) / name
-        paths += [x for x in (path / ENCODER, path) if x.is_file()][:1]
+        in_run_folder = path / ENCODER
+        if in_run_folder.is_file():
+            paths.append(in_run_folder)
+        elif path.is_file():
+            paths.append(path)
     return paths
 
 
@@ -1233,7 +1247,7 @@ def _label_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        if {"config.json", "metrics.jsonl"} <= set(names):  # a run folder
+        if RUN_FILES.issubset(names):
             folders.clear()
             continue
         found += [Path(parent, x) for x in names if x[0] != "." and x.endswith(LABEL_FILES)]
@@ -1387,12 +1401,6 @@ def damage_of(checkpoint: Path) -> str:
     return ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
-
-
 class PlainUnpickler(pickle.Unpickler):
     """Reads the metadata of torch's distributed checkpoints, and nothing that could run code."""
 
@@ -1512,14 +1520,11 @@ def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str]) -> str:
+def difference_of(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()) -> str:
     """The options that differ, such as `lr = 0.1, now 0.2`; empty where none does."""
-    differences = []
-    for name in {**new, **old}:
-        ignored = name in ignore or name.split(".")[-1] in ignore
-        if not ignored and old.get(name) != new.get(name):
-            differences.append(f"{name} = {old.get(name)!r}, now {new.get(name)!r}")
-    return ", ".join(differences)
+    counted = [name for name in {**new, **old} if name not in ignore]
+    differing = [name for name in counted if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} = {old.get(name)!r}, now {new.get(name)!r}" for name in differing)
 
 
 def _tensors(state: Any) -> Any:
@@ -1542,7 +1547,7 @@ def kept_epochs(config: Any, steps_per_epoch: int) -> dict[int, int]:
 
 
 FINGERPRINT = "fingerprint"  # in config.json: what there was where the options name files
-# Between the processes of a run these may differ; --run is compared as the folder.
+# Between the processes of a run these may differ.
 MAY_DIFFER = ("run", "workers", "device", "warn_after", "give_up_after", "changed_data")
 
 _locks = set()  # the open files by which this process owns run folders
@@ -1593,9 +1598,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _without(options: dict[str, Any], ignore: Sequence[str]) -> set[str]:
-    """The names of the options that count."""
-    return {name for name in options if name.split(".")[-1] not in ignore}
+def _without(options: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
+    """The options that count: `ignore` has the last words of the names of the others."""
+    return {name: x for name, x in options.items() if name.split(".")[-1] not in ignore}
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -1727,8 +1732,7 @@ class Run(ExitStack):
         if self.world.size == 1:
             return
         options = _flatten(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
-        options["run"] = str(self.folder)
-        own = {name: x for name, x in options.items() if name.split(".")[-1] not in MAY_DIFFER}
+        own = _without(options, MAY_DIFFER)
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, (own, found), group=self._patient_group)
 
@@ -1829,10 +1833,10 @@ class Run(ExitStack):
         is_known = isinstance(old_files, dict)
         same_place = [name for name in named_files if is_known and name in old_files]
 
-        old_options = _flatten(old)
-        new_options = _flatten(new)
-        difference = _difference(old_options, new_options, (*ignore, *same_place))
-        is_other_recipe = _without(old_options, ignore) != _without(new_options, ignore)
+        old_options = _without(_flatten(old), ignore)
+        new_options = _without(_flatten(new), ignore)
+        difference = difference_of(old_options, new_options, same_place)
+        is_other_recipe = old_options.keys() != new_options.keys()
         check(
             not difference or not (is_other_recipe or has_begun),
             f"The run folder {self.folder} holds a run with another configuration ({difference}): "

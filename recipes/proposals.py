@@ -13,6 +13,7 @@ The file:
     settings  JSON              settings of the search and of the filter
 """
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -147,8 +148,7 @@ def search(path: Path, config: Config) -> Found | str:
         searched_size = np.array([shrunk_width, shrunk_height, shrunk_width, shrunk_height])
         boxes = np.rint(boxes * full_size / searched_size)
     except Exception as error:  # broken bytes raise nearly anything
-        reason = str(error) or type(error).__name__
-        return " ".join(f"{path}: {reason}".split())
+        return f"{path}: {harness.one_line(error)}"
     return Found((height, width), select(boxes, (height, width), config))
 
 
@@ -191,7 +191,7 @@ def search_all(folder: Path, names: list[str], config: Config) -> Iterator[tuple
 
     Only a few images are under way at any time, so that results do not pile up.
     """
-    patience = harness.Patience(config.warn_after, config.give_up_after)
+    patience = harness.patience_of(config)
     pool = start_pool(config.workers)
     remaining = iter(names)
     pending: dict[Future, str] = {}
@@ -297,17 +297,16 @@ def check_content(found: Proposals) -> None:
 def write_proposals(out: Path, found: dict[str, Found], settings: dict[str, Any]) -> None:
     """Write the file; it is there whole or not at all."""
     counts = [len(image.boxes) for image in found.values()]
-    temporary = out.with_name(f"{out.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            names=np.array([os.fsencode(name) for name in found]),
-            sizes=np.array([image.size for image in found.values()], np.int32),
-            offsets=np.cumsum([0, *counts], dtype=np.int64),
-            boxes=np.concatenate([image.boxes for image in found.values()]),
-            settings=json.dumps(settings),
-        )
-    temporary.replace(out)
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        names=np.array([os.fsencode(name) for name in found]),
+        sizes=np.array([image.size for image in found.values()], np.int32),
+        offsets=np.cumsum([0, *counts], dtype=np.int64),
+        boxes=np.concatenate([image.boxes for image in found.values()]),
+        settings=json.dumps(settings),
+    )
+    harness.write(out, content.getvalue())
 
 
 def read_earlier(out: Path, partial: Path, settings: dict[str, Any]) -> dict[str, Found]:
@@ -355,22 +354,17 @@ def parse_line(line: bytes) -> Any:
     """A line of the partial file; None for a line that was cut when its run was killed."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def check_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Proposals that were found with other settings do not go into the same file."""
-    differences = [
-        f"{name} = {old.get(name)!r}, now {new.get(name)!r}"
-        for name in {**new, **old}
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f"{path} has other settings ({', '.join(differences)}): move it, or choose another "
-            "file with --out."
-        )
+    difference = harness.difference_of(old, new)
+    harness.check(
+        not difference,
+        f"{path} has other settings ({difference}): move it, or choose another file with --out.",
+    )
 
 
 # ==== images for a training =======================================================================
@@ -498,7 +492,7 @@ def crop_objects(source: Any, count: int, side: int) -> torch.Tensor:
 def propose(config: Config) -> None:
     """Search all images that no earlier run has searched, and write the file."""
     check_options(config)
-    patience = harness.Patience(config.warn_after, config.give_up_after)
+    patience = harness.patience_of(config)
     images = harness.FolderImages(config.data, patience=patience)
     names = [os.fsdecode(name) for name in images.names.tolist()]
     names = list(dict.fromkeys(names))  # a list may name an image twice

@@ -12,6 +12,7 @@ tests/recipes/test_fuzz.py runs a few cases of each target.
 import argparse
 import contextlib
 import copy
+import importlib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "tests")]
 
 import harness
+import hypothesis
 import numpy as np
 import proposals
 import safetensors.torch
@@ -74,9 +77,11 @@ def spoiled(draw, content: Any) -> Any:
     root = [copy.deepcopy(content)]
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from(list(places(root[0]))))
-        holder, key = root, 0
+        holder = root
+        key = 0
         for step in place:
-            holder, key = holder[key], step
+            holder = holder[key]
+            key = step
         kind = draw(st.sampled_from(["replace", "replace", "replace", "drop", "double"]))
         if kind == "replace" or not place:
             holder[key] = draw(st.sampled_from(WRONG).map(copy.deepcopy))
@@ -183,9 +188,10 @@ def make_folder(draw: Callable, root: Path, spoil: str) -> None:
         save_image(root / "labels" / f"{name}.png", label_map())
 
 
-def png_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def image_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
+    """The bytes of an image file of this format of Pillow."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -287,26 +293,9 @@ def words(text: str) -> st.SearchStrategy[bytes]:
 def list_lines() -> st.SearchStrategy[bytes]:
     """Lines of a list of names."""
     known = [
-        b"a",
-        b"b",
-        b"a.png",
-        b"images/a.png",
-        b"./a.png",
-        b"",
-        b" ",
-        b"\xff",
-        b"\x00",
-        b"../x",
-    ]
-    known += [
-        b"a 1",
-        b"b -1",
-        b"a\x1b[2J",
-        b"\xef\xbb\xbfa",
-        b"\xff\xfea\x00",
-        b"/etc/passwd",
-        b".",
-    ]
+        b"a", b"b", b"a.png", b"images/a.png", b"./a.png", b"", b" ", b"\xff", b"\x00", b"../x",
+        b"a 1", b"b -1", b"a\x1b[2J", b"\xef\xbb\xbfa", b"\xff\xfea\x00", b"/etc/passwd", b".",
+    ]  # fmt: skip
     ends = st.sampled_from([b"\n", b"\r\n", b"\r", b""])
     lines = st.lists(st.sampled_from(known) | st.binary(max_size=6), max_size=5)
     return st.builds(lambda parts, end: end.join(parts), lines, ends)
@@ -324,24 +313,29 @@ def lists(draw: Callable, root: Path) -> None:
         assert all(len(harness.printable(line).splitlines()) == 1 for line in unreadable)
 
 
+MODES = {
+    "PNG": ("RGB", "L", "P", "RGBA", "I;16"),
+    "JPEG": ("RGB", "L"),
+    "TIFF": ("RGB", "L", "P", "RGBA", "I;16", "F"),
+    "BMP": ("RGB", "L", "P"),
+    "GIF": ("P", "L"),
+    "WEBP": ("RGB", "RGBA"),
+    "PPM": ("RGB", "L"),
+}
+
+
 def images(draw: Callable, root: Path) -> None:
     """Image files of all formats, whose bytes are broken."""
-    kind = draw(st.sampled_from(["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM"]))
-    mode = draw(st.sampled_from(["RGB", "L", "P", "I;16", "F", "RGBA"]))
-    image = pixels(channels=3).convert("RGB")
-    modes = {"JPEG": ("RGB", "L"), "PPM": ("RGB", "L"), "WEBP": ("RGB", "RGBA"), "GIF": ("P", "L")}
-    usual = {"BMP": ("RGB", "L", "P"), "PNG": ("RGB", "L", "P", "RGBA", "I;16")}
-    if mode not in {**modes, **usual}.get(kind, (mode,)):
-        mode = {"GIF": "P"}.get(kind, "RGB")
+    kind = draw(st.sampled_from(list(MODES)))
+    mode = draw(st.sampled_from(MODES[kind]))
     if mode == "I;16":
         image = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 999)
     else:
-        image = image.convert(mode)
-    content = draw(broken(png_of(image, kind)))
+        image = pixels().convert(mode)
     path = root / f"a.{kind.lower()}"
-    path.write_bytes(content)
+    path.write_bytes(draw(broken(image_bytes(image, kind))))
     save_image(root / "b.png")
-    read, unreadable = harness.FolderImages(root, ["a." + kind.lower(), "b.png"])[0]
+    read, unreadable = harness.FolderImages(root, [path.name, "b.png"])[0]
     assert read.dtype == torch.uint8
     assert read.shape[0] == 3
     assert all(line.isprintable() for line in map(harness.printable, unreadable))
@@ -357,7 +351,7 @@ def masks(draw: Callable, root: Path) -> None:
         pixels(),
         label_map().resize((9, 5)),
     ]
-    content = png_of(draw(st.sampled_from([label_map(), *other])))
+    content = image_bytes(draw(st.sampled_from([label_map(), *other])))
     if draw(st.booleans()):
         content = draw(broken(content))
     (root / "labels/a.png").write_bytes(content)
@@ -462,8 +456,10 @@ def openimages(draw: Callable, root: Path) -> None:
     openimages_mini.select(config)
 
 
-COMMANDS = ("minimal", "densesiam", "croc", "dupr", "d3ssl", "adapt", "densesiam_segment", "detect")
-COMMANDS += ("evaluate", "export", "proposals")
+COMMANDS = (
+    "minimal", "densesiam", "croc", "dupr", "d3ssl", "adapt", "densesiam_segment", "detect",
+    "evaluate", "export", "proposals",
+)  # fmt: skip
 NUMBERS = ["0", "1", "-1", "2", "3", "7", "1000000"]
 POSITIONAL = {
     "export": ["random:tiny", "--to", "timm", "--out", "a.pth"],
@@ -471,28 +467,15 @@ POSITIONAL = {
     "proposals": ["."],
 }
 VALUES = [
-    "",
-    "0",
-    "1",
-    "-1",
-    "2",
-    "0.5",
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "abc",
-    "None",
-    "True",
-    "7.5",
-]
-VALUES += ["tiny", "/", ".", "--", "-", "a\x1b[2J", "é", "9" * 30, "random:tiny", "x.onnx", "onnx"]
+    "", "0", "1", "-1", "2", "0.5", "nan", "inf", "-inf", "1e400", "abc", "None", "True", "7.5",
+    "tiny", "/", ".", "--", "-", "a\x1b[2J", "é", "9" * 30, "random:tiny", "x.onnx", "onnx",
+]  # fmt: skip
 
 
 def command_lines(draw: Callable, root: Path) -> None:
     """Options of the recipes, whose values are wrong; nothing is trained."""
     name = draw(st.sampled_from(COMMANDS))
-    recipe = __import__(name)
+    recipe = importlib.import_module(name)
     options = OPTIONS.get(name) or OPTIONS.setdefault(name, options_of(recipe))
     few = st.lists(st.sampled_from(NUMBERS) | st.sampled_from(VALUES), min_size=1, max_size=2)
     pairs = st.tuples(st.sampled_from(options), few.map(lambda x: x[:1]) | few)
@@ -577,9 +560,7 @@ def fuzz(target: str, cases: int, *, seed: int | None, seconds: float, megabytes
         run_case(target, data.draw, seconds, megabytes)
 
     if seed is not None:
-        from hypothesis import seed as seeded
-
-        check = seeded(seed)(check)
+        check = hypothesis.seed(seed)(check)
     check()
 
 
@@ -604,8 +585,6 @@ def main() -> int:
             )  # fmt: skip
         except Exception as error:
             failed.append(target)
-            import traceback
-
             traceback.print_exception(error)
         print(f"{target}: {count} cases, {time.monotonic() - began:.0f} s", flush=True)
     print(f"seed {options.seed}: {', '.join(failed) or 'nothing'} found")

@@ -388,10 +388,6 @@ class BandImages(harness.FolderImages):
         return stored
 
 
-def _reason(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split()).rstrip(".")
-
-
 def _type(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -402,7 +398,7 @@ def open_files(files: Sequence[str], value_range: tuple[float, float] | None) ->
     try:
         source = BandImages(first.parent, files, first, None)
     except Exception as error:  # broken bytes raise nearly anything
-        raise UserError(f"{first} cannot be used ({_reason(error)}).") from error
+        raise UserError(f"{first} cannot be used ({harness.one_line(error)}).") from error
     source.bands = Bands(source.channels, range_of(source.dtype), False, (), ())
     if value_range is not None:
         source.bands = source.bands._replace(value_range=value_range, clip=True)
@@ -443,7 +439,7 @@ def open_folder(
             source = BandImages(folder, names, path, hint)
             break
         except Exception as error:  # broken bytes raise nearly anything
-            unreadable = unreadable or f"{path}: {_reason(error)}"
+            unreadable = unreadable or f"{path}: {harness.one_line(error)}"
     else:
         raise UserError(f"No image below {listed.folder} is readable, such as {unreadable}.")
 

@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         try:
             maps = self.levels(torch.zeros(1, channels, height, width, device=device_of(self)))
         except Exception as error:  # a network of timm that has no maps raises nearly anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = harness.first_line(error)
             raise harness.UserError(f"{self.name} gives no feature maps: {reason}.") from error
         shapes_right = all(x.ndim == 4 and min(x.shape) > 0 for x in maps)
         harness.check(shapes_right, f"{self.name} gives no feature maps of all its levels.")
@@ -423,7 +423,7 @@ def build(
             for unused in unused_weights(network, levels, channels):
                 network.get_parameter(unused).requires_grad_(requires_grad=False)
     except Exception as error:  # a wrong tag, a download or a file raise errors of many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = harness.first_line(error)
         problem = "has no weights to load here" if pretrained else "cannot be made"
         raise harness.UserError(f"timm's {name} {problem}: {reason}.") from error
     return network

@@ -152,19 +152,24 @@ class ImageSet:
         record = self.records[index]
         if record.label_map is None:
             return None
-        size = list(image_size)
-        of_labels = size
-        if record.label_file is not None and record.label_file.suffix.lower() == ".json":
-            of_labels = list(record.size or size)  # the map is drawn from the JSON, at its size
-        if of_labels == size:  # a map of another size may be huge, and is not drawn
-            numbers = record.label_map(IGNORED)
-            of_labels = list(numbers.shape)
-            if of_labels == size:
-                return torch.where(numbers == IGNORED, self.ignored, numbers).to(self.label_type)
-        raise UserError(
-            f"{record.image} is {size} pixels, upright, but {record.label_file} has labels of "
-            f"{of_labels}."
-        )
+        file = record.label_file
+        if file is not None and file.suffix.lower() == ".json" and record.size is not None:
+            # The map is drawn at the size that the JSON says: a wrong one may be huge.
+            self.check_label_size(index, record.size, image_size)
+        numbers = record.label_map(IGNORED)
+        self.check_label_size(index, numbers.shape, image_size)
+        return torch.where(numbers == IGNORED, self.ignored, numbers).to(self.label_type)
+
+    def check_label_size(
+        self, index: int, of_labels: Sequence[int], of_image: Sequence[int]
+    ) -> None:
+        """A UserError, unless a label map has the size of its image."""
+        record = self.records[index]
+        if list(of_labels) != list(of_image):
+            raise UserError(
+                f"{record.image} is {list(of_image)} pixels, upright, but {record.label_file} has "
+                f"labels of {list(of_labels)}."
+            )
 
     def read_boxes(
         self, index: int, image_size: Sequence[int] | None = None

@@ -30,10 +30,10 @@ def reading(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # broken bytes raise nearly anything
-        reason = str(error) or type(error).__name__
+        reason = harness.one_line(error)
         if isinstance(error, KeyError):
             reason = f"it has no {reason}"
-        raise UserError(f"{path} cannot be used ({' '.join(reason.split())}).") from None
+        raise UserError(f"{path} cannot be used ({reason}).") from None
 
 
 def read_frame(path: Path, value_range: tuple[float, float] | None = None) -> Tensor:

@@ -71,17 +71,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes raise nearly anything
-        reason = first_line(error)
+        reason = harness.first_line(error)
         raise harness.UserError(f"{path} cannot be read as tensors alone ({reason})") from error
     tensors = flatten(content)
     harness.check(bool(tensors), f"{path} holds no tensor")
     return tensors
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, without the full stop; its type where it says none."""
-    lines = str(error).splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def flatten(tree: Any, name: str = "") -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from io import StringIO
 
 import harness
 import pytest
-import torch
 from files import ROOT, project_files
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 # What acts upon a terminal, hides text or begins a line; a byte that is no UTF-8; plain letters.
@@ -56,6 +56,28 @@ def test_every_way_to_the_terminal_escapes_a_name(name):
         fail(name)
     assert str(error.value) == sentence
     assert f"{error.value}" == sentence
+
+
+@pytest.mark.parametrize(
+    ("said", "line", "first"),
+    [
+        ("", "OSError", "OSError"),
+        ("\n", "OSError", "OSError"),
+        ("a.", "a", "a"),
+        ("\na  b.\nc.", "a b. c", "a  b"),
+    ],
+)
+def test_an_error_in_one_line(said, line, first):
+    assert harness.one_line(OSError(said)) == line
+    assert harness.first_line(OSError(said)) == first
+
+
+def test_an_unreadable_file_keeps_its_name(tmp_path):
+    name = "two  spaces\nand a line.png"
+    (tmp_path / name).touch()
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    _, (told,) = harness.FolderImages(tmp_path)[0]
+    assert told.startswith(f"{tmp_path / name}: cannot identify image file")
 
 
 class Broken:
@@ -120,7 +142,7 @@ def test_recipes_write_to_the_terminal_by_the_harness_alone(path):
                 assert escaped or isinstance(title, ast.Constant), f"line {node.lineno}"
 
 
-def test_progress_titles_and_reports_hold_no_control_character(tmp_path):
+def test_a_report_holds_no_control_character(tmp_path):
     from downstream.report import report_text
 
     class Options:
@@ -130,7 +152,7 @@ def test_progress_titles_and_reports_hold_no_control_character(tmp_path):
         seeds = 1
         out = tmp_path
 
-    iou = {"a\x1b[2J\nb": 0.5, "c": torch.tensor(0.5).item()}
+    iou = {"a\x1b[2J\nb": 0.5, "c": 0.25}
     results = {"e\u202e": {"linear-seg": {"miou": 0.5, "iou": iou}}}
     text = report_text(results, ["linear-seg"], Options)
     assert all(line.isprintable() for line in text.split("\n"))

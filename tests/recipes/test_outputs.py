@@ -7,6 +7,7 @@ import d3ssl
 import evaluate
 import export
 import harness
+import numpy as np
 import openimages_mini
 import proposals
 import pytest
@@ -111,10 +112,8 @@ def test_a_box_outside_of_its_image_and_another_shape_are_said(tmp_path, capsys)
     path = tmp_path / "some.npz"
 
     def write(size, box):
-        rows = {
-            name: proposals.Found(size, torch.tensor([box]).int().numpy()) for name in ("0.png",)
-        }
-        proposals.write_proposals(path, rows, {"schema": proposals.SCHEMA})
+        found = proposals.Found(size, np.array([box], np.int32))
+        proposals.write_proposals(path, {"0.png": found}, {"schema": proposals.SCHEMA})
         return proposals.ImagesWithProposals(tmp_path, path)
 
     for box in ([0, 0, 49, 40], [0, 0, 48, 41], [-1, 0, 8, 8], [9, 0, 8, 8]):

@@ -460,7 +460,7 @@ def test_interrupted_and_resumed(folder, monkeypatch, searched, capsys):
     done = [name for name, *_ in rows]
     assert len(done) == 2
     lines = partial.read_bytes().splitlines(keepends=True)
-    for end in (lines[-1][:-2], b"\xff" * 9):  # the last line is cut
+    for end in (lines[-1][:-2], b"\xff" * 9, b"[" * 5000):  # cut, or nonsense
         partial.write_bytes(b"".join(lines[:-1]) + end)
         with pytest.raises(KeyboardInterrupt):
             interrupt()

@@ -174,6 +174,7 @@ def test_the_place_counts_and_not_its_spelling(tmp_path, named, monkeypatch):
     monkeypatch.chdir(tmp_path / "other")
     assert "--data: " in begin(run, replace(named, data=Path("images")))
     assert "data = " in begin(run, replace(named, data=None))
+    assert "labels.data = " in begin(run, replace(named, labels=Labels()))
 
 
 def test_a_list_counts_with_its_images(tmp_path, named):
@@ -190,7 +191,6 @@ def test_new_files_are_noted_once_the_run_goes_on_with_them(tmp_path, named, cap
     assert begin(run, named) == ""
     fill(tmp_path, {"images/2.png": b"two"})
     refused = begin(run, named)
-    assert "24" not in refused
     assert refused.count("\n") == 0
     assert "go on with them by --changed-data, or choose another with --run" in refused
     net, optimizer = build("sgd", 0.1)
