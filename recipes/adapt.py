@@ -1061,7 +1061,7 @@ def evaluate(
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
     maps = preview_maps(model, encoder, crops, config)
-    draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
+    draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step))
 
     counts = score(encoder, start, config)
     if counts:
@@ -1140,9 +1140,7 @@ def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Inter
     return first, second, difference
 
 
-def draw(
-    crops: Crops, views: dk.View, start_maps: Tensor, maps: Tensor, path: Path, config: Config
-) -> None:
+def draw(crops: Crops, views: dk.View, start_maps: Tensor, maps: Tensor, path: Path) -> None:
     """A row per image: a view, PCA colors before and after, k-means before and after, matches.
 
     The last three panels are the region that both large views share: with a color for each place,
@@ -1333,9 +1331,9 @@ def train(config: Config) -> None:
         monitor = health.Monitor(
             model.student["encoder"], [images], run, config.collapse, against_start=True
         )
+        encoder = saved_encoder(model, config)
         if step == 0 and world.is_main:
             run.log(step, **monitor.measure_all())
-            encoder = saved_encoder(model, config)
             evaluate(model, encoder, preview, start_maps, start, config, run, step)
         run.wait()
 
@@ -1353,12 +1351,8 @@ def train(config: Config) -> None:
             facts |= start.bands.side_car()
             facts["channel_init"] = start.facts.get("channel_init")
         kept = harness.kept_epochs(config, steps_per_epoch)
-        autocast = partial(
-            torch.autocast,
-            device.type,
-            torch.float16 if config.precision == "fp16" else torch.bfloat16,
-            enabled=config.precision != "fp32",
-        )
+        dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        autocast = partial(torch.autocast, device.type, dtype, enabled=config.precision != "fp32")
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
@@ -1430,7 +1424,6 @@ def train(config: Config) -> None:
                 run.log(step, **monitor.measure_all())
                 check_health(monitor, config, step)
             stop = run.stop_requested()
-            encoder = saved_encoder(model, config)
             if step == steps and config.whiten > 0:
                 count = min(steps_per_epoch, MOST_BATCHES)
                 encoder = whiten(model, encoder, batches(config.batch, start=0, stop=count), config)
