@@ -367,7 +367,6 @@ class BandImages(harness.FolderImages):
     def __init__(self, folder: Path, names: Sequence[str], first: Path, hint: int | None):
         super().__init__(folder, names)
         self.first = first
-        self.hint = hint
         stored = read_stored(first, hint)
         self.channels = stored.shape[0]
         self.dtype: torch.dtype | None = stored.values.dtype  # None: any
