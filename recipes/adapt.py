@@ -175,7 +175,7 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
 
-SORTED = ("neco", "neighbors")  # the methods that compare points with those of other images
+WITH_REFERENCES = ("neco", "neighbors")  # these compare points with those of other images
 
 
 def check_options(config: Config) -> None:
@@ -224,7 +224,7 @@ def check_options(config: Config) -> None:
         f"--accumulate is {parts}: give a number of parts that divides --batch, {config.batch}.",
     )
     harness.check(
-        config.method not in SORTED or config.batch >= 2 * parts,
+        config.method not in WITH_REFERENCES or config.batch >= 2 * parts,
         f"--accumulate is {parts}: give at most {config.batch // 2}, since --method "
         f"{config.method} needs 2 images in a part.",
     )
@@ -662,7 +662,7 @@ class Adapt(nn.Module):
         outputs = config.outputs if self.has_head else channels
         wanted = {"auto": not is_vit(encoder), "yes": True, "no": False}[config.center]
         self.centers_tokens = wanted and needs_start
-        self.centers_outputs = wanted and config.method in SORTED
+        self.centers_outputs = wanted and config.method in WITH_REFERENCES
         for network in ("student", "teacher"):
             self.register_buffer(f"{network}_tokens", torch.zeros(channels))
             self.register_buffer(f"{network}_outputs", torch.zeros(outputs))
@@ -832,7 +832,7 @@ class Adapt(nn.Module):
         terms = {"similarity": torch.stack(cosines).mean()}
         used = valid.any(1)
         terms[self.config.method] = dk.masked_mean(per_image.detach(), used)
-        if self.config.method in SORTED:
+        if self.config.method in WITH_REFERENCES:
             entropy = dk.masked_mean(mean_of_images(entropies), used)
             terms |= {"entropy": entropy, "excess": terms[self.config.method] - entropy}
         return per_image, terms
@@ -1037,13 +1037,15 @@ def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Te
 def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
     """A UserError where the features have collapsed: on all processes alike."""
     problem = monitor.collapse_on_all()
-    checkpoints = sorted(monitor.run.folder.glob("checkpoints/step-*"))
+    if not problem:
+        return
+
+    checkpoints = harness.find_checkpoints(monitor.run.folder)
     kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
-    harness.check(
-        not problem,
+    raise harness.UserError(
         f"The features collapse at step {step}: {problem} at the start, of which --collapse "
         f"{config.collapse} is the least share; give a smaller --lr, --anchor 1 or fewer --epochs, "
-        f"and another --run ({kept}).",
+        f"and another --run ({kept})."
     )
 
 
