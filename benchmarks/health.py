@@ -67,7 +67,7 @@ def measure_all(folder: Path, encoders: list[tuple[str, str]], arguments) -> Non
         limit=IMAGES, workers=0, device="cpu",
     )  # fmt: skip
     protocols.GALLERY = GALLERY
-    fit, test = [keep(samples) for samples in evaluate.open_samples(config)]
+    fit, test = [Kept(samples) for samples in evaluate.open_samples(config)]
     for name, source in encoders:
         encoder = load_encoder(source)
         batches = evaluate.load_batches(test, config, name)
@@ -95,10 +95,6 @@ class Kept(list):
     def __init__(self, samples):
         super().__init__(samples[i] for i in range(len(samples)))
         self.classes = samples.classes
-
-
-def keep(samples) -> Kept:
-    return Kept(samples)
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
 
-SORTED = ("neco", "neighbors")  # the methods that compare points with those of other images
+WITH_REFERENCES = ("neco", "neighbors")  # these compare points with those of other images
 
 
 def check_options(config: Config) -> None:
@@ -224,7 +224,7 @@ def check_options(config: Config) -> None:
         f"--accumulate is {parts}: give a number of parts that divides --batch, {config.batch}.",
     )
     harness.check(
-        config.method not in SORTED or config.batch >= 2 * parts,
+        config.method not in WITH_REFERENCES or config.batch >= 2 * parts,
         f"--accumulate is {parts}: give at most {config.batch // 2}, since --method "
         f"{config.method} needs 2 images in a part.",
     )
@@ -662,7 +662,7 @@ class Adapt(nn.Module):
         outputs = config.outputs if self.has_head else channels
         wanted = {"auto": not is_vit(encoder), "yes": True, "no": False}[config.center]
         self.centers_tokens = wanted and needs_start
-        self.centers_outputs = wanted and config.method in SORTED
+        self.centers_outputs = wanted and config.method in WITH_REFERENCES
         for network in ("student", "teacher"):
             self.register_buffer(f"{network}_tokens", torch.zeros(channels))
             self.register_buffer(f"{network}_outputs", torch.zeros(outputs))
@@ -832,7 +832,7 @@ class Adapt(nn.Module):
         terms = {"similarity": torch.stack(cosines).mean()}
         used = valid.any(1)
         terms[self.config.method] = dk.masked_mean(per_image.detach(), used)
-        if self.config.method in SORTED:
+        if self.config.method in WITH_REFERENCES:
             entropy = dk.masked_mean(mean_of_images(entropies), used)
             terms |= {"entropy": entropy, "excess": terms[self.config.method] - entropy}
         return per_image, terms
@@ -1037,13 +1037,15 @@ def preview_maps(model: Adapt, encoder: Any, crops: Crops, config: Config) -> Te
 def check_health(monitor: health.Monitor, config: Config, step: int) -> None:
     """A UserError where the features have collapsed: on all processes alike."""
     problem = monitor.collapse_on_all()
-    checkpoints = sorted(monitor.run.folder.glob("checkpoints/step-*"))
+    if not problem:
+        return
+
+    checkpoints = harness.find_checkpoints(monitor.run.folder)
     kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is saved"
-    harness.check(
-        not problem,
+    raise harness.UserError(
         f"The features collapse at step {step}: {problem} at the start, of which --collapse "
         f"{config.collapse} is the least share; give a smaller --lr, --anchor 1 or fewer --epochs, "
-        f"and another --run ({kept}).",
+        f"and another --run ({kept})."
     )
 
 
@@ -1061,7 +1063,7 @@ def evaluate(
     """Save a picture of the preview's images, and the scores on labeled images."""
     crops, views, *_ = preview
     maps = preview_maps(model, encoder, crops, config)
-    draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step), config)
+    draw(crops, views, start_maps.cpu(), maps.cpu(), run.picture_path(step))
 
     counts = score(encoder, start, config)
     if counts:
@@ -1140,9 +1142,7 @@ def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Inter
     return first, second, difference
 
 
-def draw(
-    crops: Crops, views: dk.View, start_maps: Tensor, maps: Tensor, path: Path, config: Config
-) -> None:
+def draw(crops: Crops, views: dk.View, start_maps: Tensor, maps: Tensor, path: Path) -> None:
     """A row per image: a view, PCA colors before and after, k-means before and after, matches.
 
     The last three panels are the region that both large views share: with a color for each place,
@@ -1333,9 +1333,9 @@ def train(config: Config) -> None:
         monitor = health.Monitor(
             model.student["encoder"], [images], run, config.collapse, against_start=True
         )
+        encoder = saved_encoder(model, config)
         if step == 0 and world.is_main:
             run.log(step, **monitor.measure_all())
-            encoder = saved_encoder(model, config)
             evaluate(model, encoder, preview, start_maps, start, config, run, step)
         run.wait()
 
@@ -1353,12 +1353,8 @@ def train(config: Config) -> None:
             facts |= start.bands.side_car()
             facts["channel_init"] = start.facts.get("channel_init")
         kept = harness.kept_epochs(config, steps_per_epoch)
-        autocast = partial(
-            torch.autocast,
-            device.type,
-            torch.float16 if config.precision == "fp16" else torch.bfloat16,
-            enabled=config.precision != "fp32",
-        )
+        dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        autocast = partial(torch.autocast, device.type, dtype, enabled=config.precision != "fp32")
 
         training_batches = batches(config.batch, start=step, stop=steps)
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
@@ -1430,7 +1426,6 @@ def train(config: Config) -> None:
                 run.log(step, **monitor.measure_all())
                 check_health(monitor, config, step)
             stop = run.stop_requested()
-            encoder = saved_encoder(model, config)
             if step == steps and config.whiten > 0:
                 count = min(steps_per_epoch, MOST_BATCHES)
                 encoder = whiten(model, encoder, batches(config.batch, start=0, stop=count), config)

@@ -194,7 +194,7 @@ def open_split(config: Config, split: str, list_file: Path | None, *, labels: bo
 
 
 def open_training(config: Config) -> Any:
-    """The images to train on, as a source for `harness.read_batch`; their labels are not read."""
+    """The images to train on, as a source for `TwoViews`; their labels are not read."""
     split = open_split(config, config.train_split, config.train_list, labels=False)
     names = [split.dataset.names[index] for index in split.indices]
     images = [split.dataset.images[name] for name in names]

@@ -173,7 +173,8 @@ def _read_picture(path: str | Path) -> np.ndarray:
         image = ImageOps.exif_transpose(file)
         keeps_values = image.mode in ("L", "LA", "RGB", "RGBA") or image.mode[0] in "IF"
         if not keeps_values:
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            image = image.convert(mode)
         values = np.array(image)
     return values if values.ndim == 2 else np.moveaxis(values, -1, 0)
 
@@ -366,7 +367,6 @@ class BandImages(harness.FolderImages):
     def __init__(self, folder: Path, names: Sequence[str], first: Path, hint: int | None):
         super().__init__(folder, names)
         self.first = first
-        self.hint = hint
         stored = read_stored(first, hint)
         self.channels = stored.shape[0]
         self.dtype: torch.dtype | None = stored.values.dtype  # None: any

@@ -353,10 +353,8 @@ def test_whitened_features_have_a_power_of_the_covariance_and_are_a_linear_map(p
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=0)
     torch.testing.assert_close(after.mean(0), torch.zeros_like(after[0]), rtol=0, atol=1e-6)
     # One linear map and a shift explain all of it, so that no linear layer loses.
-    ones = torch.ones_like(before[:, :1])
-    fitted = (
-        torch.cat([before, ones], 1) @ torch.linalg.lstsq(torch.cat([before, ones], 1), after)[0]
-    )
+    inputs = torch.cat([before, torch.ones_like(before[:, :1])], 1)
+    fitted = inputs @ torch.linalg.lstsq(inputs, after).solution
     torch.testing.assert_close(fitted, after, rtol=0, atol=1e-6)
 
 
