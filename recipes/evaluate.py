@@ -81,7 +81,7 @@ import harness
 import torch
 from downstream import bands, image_sets
 from downstream.davis import find_lists
-from downstream.diagnose import DIAGNOSTICS, retrieval
+from downstream.diagnose import DIAGNOSTICS, Task, retrieval
 from downstream.encoders import (
     Encoder,
     Start,
@@ -239,6 +239,10 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         return self.read(index, ALL_PARTS)
+
+    def with_parts(self, parts: frozenset[str]) -> "Images":
+        """The same images as a DataLoader reads them, with some parts alone."""
+        return Images(self, parts)
 
     def read(self, index: int, parts: frozenset[str]) -> Sample:
         row = self.rows[index]
@@ -512,7 +516,7 @@ def encode(
     object_classes = []
     object_images = []
 
-    source = Images(samples, parts)
+    source = samples.with_parts(parts)
     first = own.start
     title = f"{encoder.name}"
     for batch in load_batches(source, config, title, own, silent=not shards.is_main):
@@ -732,9 +736,8 @@ class Evaluation:
                 return {}
             return retrieval(self.encoder, self.picture, test, self.config, folder)
         if protocol in DIAGNOSTICS:
-            return DIAGNOSTICS[protocol](
-                self.encoder, self.samples[1], load_batches, self.config, folder, self.shards
-            )
+            task = Task(self.samples[1], load_batches, self.config, folder, self.shards)
+            return DIAGNOSTICS[protocol](self.encoder, task)
         chosen = FITTED[protocol]
         fit, test = self.features(chosen.parts, needs_fit=chosen.needs_fit)
         if not self.shards.is_main:
