@@ -693,14 +693,12 @@ class Evaluation:
         samples: Any,
         videos: Any,
         config: Config,
-        seed: int,
         shards: Shards = ALONE,
     ):
         self.encoder = encoder
         self.samples = samples  # the split to fit on and the split to score; None for video alone
         self.videos = videos
         self.config = config
-        self.seed = seed
         self.shards = shards
         if samples is not None:
             for split in samples:
@@ -725,8 +723,11 @@ class Evaluation:
         test = self.test.features(self.encoder, parts, self.config, self.shards)
         return fit, test
 
-    def score(self, protocol: str) -> dict:
-        """The figures of a protocol; on other processes than the first one they are empty."""
+    def score(self, protocol: str, seed: int = 0) -> dict:
+        """The figures of a protocol; on other processes than the first one they are empty.
+
+        The seed is that of a fit: what the protocol draws depends on it.
+        """
         folder = self.config.out / "figures"
         if protocol == "video":
             return video(self.encoder, self.videos, self.config, self.shards)
@@ -742,7 +743,7 @@ class Evaluation:
         fit, test = self.features(chosen.parts, needs_fit=chosen.needs_fit)
         if not self.shards.is_main:
             return {}
-        return chosen.score(fit, test, self.config, self.seed)
+        return chosen.score(fit, test, self.config, seed)
 
     def picture(self, index: int) -> Tensor:
         """An image of the split to score to look at, RGB in [0, 1]."""
@@ -834,13 +835,14 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
             if evaluation is None or is_random:  # the same weights are encoded once
                 encoder = open_encoder(name, seed, samples, config).to(device)
                 check_size(encoder, config)
-                evaluation = Evaluation(encoder, samples, videos, config, seed, shards)
+                evaluation = Evaluation(encoder, samples, videos, config, shards)
             for protocol in protocols:
                 differs = is_random or (protocol in FITTED and FITTED[protocol].random)
                 if seed > 0 and not differs:
                     continue
-                for evaluation.seed in seeds_of(protocol, seed, config):
-                    found[protocol].append(dk.as_dict(evaluation.score(protocol)))
+                for seed_of_fit in seeds_of(protocol, seed, config):
+                    figures = evaluation.score(protocol, seed_of_fit)
+                    found[protocol].append(dk.as_dict(figures))
                 has_prior = protocol in FITTED and FITTED[protocol].has_prior
                 if has_prior and protocol not in prior:  # in the cells of the first encoder
                     prior[protocol] = dk.as_dict(evaluation.score_prior())

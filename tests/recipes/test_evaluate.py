@@ -390,7 +390,7 @@ def test_only_what_the_protocols_need_is_made(data, tmp_path):
     config = configured(data, tmp_path, protocol="kmeans-seg")
     both_splits = (samples(config, "train"), samples(config, "val"))
     encoder = Colors()
-    evaluation = evaluate.Evaluation(encoder, both_splits, None, config, 0)
+    evaluation = evaluate.Evaluation(encoder, both_splits, None, config)
     assert evaluation.score("kmeans-seg")["images"] == 8
     evaluation.score_prior()
     assert sum(map(len, encoder.seen)) == 8  # of the split to fit on, the label maps alone
