@@ -823,7 +823,8 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
     videos = open_videos(config) if "video" in protocols else None
     samples = open_samples(config) if protocols != ["video"] else None
 
-    prior: dict[str, dict] = {}
+    with_prior = [x for x in protocols if x in FITTED and FITTED[x].has_prior]
+    prior: dict[str, dict] = {}  # by protocol, the same figures for each
     results = {"position prior": prior}
     seeds = {}
 
@@ -843,9 +844,10 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
                 for seed_of_fit in seeds_of(protocol, seed, config):
                     figures = evaluation.score(protocol, seed_of_fit)
                     found[protocol].append(dk.as_dict(figures))
-                has_prior = protocol in FITTED and FITTED[protocol].has_prior
-                if has_prior and protocol not in prior:  # in the cells of the first encoder
-                    prior[protocol] = dk.as_dict(evaluation.score_prior())
+            if with_prior and not prior:  # in the cells of the first encoder
+                of_places = dk.as_dict(evaluation.score_prior())
+                for protocol in with_prior:
+                    prior[protocol] = of_places
 
         if not shards.is_main:
             continue
