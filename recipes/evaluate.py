@@ -518,8 +518,7 @@ def encode(
 
     source = samples.with_parts(parts)
     first = own.start
-    title = f"{encoder.name}"
-    for batch in load_batches(source, config, title, own, silent=not shards.is_main):
+    for batch in load_batches(source, config, encoder.name, own, silent=not shards.is_main):
         images = as_floats([x.image for x in batch], encoder)
         levels = encoder.levels(images, stem="vectors" in parts)
         if "maps" in parts:
@@ -534,7 +533,8 @@ def encode(
             for kept, level in zip(vectors, levels, strict=True):
                 kept.add(pool_to_vector(level))
         if "objects" in parts:
-            owners = torch.cat([torch.full((len(x.boxes),), i) for i, x in enumerate(batch)]).long()
+            counts = torch.tensor([len(x.boxes) for x in batch])
+            owners = torch.arange(len(batch)).repeat_interleave(counts)  # of each box, its image
             boxes = torch.cat([x.boxes for x in batch])
             level = levels[config.level - 1]
             for start in range(0, len(owners), config.batch):
@@ -543,15 +543,14 @@ def encode(
                 objects.add(pool_boxes(own_maps, boxes[part]))
             object_classes += [x.classes for x in batch]
             object_images.append(owners + first)
-        area += [x.area for x in batch]
-        presence += [x.presence for x in batch if x.presence is not None]
+        area.append(torch.stack([x.area for x in batch]))
+        presence += [x.presence[None] for x in batch if x.presence is not None]
         first += len(batch)
 
-    none = torch.zeros(0, 1)
     together = {
         "maps": gather_maps(maps, shards),
-        "area": shards.gather(torch.stack(area) if area else None),
-        "presence": shards.gather(torch.stack(presence) if presence else None),
+        "area": shards.gather_parts(area),
+        "presence": shards.gather_parts(presence),
         **gather_objects(objects, object_classes, object_images, shards),
     }
     levels_of = {}
@@ -562,7 +561,7 @@ def encode(
     if together["maps"] is None:
         together["maps"] = torch.zeros(0, 1, 1, 1)
     if together["area"] is None:
-        together["area"] = none
+        together["area"] = torch.zeros(0, 1)
     features = Features(
         labels=samples.labels,
         classes=list(samples.classes),
@@ -584,8 +583,8 @@ def gather_objects(
 ) -> dict[str, Tensor]:
     """The objects of all processes on the first one: features, classes, numbers of the images."""
     rows = shards.gather(objects.all())
-    of_classes = shards.gather(torch.cat(classes) if classes else None)
-    of_images = shards.gather(torch.cat(images) if images else None)
+    of_classes = shards.gather_parts(classes)
+    of_images = shards.gather_parts(images)
     nothing = torch.zeros(0, dtype=torch.long)
     return {
         "objects": torch.zeros(0, 1) if rows is None else rows,

@@ -181,8 +181,8 @@ def patches(encoder: Encoder, task: Task) -> dict:
         found.append(torch.cat([cells, torch.stack([diagonal, has_object.float()], 1)], 1))
         affinity.append(matrices.sum(0, keepdim=True))
 
-    states = task.shards.gather(torch.cat(found) if found else None)
-    matrices = task.shards.gather(torch.cat(affinity) if affinity else None)
+    states = task.shards.gather_parts(found)
+    matrices = task.shards.gather_parts(affinity)
     if states is None or matrices is None:
         return {}
     figure, axes = new_figure()
@@ -247,7 +247,7 @@ def similarity_iou(encoder: Encoder, task: Task) -> dict:
     level = level_of_figures(encoder, task.config)
     own = task.shards.part(len(task.samples))
     number = own.start
-    curves = []
+    curves = []  # of each image, (1, ious)
     title = f"{encoder.name} similarity-iou"
     for batch in task.batches_with_boxes(title, own):
         images = bands.in_unit(torch.stack([x.image for x in batch]).to(device_of(encoder)))
@@ -255,10 +255,10 @@ def similarity_iou(encoder: Encoder, task: Task) -> dict:
         for own_maps, sample in zip(maps, batch, strict=True):
             draws = harness.generator(4, number)
             curve = dk.similarity_iou_curve(own_maps, sample.boxes, ious=IOUS, generator=draws)
-            curves.append(torch.where(curve.valid, curve.similarity, torch.nan))
+            curves.append(torch.where(curve.valid, curve.similarity, torch.nan)[None])
             number += 1
 
-    together = task.shards.gather(torch.stack(curves) if curves else None)
+    together = task.shards.gather_parts(curves)
     if together is None:
         return {}
     mean = together.nanmean(0)

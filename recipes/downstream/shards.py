@@ -67,6 +67,10 @@ class Shards(NamedTuple):
             first += length
         return together
 
+    def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
+        """The same of rows that came in parts, of which a process may have none."""
+        return self.gather(torch.cat(parts) if parts else None)
+
 
 ALONE = Shards()
 
