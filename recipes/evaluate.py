@@ -573,8 +573,13 @@ def encode(
 
 
 def gather_levels(kept: list[Kept], shards: Shards) -> list[Tensor]:
-    """The rows of each level on the first process, if there are any."""
-    gathered = [shards.gather(x.all()) for x in kept]
+    """The rows of each level on the first process, if there are any.
+
+    A process without an image knows no level, and yet has to take part for each of them.
+    """
+    count = shards.most(len(kept))
+    rows = [x.all() for x in kept] or [None] * count
+    gathered = [shards.gather(x) for x in rows]
     return [x for x in gathered if x is not None]
 
 
