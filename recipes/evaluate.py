@@ -661,13 +661,19 @@ class Split:
         self.disturbed: Features | None = None
         self.is_disturbed_made = False
 
-    def features(self, encoder: Encoder, parts: frozenset[str], config: Config, shards: Shards):
+    def features(
+        self, encoder: Encoder, parts: frozenset[str], config: Config, shards: Shards
+    ) -> Features | None:
+        """The features with some parts; None on other processes than the first one."""
         if self.parts is None or not parts <= self.parts:
             self.parts = parts | self.planned
             self.made = encode(encoder, self.samples, config, self.parts, shards)
         return self.made
 
-    def disturbed_features(self, encoder: Encoder, config: Config, shards: Shards):
+    def disturbed_features(
+        self, encoder: Encoder, config: Config, shards: Shards
+    ) -> Features | None:
+        """The features of the disturbed objects; None on other processes than the first one."""
         if not self.is_disturbed_made:
             self.disturbed = encode_disturbed(encoder, self.samples, config, shards)
             self.is_disturbed_made = True

@@ -192,6 +192,11 @@ def patches(encoder: Encoder, task: Task) -> dict:
 
 
 def patch_figures(states: Tensor, config: Any) -> dict:
+    """The figures of the split from those of each image (n, 5), in the order of `found`.
+
+    Without an object that both views contain there is no figure of the diagonal.
+    """
+
     def shares(sums: Tensor) -> Tensor:
         right, chance, count, diagonal, objects = sums.unbind(-1)
         count = count.clamp(min=1)
@@ -212,9 +217,9 @@ def patch_figures(states: Tensor, config: Any) -> dict:
 
 def match_cells(maps1: Tensor, maps2: Tensor, view1: dk.View, view2: dk.View) -> Tensor:
     """Of each image (b, 3): cells of view 1 that are found, expected by chance, and in view 2."""
-    size = maps1.shape[-2:]
+    h, w = maps1.shape[-2:]
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    centers = dk.grid_points(whole, (size[0], size[1]))
+    centers = dk.grid_points(whole, (h, w))
     points = centers.expand(len(maps1), *centers.shape)
     target = dk.image_to_view(view2, dk.view_to_image(view1, points))
     is_inside = ((target >= 0) & (target <= 1)).all(-1)
@@ -222,7 +227,7 @@ def match_cells(maps1: Tensor, maps2: Tensor, view1: dk.View, view2: dk.View) ->
     rows1 = dk.map_to_rows(maps1.float())
     rows2 = dk.map_to_rows(maps2.float())
     nearest = dk.nearest_rows(rows1, rows2).indices[..., 0]
-    cells = torch.tensor([size[1], size[0]])  # x and y
+    cells = torch.tensor([w, h])  # along x and y
     is_near = ((centers - target[:, :, None]).abs() * cells <= 1).all(-1)  # (b, n, n)
     is_right = is_near.gather(-1, nearest.clamp(min=0)[..., None])[..., 0] & (nearest >= 0)
     chance = is_near.float().mean(-1)
