@@ -402,7 +402,7 @@ def score_run(name: str, study: Study) -> None:
 
     figures = protocols.segmentation_figures
     encoder = load_encoder(str(folder), seed=0)
-    evaluation = evaluate.Evaluation(encoder, evaluate.open_samples(config), None, config, 0)
+    evaluation = evaluate.Evaluation(encoder, evaluate.open_samples(config), None, config)
     scores = {}
     counts = {}
     with (

@@ -1099,7 +1099,7 @@ def score(encoder: Any, start: Any, config: Config) -> dict[str, Tensor]:
     scored = encoders.Encoder(config.weights, start.architecture, network, facts)
     scored.to(encoders.device_of(encoder))
     scoring.check_size(scored, options)
-    evaluation = scoring.Evaluation(scored, scoring.open_samples(options), None, options, seed=0)
+    evaluation = scoring.Evaluation(scored, scoring.open_samples(options), None, options)
     fit, test = evaluation.features()
     counts = {}
     for name, protocol in SCORES.items():

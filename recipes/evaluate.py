@@ -81,7 +81,7 @@ import harness
 import torch
 from downstream import bands, image_sets
 from downstream.davis import find_lists
-from downstream.diagnose import DIAGNOSTICS, retrieval
+from downstream.diagnose import DIAGNOSTICS, Task, retrieval
 from downstream.encoders import (
     Encoder,
     Start,
@@ -239,6 +239,10 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         return self.read(index, ALL_PARTS)
+
+    def with_parts(self, parts: frozenset[str]) -> "Images":
+        """The same images as a DataLoader reads them, with some parts alone."""
+        return Images(self, parts)
 
     def read(self, index: int, parts: frozenset[str]) -> Sample:
         row = self.rows[index]
@@ -512,10 +516,9 @@ def encode(
     object_classes = []
     object_images = []
 
-    source = Images(samples, parts)
+    source = samples.with_parts(parts)
     first = own.start
-    title = f"{encoder.name}"
-    for batch in load_batches(source, config, title, own, silent=not shards.is_main):
+    for batch in load_batches(source, config, encoder.name, own, silent=not shards.is_main):
         images = as_floats([x.image for x in batch], encoder)
         levels = encoder.levels(images, stem="vectors" in parts)
         if "maps" in parts:
@@ -530,7 +533,8 @@ def encode(
             for kept, level in zip(vectors, levels, strict=True):
                 kept.add(pool_to_vector(level))
         if "objects" in parts:
-            owners = torch.cat([torch.full((len(x.boxes),), i) for i, x in enumerate(batch)]).long()
+            counts = torch.tensor([len(x.boxes) for x in batch])
+            owners = torch.arange(len(batch)).repeat_interleave(counts)  # of each box, its image
             boxes = torch.cat([x.boxes for x in batch])
             level = levels[config.level - 1]
             for start in range(0, len(owners), config.batch):
@@ -539,15 +543,14 @@ def encode(
                 objects.add(pool_boxes(own_maps, boxes[part]))
             object_classes += [x.classes for x in batch]
             object_images.append(owners + first)
-        area += [x.area for x in batch]
-        presence += [x.presence for x in batch if x.presence is not None]
+        area.append(torch.stack([x.area for x in batch]))
+        presence += [x.presence[None] for x in batch if x.presence is not None]
         first += len(batch)
 
-    none = torch.zeros(0, 1)
     together = {
         "maps": gather_maps(maps, shards),
-        "area": shards.gather(torch.stack(area) if area else None),
-        "presence": shards.gather(torch.stack(presence) if presence else None),
+        "area": shards.gather_parts(area),
+        "presence": shards.gather_parts(presence),
         **gather_objects(objects, object_classes, object_images, shards),
     }
     levels_of = {}
@@ -558,7 +561,7 @@ def encode(
     if together["maps"] is None:
         together["maps"] = torch.zeros(0, 1, 1, 1)
     if together["area"] is None:
-        together["area"] = none
+        together["area"] = torch.zeros(0, 1)
     features = Features(
         labels=samples.labels,
         classes=list(samples.classes),
@@ -570,8 +573,13 @@ def encode(
 
 
 def gather_levels(kept: list[Kept], shards: Shards) -> list[Tensor]:
-    """The rows of each level on the first process, if there are any."""
-    gathered = [shards.gather(x.all()) for x in kept]
+    """The rows of each level on the first process, if there are any.
+
+    A process without an image knows no level, and yet has to take part for each of them.
+    """
+    count = shards.most(len(kept))
+    rows = [x.all() for x in kept] or [None] * count
+    gathered = [shards.gather(x) for x in rows]
     return [x for x in gathered if x is not None]
 
 
@@ -580,8 +588,8 @@ def gather_objects(
 ) -> dict[str, Tensor]:
     """The objects of all processes on the first one: features, classes, numbers of the images."""
     rows = shards.gather(objects.all())
-    of_classes = shards.gather(torch.cat(classes) if classes else None)
-    of_images = shards.gather(torch.cat(images) if images else None)
+    of_classes = shards.gather_parts(classes)
+    of_images = shards.gather_parts(images)
     nothing = torch.zeros(0, dtype=torch.long)
     return {
         "objects": torch.zeros(0, 1) if rows is None else rows,
@@ -653,13 +661,19 @@ class Split:
         self.disturbed: Features | None = None
         self.is_disturbed_made = False
 
-    def features(self, encoder: Encoder, parts: frozenset[str], config: Config, shards: Shards):
+    def features(
+        self, encoder: Encoder, parts: frozenset[str], config: Config, shards: Shards
+    ) -> Features | None:
+        """The features with some parts; None on other processes than the first one."""
         if self.parts is None or not parts <= self.parts:
             self.parts = parts | self.planned
             self.made = encode(encoder, self.samples, config, self.parts, shards)
         return self.made
 
-    def disturbed_features(self, encoder: Encoder, config: Config, shards: Shards):
+    def disturbed_features(
+        self, encoder: Encoder, config: Config, shards: Shards
+    ) -> Features | None:
+        """The features of the disturbed objects; None on other processes than the first one."""
         if not self.is_disturbed_made:
             self.disturbed = encode_disturbed(encoder, self.samples, config, shards)
             self.is_disturbed_made = True
@@ -689,14 +703,12 @@ class Evaluation:
         samples: Any,
         videos: Any,
         config: Config,
-        seed: int,
         shards: Shards = ALONE,
     ):
         self.encoder = encoder
         self.samples = samples  # the split to fit on and the split to score; None for video alone
         self.videos = videos
         self.config = config
-        self.seed = seed
         self.shards = shards
         if samples is not None:
             for split in samples:
@@ -721,8 +733,11 @@ class Evaluation:
         test = self.test.features(self.encoder, parts, self.config, self.shards)
         return fit, test
 
-    def score(self, protocol: str) -> dict:
-        """The figures of a protocol; on other processes than the first one they are empty."""
+    def score(self, protocol: str, seed: int = 0) -> dict:
+        """The figures of a protocol; on other processes than the first one they are empty.
+
+        The seed is that of a fit: what the protocol draws depends on it.
+        """
         folder = self.config.out / "figures"
         if protocol == "video":
             return video(self.encoder, self.videos, self.config, self.shards)
@@ -732,14 +747,13 @@ class Evaluation:
                 return {}
             return retrieval(self.encoder, self.picture, test, self.config, folder)
         if protocol in DIAGNOSTICS:
-            return DIAGNOSTICS[protocol](
-                self.encoder, self.samples[1], load_batches, self.config, folder, self.shards
-            )
+            task = Task(self.samples[1], load_batches, self.config, folder, self.shards)
+            return DIAGNOSTICS[protocol](self.encoder, task)
         chosen = FITTED[protocol]
         fit, test = self.features(chosen.parts, needs_fit=chosen.needs_fit)
         if not self.shards.is_main:
             return {}
-        return chosen.score(fit, test, self.config, self.seed)
+        return chosen.score(fit, test, self.config, seed)
 
     def picture(self, index: int) -> Tensor:
         """An image of the split to score to look at, RGB in [0, 1]."""
@@ -819,7 +833,8 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
     videos = open_videos(config) if "video" in protocols else None
     samples = open_samples(config) if protocols != ["video"] else None
 
-    prior: dict[str, dict] = {}
+    with_prior = [x for x in protocols if x in FITTED and FITTED[x].has_prior]
+    prior: dict[str, dict] = {}  # by protocol, the same figures for each
     results = {"position prior": prior}
     seeds = {}
 
@@ -831,16 +846,18 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
             if evaluation is None or is_random:  # the same weights are encoded once
                 encoder = open_encoder(name, seed, samples, config).to(device)
                 check_size(encoder, config)
-                evaluation = Evaluation(encoder, samples, videos, config, seed, shards)
+                evaluation = Evaluation(encoder, samples, videos, config, shards)
             for protocol in protocols:
                 differs = is_random or (protocol in FITTED and FITTED[protocol].random)
                 if seed > 0 and not differs:
                     continue
-                for evaluation.seed in seeds_of(protocol, seed, config):
-                    found[protocol].append(dk.as_dict(evaluation.score(protocol)))
-                has_prior = protocol in FITTED and FITTED[protocol].has_prior
-                if has_prior and protocol not in prior:  # in the cells of the first encoder
-                    prior[protocol] = dk.as_dict(evaluation.score_prior())
+                for seed_of_fit in seeds_of(protocol, seed, config):
+                    figures = evaluation.score(protocol, seed_of_fit)
+                    found[protocol].append(dk.as_dict(figures))
+            if with_prior and not prior:  # in the cells of the first encoder
+                of_places = dk.as_dict(evaluation.score_prior())
+                for protocol in with_prior:
+                    prior[protocol] = of_places
 
         if not shards.is_main:
             continue

@@ -1,13 +1,11 @@
 """The diagnostics of evaluate.py: figures of one encoder on the images of one split.
 
-This module is no command. Each function takes the encoder, the samples of the split, what loads
-them in batches, the configuration, the folder for its picture, and the processes that share the
-images out. `DIAGNOSTICS` has them by name; `retrieval` stands alone, because it takes the features
-of the split.
+This module is no command. Each function takes the encoder and a `Task`. `DIAGNOSTICS` has them by
+name; `retrieval` stands alone, because it takes the features of the split.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,14 +43,22 @@ def level_of_figures(encoder: Encoder, config: Any) -> int:
     return fine[-1] if fine else 0
 
 
-class WithBoxes:
-    """The images of a split with their boxes, as a DataLoader reads them."""
+class Task(NamedTuple):
+    """What each diagnostic takes beside the encoder."""
 
-    def __init__(self, samples: Any):
-        self.samples = samples
+    samples: Any  # of the split, `Samples` of evaluate.py
+    load: Callable  # how they are loaded, `load_batches` of evaluate.py
+    config: Any
+    folder: Path  # for the picture
+    shards: Shards  # the processes that share the images out
 
-    def __getitem__(self, index: int) -> Any:
-        return self.samples.read(index, frozenset({"objects"}))
+    def batches(self, source: Any, title: str, numbers: range) -> Iterable[list[Any]]:
+        """Some items of a source in batches; the first process shows a progress bar."""
+        return self.load(source, self.config, title, numbers, silent=not self.shards.is_main)
+
+    def batches_with_boxes(self, title: str, numbers: range) -> Iterable[list[Any]]:
+        """Some images of the split with their boxes, in batches."""
+        return self.batches(self.samples.with_parts(frozenset({"objects"})), title, numbers)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -144,26 +150,19 @@ def sample_views_of(size: tuple[int, int], draws: torch.Generator) -> dk.View:
 
 
 @torch.no_grad()
-def patches(
-    encoder: Encoder,
-    samples: Any,
-    load: Callable,
-    config: Any,
-    folder: Path,
-    shards: Shards,
-) -> dict:
+def patches(encoder: Encoder, task: Task) -> dict:
     """How many cells of one view are found in another, and their affinity (DUPR, Fig 9, 10).
 
     A cell is found where its nearest cell by cosine is at most one cell away from the right place.
     The affinity is that of the bins of an object that both views contain, on the last level.
     """
-    level = level_of_figures(encoder, config)
-    source = PatchViews(samples, config.size)
-    own = shards.part(len(samples))
+    level = level_of_figures(encoder, task.config)
+    source = PatchViews(task.samples, task.config.size)
+    own = task.shards.part(len(task.samples))
     title = f"{encoder.name} patches"
     found = []  # of each image: cells found, by chance, and all; on the diagonal, objects
     affinity = []
-    for batch in load(source, config, title, own, silent=not shards.is_main):
+    for batch in task.batches(source, title, own):
         crops = bands.in_unit(torch.stack([x.crops for x in batch]).to(device_of(encoder)))
         levels1 = encoder.levels(crops[:, 0])
         levels2 = encoder.levels(crops[:, 1])
@@ -182,17 +181,22 @@ def patches(
         found.append(torch.cat([cells, torch.stack([diagonal, has_object.float()], 1)], 1))
         affinity.append(matrices.sum(0, keepdim=True))
 
-    states = shards.gather(torch.cat(found) if found else None)
-    matrices = shards.gather(torch.cat(affinity) if affinity else None)
+    states = task.shards.gather_parts(found)
+    matrices = task.shards.gather_parts(affinity)
     if states is None or matrices is None:
         return {}
     figure, axes = new_figure()
     axes.imshow((matrices.sum(0) / states[:, 4].sum().clamp(min=1)).numpy())
-    save_figure(figure, picture_path(folder, "affinity", encoder))
-    return patch_figures(states.double(), config)
+    save_figure(figure, picture_path(task.folder, "affinity", encoder))
+    return patch_figures(states.double(), task.config)
 
 
 def patch_figures(states: Tensor, config: Any) -> dict:
+    """The figures of the split from those of each image (n, 5), in the order of `found`.
+
+    Without an object that both views contain there is no figure of the diagonal.
+    """
+
     def shares(sums: Tensor) -> Tensor:
         right, chance, count, diagonal, objects = sums.unbind(-1)
         count = count.clamp(min=1)
@@ -213,9 +217,9 @@ def patch_figures(states: Tensor, config: Any) -> dict:
 
 def match_cells(maps1: Tensor, maps2: Tensor, view1: dk.View, view2: dk.View) -> Tensor:
     """Of each image (b, 3): cells of view 1 that are found, expected by chance, and in view 2."""
-    size = maps1.shape[-2:]
+    h, w = maps1.shape[-2:]
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    centers = dk.grid_points(whole, (size[0], size[1]))
+    centers = dk.grid_points(whole, (h, w))
     points = centers.expand(len(maps1), *centers.shape)
     target = dk.image_to_view(view2, dk.view_to_image(view1, points))
     is_inside = ((target >= 0) & (target <= 1)).all(-1)
@@ -223,7 +227,7 @@ def match_cells(maps1: Tensor, maps2: Tensor, view1: dk.View, view2: dk.View) ->
     rows1 = dk.map_to_rows(maps1.float())
     rows2 = dk.map_to_rows(maps2.float())
     nearest = dk.nearest_rows(rows1, rows2).indices[..., 0]
-    cells = torch.tensor([size[1], size[0]])  # x and y
+    cells = torch.tensor([w, h])  # along x and y
     is_near = ((centers - target[:, :, None]).abs() * cells <= 1).all(-1)  # (b, n, n)
     is_right = is_near.gather(-1, nearest.clamp(min=0)[..., None])[..., 0] & (nearest >= 0)
     chance = is_near.float().mean(-1)
@@ -240,65 +244,51 @@ def pool_bins(maps: Tensor, boxes: Tensor, view: dk.View) -> Tensor:
 
 # ---- boxes ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def similarity_iou(
-    encoder: Encoder,
-    samples: Any,
-    load: Callable,
-    config: Any,
-    folder: Path,
-    shards: Shards,
-) -> dict:
+def similarity_iou(encoder: Encoder, task: Task) -> dict:
     """The cosine of a box and its moved copies, by their IoU (DUPR, Eq 8, Fig 5).
 
     It is the mean over the images, of the mean over the boxes of an image.
     """
-    level = level_of_figures(encoder, config)
-    own = shards.part(len(samples))
+    level = level_of_figures(encoder, task.config)
+    own = task.shards.part(len(task.samples))
     number = own.start
-    curves = []
+    curves = []  # of each image, (1, ious)
     title = f"{encoder.name} similarity-iou"
-    for batch in load(WithBoxes(samples), config, title, own, silent=not shards.is_main):
+    for batch in task.batches_with_boxes(title, own):
         images = bands.in_unit(torch.stack([x.image for x in batch]).to(device_of(encoder)))
         maps = encoder.levels(images)[level].float().cpu()
         for own_maps, sample in zip(maps, batch, strict=True):
             draws = harness.generator(4, number)
             curve = dk.similarity_iou_curve(own_maps, sample.boxes, ious=IOUS, generator=draws)
-            curves.append(torch.where(curve.valid, curve.similarity, torch.nan))
+            curves.append(torch.where(curve.valid, curve.similarity, torch.nan)[None])
             number += 1
 
-    together = shards.gather(torch.stack(curves) if curves else None)
+    together = task.shards.gather_parts(curves)
     if together is None:
         return {}
     mean = together.nanmean(0)
     figure, axes = new_figure()
     axes.plot(IOUS, mean.tolist(), marker="o")
-    save_figure(figure, picture_path(folder, "similarity", encoder))
+    save_figure(figure, picture_path(task.folder, "similarity", encoder))
     known = zip(IOUS, mean.tolist(), mean.isnan().tolist(), strict=True)
     return {f"at {iou}": value for iou, value, missing in known if not missing}
 
 
 @torch.no_grad()
-def bias(
-    encoder: Encoder,
-    samples: Any,
-    load: Callable,
-    config: Any,
-    folder: Path,
-    shards: Shards,
-) -> dict:
+def bias(encoder: Encoder, task: Task) -> dict:
     """The coupling rate and mean cosine of each level, on objects cut out (D3SSL, Sec 3).
 
     An object and its neighbor are of different classes.
     """
-    if not shards.is_main:
+    if not task.shards.is_main:
         return {}
     # `layer_bias` makes images of 3/2 and 5/2 of this side: all of them in whole cells.
     step = 2 * encoder.stride
-    side = max(1, config.size[0] // 3 // step) * step
+    side = max(1, task.config.size[0] // 3 // step) * step
     objects: list[Tensor] = []
     classes: list[int] = []
     title = f"{encoder.name} bias"
-    for batch in load(WithBoxes(samples), config, title, range(len(samples))):
+    for batch in task.batches_with_boxes(title, range(len(task.samples))):
         for sample in batch:
             if len(sample.boxes):
                 objects.append(cut_first_object(sample, side))
@@ -365,24 +355,17 @@ class NamedLevels(torch.nn.Module):
 
 
 @torch.no_grad()
-def health_of_split(
-    encoder: Encoder,
-    samples: Any,
-    load: Callable,
-    config: Any,
-    folder: Path,
-    shards: Shards,
-) -> dict:
+def health_of_split(encoder: Encoder, task: Task) -> dict:
     """Scores that need no labels, of the first images of the split."""
-    if not shards.is_main:
+    if not task.shards.is_main:
         return {}
 
     def batches() -> Iterator[list]:
         title = f"{encoder.name} health"
-        for batch in load(WithBoxes(samples), config, title, range(len(samples))):
+        for batch in task.batches_with_boxes(title, range(len(task.samples))):
             yield [x._replace(image=bands.in_unit(x.image)) for x in batch]
 
-    return health(encoder, batches(), config, folder)
+    return health(encoder, batches(), task.config, task.folder)
 
 
 DIAGNOSTICS = {

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import densekit as dk
 from downstream import weights as weight_files
 from downstream.bands import FILE_ORDER, Bands, bands_of, named
-from downstream.fields import FieldError, get, items, table, text, to_float
+from downstream.fields import FieldError, get, items, table, text, to_float, whole
 
 # The architectures of the demos: a name of timm, and the options that make it small.
 TINY = {
@@ -810,13 +810,13 @@ def read_checkpoint(path: Path) -> Start:
         color_order = get(facts, "color_order")
         mean = [to_float(x) for x in items(get(facts, "mean"), "mean")]
         std = [to_float(x) for x in items(get(facts, "std"), "std")]
+        count = whole(facts.get("channels", 3), "channels", 1)
     except FieldError as error:
         raise harness.UserError(f"{side_car} {error}.") from error
     except Exception as error:  # broken bytes raise nearly anything
         reason = f"{type(error).__name__}: {error}"
         raise harness.UserError(f"{path} and {side_car.name} cannot be read ({reason}).") from error
 
-    count = facts.get("channels", 3)
     if len(mean) != count:
         needed = f"{numbers_of(count)} are needed"
         raise harness.UserError(f"{side_car} has mean {facts['mean']}: {needed}.")

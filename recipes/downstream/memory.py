@@ -33,4 +33,9 @@ def feature_bytes(protocol: str, sizes: Sizes) -> int:
         return (sizes.gallery + sizes.objects) * sizes.channels * 4
     if protocol in ("image-knn", "image-linear"):
         return images * sum(sizes.pooled) * 4
-    return images * sum(sizes.vectors) * number
+    if protocol in ("image-linear-map", "image-svm"):
+        return images * sum(sizes.vectors) * number
+    raise ValueError(
+        f"protocol is {protocol!r}: give one that fits on features of images, objects or cells; "
+        "video and the diagnostics keep none."
+    )

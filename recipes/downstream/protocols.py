@@ -229,6 +229,9 @@ def position_prior(fit: Features, test: Features, config: Any) -> dict:
 
 
 # ---- classification ------------------------------------------------------------------------------
+ACCURACIES = ("overall", "macro", "top5")
+
+
 def best_classes(scores: Tensor, *, votes: bool = False) -> Tensor:
     """The best five classes of each row, the best one first; -1 for one without a vote."""
     best = scores.topk(min(BEST, scores.shape[1]), dim=1)
@@ -274,9 +277,6 @@ def classification_figures(
     draws = harness.generator(2)
     interval = dk.bootstrap(states, accuracies, draws=config.draws, generator=draws)
     return {**split_interval(interval, ACCURACIES), "rows": len(labels)}
-
-
-ACCURACIES = ("overall", "macro", "top5")
 
 
 def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, dk.Interval]:

@@ -31,6 +31,14 @@ class Shards(NamedTuple):
         last = count * (self.rank + 1) // self.size
         return range(first, last)
 
+    def most(self, count: int) -> int:
+        """The largest count of any process, on all of them."""
+        if self.size == 1:
+            return count
+        counts: list[Any] = [None] * self.size
+        dist.all_gather_object(counts, count, self.group)
+        return max(counts)
+
     def gather(self, rows: Tensor | None) -> Tensor | None:
         """The rows of all processes on the first one, on the CPU, and None on the others.
 
@@ -66,6 +74,10 @@ class Shards(NamedTuple):
                 dist.recv(own, rank, self.group)
             first += length
         return together
+
+    def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
+        """The same of rows that came in parts, of which a process may have none."""
+        return self.gather(torch.cat(parts) if parts else None)
 
 
 ALONE = Shards()

@@ -28,7 +28,7 @@ def video(encoder: Encoder, videos: list[Video], config: Any, shards: Shards = A
     The processes share the videos out; the first one has the figures, and the others have none.
     """
     own_videos = [videos[number] for number in shards.part(len(videos))]
-    sums = []
+    sums = []  # of each video, (1, 3): J and F, summed over its objects, and their number
     for item in tqdm(
         own_videos,
         desc=harness.printable(f"{encoder.name} video"),
@@ -40,11 +40,11 @@ def video(encoder: Encoder, videos: list[Video], config: Any, shards: Shards = A
         start = labels_of_cells(first, objects, maps)
         shares = dk.propagate_video(maps, start)
         scores = score_frames(item, shares, objects)  # (frames, 2, objects)
-        sums.append(torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])]))
-    states = shards.gather(torch.stack(sums).double() if sums else None)
+        of_video = torch.cat([scores.mean(0).sum(1), torch.tensor([len(objects)])])
+        sums.append(of_video.double()[None])
+    states = shards.gather_parts(sums)
     if states is None:
         return {}
-    # Of each video: J and F, summed over its objects, and the number of objects.
 
     def means(total: Tensor) -> Tensor:
         both = total[..., :2] / total[..., 2:]

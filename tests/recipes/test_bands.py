@@ -545,7 +545,7 @@ def test_the_protocols_read_bands_as_they_read_pictures(tmp_path):
     for encoder, data in ((of_pictures, pictures), (of_arrays, arrays)):
         config = test_evaluate.configured(data, tmp_path, draws=2, epochs=2)
         splits = evaluate.open_samples(config)
-        evaluation = evaluate.Evaluation(encoder, splits, None, config, 0)
+        evaluation = evaluate.Evaluation(encoder, splits, None, config)
         found.append([dk.as_dict(evaluation.score(name)) for name in SAME])
         image = splits[1].read(0, frozenset()).image
         assert image.dtype == (torch.uint8 if encoder is of_pictures else torch.float32)

@@ -194,6 +194,7 @@ FACTS = {"architecture": "tiny", "mean": [0, 0, 0], "std": [1, 1, 1], "color_ord
                 ({"architecture": "resnet18"}, "does not fit resnet18: .*conv1"),
                 ({"architecture": "tiny-vit"}, "does not fit tiny-vit: .*cls_token"),
                 ({"mean": None}, "has the mean None: a list is needed"),
+                ({"channels": None}, "has the channels None: a whole number, 1 or more, is needed"),
                 ({"mean": "123"}, "has the mean '123': a list is needed"),
                 ({"mean": ["a", 0, 0]}, r"has mean \['a', 0, 0\] .*finite numbers are needed"),
                 ({"std": [1, True, 1]}, r"std \[1, True, 1\]: finite numbers are needed"),

@@ -345,6 +345,13 @@ def numbers_of(figures, name=""):
     return found
 
 
+def evaluate_on_two(config):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(one_of_two, (port, config), nprocs=2, start_method="fork")
+
+
 def test_two_processes_have_the_numbers_of_one(data, tmp_path):
     protocols = [x for x in evaluate.PROTOCOLS if x not in ("image-svm", "image-linear-map")]
     davis(tmp_path / "set")
@@ -359,17 +366,23 @@ def test_two_processes_have_the_numbers_of_one(data, tmp_path):
         if count == 1:
             evaluate.evaluate(own)
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            torch.multiprocessing.start_processes(
-                one_of_two, (port, own), nprocs=2, start_method="fork"
-            )
+            evaluate_on_two(own)
         results.append(json.loads((own.out / "results.json").read_text())["results"])
     one, two = map(numbers_of, results)
     assert set(one) == set(two)
     assert len(one) > 60
     assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+def test_a_process_may_have_no_image(data, tmp_path):
+    config = configured(
+        data, tmp_path, size=(64, 64), limit=1, epochs=1,
+        protocol="image-knn,image-linear-map,object-knn,ridge-seg,patches,similarity-iou",
+    )  # fmt: skip
+    evaluate_on_two(config)
+    results = json.loads((config.out / "results.json").read_text())["results"]
+    assert results["random:tiny"]["image-knn"]["rows"] == 1
+    assert "level4" in results["random:tiny"]["image-linear-map"]
 
 
 def test_features_that_are_not_finite_are_refused_and_large_ones_stay_float(data, tmp_path):
@@ -390,7 +403,7 @@ def test_only_what_the_protocols_need_is_made(data, tmp_path):
     config = configured(data, tmp_path, protocol="kmeans-seg")
     both_splits = (samples(config, "train"), samples(config, "val"))
     encoder = Colors()
-    evaluation = evaluate.Evaluation(encoder, both_splits, None, config, 0)
+    evaluation = evaluate.Evaluation(encoder, both_splits, None, config)
     assert evaluation.score("kmeans-seg")["images"] == 8
     evaluation.score_prior()
     assert sum(map(len, encoder.seen)) == 8  # of the split to fit on, the label maps alone

@@ -142,7 +142,7 @@ def test_k_means_moves_to_the_means_of_all_cells():
         centers = torch.stack([cells[nearest == x].mean(0) for x in range(5)])
     start = protocols.cluster_cells(test.maps.half(), 5, seed=0)
     found, want = [torch.cdist(cells, x).amin(1).square().sum() for x in (start, centers)]
-    assert found <= 1.02 * want
+    assert found <= 1.02 * want  # 20 iterations end a little above the fixed point
 
 
 def test_more_clusters_than_classes_get_the_commonest_class():
