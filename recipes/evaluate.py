@@ -14,7 +14,6 @@ docs/recipes/tables.md.
 """
 
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -818,7 +817,7 @@ def check_size(encoder: Encoder, config: Config) -> None:
 # ==== loop ========================================================================================
 def evaluate(config: Config) -> None:
     check_options(config)
-    if os.environ.get("RANK", "0") == "0":
+    if harness.is_main_process():
         make_folder(config.out)
     threads = torch.get_num_threads()
     with harness.process_group(config.device, DAY) as world:

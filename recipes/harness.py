@@ -359,6 +359,14 @@ def say(sentence: str) -> None:
     sys.stderr.flush()
 
 
+def is_main_process() -> bool:
+    """Whether this is the first process of torchrun, or the only one; before the group exists too.
+
+    What one sentence says for all processes is said there.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 _has_said = mmap.mmap(-1, 1)  # one byte, which processes that are forked off share
 
 
@@ -367,8 +375,7 @@ def say_once(sentence: str) -> None:
 
     This counts over this process and those that are forked off it, whatever the sentence is.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main and not _has_said[0]:
+    if is_main_process() and not _has_said[0]:
         _has_said[0] = 1
         # Not `say`: a fork may have copied the lock of the progress bar while it was held.
         print(printable(f"warning: {sentence}"), file=sys.stderr, flush=True)

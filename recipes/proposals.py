@@ -389,7 +389,7 @@ class ImagesWithProposals(harness.FolderImages):
         names = [name for name in listed if name in rows]
         if not names:
             raise UserError(f"{path} has no proposal of any image of {data}.")
-        if len(names) < len(listed) and os.environ.get("RANK", "0") == "0":
+        if len(names) < len(listed) and harness.is_main_process():
             harness.tell(
                 f"{len(names)} of {len(listed)} images have proposals; the others are left out."
             )
@@ -422,8 +422,8 @@ def warn_of_shapes(images: harness.FolderImages, known: Proposals, path: Path) -
             continue
         said = sizes[name]
         gap = abs(size[0] * said[1] - size[1] * said[0])
-        is_main = os.environ.get("RANK", "0") == "0"
-        if gap > max(*size, *said) and is_main:  # a side may be rounded by a pixel
+        is_rounded = gap <= max(*size, *said)  # a side may be off by a pixel
+        if not is_rounded and harness.is_main_process():
             harness.say(
                 f"warning: {images.folder / name} is {size[0]} x {size[1]} pixels, but {path} has "
                 f"proposals of an image of {said[0]} x {said[1]}: if it was not resized, make new "

@@ -16,7 +16,6 @@ import copy
 import functools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -636,8 +635,7 @@ def fit(
     if fitted.unmatched:
         unused = weight_files.summary(fitted.unmatched)
         facts = {**facts, "unused": unused}
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main:
+        if harness.is_main_process():
             harness.say(f"{source}: {len(fitted.unmatched)} tensors are not used: {unused}.")
     return Start(name or source, architecture, fitted.tensors, {"method": name or source, **facts})
 

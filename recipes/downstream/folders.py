@@ -3,7 +3,6 @@
 This module is no command. Each reader makes the records of records.py.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,7 +173,7 @@ def open_class_folders(root: Path, split: str) -> LabeledSet:
             name = f"{class_folder.name}/{inner}"
             records.append(Record(name, folder / name, classes=(class_number,)))
     loose = len(list_images(folder))
-    if loose and os.environ.get("RANK", "0") == "0":
+    if loose and harness.is_main_process():
         harness.tell(
             f"{folder}: {loose} images are left out, since they lie in no folder of a class."
         )

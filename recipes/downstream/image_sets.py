@@ -7,7 +7,6 @@ Crowds, difficult objects, and pixels of no class are ignored here: the readers 
 """
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -271,5 +270,5 @@ def say_left_out(found: LabeledSet) -> None:
     for record in found.records:
         size = record.size or (math.inf, math.inf)  # unknown until the image is read
         left_out += sum(not has_area(x.box, size) for x in record.objects or [])
-    if left_out and os.environ.get("RANK", "0") == "0":
+    if left_out and harness.is_main_process():
         harness.tell(f"{left_out} objects are left out: their boxes have no area in the image.")

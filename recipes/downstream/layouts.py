@@ -3,7 +3,6 @@
 This module is no command. More: docs/recipes/labeled_images.md.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +39,7 @@ def open_set(
     data: Path | None, layout: str = "auto", split: str = "val", mapping: Path | None = None
 ) -> LabeledSet:
     """The labeled set below a folder; without one, scenes. A `mapping` gives other classes."""
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = harness.is_main_process()
     if data is None:
         choose(layout, ["auto", "scenes"], "The list of layouts")
         found = scene_sets.open_split(split)

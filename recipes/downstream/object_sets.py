@@ -116,7 +116,7 @@ class Objects:
                     if not train:  # COCO's program scores by them
                         row["segmentation"] = x.mask.coco_form()
                 annotations.append(row)
-        if dropped and os.environ.get("RANK", "0") == "0":
+        if dropped and harness.is_main_process():
             kind = "training" if train else "test"
             harness.tell(
                 f"{dropped} objects are left out: their boxes have no area in the {kind} images."
