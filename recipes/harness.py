@@ -1606,8 +1606,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _without(options: dict[str, Any], ignore: Sequence[str]) -> dict[str, Any]:
-    """The options that count: `ignore` has the last words of the names of the others."""
-    return {name: x for name, x in options.items() if name.split(".")[-1] not in ignore}
+    """The options that count: `ignore` has the names of the others, whole or their last words."""
+    ignored = {name for name in options if name in ignore or name.split(".")[-1] in ignore}
+    return {name: value for name, value in options.items() if name not in ignored}
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
