@@ -35,8 +35,10 @@ class Config:
     val_split: str = "val"  # Split to score.
     val_list: Path | None = None  # Text file with the images to score, one name a line.
     run: Path | None = None  # Run folder; by default runs/densesiam-segment-PRESET[-NAME OF DATA].
-    arch: str = "resnet18"  # A ResNet of timm, or "tiny" (64 channels); --weights brings its own.
-    weights: str | None = None  # Encoder to start from: FILE, timm:NAME or torchvision:NAME.
+    arch: str = "resnet18"  # Convolutional network of timm, or "tiny" (64 channels, stride 8).
+    # Weights to start from: lite0, timm:NAME, torchvision:NAME, a file of --arch or a run folder.
+    weights: str | None = None
+    freeze: int = 0  # Keep the stem and this many stages as they start.
     aux: int = 128  # Pseudo-classes of the auxiliary head; 0 trains without it.
     segment: float = 1.0  # Weight of L_seg.
     weighting: Literal["frequency", "balanced", "plain"] = "frequency"  # Class weights of L_seg.
@@ -99,7 +101,6 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-import torchvision
 from downstream import encoders, health, image_sets
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.published import row_permuted_group_scores
@@ -136,15 +137,12 @@ def check_options(config: Config) -> None:
         config.val_list is None or config.val_list.is_file(),
         f"--val-list is {config.val_list}: give a text file with one image name a line.",
     )
+    encoders.check_start(config)
+    encoders.check_maps(config, "--size", config.size, levels=4)
     harness.check(
-        config.arch == "tiny" or encoders.is_resnet(config.arch),
-        f"--arch is {config.arch}: give a ResNet of timm, such as resnet18, or tiny.",
-    )
-    weights = config.weights
-    harness.check(
-        weights is None or ":" in weights or Path(weights).exists(),
-        f"--weights is {weights}: give a run folder or its encoder.safetensors, timm:NAME or "
-        "torchvision:NAME.",
+        not encoders.is_vit(encoders.probe(encoders.architecture_of(config))),
+        f"{encoders.option_of(config)}: give a convolutional network of timm, such as resnet18, "
+        "since the pyramid needs maps of several sizes.",
     )
     harness.check(
         config.aux == 0 or config.aux >= 2,
@@ -347,31 +345,20 @@ def segment_loss(logits: Tensor, weighting: str) -> Tensor:
     return (weights[labels] * losses).mean()
 
 
-def build_encoder(config: Config) -> encoders.Encoder:
-    """The ResNet to start from, without its classifier."""
-    name = config.weights or f"random:{config.arch}"
-    encoder = encoders.load_encoder(name, arch=config.arch, seed=config.seed)
-    encoders.check_pictures(encoder)
-    if config.weights is not None:
-        harness.check(
-            isinstance(encoder.network, timm.models.ResNet | torchvision.models.ResNet),
-            f"--weights is {config.weights}: give a ResNet of timm or torchvision.",
-        )
-        # The classifier of torchvision has no part in the losses, and other recipes read no `fc`.
-        encoder.network.fc = nn.Identity()
-    return encoder
-
-
 class Segmenter(nn.Module):
-    """A ResNet with a simplified feature pyramid of stride 4, and the heads (Sec 4)."""
+    """A network with a simplified feature pyramid of its four levels, and the heads (Sec 4)."""
 
-    def __init__(self, config: Config, classes: int):
+    def __init__(self, config: Config, classes: int, initial: encoders.Start | None = None):
         super().__init__()
         self.config = config
-        encoder = build_encoder(config)
-        levels = encoder.levels(torch.zeros(1, 3, 64, 64))
-        self.encoder = encoder.train().requires_grad_()  # load_encoder freezes it
-        self.laterals = nn.ModuleList(conv1x1(x.shape[1], WIDTH) for x in levels)
+        initial = initial or encoders.read_start(config)
+        self.encoder = encoders.encoder_of(initial, seed=config.seed)
+        self.encoder.train()
+        unused = encoders.unused_weights(self.encoder.network, levels=4)
+        for name, parameter in self.encoder.network.named_parameters():
+            parameter.requires_grad_(name not in unused)  # encoder_of freezes all of them
+        channels = [level["num_chs"] for level in self.encoder.network.feature_info[-4:]]
+        self.laterals = nn.ModuleList(conv1x1(x, WIDTH) for x in channels)
 
         # Of these heads, `dense` and `aux` act on pixels, `region` and `sim` on rows of features.
         self.projectors = nn.ModuleDict()
@@ -387,8 +374,7 @@ class Segmenter(nn.Module):
             self.projectors["region"] = build_projector(*rows, WIDTH, WIDTH, WIDTH)
             self.predictors["region"] = build_predictor(*rows, WIDTH, WIDTH)
         if config.sim:
-            channels = levels[-1].shape[1]
-            self.projectors["sim"] = build_projector(*rows, channels, SIM_WIDTH, SIM_WIDTH)
+            self.projectors["sim"] = build_projector(*rows, channels[-1], SIM_WIDTH, SIM_WIDTH)
             self.predictors["sim"] = build_predictor(*rows, SIM_WIDTH, SIM_WIDTH)
 
         self.share = 1.0  # the weight of L_dense
@@ -597,6 +583,7 @@ def spread(model: Segmenter, with_region: bool) -> nn.parallel.DistributedDataPa
 
 def train(config: Config) -> None:
     check_options(config)
+    initial = encoders.read_start(config)
     folder = harness.run_folder("densesiam-segment", config)
     group = harness.process_group(config.device, config.collective_timeout)
     with group as world, harness.Run(folder, config, world) as run:
@@ -611,9 +598,11 @@ def train(config: Config) -> None:
         lr = config.lr * config.batch / 256
 
         torch.manual_seed(config.seed)
-        model = Segmenter(config, len(classes))
+        model = Segmenter(config, len(classes), initial)
         if device.type == "cuda":
             model = timm.layers.convert_sync_batchnorm(model)
+        encoder: Any = model.encoder
+        encoders.freeze(encoder.network, config.freeze)
         model.to(device, memory_format=torch.channels_last)
         has_region = config.region > 0
         with_region = False
@@ -633,7 +622,6 @@ def train(config: Config) -> None:
             normalize=UNIT_RANGE,
             patience=patience,
         )
-        encoder: Any = model.encoder
         # The health is measured on six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
         preview = next(batches(preview_batch, start=0, stop=1))
@@ -642,14 +630,7 @@ def train(config: Config) -> None:
             run.log(step, **monitor.measure_all())
             evaluate(model, val, run, step)
 
-        facts = {
-            "architecture": encoder.architecture,
-            "mean": encoder.mean,
-            "std": encoder.std,
-            "method": "densesiam-segment",
-            "weights": config.weights,
-            "classes": classes,
-        }
+        facts = {**initial.side_car(), "method": "densesiam-segment", "classes": classes}
         kept = harness.kept_epochs(config, steps_per_epoch)
 
         training_batches = batches(config.batch, start=step, stop=steps)
