@@ -1,6 +1,6 @@
 """Post-training from EfficientNet-lite0 by every method: scores before and after, with intervals.
 
-    python benchmarks/adapt.py FOLDER FOLDER                    # labeled folders
+    python benchmarks/adapt.py FOLDER FOLDER                    # labeled folders; prints a table
     python benchmarks/adapt.py FOLDER --methods paka --try '{"lr": 3e-4}'    # another setting
 
 Each run is a process of its own, and its row is appended to --rows when it is done; what is there
@@ -21,8 +21,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "docs" / "recipes")]
 
 SIZE = (224, 288)  # of the images that are scored; the masks keep their own size
 METHODS = ("paka", "cosine", "gram", "neighbors", "neco")  # in the order in which they run
@@ -69,8 +69,11 @@ def main() -> None:
     if arguments.job:
         run_job(json.loads(arguments.job))
         return
+    for folder in arguments.folders:
+        check_folder(folder, arguments.train, arguments.split)
     known = read_rows(arguments.rows)
-    for job in list_jobs(arguments):
+    jobs = list_jobs(arguments)
+    for job in jobs:
         if any(same_job(row, job) for row in known):
             continue
         command = [sys.executable, __file__, "--job", json.dumps(job)]
@@ -83,6 +86,22 @@ def main() -> None:
         with arguments.rows.open("a") as file:
             file.write(line + "\n")
         print(line[:200], flush=True)
+
+    import adapt_table
+
+    rows = read_rows(arguments.rows)
+    print(adapt_table.results([row for row in rows if any(same_job(row, job) for job in jobs)]))
+
+
+def check_folder(folder: Path, *splits: str) -> None:
+    """End with a sentence, unless it is a folder of labeled images with these splits."""
+    for name in ("images", "labels", "classes.json", "splits.json"):
+        if not (folder / name).exists():
+            sys.exit(f"{folder} has no {name}: give a folder of labeled images.")
+    known = json.loads((folder / "splits.json").read_text())
+    for split in splits:
+        if split not in known:
+            sys.exit(f"{folder} has no split {split}: give one of {', '.join(known)}.")
 
 
 def list_jobs(arguments: argparse.Namespace) -> list[dict]:
