@@ -42,6 +42,7 @@ def sample_scenes(
     *,
     generator: torch.Generator | None = None,
     objects: tuple[int, int] = (2, 8),
+    co_occurrence: float = 0.0,
 ) -> Scenes:
     """Sample procedural scenes of textured objects on textured backgrounds.
 
@@ -53,19 +54,26 @@ def sample_scenes(
     object belongs to the same class. Objects are drawn in slot order: later ones hide earlier ones,
     and all may reach over the image border.
 
+    With `co_occurrence` some objects come in pairs, as a rider and a horse do: the object of each
+    second slot then often is the partner of the one before it, and touches it. The partners are the
+    first and second object class, the third and fourth, and so on. What is beside an object then
+    tells its class, which a representation may learn instead of the object itself.
+
     Args:
         count: Number of scenes `b`; it may be 0.
         size: Height and width of the images in pixels.
         generator: Source of the random numbers; the scenes are on its device. By default it is the
-            global CPU generator. The scenes depend on its state, `count`, `size` and `objects`.
+            global CPU generator. The scenes depend on its state and on the other arguments.
         objects: Smallest and largest number of objects in a scene, both at most 8.
+        co_occurrence: Probability that the object of a second, fourth, ... slot is made the partner
+            of the one before it. At 0 all objects are independent.
 
     Returns:
         The scenes, with `k = 8` object slots, of which the first ones are used.
 
     Raises:
         ValueError: `count` is negative, `size` is not positive, or `objects` is not an ascending
-            pair within [0, 8].
+            pair within [0, 8], or `co_occurrence` is not within [0, 1].
 
     Examples:
         >>> batch = sample_scenes(4, (48, 64), generator=torch.Generator().manual_seed(0))
@@ -92,8 +100,14 @@ def sample_scenes(
             f"0 <= fewest <= most <= {_SLOTS}, but it is {objects}."
         )
 
+    if not 0 <= co_occurrence <= 1:
+        raise ValueError(
+            "densekit.scenes.sample_scenes: co_occurrence should be a probability from 0 to 1, but "
+            f"it is {co_occurrence}."
+        )
+
     # All random numbers are drawn here for all scenes at once, so chunks do not change the result.
-    plan = _draw_plan(count, size, generator, objects)
+    plan = _draw_plan(count, size, generator, objects, co_occurrence)
     noise = torch.empty(count, height, width, dtype=torch.float32, device=plan.classes.device)
     noise.uniform_(-0.04, 0.04, generator=generator)
     images, regions = _render(plan, noise)
@@ -117,7 +131,11 @@ class _Plan(NamedTuple):
 
 
 def _draw_plan(
-    count: int, size: Size, generator: torch.Generator | None, objects: tuple[int, int]
+    count: int,
+    size: Size,
+    generator: torch.Generator | None,
+    objects: tuple[int, int],
+    co_occurrence: float,
 ) -> _Plan:
     device = generator.device if generator is not None else torch.device("cpu")
     short = min(size)
@@ -139,6 +157,18 @@ def _draw_plan(
 
     center = uniform(total, 2, low=0.08, high=0.92) * extent
     radius = uniform(total, low=0.1, high=0.275)
+    if co_occurrence > 0:
+        paired = uniform(_SLOTS // 2) < co_occurrence
+        # The classes of partners differ in their last bit.
+        partner = stuff + ((things[:, ::2] - stuff) ^ 1)
+        things[:, 1::2] = torch.where(paired, partner, things[:, 1::2])
+        first_center, second_center = center[:, _GROUNDS::2], center[:, _GROUNDS + 1 :: 2]
+        # Both are disks at most, so at this distance they touch or overlap a little.
+        distance = 0.9 * (radius[:, _GROUNDS::2] + radius[:, _GROUNDS + 1 :: 2])
+        beside = first_center + distance.unsqueeze(-1) * _direction(uniform(_SLOTS // 2))
+        beside = torch.clamp(beside, 0.08 * extent, 0.92 * extent)  # within the image, as all
+        center[:, _GROUNDS + 1 :: 2] = torch.where(paired.unsqueeze(-1), beside, second_center)
+
     # A texture has about four periods across its object, but a period has at least three pixels.
     period = 2 * radius * uniform(total, low=0.2, high=0.32)
     period[:, :_GROUNDS] = uniform(_GROUNDS, low=0.09, high=0.18)

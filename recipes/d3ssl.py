@@ -35,6 +35,8 @@ class Config:
     preset: Literal["demo", "paper", "decoupling", "soco-jitter", "soco-cutout", "region"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
+    # Without data: the share of the scenes' objects that stand beside a partner, always the same.
+    co_occurrence: float = 0.0
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).
     # Weights to start from: timm:NAME, torchvision:NAME, lite0, a file, a run folder; without them
@@ -188,6 +190,14 @@ def check_options(config: Config) -> None:
     harness.check(
         config.proposals is None or config.data is not None,
         f"--proposals is {config.proposals}: name the folder of its images with --data.",
+    )
+    together = config.co_occurrence
+    harness.check(
+        0 <= together <= 1, f"--co-occurrence is {together}: give a share from 0 (none) to 1."
+    )
+    harness.check(
+        together == 0 or config.data is None,
+        f"--co-occurrence is {together}: leave it out, since --data has images of its own.",
     )
 
 
@@ -633,6 +643,7 @@ def train(config: Config) -> None:
             config.data,
             config.proposals,
             scenes=scenes,
+            co_occurrence=config.co_occurrence,
             value_range=config.value_range,
             patience=patience,
         )

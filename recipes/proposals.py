@@ -437,16 +437,17 @@ class SceneProposals(list):
 
     The proposals are the boxes of the scene's objects and four random boxes, since selective search
     also finds boxes that hold no object. Boxes that cover less than 0.09 of the image are left out.
+    With `co_occurrence` objects come in pairs: see `densekit.sample_scenes`.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, *, co_occurrence: float = 0.0):
         super().__init__()
         self.boxes = []
         size = 64, 64
         for number, start in enumerate(range(0, count, 64)):  # bounds the memory
             n = min(64, count - start)
             generator = harness.generator(0, number)
-            scenes = dk.sample_scenes(n, size, generator=generator)
+            scenes = dk.sample_scenes(n, size, generator=generator, co_occurrence=co_occurrence)
             others = dk.sample_views(size, (n, 4), scale=(0.1, 0.4), generator=generator)
 
             images = (scenes.images * 255).round().byte()
@@ -461,6 +462,7 @@ def image_source(
     path: Path | None,
     *,
     scenes: int,
+    co_occurrence: float = 0.0,
     value_range: tuple[float, float] | None = None,
     patience: harness.Patience = harness.PATIENCE,
 ) -> Any:
@@ -470,7 +472,7 @@ def image_source(
     if data is None and not scenes:
         raise UserError("This preset trains on your images: name their folder with --data.")
     if data is None:
-        return SceneProposals(scenes)
+        return SceneProposals(scenes, co_occurrence=co_occurrence)
     path = path or default_path(data)
     return ImagesWithProposals(data, path, value_range=value_range, patience=patience)
 

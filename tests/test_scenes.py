@@ -95,6 +95,34 @@ def test_later_objects_hide_earlier_ones(size, seed, most):
     assert (after.images == before.images).all(1)[~covered].all()
 
 
+def test_objects_that_occur_together_are_partners_side_by_side():
+    """As often as it is asked for, and at 0 and without it the scenes are the same."""
+    share = 0.75
+    size = (64, 96)
+    batch = sample_scenes(
+        800, size, generator=seeded(3), objects=(SLOTS, SLOTS), co_occurrence=share
+    )
+    first, second = batch.classes[:, ::2], batch.classes[:, 1::2]
+    partners = (first - STUFF) ^ 1 == second - STUFF
+    # By chance one of eight classes is the partner.
+    expected = share + (1 - share) / (len(SCENE_CLASSES) - STUFF)
+    spread = 5 * math.sqrt(expected * (1 - expected) / partners.numel())
+    assert abs(float(partners.double().mean()) - expected) < spread
+    counts = torch.bincount(batch.classes.flatten(), minlength=len(SCENE_CLASSES))[STUFF:]
+    assert float(counts.double().std() / counts.double().mean()) < 0.1  # all are as frequent
+
+    middles = (batch.boxes[..., :2] + batch.boxes[..., 2:]) / 2
+    seen = batch.valid[:, ::2] & batch.valid[:, 1::2]
+    apart = (middles[:, ::2] - middles[:, 1::2]).norm(dim=-1)
+    assert apart[partners & seen].mean() < 0.75 * apart[~partners & seen].mean()
+
+    alone = sample_scenes(4, size, generator=seeded(3), co_occurrence=0.0)
+    assert_same(alone, sample_scenes(4, size, generator=seeded(3)))
+    pairs = sample_scenes(4, size, generator=seeded(3), co_occurrence=1.0)
+    assert torch.equal(alone.classes > 0, pairs.classes > 0)
+    assert torch.equal(alone.classes[:, ::2], pairs.classes[:, ::2])
+
+
 def test_every_class_occurs():
     batch = sample_scenes(300, (16, 24), generator=seeded(0))
     shares = torch.bincount(batch.labels.flatten(), minlength=len(SCENE_CLASSES))

@@ -53,6 +53,9 @@ WRONG = [
     (["--weights", "nowhere"], "nowhere does not exist"),
     (["--weights", "timm:no_such_net", "--freeze", "1"], "--weights is timm:no_such_net"),
     (["--proposals", "some.npz"], "--proposals is some.npz"),  # without --data
+    (["--co-occurrence", "1.5"], "--co-occurrence is 1.5"),
+    (["--co-occurrence", "nan"], "--co-occurrence is nan"),
+    (["--co-occurrence", "0.5", "--data", "some"], "--co-occurrence is 0.5: leave it out"),
     (["--arch", "resnet5"], "--arch is resnet5"),
     (["--arch", "cspresnet50"], "--arch is cspresnet50"),  # no ResNet, in spite of its name
     (["--arch", "resnetv2_50"], "--arch is resnetv2_50"),  # it has no layer4
@@ -806,7 +809,7 @@ def test_the_region_preset_changes_nothing_in_an_image():
 def few_scenes(monkeypatch):
     """A demo of 16 scenes, and without its probe."""
     scenes = proposals.SceneProposals
-    monkeypatch.setattr(proposals, "SceneProposals", lambda count: scenes(16))
+    monkeypatch.setattr(proposals, "SceneProposals", lambda *_, **more: scenes(16, **more))
     score = SimpleNamespace(miou=0.5, prior_miou=0.25)
     monkeypatch.setattr(dk, "probe_scenes", lambda encode: score)
 

@@ -318,7 +318,7 @@ def test_a_process_without_any_valid_cluster_holds_no_other_up(tmp_path, folder)
 def test_the_demo_prints_the_probe_and_the_prior(recipe, tmp_path, monkeypatch, capsys):
     for module, name in ((harness, "SceneImages"), (proposals, "SceneProposals")):
         scenes = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda _, scenes=scenes: scenes(16))
+        monkeypatch.setattr(module, name, lambda _, scenes=scenes, **more: scenes(16, **more))
     probe = dk.probe_scenes
     monkeypatch.setattr(dk, "probe_scenes", lambda encode: probe(encode, count=16))
     recipe.module.train(replace(recipe.small, run=tmp_path, epochs=1))
