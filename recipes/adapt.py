@@ -94,10 +94,6 @@ class Config:
     # The run ends when the features' rank, or their spread, is below this share of the start's.
     collapse: float = 0.5
     save: Literal["student", "teacher"] = "student"  # Whose encoder is saved and scored.
-    # At the end the covariance of the features is raised to 1 - this power, in closed form; 0
-    # leaves the features as they are. The network's map has to be the output of a convolution and
-    # a batch normalization, as in EfficientNet-lite0.
-    whiten: float = 0.0
     seed: int = 0  # Seed of all random numbers.
     workers: int = 8  # Loader processes of each training process.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU, where there is one.
@@ -252,10 +248,6 @@ def check_options(config: Config) -> None:
         f"--collapse is {config.collapse}: give a share from 0 (never end) to less than 1.",
     )
     harness.check(
-        0 <= config.whiten <= 1,
-        f"--whiten is {config.whiten}: give a power from 0 (off) to 1.",
-    )
-    harness.check(
         config.save == "student" or config.teacher == "ema",
         "--save is teacher: give student, since --teacher frozen stays as it starts.",
     )
@@ -333,15 +325,6 @@ def check_start(config: Config, start: Any) -> None:
         f"--trainable-blocks is {config.trainable_blocks}: give at most {blocks}, the blocks of "
         f"{start.architecture}.",
     )
-    if config.whiten > 0:
-        channels = encoder.feature_info[-1]["num_chs"]
-        copied = copy.deepcopy(encoder)
-        harness.check(
-            change_last_layer(copied, 2 * torch.eye(channels), torch.ones(channels))
-            and is_changed(encoder, copied, 2.0, 1.0, config.views.size),
-            f"--whiten is {config.whiten}: give 0, since the map of {start.architecture} is not "
-            "the output of a convolution and a batch normalization.",
-        )
 
 
 # ==== views =======================================================================================
@@ -931,73 +914,6 @@ def gather_in_order(x: Tensor) -> Tensor:
 
 
 # ==== evaluation ==================================================================================
-# ---- whitening -----------------------------------------------------------------------------------
-MOST_BATCHES = 64  # batches that the covariance is measured on
-SMALLEST_VARIANCE = 1e-4  # of a direction, as a share of the mean variance
-
-
-@torch.no_grad()
-def change_last_layer(encoder: Any, matrix: Tensor, bias: Tensor) -> bool:
-    """Let the encoder give `matrix @ y + bias` in place of y, by the weights of its last layers.
-
-    They are a convolution and its batch normalization; False, and no change, where they are not.
-    """
-    norms = [x for x in encoder.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
-    convolutions = [x for x in encoder.modules() if isinstance(x, nn.Conv2d)]
-    if not norms or not convolutions:
-        return False
-    norm = norms[-1]
-    convolution = convolutions[-1]
-    fits = norm.num_features == convolution.out_channels == len(matrix)
-    if not fits or convolution.bias is not None or not norm.affine:
-        return False
-    if norm.running_mean is None or norm.running_var is None:
-        return False
-
-    matrix = matrix.double()
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    kernel = convolution.weight.double() * scale[:, None, None, None]
-    shift = norm.bias.double() - norm.running_mean.double() * scale
-    convolution.weight.copy_(torch.einsum("ij, jchw -> ichw", matrix, kernel))
-    norm.bias.copy_(matrix @ shift + bias)
-    norm.weight.fill_(1.0)
-    norm.running_mean.zero_()
-    norm.running_var.fill_(1 - norm.eps)
-    return True
-
-
-@torch.no_grad()
-def is_changed(encoder: Any, changed: Any, factor: float, bias: float, size: int) -> bool:
-    """Whether one network gives factor * y + bias where the other gives y."""
-    images = torch.randn(2, 3, size, size, generator=harness.generator(0))
-    before, after = [encoders.last_map(copy.deepcopy(x).eval(), images) for x in (encoder, changed)]
-    return torch.allclose(after, factor * before + bias, rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
-def whiten(model: Adapt, encoder: Any, batches: Any, config: Config) -> Any:
-    """A copy of the encoder whose features have the covariance C ** (1 - whiten), and mean 0.
-
-    C is that of its features of the large views as the teacher sees them, over all processes. The
-    copy's features are a linear map of the encoder's, so that no linear layer loses by it.
-    """
-    encoder = copy.deepcopy(encoder).eval()
-    moments = []
-    for crops, *_ in batches:
-        rows = dk.map_to_rows(encoders.last_map(encoder, model.normalize(crops.teacher)))
-        rows = rows.flatten(0, -2).double()
-        moments.append(torch.cat([rows.mean(0)[None], rows.mT @ rows / len(rows)]))
-    mean_and_square = dk.all_mean(torch.stack(moments).mean(0), torch.distributed.group.WORLD)
-    mean = mean_and_square[0]
-    covariance = mean_and_square[1:] - mean[:, None] * mean
-    variances, directions = torch.linalg.eigh(covariance)
-    variances = variances.clamp(min=SMALLEST_VARIANCE * variances.mean())
-    matrix = directions * (variances / variances.mean()) ** (-config.whiten / 2) @ directions.mT
-    change_last_layer(encoder, matrix, -matrix @ mean)
-    return encoder
-
-
-# ---- pictures and scores -------------------------------------------------------------------------
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
 ZOOM = 2  # of the views in the picture, so that their maps have more cells
@@ -1426,9 +1342,6 @@ def train(config: Config) -> None:
                 run.log(step, **monitor.measure_all())
                 check_health(monitor, config, step)
             stop = run.stop_requested()
-            if step == steps and config.whiten > 0:
-                count = min(steps_per_epoch, MOST_BATCHES)
-                encoder = whiten(model, encoder, batches(config.batch, start=0, stop=count), config)
             if due and world.is_main:
                 evaluate(model, encoder, preview, start_maps, start, config, run, step)
             if due or stop:

@@ -81,11 +81,6 @@ WRONG = [
     (["--weights", "random:tiny-vit", "--views.small-size", "4"], "--views.small-size is 4: give "
      "a multiple of 8, the side of a patch of tiny-vit, such as 8"),
     (["--weights", "random:tiny", "--trainable-blocks", "99"], "--trainable-blocks is 99"),
-    (["--whiten", "-0.1"], "--whiten is -0.1"),
-    (["--whiten", "nan"], "--whiten is nan"),
-    (["--weights", "random:tiny", "--whiten", "0.5"], "--whiten is 0.5: give 0, since the map of "
-     "tiny is not the output of a convolution and a batch normalization."),
-    (["--weights", "random:tiny-vit", "--whiten", "0.5"], "--whiten is 0.5: give 0, since"),
 ]  # fmt: skip
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -316,46 +311,6 @@ def test_checkpointed_activations_take_less_memory_and_change_nothing(weights):
         found.append([x.grad for x in model.student.parameters()])
     torch.testing.assert_close(*found)
     assert sizes[1] < sizes[0]
-
-
-# ---- whitening -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_whitened_features_have_a_power_of_the_covariance_and_are_a_linear_map(power):
-    config = replace(SMALL, weights="random:mobilenetv2_050", whiten=power)
-    start = start_of(config)
-    with torch.no_grad():  # statistics that are neither 0 nor 1
-        for name, buffer in start.network.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-            elif name.endswith("running_mean"):
-                buffer.normal_()
-    torch.manual_seed(0)
-    model = Adapt(config, start).double().eval()
-    dataset = ManyViews(harness.SceneImages(16), config)
-    batches = [harness.make_batch(dataset, range(i, i + 8)) for i in (0, 8)]
-    encoder = model.student["encoder"]
-    whitened = adapt.whiten(model, encoder, batches, config)
-
-    def rows_of(network):
-        images = torch.cat([model.normalize(crops.teacher) for crops, *_ in batches])
-        return dk.map_to_rows(encoders.last_map(network, images)).flatten(0, 1).detach()
-
-    before, after = rows_of(encoder), rows_of(whitened)
-    # Where there are fewer cells than channels, the directions without variance stay so.
-    centered = before - before.mean(0)
-    expected = torch.linalg.eigvalsh(centered.mT @ centered).flip(0)
-    found = torch.linalg.eigvalsh(after.mT @ after).flip(0)
-    kept = expected > 1e-3 * expected.mean()
-    ratios = found[kept] / expected[kept] ** (1 - power)
-    assert kept.sum() > 4
-    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=0)
-    torch.testing.assert_close(after.mean(0), torch.zeros_like(after[0]), rtol=0, atol=1e-6)
-    # One linear map and a shift explain all of it, so that no linear layer loses.
-    inputs = torch.cat([before, torch.ones_like(before[:, :1])], 1)
-    fitted = inputs @ torch.linalg.lstsq(inputs, after).solution
-    torch.testing.assert_close(fitted, after, rtol=0, atol=1e-6)
 
 
 # ---- runs ------------------------------------------------------------------------------------
