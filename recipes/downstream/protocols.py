@@ -99,13 +99,24 @@ def count_confusions(class_scores: Callable[[Tensor], Tensor], test: Features) -
             if labels is None:
                 continue
             labels = labels.to(scores.device)
-            found = dk.segmentation_counts(
-                own_scores[None], labels[None], classes=len(test.classes)
-            )
-            counts.append(found.cpu())
+            counts.append(count_confusion(own_scores, labels, len(test.classes)).cpu())
     if not counts:
         raise harness.UserError("No image of the split has a label map: choose another protocol.")
     return torch.cat(counts)
+
+
+def count_confusion(scores: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The confusion matrix (1, classes, k) of an image with the scores (k, h, w).
+
+    Of votes and clusters most have no cell in an image. Where no score is below 0 these cannot win
+    a pixel from those that have one, so they are not resized to it. (Where no class has a vote, the
+    first one wins.)
+    """
+    kept = (scores != 0).flatten(1).any(1) | (scores < 0).any()
+    kept[0] = True
+    counts = labels.new_zeros(1, classes, len(scores), dtype=torch.long)
+    counts[..., kept] = dk.segmentation_counts(scores[kept][None], labels[None], classes=classes)
+    return counts
 
 
 def segmentation_figures(counts: Tensor, test: Features, config: Any) -> dict:

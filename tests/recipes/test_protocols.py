@@ -298,3 +298,16 @@ def test_retrieved_images_are_the_four_nearest(tmp_path):
     same = classes[cosine.topk(4).indices] == classes[:, None]
     assert found["same main class"].value == pytest.approx(same.float().mean().item())
     assert found["queries"] == 12
+
+
+@given(st.integers(1, 9), st.tuples(*[st.integers(1, 6)] * 2), st.booleans(), st.integers(0, 999))
+def test_classes_without_a_vote_in_an_image_change_no_count(k, size, has_negative, seed):
+    generator = torch.Generator().manual_seed(seed)
+    voted = torch.rand(k, 1, 1, generator=generator) < 0.4
+    # Random votes have no ties, which rounding would decide.
+    scores = torch.rand(k, *size, generator=generator, dtype=torch.float64) * voted
+    if has_negative:
+        scores = scores - 0.5
+    labels = torch.randint(-1, 5, (13, 17), generator=generator)
+    expected = dk.segmentation_counts(scores[None], labels[None], classes=5)
+    assert torch.equal(protocols.count_confusion(scores, labels, 5), expected)
