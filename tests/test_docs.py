@@ -25,7 +25,7 @@ MODULES = {
     for path in project_files("densekit/*.py")
     if path.stem != "__init__"
 }
-NOT_FLAT = {"recipes", "testing", "typing"}  # by their own names: no part of a training program
+NOT_FLAT = {"recipes", "testing", "typing", "viz"}  # by their own names: no part of a training
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "hints": {
         "array_hint",
