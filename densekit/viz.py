@@ -226,8 +226,8 @@ def plot_matches(
 
 @typed
 def plot_clusters(
-    images: Shaped[Tensor, "n c h w"],
-    labels: Integer[Tensor, "n h2 w2"],
+    images: Shaped[Tensor, "n c h w"] | Sequence[Shaped[Tensor, "_ _ _"]],
+    labels: Integer[Tensor, "n h2 w2"] | Sequence[Integer[Tensor, "_ _"]],
     *,
     ignore: int | None = None,
     opacity: float = 0.6,
@@ -236,8 +236,10 @@ def plot_clusters(
     """Draw maps of clusters over their images; a cluster has the same color in all of them.
 
     Args:
-        images: Images of one or three channels: floats in [0, 1], or uint8.
-        labels: Number of the cluster of each cell, of any size (`label_colors`).
+        images: Images of one or three channels: floats in [0, 1], or uint8; or a list of images
+            `(c, h, w)` of several sizes.
+        labels: Number of the cluster of each cell, of any size (`label_colors`), or a list of such
+            maps.
         ignore: A label that is not drawn, such as 255; labels below 0 are not drawn either.
         opacity: Share of the color; 0 shows the gray image.
         axes: One for each image; by default those of a new figure, in one row. One unit is a pixel
@@ -249,8 +251,9 @@ def plot_clusters(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: The channels come last, or the shapes do not match.
-        ValueError: The images have another number of channels, another dtype or no pixel, the
-            opacity is outside [0, 1], or there are not as many axes as images.
+        ValueError: There is no image, or not one map for each; the images have another number of
+            channels, another dtype or no pixel; a map has no cell; the opacity is outside [0, 1];
+            or there are not as many axes as images.
 
     Examples:
         >>> figure = plot_clusters(torch.rand(2, 3, 32, 32), torch.arange(32).view(2, 4, 4))
@@ -258,15 +261,15 @@ def plot_clusters(
         2
     """
     where = "viz.plot_clusters"
-    pictures = _pictures(where, images, pixels=True)
-    h, w = pictures.shape[-2:]
-    labels = labels.detach().cpu()
-    colors = label_colors(labels, ignore=ignore).movedim(-1, -3)
-    tinted = tint_images(pictures, colors, _is_used(labels, ignore), opacity=opacity)
-
-    figure, panels = _panels(where, axes, (1, len(tinted)), w / h)
-    for panel, picture in zip(panels, tinted, strict=True):
-        _show(panel, picture, (0, w, h, 0))
+    pictures = _several(where, images)
+    maps = _maps_of(where, "labels", labels, len(pictures))
+    h, w = pictures[0].shape[-2:]
+    figure, panels = _panels(where, axes, (1, len(pictures)), w / h)
+    for panel, picture, cells in zip(panels, pictures, maps, strict=True):
+        h, w = picture.shape[-2:]
+        colors = label_colors(cells, ignore=ignore).movedim(-1, 0)
+        tinted = tint_images(picture, colors, _is_used(cells, ignore), opacity=opacity)
+        _show(panel, tinted, (0, w, h, 0))
     return figure
 
 
@@ -411,9 +414,9 @@ def plot_similarity_iou(
 
 @typed
 def plot_segmentation(
-    images: Shaped[Tensor, "n c h w"],
-    labels: Integer[Tensor, "n h2 w2"],
-    predictions: Integer[Tensor, "n h3 w3"],
+    images: Shaped[Tensor, "n c h w"] | Sequence[Shaped[Tensor, "_ _ _"]],
+    labels: Integer[Tensor, "n h2 w2"] | Sequence[Integer[Tensor, "_ _"]],
+    predictions: Integer[Tensor, "n h3 w3"] | Sequence[Integer[Tensor, "_ _"]],
     *,
     names: Sequence[str],
     ignore: int | None = None,
@@ -422,10 +425,10 @@ def plot_segmentation(
     """Draw images, their true classes and the predicted ones side by side, with the class names.
 
     Args:
-        images: Images of one or three channels: floats in [0, 1], or uint8; a row of the figure
-            for each of them.
-        labels: True class of each pixel, of any size.
-        predictions: Predicted class of each pixel, of any size.
+        images: Images of one or three channels: floats in [0, 1], or uint8; or a list of images
+            `(c, h, w)` of several sizes. Each of them is a row of the figure.
+        labels: True class of each pixel, in maps of any size, or a list of such maps.
+        predictions: Predicted class of each pixel, likewise.
         names: Names of the classes. The legend lists the classes that occur; a class without a
             name is listed by its number.
         ignore: A true label without a class, such as 255; it is black, as labels below 0 are.
@@ -438,8 +441,9 @@ def plot_segmentation(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: The channels come last, or the shapes do not match.
-        ValueError: The images have another number of channels, another dtype or no pixel, the maps
-            have no cell, or there are not three axes for each image.
+        ValueError: There is no image, or not one map for each; the images have another number of
+            channels, another dtype or no pixel; a map has no cell; or there are not three axes for
+            each image.
 
     Examples:
         >>> truth = torch.tensor([[[0, 0, 1], [0, 2, 2]]])
@@ -449,28 +453,26 @@ def plot_segmentation(
         ['sky', 'road', 'car']
     """
     where = "viz.plot_segmentation"
-    pictures = _pictures(where, images, pixels=True)
-    labels = labels.detach().cpu()
-    predictions = predictions.detach().cpu()
-    for name, maps in (("labels", labels), ("predictions", predictions)):
-        shape = tuple(maps.shape)
-        check(where, f"the shape of {name}", shape, maps.numel() > 0, "maps of 1 cell or more")
-    colors = [
-        label_colors(labels, ignore=ignore).movedim(-1, -3),
-        label_colors(predictions).movedim(-1, -3),
-    ]
+    pictures = _several(where, images)
+    truths = _maps_of(where, "labels", labels, len(pictures))
+    found = _maps_of(where, "predictions", predictions, len(pictures))
 
-    count, _, h, w = pictures.shape
-    figure, panels = _panels(where, axes, (count, 3), w / h)
-    rows = zip(pictures, *colors, strict=True)
-    for number, picture in enumerate(picture for row in rows for picture in row):
-        _show(panels[number], picture, (0, w, h, 0))
+    h, w = pictures[0].shape[-2:]
+    figure, panels = _panels(where, axes, (len(pictures), 3), w / h)
+    for row, (picture, truth, own) in enumerate(zip(pictures, truths, found, strict=True)):
+        h, w = picture.shape[-2:]
+        colors = [label_colors(truth, ignore=ignore), label_colors(own)]
+        shown = [picture, *[x.movedim(-1, 0) for x in colors]]
+        for column, x in enumerate(shown):
+            _show(panels[3 * row + column], x, (0, w, h, 0))
     for panel, title in zip(panels, ("image", "truth", "prediction"), strict=False):
         panel.set_title(title)
 
-    found = torch.cat([labels[_is_used(labels, ignore)], predictions[predictions >= 0]])
+    used = [truth[_is_used(truth, ignore)] for truth in truths]
+    used += [own[own >= 0] for own in found]
+    occur = torch.cat([x.long().unique() for x in used]).unique()
     handles = []
-    for label in found.unique():
+    for label in occur:
         name = names[int(label)] if label < len(names) else f"class {int(label)}"
         color = label_colors(label).tolist()
         handles.append(_matplotlib("patches").Patch(color=color, label=name))
@@ -499,6 +501,21 @@ def _is_used(labels: Tensor, ignore: int | None) -> Tensor:
     return used if ignore is None else used & (labels != ignore)
 
 
+def _several(where: str, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Convert images of any sizes to RGB in [0, 1], in float32, on the CPU."""
+    check(where, "the number of images", len(images), len(images) > 0, "1 or more")
+    return [_pictures(where, image, pixels=True) for image in images]
+
+
+def _maps_of(where: str, name: str, maps: Tensor | Sequence[Tensor], images: int) -> list[Tensor]:
+    """Return maps of labels, one for each image, on the CPU."""
+    check(where, f"the number of maps in {name}", len(maps), len(maps) == images, f"{images}")
+    for x in maps:
+        shape = tuple(x.shape)
+        check(where, f"the shape of a map in {name}", shape, x.numel() > 0, "one without a 0")
+    return [x.detach().cpu() for x in maps]
+
+
 def _pictures(where: str, images: Tensor, *, pixels: bool = False) -> Tensor:
     """Convert images to RGB in [0, 1], in float32; with `pixels` on the CPU, where some exist."""
     refuse_channels_last(where, "images", images)
@@ -508,7 +525,7 @@ def _pictures(where: str, images: Tensor, *, pixels: bool = False) -> Tensor:
     check(where, "the dtype of the images", images.dtype, known, "floats in [0, 1] or uint8")
     if pixels:
         shape = tuple(images.shape)
-        check(where, "the shape of the images", shape, images.numel() > 0, "one without a 0")
+        check(where, "the shape of an image", shape, images.numel() > 0, "one without a 0")
         images = images.detach().cpu()
 
     scale = 255 if images.dtype == torch.uint8 else 1

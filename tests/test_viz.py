@@ -1,6 +1,7 @@
 """Pictures, read back from what matplotlib was told to draw and from what it has drawn."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -207,6 +208,21 @@ def test_a_point_at_the_center_of_a_pixel_is_drawn_in_the_middle_of_it():
         assert np.abs(np.array(found) - (x, y)).max() <= 1.0  # of about 33 that a pixel is wide
 
 
+def test_a_list_of_several_sizes_is_drawn_as_its_images_alone():
+    images = [torch.rand(3, 4, 5), torch.rand(1, 6, 3)]
+    labels = [torch.randint(3, (2, 2)), torch.randint(3, (6, 3))]
+    for plot in (plot_clusters, partial(plot_segmentation, predictions=labels, names="abc")):
+        together = plot(images, labels).axes
+        alone = []
+        for image, own in zip(images, labels, strict=True):
+            if plot is not plot_clusters:
+                plot = partial(plot, predictions=own[None])
+            alone += plot(image[None], own[None]).axes
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(drawn(one), drawn(other))
+            assert one.images[0].get_extent() == other.images[0].get_extent()
+
+
 def test_given_colors_are_used():
     images = torch.zeros(2, 3, 4, 4)
     points = torch.rand(3, 2)
@@ -372,7 +388,10 @@ def test_settings_and_numbers_of_yours_stay_as_they_are(name):
     [
         (lambda: plot_clusters(torch.rand(1, 2, 4, 4), LABELS[:1]), "channels is 2; give"),
         (lambda: plot_clusters(IMAGES.long(), LABELS), "dtype of the images is torch.int64"),
-        (lambda: plot_clusters(IMAGES[:, :, :0], LABELS), "the shape of the images is"),
+        (lambda: plot_clusters(IMAGES[:, :, :0], LABELS), "the shape of an image is"),
+        (lambda: plot_clusters([], []), "the number of images is 0"),
+        (lambda: plot_clusters(list(IMAGES), list(LABELS[:1])), "maps in labels is 1; give 2"),
+        (lambda: plot_clusters(IMAGES, LABELS[:, :0]), "the shape of a map in labels is"),
         (lambda: plot_clusters(IMAGES, LABELS, opacity=1.5), "opacity is 1.5"),
         (lambda: plot_matches(torch.rand(5, 0, 4)[:3], *[torch.rand(1, 2)] * 3), "image"),
         (lambda: plot_pca([]), "the number of maps is 0"),
@@ -383,7 +402,7 @@ def test_settings_and_numbers_of_yours_stay_as_they_are(name):
         (lambda: plot_similarity_iou((0.5,), torch.rand(3, 1), names=["a"]), "names is 1; give 3"),
         (
             lambda: plot_segmentation(IMAGES, LABELS[:, :0], LABELS, names=[]),
-            "the shape of labels is",
+            "the shape of a map in labels is",
         ),
         (lambda: tint_images(IMAGES, IMAGES, opacity=-1), "opacity is -1"),
     ],
