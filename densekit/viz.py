@@ -215,7 +215,7 @@ def plot_matches(
     figure, (panel,) = _panels(where, axes, (1, 1), (left2 + wide2) / h1)
     _show(panel, pictures[0], (0, w1, h1, 0))
     _show(panel, pictures[1], (left2, left2 + wide2, h1, 0))
-    panel.set(xlim=(0, left2 + wide2), ylim=(h1, 0), frame_on=False)
+    panel.set(xlim=(0, left2 + wide2), ylim=(h1, 0))
     if lines:
         segments = torch.stack([places1, places2], 1).numpy()
         panel.add_collection(_matplotlib("collections").LineCollection(segments, colors=shown))
@@ -568,7 +568,7 @@ def _flat(axes: Any) -> Iterator[Any]:
 
 
 def _show(panel: Any, picture: Tensor, extent: tuple[float, float, float, float]) -> None:
-    """Draw one picture (3, h, w) within an extent, without ticks."""
+    """Draw one picture (3, h, w) within an extent, without ticks and frame."""
     pixels = picture.movedim(0, -1).numpy()
     panel.imshow(pixels, extent=extent, interpolation="nearest")
-    panel.set(xticks=[], yticks=[])
+    panel.set(xticks=[], yticks=[], frame_on=False)
