@@ -1,7 +1,7 @@
 """Stateless, typed PyTorch primitives for dense self-supervised learning.
 
 The modules, whose public names can all be imported from the package too, but for those of
-`testing`, `typing` and `recipes`:
+`viz`, `testing`, `typing` and `recipes`:
 
     numerics: Numerics that several modules share: unit vectors, masked means, wider dtypes, rows of
         maps.
@@ -39,6 +39,8 @@ The modules, whose public names can all be imported from the package too, but fo
         health.
     scenes: Procedural scenes of many objects, with ground truth, for tests, demos and
         documentation.
+    viz: Pictures of views, clusters, features and scores: matplotlib figures, and the colors in
+        them.
     testing: Checks that your tests call on your code: the same on any number of processes, right
         geometry.
     typing: Functions with checked shapes: the `typed` decorator and the aliases that signatures

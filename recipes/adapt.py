@@ -170,6 +170,7 @@ from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 
 WITH_REFERENCES = ("neco", "neighbors")  # these compare points with those of other images
 
@@ -1079,13 +1080,13 @@ def draw(crops: Crops, views: dk.View, start_maps: Tensor, maps: Tensor, path: P
     panels += color_clusters(start_maps[0], maps[0])
     large = [dk.View(views.box[:, g], views.flip[:, g]) for g in range(LARGE)]
     shared = dk.patch_pairs(pictures[:, 0], pictures[:, 1], *large, PANEL_SIDE)
-    gray = dk.rows_to_map(shared.features1, size).mean(1, keepdim=True)
-    x, y = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), POINTS).unbind(-1)
-    colors = torch.stack([x, y, 1 - x], -1)  # of each patch of the region
-    own = torch.arange(POINTS**2).expand(len(gray), -1)
+    region = dk.rows_to_map(shared.features1, size)
+    centers = dk.grid_points(torch.tensor([0.0, 0.0, 1.0, 1.0]), POINTS)
+    colors = viz.place_colors(centers)  # of each patch of the region
+    own = torch.arange(POINTS**2).expand(len(region), -1)
     for index in (own, match(start_maps, large), match(maps, large)):
         tints = dk.rows_to_map(colors[index], (POINTS, POINTS))
-        panels.append(0.4 * gray + 0.6 * nn.functional.interpolate(tints, size))
+        panels.append(viz.tint_images(region, tints))
 
     tiles = [nn.functional.interpolate(x, size) for x in panels]
     save_image(rearrange(tiles, "p b c h w -> (b p) c h w"), path, nrow=len(tiles))
@@ -1108,8 +1109,7 @@ def color_clusters(before: Tensor, after: Tensor) -> list[Tensor]:
     overlap = torch.zeros(CLUSTERS, CLUSTERS, dtype=torch.long)
     overlap = overlap.index_put((labels[0], labels[1]), torch.tensor(1), accumulate=True)
     names = dk.match_clusters(overlap)
-    palette = torch.rand(CLUSTERS, 3, generator=harness.generator(1493))
-    colors = [palette[labels[0]], palette[names[labels[1]]]]
+    colors = [viz.label_colors(labels[0]), viz.label_colors(names[labels[1]])]
     b, _, h, w = before.shape
     return [rearrange(x, "(b h w) c -> b c h w", b=b, h=h, w=w) for x in colors]
 

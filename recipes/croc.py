@@ -139,6 +139,7 @@ from torchvision.ops import MLP
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 
 
 def check_options(config: Config) -> None:
@@ -610,12 +611,10 @@ def draw(
     maps = to_map(tokens).cpu()
     _, pruned = model.find_clusters(tokens, queries, keys, values, views, seeds)
 
-    # A random color for each cluster, the same at every step; there are at most as many clusters
-    # as start tokens. The tokens of pruned clusters are black.
-    palette = torch.rand(model.config.start, 3, generator=harness.generator(1493))
+    # The tokens of pruned clusters are black.
     own_cluster = pruned.labels.clamp(min=0)  # without any assignment the label is -1
-    kept = pruned.assignments.gather(-1, own_cluster[..., None]) > 0
-    colors = palette[own_cluster.cpu()] * kept.cpu()
+    kept = pruned.assignments.gather(-1, own_cluster[..., None])[..., 0] > 0
+    colors = viz.label_colors(torch.where(kept, own_cluster, -1).cpu())
     head_maps = rearrange(colors, "b heads v (h w) c -> heads (v b) c h w", h=grid_side(tokens))
 
     pictures = harness.unnormalize(pixels, model.mean, model.std)

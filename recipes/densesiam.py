@@ -128,6 +128,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 
 
 def check_options(config: Config) -> None:
@@ -592,28 +593,28 @@ def draw(
     """A row per image: for each of its views the matched points, pseudo-categories, PCA colors."""
     pixels = torch.cat(images)
     maps = last_map(model.encoder, pixels)
-    palette = torch.rand(2**14, 3, generator=harness.generator(0))
 
     panels = [harness.unnormalize(pixels, model.mean, model.std)]
     if has_dense_heads(model.loss):
         categories = model.dense_projector(maps).argmax(1).cpu()
-        panels.append(palette[categories].movedim(-1, 1))
+        panels.append(viz.label_colors(categories).movedim(-1, 1))
     panels.append(dk.pca_colors(maps).cpu())
     tiles = [nn.functional.interpolate(x, PANEL_SIDE) for x in panels]
 
     if model.loss.grid:
-        mark_pairs(tiles[0], overlap_pairs(views, model.loss, seeds), palette)
+        mark_pairs(tiles[0], overlap_pairs(views, model.loss, seeds))
     rows = rearrange(tiles, "p (v b) c h w -> (b v p) c h w", v=2)
     save_image(rows, path, nrow=2 * len(panels))
 
 
-def mark_pairs(tiles: Tensor, pairs: dk.PairedPoints, palette: Tensor) -> None:
+def mark_pairs(tiles: Tensor, pairs: dk.PairedPoints) -> None:
     """Mark the same points of the image in both of its views, those of view 1 come first."""
     points = torch.cat([pairs.points1, pairs.points2])
     valid = pairs.valid.repeat(2, 1)  # once for each view
+    colors = viz.label_colors(torch.arange(points.shape[1]))
     for tile, places, used in zip(tiles, points, valid, strict=True):
         if used.all():
-            mark(tile, places, palette[: len(places)])
+            mark(tile, places, colors)
 
 
 def mark(tile: Tensor, points: Tensor, colors: Tensor) -> None:

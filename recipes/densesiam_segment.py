@@ -110,8 +110,8 @@ from torch.nn.functional import cross_entropy, grid_sample, interpolate
 from torch.utils.data import Subset
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2.functional import resize
-from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 
 
 def check_options(config: Config) -> None:
@@ -483,7 +483,7 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, step: int) -> None:
     run.log(step, **scores)
 
     if run.world.is_main:
-        draw(matching, run.picture_path(step))
+        draw(matching, val.dataset, run.picture_path(step))
 
 
 class Matching(NamedTuple):
@@ -553,19 +553,15 @@ def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tens
     return {f"{name}_miou": right.miou, f"{name}_wrong": published.miou}
 
 
-def draw(matching: Matching, path: Path) -> None:
+def draw(matching: Matching, dataset: Any, path: Path) -> None:
     """A row per example: the image, its labels and the classes found."""
-    classes = len(matching.names)
-    # The last color is that of what is ignored.
-    palette = torch.rand(max(256, classes + 1), 3, generator=harness.generator(0))
+    images, labels, found = zip(*matching.examples, strict=True)
     names = matching.names.cpu()
-    tiles = []
-    for image, labels, found in matching.examples:
-        label_colors = palette[labels.long()].movedim(-1, 0)
-        found_colors = palette[names[found]].movedim(-1, 0)
-        pictures = [image / 255, label_colors, found_colors]
-        tiles += [interpolate(x[None], (224, 224)) for x in pictures]
-    save_image(torch.cat(tiles), path, nrow=3)
+    named = [names[x] for x in found]
+    figure = viz.plot_segmentation(
+        images, labels, named, names=dataset.classes, ignore=dataset.ignored
+    )
+    figure.savefig(path)
 
 
 # ==== loop ========================================================================================

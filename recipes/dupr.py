@@ -115,12 +115,12 @@ from downstream import encoders, health
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import last_map, level_maps
 from einops import rearrange
-from matplotlib.figure import Figure
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 
 
 def check_options(config: Config) -> None:
@@ -467,8 +467,7 @@ def draw_matches(
     """
     count, patches = matches.nearest.shape
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    x, y = dk.grid_points(whole, math.isqrt(patches)).unbind(-1)
-    colors = torch.stack([x, y, 1 - x], -1)
+    colors = viz.place_colors(dk.grid_points(whole, math.isqrt(patches)))
     own_colors = colors.expand(count, -1, -1)
     matched_colors = colors[matches.nearest]
 
@@ -496,11 +495,9 @@ def tint_patches(pictures: Tensor, view: dk.View, overlap: dk.Overlap, colors: T
 
     patch_index = torch.where(inside, row * side + column, 0)
     tints = torch.stack([x[index] for x, index in zip(colors, patch_index, strict=True)])
-    plain = nn.functional.interpolate(pictures, PANEL_SIDE)
-    gray = plain.mean(1, keepdim=True)
-    tinted = 0.4 * gray + 0.6 * dk.rows_to_map(tints, (PANEL_SIDE, PANEL_SIDE))
-    inside_map = rearrange(inside, "b (h w) -> b 1 h w", h=PANEL_SIDE)
-    return torch.where(inside_map, tinted, plain)
+    panels = nn.functional.interpolate(pictures, PANEL_SIDE)
+    tint_maps = dk.rows_to_map(tints, PANEL_SIDE)
+    return viz.tint_images(panels, tint_maps, inside.unflatten(1, (PANEL_SIDE, PANEL_SIDE)))
 
 
 def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
@@ -514,14 +511,10 @@ def measure_similarity(maps: Tensor, seed: int) -> dict[str, Tensor]:
 
 def draw_similarity(rows: list[dict], path: Path) -> None:
     """Cosine against IoU, a curve for each checkpoint (Fig 5)."""
-    figure = Figure()
-    axes = figure.subplots(
-        subplot_kw={"xlabel": "IoU", "ylabel": f"cosine (C{FIRST_LEVEL + LEVEL_INDEX})"}
-    )
-    for row in rows:
-        curve = [row[f"similarity_iou_{iou}"] for iou in IOUS]
-        axes.plot(IOUS, curve, label=f"step {row['step']}")
-    axes.legend()
+    curves = [[row[f"similarity_iou_{iou}"] for iou in IOUS] for row in rows]
+    names = [f"step {row['step']}" for row in rows]
+    figure = viz.plot_similarity_iou(IOUS, torch.tensor(curves), names=names)
+    figure.axes[0].set_ylabel(f"cosine (C{FIRST_LEVEL + LEVEL_INDEX})")
     figure.savefig(path)
 
 

@@ -1,7 +1,8 @@
-"""The pages docs/api/MODULE.md: `python tests/api_pages.py` writes them, test_docs.py reads them.
+"""The pages docs/api/MODULE.md and docs/index.md: `python tests/api_pages.py` writes them.
 
-A page lists the names of its module, each with the first line of its docstring, so that it can be
-read in a checkout too. The builders of the documentation add the docstrings themselves.
+tests/test_docs.py compares them. The page of a module lists its names, each with the first line of
+its docstring, so that it can be read in a checkout too. The builders of the documentation add the
+docstrings themselves. The first page is README.md, with links as they are in the folder docs.
 """
 
 import importlib
@@ -47,6 +48,14 @@ def modules():
     return [name for name in names if importlib.import_module(f"densekit.{name}").__all__]
 
 
+def first_page():
+    """The text of README.md, for docs/index.md: a line that links to a file outside docs goes."""
+    lines = (ROOT / "README.md").read_text().splitlines(keepends=True)
+    outside = re.compile(r"\]\((?!docs/|https?://|#)")
+    return "".join(line for line in lines if not outside.search(line)).replace("](docs/", "](")
+
+
 if __name__ == "__main__":
+    (ROOT / "docs" / "index.md").write_text(first_page())
     for name in modules():
         (ROOT / "docs" / "api" / f"{name}.md").write_text(page(name))

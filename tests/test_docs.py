@@ -6,13 +6,14 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import textwrap
 from contextlib import nullcontext
 
 import pytest
 import torch
 import yaml
-from api_pages import first_sentence, modules, page
+from api_pages import first_page, first_sentence, modules, page
 from files import ROOT, project_files
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -25,7 +26,7 @@ MODULES = {
     for path in project_files("densekit/*.py")
     if path.stem != "__init__"
 }
-NOT_FLAT = {"recipes", "testing", "typing"}  # by their own names: no part of a training program
+NOT_FLAT = {"recipes", "testing", "typing", "viz"}  # by their own names: no part of a training
 INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "hints": {
         "array_hint",
@@ -309,6 +310,28 @@ def test_a_module_with_public_names_has_a_page(module):
     path = ROOT / "docs" / "api" / f"{module}.md"
     assert path.read_text() == page(module), "run python tests/api_pages.py"
     assert f"api/{module}.md" in nav()
+
+
+def test_the_first_page_is_the_readme():
+    assert (ROOT / "docs" / "index.md").read_text() == first_page(), "run python tests/api_pages.py"
+
+
+def test_a_time_or_size_of_the_readme_stands_on_the_page_that_it_links():
+    table = (ROOT / "README.md").read_text().split("## Which recipe for me\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 9
+    found = []
+    for *_, time, memory in rows:
+        for cell in (time, memory.removesuffix(" |")):
+            assert re.search(r"measured|as above|\]\(docs/", cell), cell
+            found += re.findall(r"\[([^\]]+)\]\(([^)#]+)", cell)
+    table_of_runs = runpy.run_path(str(ROOT / "docs/recipes/adapt_table.py"))
+    rows_of_runs = table_of_runs["read_rows"](ROOT / "docs/recipes/adapt-runs.jsonl")
+    runs = table_of_runs["results"](rows_of_runs)
+    for text, target in found:
+        if re.search(r"\d|three|four", text):
+            known = (ROOT / target).read_text() + runs * target.endswith("adapt.md")
+            assert text.removesuffix(" GB") in known, text
 
 
 def test_the_help_of_the_package_lists_the_modules():

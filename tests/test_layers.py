@@ -27,6 +27,7 @@ DEPENDENCIES = {"torch", "einops", "jaxtyping", "beartype"}
 OPTIONAL = {
     "metrics": {"scipy"},
     "adapters": {"albumentations"},
+    "viz": {"matplotlib"},
 }  # imported where it is called, with a sentence if it is missing
 
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import harness
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from PIL.ImageFilter import GaussianBlur
 from torch import Tensor
 from torchvision.transforms import v2 as transforms
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 import densekit as dk
+from densekit import viz
 from downstream import bands
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
@@ -68,13 +68,7 @@ def picture_path(folder: Path, kind: str, encoder: Encoder) -> Path:
     return folder / f"{kind}-{name}.png"
 
 
-def new_figure() -> tuple[Figure, Any]:
-    """A square figure and its axes."""
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -185,8 +179,7 @@ def patches(encoder: Encoder, task: Task) -> dict:
     matrices = task.shards.gather_parts(affinity)
     if states is None or matrices is None:
         return {}
-    figure, axes = new_figure()
-    axes.imshow((matrices.sum(0) / states[:, 4].sum().clamp(min=1)).numpy())
+    figure = viz.plot_affinity(matrices.sum(0) / states[:, 4].sum().clamp(min=1))
     save_figure(figure, picture_path(task.folder, "affinity", encoder))
     return patch_figures(states.double(), task.config)
 
@@ -267,8 +260,7 @@ def similarity_iou(encoder: Encoder, task: Task) -> dict:
     if together is None:
         return {}
     mean = together.nanmean(0)
-    figure, axes = new_figure()
-    axes.plot(IOUS, mean.tolist(), marker="o")
+    figure = viz.plot_similarity_iou(IOUS, mean)
     save_figure(figure, picture_path(task.folder, "similarity", encoder))
     known = zip(IOUS, mean.tolist(), mean.isnan().tolist(), strict=True)
     return {f"at {iou}": value for iou, value, missing in known if not missing}
@@ -396,10 +388,9 @@ def retrieval(
     rows = torch.arange(min(6, len(nearest)))
     shown = torch.cat([rows[:, None], nearest[rows]], 1)
     tiles = [picture(int(number)) for row in shown for number in row]
-    grid = make_grid(torch.stack(tiles), nrow=shown.shape[1])
-    figure, axes = new_figure()
-    axes.imshow(grid.permute(1, 2, 0).numpy())
-    save_figure(figure, picture_path(folder, "retrieval", encoder))
+    path = picture_path(folder, "retrieval", encoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.stack(tiles), path, nrow=shown.shape[1])
 
     classes = main_class(test)
     same = (classes[nearest] == classes[:, None]).double()
