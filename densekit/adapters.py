@@ -48,8 +48,8 @@ def view_from_torchvision(
     """Make the view of one image from the parameters of a crop of torchvision.
 
     They are what `make_params` of the crops in `torchvision.transforms.v2` returns, and what
-    `resized_crop` takes. torchvision's key points are no substitute: after a resize or a flip they
-    are up to half a pixel off.
+    `resized_crop` takes. torchvision's key points are no substitute: they are resized by the edges
+    of pixels and mirrored by the centers, so that one of the two is off.
 
     Args:
         params: The crop: `top`, `left`, `height` and `width` in pixels of the image; what else is
@@ -189,8 +189,8 @@ def view_from_albumentations(applied: Iterable[tuple[str, Mapping[str, Any]]]) -
         The view, without leading axes; `stack_views` makes a batch of several.
 
     Raises:
-        ValueError: Nothing was applied, or a transform does something else to the positions, such
-            as a rotation or padding.
+        ValueError: Nothing was applied, a transform does something else to the positions, such as a
+            rotation or padding, or the record has no positions, as that of AlbumentationsX.
         ImportError: A transform is none of these, and albumentations, which says whether it moves
             anything, is not installed.
 
@@ -205,6 +205,12 @@ def view_from_albumentations(applied: Iterable[tuple[str, Mapping[str, Any]]]) -
         raise ValueError(
             "densekit.adapters.view_from_albumentations: no transform was applied, so the size of "
             "the image is not known; use `full_view`."
+        )
+    if "shape" not in transforms[0][1]:
+        raise ValueError(
+            f"densekit.adapters.view_from_albumentations: {transforms[0][0]} was recorded without "
+            "the shape of its image, as AlbumentationsX does, which says no positions; give what "
+            "albumentations 2.0 records."
         )
     height, width = transforms[0][1]["shape"][:2]
     view = full_view((height, width), device="cpu")

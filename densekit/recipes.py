@@ -64,14 +64,12 @@ def copy_recipe(name: str, destination: str | Path) -> list[Path]:
         raise ValueError(f"There is no recipe {name!r}: it is one of {', '.join(recipes)}.")
     folder = _folder()
     target = Path(destination)
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file: give a folder.")
-
     sources = _imported(folder, folder / f"{name}.py")
     copies = {target / path.relative_to(folder): path.read_bytes() for path in sources}
-    changed = [
-        copy for copy, content in copies.items() if copy.exists() and copy.read_bytes() != content
-    ]
+    for parent in {parent for copy in copies for parent in copy.parents}:
+        if parent.exists() and not parent.is_dir():
+            raise FileExistsError(f"{parent} is a file: give a folder.")
+    changed = [copy for copy, content in copies.items() if _is_other(copy, content)]
     if changed:
         names = ", ".join(str(copy) for copy in changed)
         raise FileExistsError(f"Other content is there already, and nothing was copied: {names}.")
@@ -92,6 +90,13 @@ def _folder() -> Path:
         if (folder / "harness.py").is_file():
             return folder
     raise FileNotFoundError(f"The recipes are not beside {package}: install densekit again.")
+
+
+def _is_other(file: Path, content: bytes) -> bool:
+    """Whether something else than a file of this content is there: a link to nothing, too."""
+    if file.is_file():
+        return file.read_bytes() != content
+    return file.is_dir() or file.is_symlink()
 
 
 def _is_command(source: str) -> bool:
@@ -156,7 +161,9 @@ def _main(arguments: Sequence[str] | None = None) -> None:
             copied = copy_recipe(options.name, options.destination)
             lines = [str(path) for path in copied]
             lines += ["", f"To start: python {copied[0]} --help"]
-    except (ValueError, OSError) as error:
+    except OSError as error:  # of our own, which is a sentence, or of the system
+        parser.error(f"{error.filename}: {error.strerror}." if error.strerror else str(error))
+    except ValueError as error:
         parser.error(str(error))
     sys.stdout.write("\n".join(lines) + "\n")
 

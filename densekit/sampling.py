@@ -310,6 +310,7 @@ def gridsample_pairs(
         ValueError: The size is not positive, or a map has no cell.
 
     Examples:
+        >>> from densekit import sample_view_pairs
         >>> pairs = sample_view_pairs((480, 640), (2,))
         >>> maps = torch.rand(2, 16, 7, 7)
         >>> gridsample_pairs(maps, maps, pairs.view1, pairs.view2).features1.shape
@@ -363,6 +364,7 @@ def patch_pairs(
         ValueError: The size is not positive, the ratio is negative, or a map has no cell.
 
     Examples:
+        >>> from densekit import sample_view_pairs
         >>> pairs = sample_view_pairs((480, 640), (2,))
         >>> maps = torch.rand(2, 16, 7, 7)
         >>> patch_pairs(maps, maps, pairs.view1, pairs.view2).features1.shape

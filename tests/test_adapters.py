@@ -191,9 +191,12 @@ def test_a_crop_of_albumentations_comes_back(view):
     torch.testing.assert_close(tuple(back), tuple(view), atol=1e-4, rtol=0)
 
 
-def test_nothing_applied_is_no_view():
+def test_a_record_that_holds_no_positions_is_no_view():
     with pytest.raises(ValueError, match="no transform was applied"):
         dk.view_from_albumentations([])
+    recorded = [("RandomResizedCrop", {"p": 1.0, "scale": (0.7, 0.7), "size": (24, 24)})]
+    with pytest.raises(ValueError, match="RandomResizedCrop was recorded without the shape"):
+        dk.view_from_albumentations(recorded)
 
 
 # ---- lightly-train ---------------------------------------------------------------------------

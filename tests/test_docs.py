@@ -246,10 +246,8 @@ class OtherCPU(TorchDispatchMode):
 
 
 def run_example(name, seed):
-    # What a reader has who imported torch, the flat package and the module of the page.
-    flat = {key: getattr(densekit, key) for key in densekit.__all__}
-    own = MODULES[name.split(".")[0]]
-    names = {"torch": torch, **flat, **{key: getattr(own, key) for key in own.__all__}}
+    # The names of its own module alone, which any other tool for such examples gives them as well.
+    names = dict(vars(MODULES[name.split(".")[0]]))
     names["__name__"] = __name__  # a warning that an example causes is one of our own
     test = doctest.DocTestParser().get_doctest(PUBLIC[name].__doc__, names, name, None, None)
     report = []

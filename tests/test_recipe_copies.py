@@ -74,10 +74,23 @@ def test_what_was_changed_is_never_overwritten(tmp_path, changed):
     assert content(tmp_path) == before
 
 
-def test_a_destination_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="is a file: give a folder"):
-        copy_recipe("minimal", tmp_path / "file")
+@pytest.mark.parametrize("file", ["file", "file/in/it", "folder/downstream"])
+def test_a_file_where_a_folder_should_be_is_refused(tmp_path, file):
+    taken = tmp_path / (file if file.startswith("folder") else "file")
+    taken.parent.mkdir(exist_ok=True)
+    taken.write_text("mine\n")
+    target = tmp_path / ("folder" if file.startswith("folder") else file)
+    with pytest.raises(FileExistsError, match=f"{taken} is a file: give a folder"):
+        copy_recipe("minimal", target)
+    assert content(tmp_path) == {taken.relative_to(tmp_path): b"mine\n"}
+
+
+def test_a_folder_or_a_dangling_link_is_other_content(tmp_path):
+    (tmp_path / "minimal.py").mkdir()
+    (tmp_path / "harness.py").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match=r"nothing was copied: .*minimal.py, .*harness.py"):
+        copy_recipe("minimal", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["harness.py", "minimal.py"]
 
 
 def test_the_command_lists_copies_and_says_what_is_wrong(tmp_path, capsys):
@@ -92,3 +105,6 @@ def test_the_command_lists_copies_and_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         recipes._main(["copy", "minimum", str(tmp_path)])
     assert "There is no recipe 'minimum': it is one of adapt, croc" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        recipes._main(["copy", "minimal", str(tmp_path / ("long" * 100))])
+    assert ": File name too long.\n" in capsys.readouterr().err
