@@ -1195,7 +1195,8 @@ def train(config: Config) -> None:
     check_start(config, start)
     folder = harness.run_folder("adapt", config, config.method)
     group = harness.process_group(config.device, config.collective_timeout, fixed_shapes=True)
-    with group as world, harness.Run(folder, config, world) as run:
+    extensions = harness.EXTENSIONS if config.channels == "rgb" else bands.EXTENSIONS
+    with group as world, harness.Run(folder, config, world, extensions=extensions) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
         if start.bands is not None and world.is_main:

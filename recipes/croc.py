@@ -375,7 +375,8 @@ def to_map(tokens: Tensor) -> Tensor:
 def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
     """The attention of [CLS] to every token, (2b, heads, tokens)."""
     scores = queries[:, :, :1] @ keys.mT / queries.shape[-1] ** 0.5
-    return scores.float().softmax(-1)[:, :, 0]
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=dtype)[:, :, 0]
 
 
 def cosine_weights(tokens: Tensor) -> Tensor:

@@ -138,6 +138,11 @@ def _outcome(function: Callable[[Any], None], config: Any) -> tuple[int, str]:
         return 3, str(error)
     except KeyboardInterrupt:
         return 130, "interrupted"
+    except OSError as error:
+        sentence = _sentence_of_file(error)
+        if not sentence:
+            raise
+        return 2, sentence
     except RuntimeError as error:
         if not is_of_lost_process(error):
             raise
@@ -152,6 +157,19 @@ def _sentence_of(error: UserError) -> str:
         return message
     *_, last_line = str(error.args[0]).strip().split("\n")
     return last_line.partition("UserError: ")[2]
+
+
+def _sentence_of_file(error: OSError) -> str:
+    """A file or a disk that fails, in one sentence; empty where the error is of something else."""
+    message = str(error)
+    if message.startswith("Caught ") and " in DataLoader worker" in message:
+        *_, last_line = message.strip().split("\n")
+        return f"A loader process has failed ({last_line.partition(': ')[2]})."
+    reason = error.strerror or type(error).__name__
+    if isinstance(error.filename, str | bytes):  # it may be a number
+        name = os.fsdecode(error.filename)
+        return f"{name} cannot be read or written ({reason}): see whether it is there, and yours."
+    return f"The disk has failed ({reason})." if error.errno in DISK_ERRORS else ""
 
 
 # ---- options ---------------------------------------------------------------------------------
@@ -1158,6 +1176,7 @@ def fingerprint(
     *,
     ignore: Sequence[str] = (),
     more: dict[str, Path] | None = None,
+    extensions: tuple[str, ...] = EXTENSIONS,
     patience: Patience = PATIENCE,
 ) -> dict[str, dict[str, Any]]:
     """What there is where the options of a configuration name files, by the option.
@@ -1166,14 +1185,17 @@ def fingerprint(
         config: A dataclass. Its options that are a Path name files, and those of `NAME_FILES`.
         ignore: Options that count for nothing, such as the run folder.
         more: Other files that the run reads, by a name for messages.
+        extensions: Those of image files.
         patience: How long to wait for a disk.
     """
     found = {}
     for option, path, has_labels in _named_files(config):
-        if option.split(".")[-1] not in ignore:
-            found[option] = _look_at(path, has_labels, patience)
+        if option.split(".")[-1] in ignore:
+            continue
+        name = f"{option} {path}" if option in found else option  # it names several files
+        found[name] = _look_at(path, has_labels, extensions, patience)
     for name, path in (more or {}).items():
-        found[name] = _look_at(path, has_labels=False, patience=patience)
+        found[name] = _look_at(path, has_labels=False, extensions=extensions, patience=patience)
     return found
 
 
@@ -1191,7 +1213,8 @@ def _named_files(config: Any, prefix: str = "") -> list[tuple[str, Path, bool]]:
         elif option.name in NAME_FILES:
             words = (value,) if isinstance(value, str) else value or ()
             home = getattr(config, "data", None) if "annotations" in name else None
-            for path in _paths(words, home):
+            # An older version noted the last one alone.
+            for path in reversed(_paths(words, home)):
                 named.append((name, path, False))
     return named
 
@@ -1213,7 +1236,9 @@ def _paths(words: Sequence[str], home: Path | None) -> list[Path]:
     return paths
 
 
-def _look_at(path: Path, has_labels: bool, patience: Patience) -> dict[str, Any]:
+def _look_at(
+    path: Path, has_labels: bool, extensions: tuple[str, ...], patience: Patience
+) -> dict[str, Any]:
     """The place of a file or folder, how many names there are, and hashes of names and content."""
     place = {"path": os.path.realpath(path)}
     if path.is_file():
@@ -1221,12 +1246,13 @@ def _look_at(path: Path, has_labels: bool, patience: Patience) -> dict[str, Any]
     if not path.is_dir():
         return {**place, "missing": True}
 
-    names = list_images(path, patience)
-    _listings[place["path"]] = names
+    names = list_images(path, patience, extensions)
+    if extensions == EXTENSIONS:
+        _listings[place["path"]] = names
     files = [path / name for name in names]
     found = {"images": len(names), "names": _hash(map(os.fsencode, names))}
     if has_labels:
-        label_files = _label_files(path)
+        label_files = _label_files(path, patience)
         found["label_files"] = len(label_files)
         found["label_names"] = _hash(os.fsencode(x.relative_to(path)) for x in label_files)
         found["labels"] = _content(label_files, patience)
@@ -1249,16 +1275,10 @@ def _look_at_file(path: Path, patience: Patience) -> dict[str, Any]:
     return {**found, "content": _content([path], patience), "listed": _content(listed, patience)}
 
 
-def _label_files(folder: Path) -> list[Path]:
+def _label_files(folder: Path, patience: Patience) -> list[Path]:
     """The files below a folder that may hold labels, sorted; no hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        if RUN_FILES.issubset(names):
-            folders.clear()
-            continue
-        found += [Path(parent, x) for x in names if x[0] != "." and x.endswith(LABEL_FILES)]
-    return sorted(found)
+    names = list_images(folder, patience, LABEL_FILES)
+    return sorted(folder / name for name in names)
 
 
 def _hash(parts: Iterable[bytes]) -> str:
@@ -1652,6 +1672,7 @@ class Run(ExitStack):
         world: This process.
         ignore: Options that may change when the run resumes.
         files: Other files that the run reads than those of its options, by a name.
+        extensions: Of the image files that it reads.
     """
 
     def __init__(
@@ -1662,6 +1683,7 @@ class Run(ExitStack):
         ignore: Sequence = MAY_CHANGE,
         *,
         files: dict[str, Path] | None = None,
+        extensions: tuple[str, ...] = EXTENSIONS,
     ):
         super().__init__()
         self.folder = Path(folder)
@@ -1682,7 +1704,13 @@ class Run(ExitStack):
         self._checkpoints = []  # in the order of their steps
         self._content = b""  # of config.json
         try:
-            found = fingerprint(config, ignore=ignore, more=files, patience=patience_of(config))
+            found = fingerprint(
+                config,
+                ignore=ignore,
+                more=files,
+                extensions=extensions,
+                patience=patience_of(config),
+            )
             self._compare_processes(config, found)
             self._checkpoints = self._on_main(partial(self._prepare, config, found, ignore))
         except BaseException:

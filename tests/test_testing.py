@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from PIL import Image
@@ -159,6 +160,24 @@ def test_a_wait_without_end_ends():
     with pytest.raises(AssertionError, match="On 2 processes the function does not end"):
         assert_world_size_invariant(wait, batch(), (2,), timeout=1.0)
     assert time.monotonic() - began < 30
+
+
+def scaled(part, group):
+    """A function that `pickle` takes, as a system that cannot fork needs it."""
+    x, valid, factor, _ = part
+    return dk.masked_mean(x * factor, valid[:, None], group=group), x.square()
+
+
+@pytest.mark.slow
+def test_processes_may_be_spawned():
+    """As on macOS and on Windows; also beside a group, which forks could not leave."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert_world_size_invariant(scaled, batch(), ((2, 3),), start_method="spawn")
+        with pytest.raises(ValueError, match="this process is in a group"):
+            assert_world_size_invariant(scaled, batch(), (2,), start_method="fork")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -490,6 +491,12 @@ def test_a_set_of_five_channels_trains_is_evaluated_and_exported(five, capsys, m
     pixels = np.stack([bands.read_stored(x, 5).values for x in (five / "images").iterdir()])
     np.testing.assert_allclose(told["mean"], pixels.mean((0, 2, 3)) / 65535, rtol=1e-4)
     np.testing.assert_allclose(told["std"], pixels.std((0, 2, 3)) / 65535, rtol=1e-4)
+
+    extra = five / "images" / "more.npy"
+    shutil.copy(next((five / "images").glob("*.npy")), extra)
+    assert harness.main(adapt.train, replace(config, channel_init="mean")) == 2
+    assert "--data: 12 images then, 13 now" in capsys.readouterr().err
+    extra.unlink()
 
     # A run of bands is a start, and needs no --channel-init for its own channels.
     again = encoders.find_start(str(five / "run"))

@@ -604,7 +604,7 @@ def test_a_file_is_replaced_only_on_demand(checkpoint, tmp_path):
     (tmp_path / "a.pth").write_text("old")
     export.export(replace(config, overwrite=True))
     assert torch.load(tmp_path / "a.pth", weights_only=True).keys()
-    with pytest.raises(UserError, match="is not a folder to write to"):
+    with pytest.raises(UserError, match="is not a folder, give another"):
         export.export(replace(config, out=tmp_path / "none" / "a.pth"))
     assert not (tmp_path / "none").exists()
     (tmp_path / "b.pth").mkdir()

@@ -15,6 +15,7 @@ import torch
 from downstream.encoders import Encoder
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 import densekit as dk
 
 NO_DISK = Path("/proc/self")  # a folder in which nobody, not even root, makes a file
@@ -124,3 +125,43 @@ def test_a_box_outside_of_its_image_and_another_shape_are_said(tmp_path, capsys)
         assert capsys.readouterr().err == ""
     write((48, 40), [0, 0, 8, 8])
     assert "0.png is 40 x 48 pixels, but" in capsys.readouterr().err
+
+
+# ---- files and disks that fail in the middle of work --------------------------------------------
+FAILURES = {
+    "file": lambda folder: (folder / "none").read_bytes(),
+    "folder": lambda folder: folder.write_bytes(b""),
+    "control": lambda folder: (folder / "a\x1b[2J").read_bytes(),
+    "disk": lambda _: Path("/dev/full").write_bytes(b"1"),
+    "loader": lambda folder: list(harness.load(DataLoader(Removed(folder), num_workers=1))),
+}
+
+
+class Removed:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return (self.folder / "none").read_bytes()
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_file_that_fails_is_one_line(failure, tmp_path, capfd):
+    assert harness.main(FAILURES[failure], tmp_path) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("error: ")
+    assert "\x1b" not in said
+    name = {"folder": str(tmp_path), "disk": "No space left"}.get(failure, f"{tmp_path}/")
+    assert name in said
+
+
+def test_an_error_of_no_file_is_none_of_the_users():
+    def refuse(_):
+        raise ConnectionResetError("by peer")
+
+    with pytest.raises(ConnectionResetError):
+        harness.main(refuse, None)

@@ -596,7 +596,7 @@ def test_nothing_readable_is_one_sentence(tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_none_to_write_to(folder):
-    with pytest.raises(harness.UserError, match=r"--out is /nowhere/a\.npz: give a file"):
+    with pytest.raises(harness.UserError, match=r"--out leads to /nowhere/a\.npz, which cannot"):
         run(folder, out=Path("/nowhere/a.npz"))
 
 

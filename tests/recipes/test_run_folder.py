@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 import torch.distributed as dist
+from downstream import bands
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -184,6 +185,49 @@ def test_a_list_counts_with_its_images(tmp_path, named):
     assert "--data: another content now" in begin(tmp_path / "run", config)
     fill(tmp_path, {"images/1.png": b"one", "list.txt": b"images/1.png\nimages/2.png\n"})
     assert "--data: 1 names then, 2 now" in begin(tmp_path / "run", config)
+
+
+@given(st.sampled_from(["0.npy", "b.tif", "inner/b.TIFF", "inner/c.NPY"]), CONTENTS)
+def test_arrays_count_where_a_recipe_reads_them(tmp_path_factory, name, content):
+    folder = tmp_path_factory.mktemp("run")
+    config = Named(folder / "images", labels=Labels(folder / "images"))
+    fill(config.data, {"a.tif": b"one", "inner/a.npy": b"one"})
+    read_by = {"bands": bands.EXTENSIONS, "pictures": harness.EXTENSIONS}
+    for run, extensions in read_by.items():
+        assert begin(folder / run, config, extensions=extensions) == ""
+    fill(config.data, {name: content})
+    count = {"bands": 2, "pictures": 1}
+    for run, extensions in read_by.items():
+        told = begin(folder / run, config, extensions=extensions)
+        is_read = name.lower().endswith(extensions)
+        assert (told == "") == (not is_read)
+        if is_read:
+            assert f"--data: {count[run]} images then, {count[run] + 1} now" in told
+            assert "--labels.data: " in told
+    (config.data / name).unlink()
+    fill(config.data, {"inner/a.npy": b"two"})
+    assert "another content" in begin(folder / "bands", config, extensions=bands.EXTENSIONS)
+    assert begin(folder / "pictures", config) == ""
+
+
+@pytest.mark.parametrize("name", ["first.json", "last.json"])
+def test_each_of_several_annotation_files_is_watched(tmp_path, name):
+    fill(tmp_path, {"first.json": b"1", "last.json": b"1", "labeled/1.png": b"map"})
+    names = (str(tmp_path / "first.json"), str(tmp_path / "last.json"))
+    config = Named(labels=Labels(tmp_path / "labeled", annotations=names))
+    assert begin(tmp_path / "run", config) == ""
+    fill(tmp_path, {name: b"2"})
+    found = begin(tmp_path / "run", config)
+    assert "--labels.annotations" in found
+    assert "another content now" in found
+
+
+def test_labels_behind_a_link_are_watched(tmp_path, named):
+    fill(tmp_path, {"elsewhere/a.json": b"1", "elsewhere/B.JSON": b"1"})
+    (named.labels.data / "more").symlink_to(tmp_path / "elsewhere")
+    assert begin(tmp_path / "run", named) == ""
+    fill(tmp_path, {"elsewhere/B.JSON": b"2"})
+    assert "--labels.data: another content now" in begin(tmp_path / "run", named)
 
 
 def test_new_files_are_noted_once_the_run_goes_on_with_them(tmp_path, named, capsys):

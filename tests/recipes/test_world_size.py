@@ -3,13 +3,19 @@
 Elsewhere: test_densesiam.py, test_croc.py, test_dupr.py, test_d3ssl.py, test_adapt.py.
 """
 
+import copy
 from dataclasses import replace
 
 import densesiam_segment
+import detect
 import harness
 import minimal
+import pytest
 import torch
 from steps import step_on_part
+from torch import nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.rpn import RegionProposalNetwork
 import densekit as dk
 from densekit.testing import assert_world_size_invariant
 
@@ -53,3 +59,67 @@ def test_a_step_of_unsupervised_segmentation():
         return dk.all_mean(loss, group), terms, gradients
 
     assert_world_size_invariant(one_step, (images_of(8, 32), view))
+
+
+def one_object_and_the_rest(sampler, matched):
+    """The draws of torchvision's losses, given: in each image its last object, and 7 places.
+
+    torchvision's losses are means over the samples of a process. So all images have as many.
+    """
+    positive, negative = [], []
+    for labels in matched:
+        chosen = torch.zeros_like(labels, dtype=torch.uint8)
+        chosen[(labels >= 1).nonzero()[-1]] = 1
+        positive.append(chosen)
+        chosen = torch.zeros_like(labels, dtype=torch.uint8)
+        chosen[(labels == 0).nonzero()[:7]] = 1
+        negative.append(chosen)
+    return positive, negative
+
+
+@pytest.mark.parametrize("detector", ["faster-rcnn-fpn", "mask-rcnn-c4", "retinanet-fpn"])
+def test_a_step_of_detection(detector, monkeypatch):
+    monkeypatch.setattr(BalancedPositiveNegativeSampler, "__call__", one_object_and_the_rest)
+    assign = RegionProposalNetwork.assign_targets_to_anchors
+
+    def assign_in_double(*arguments):
+        labels, boxes = assign(*arguments)
+        return [x.double() for x in labels], boxes  # with float32 the loss would be float32, too
+
+    monkeypatch.setattr(RegionProposalNetwork, "assign_targets_to_anchors", assign_in_double)
+    config = replace(
+        detect.PRESETS["demo"], detector=detector, sides=(64,), width=8, rois=8, proposals=20,
+        device="cpu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = detect.build_detector(config, 3).double()
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 64, 64, generator=draws, dtype=torch.float64)
+    corners = torch.randint(0, 24, (4, 2), generator=draws)
+    sides = torch.randint(16, 40, (4, 2), generator=draws)
+    boxes = torch.cat([corners, corners + sides], 1).double()[:, None]
+    masks = dk.boxes_to_mask(boxes, (64, 64)).view(4, 1, 64, 64).byte()
+    labels = torch.tensor([[1], [3], [2], [1]])
+
+    def one_step(part, group):
+        images, boxes, labels, masks = part
+        rows = zip(boxes, labels, masks, strict=True)
+        targets = [{"boxes": x, "labels": y, "masks": z} for x, y, z in rows]
+        terms, loss, gradients = step_of_detector(model, list(images), targets)
+        terms = {name: dk.all_mean(x, group) for name, x in terms.items()}
+        return dk.all_mean(loss, group), terms, gradients
+
+    assert_world_size_invariant(one_step, (images, boxes, labels, masks), (2, 4))
+
+
+def step_of_detector(model, images, targets):
+    """The terms of the loss, their sum, and the mean gradients of all processes."""
+    model = copy.deepcopy(model).train()
+    norms = [x for x in model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    nn.ModuleList(norms).eval()
+    ddp = nn.parallel.DistributedDataParallel(model)  # it averages as long as it lives
+    terms = ddp(images, targets)
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    return {name: x.detach() for name, x in terms.items()}, loss.detach(), gradients
