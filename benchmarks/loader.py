@@ -46,6 +46,7 @@ import torchvision.transforms as v1
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as pil
+from torchvision.transforms import v2
 import densekit as dk
 
 SIZE = (480, 640)
@@ -173,9 +174,7 @@ def former_views(method: Method, source: Any) -> Callable[[int, int], Any]:
     images, so the path is written again here, with today's `crop_views`.
     """
     config = method.config
-    dataset = method.recipe.TwoViews(source, config)
-    changes = dataset.photometric
-    changes = changes if isinstance(changes, list) else [changes, changes]
+    changes = [former_changes(method, number) for number in range(2)]
     normalize = v1.Normalize(MEAN, STD, inplace=True)
 
     def make(epoch: int, index: int) -> list[Tensor]:
@@ -196,6 +195,26 @@ def former_views(method: Method, source: Any) -> Callable[[int, int], Any]:
         return made
 
     return make
+
+
+def former_changes(method: Method, number: int) -> Callable[[Tensor], Tensor]:
+    """The former changes of the colors of a view: torchvision's, on pictures of PIL."""
+    sigma = torch.distributions.Uniform(*method.config.views.blur)
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(float(sigma.sample())))
+
+    jitter = v2.ColorJitter(0.4, 0.4, method.saturation, method.config.views.hue)
+    return v2.Compose(
+        [
+            v2.ToPILImage(),
+            v2.RandomApply([jitter], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([blur], p=method.blur[number]),
+            v2.RandomSolarize(128, p=method.solarize[number]),
+            v2.PILToTensor(),
+        ]
+    )
 
 
 def torchvision_views(source: Any) -> Callable[[int, int], Any]:

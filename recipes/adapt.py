@@ -160,11 +160,10 @@ import evaluate as scoring
 import harness
 import safetensors.torch
 import torch
-from downstream import bands, encoders, health, protocols
+from downstream import bands, colors, encoders, health, protocols
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import is_vit, layer_of_parameters
 from einops import rearrange
-from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchvision.transforms import v2 as transforms
@@ -331,17 +330,14 @@ def check_start(config: Config, start: Any) -> None:
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
     """The random changes of a crop's colors and sharpness, as in NeCo and Leopart."""
-    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, view_config.hue)
-    sigma = torch.distributions.Uniform(*view_config.blur)
-
-    def blur(image):
-        return image.filter(GaussianBlur(float(sigma.sample())))
+    jitter = colors.ColorJitter(0.8, 0.8, 0.8, view_config.hue)
+    blur = colors.RandomBlur(view_config.blur)
 
     return transforms.Compose(
         [
             as_picture,  # PIL is the quickest on a CPU
             transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
+            colors.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
             as_bytes,
         ]

@@ -127,10 +127,9 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import encoders, health
+from downstream import colors, encoders, health
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from einops import rearrange, repeat
-from PIL.ImageFilter import GaussianBlur
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Attention, init_weights_vit_timm
@@ -207,17 +206,14 @@ def photometric(
     view_config: Views, *, blur_probability: float, solarize_probability: float
 ) -> transforms.Compose:
     """DINO's random changes of a crop's colors and sharpness."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.2, view_config.hue)
-    sigma = torch.distributions.Uniform(*view_config.blur)
-
-    def blur(image):
-        return image.filter(GaussianBlur(float(sigma.sample())))
+    jitter = colors.ColorJitter(0.4, 0.4, 0.2, view_config.hue)
+    blur = colors.RandomBlur(view_config.blur)
 
     return transforms.Compose(
         [
             as_picture,  # PIL is the quickest on a CPU, and DINO blurs with it
             transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
+            colors.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=blur_probability),
             transforms.RandomSolarize(128, p=solarize_probability),
             as_bytes,

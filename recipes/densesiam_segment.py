@@ -101,10 +101,9 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import encoders, health, image_sets
+from downstream import colors, encoders, health, image_sets
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.published import row_permuted_group_scores
-from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
 from torch.utils.data import Subset
@@ -223,19 +222,16 @@ UNIT_RANGE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 def photometric(config: Config) -> transforms.Compose:
     """Random changes of the colors of one view; each of them is drawn on its own."""
-    sigma = torch.distributions.Uniform(*config.blur)
-
-    def blur(image):
-        return image.filter(GaussianBlur(float(sigma.sample())))
+    blur = colors.RandomBlur(config.blur)
 
     return transforms.Compose(
         [
             as_picture,  # PIL is the quickest on a CPU
-            transforms.RandomApply([transforms.ColorJitter(brightness=0.3)], p=0.8),
-            transforms.RandomApply([transforms.ColorJitter(contrast=0.3)], p=0.8),
-            transforms.RandomApply([transforms.ColorJitter(saturation=0.3)], p=0.8),
-            transforms.RandomApply([transforms.ColorJitter(hue=config.hue)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([colors.ColorJitter(brightness=0.3)], p=0.8),
+            transforms.RandomApply([colors.ColorJitter(contrast=0.3)], p=0.8),
+            transforms.RandomApply([colors.ColorJitter(saturation=0.3)], p=0.8),
+            transforms.RandomApply([colors.ColorJitter(hue=config.hue)], p=0.8),
+            colors.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
             as_bytes,
         ]

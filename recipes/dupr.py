@@ -111,11 +111,10 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import encoders, health
+from downstream import colors, encoders, health
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import last_map, level_maps
 from einops import rearrange
-from PIL.ImageFilter import GaussianBlur
 from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
@@ -179,17 +178,14 @@ def check_options(config: Config) -> None:
 # ==== views =======================================================================================
 def photometric(view_config: Views) -> transforms.Compose:
     """MoCo v2's random changes of a crop's colors and sharpness."""
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
-    sigma = torch.distributions.Uniform(*view_config.blur)
-
-    def blur(image):
-        return image.filter(GaussianBlur(float(sigma.sample())))
+    jitter = colors.ColorJitter(0.4, 0.4, 0.4, view_config.hue)
+    blur = colors.RandomBlur(view_config.blur)
 
     return transforms.Compose(
         [
             as_picture,  # PIL is the quickest on a CPU, and MoCo v2 blurs with it
             transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
+            colors.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
             as_bytes,
         ]
