@@ -142,7 +142,8 @@ def tint_images(
     size = [max(a, b) for a, b in zip(pictures.shape[-2:], colors.shape[-2:], strict=True)]
 
     pictures = _resize(pictures, size)
-    tinted = (1 - opacity) * pictures.mean(-3, keepdim=True) + opacity * _resize(colors, size)
+    tints = _resize(colors.float(), size)
+    tinted = (1 - opacity) * pictures.mean(-3, keepdim=True) + opacity * tints
     if valid is None:
         return tinted
     return torch.where(_resize(valid[..., None, :, :], size), tinted, pictures)
@@ -209,8 +210,8 @@ def plot_matches(
         drawn &= valid.cpu()
     chosen = place_colors(points1) if colors is None else colors.detach().float().cpu()
     shown = chosen[drawn].clamp(0, 1).numpy()
-    places1 = points1[drawn] * torch.tensor([w1, h1])
-    places2 = points2[drawn] * torch.tensor([wide2, h1]) + torch.tensor([left2, 0.0])
+    places1 = points1[drawn] * points1.new_tensor([w1, h1])
+    places2 = points2[drawn] * points2.new_tensor([wide2, h1]) + points2.new_tensor([left2, 0.0])
 
     figure, (panel,) = _panels(where, axes, (1, 1), (left2 + wide2) / h1)
     _show(panel, pictures[0], (0, w1, h1, 0))

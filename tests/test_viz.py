@@ -59,7 +59,9 @@ def dots(figure):
 def within(places, picture):
     """Places on the axes as places within one of their images, in [0, 1]."""
     left, right, bottom, top = picture.get_extent()
-    return (places - torch.tensor([left, top])) / torch.tensor([right - left, bottom - top])
+    return (places - places.new_tensor([left, top])) / places.new_tensor(
+        [right - left, bottom - top]
+    )
 
 
 # ---- colors ----------------------------------------------------------------------------------
@@ -343,12 +345,14 @@ def test_one_class_has_a_legend_of_one():
 
 IMAGES = torch.rand(2, 3, 6, 8)
 LABELS = torch.randint(3, (2, 3, 4))
-CALLS = {  # with one panel, and the number of axes that each takes
-    "matches": (lambda **kw: plot_matches(*IMAGES, torch.rand(4, 2), torch.rand(4, 2), **kw), 1),
+POINTS = torch.rand(2, 4, 2)
+VALUES = torch.rand(3, 4)
+CALLS = {  # and the number of axes that each takes
+    "matches": (lambda **kw: plot_matches(*IMAGES, *POINTS, **kw), 1),
     "clusters": (lambda **kw: plot_clusters(IMAGES, LABELS, **kw), 2),
     "pca": (lambda **kw: plot_pca(IMAGES, **kw), 2),
-    "affinity": (lambda **kw: plot_affinity(torch.rand(3, 4), **kw), 1),
-    "curve": (lambda **kw: plot_similarity_iou((0.1, 0.5), torch.rand(2), **kw), 1),
+    "affinity": (lambda **kw: plot_affinity(VALUES, **kw), 1),
+    "curve": (lambda **kw: plot_similarity_iou((0.1, 0.2, 0.5, 0.9), VALUES, **kw), 1),
     "segmentation": (lambda **kw: plot_segmentation(IMAGES, LABELS, LABELS, names="ab", **kw), 6),
 }
 
@@ -373,14 +377,53 @@ def test_axes_of_yours_are_drawn_on(name, tmp_path):
 @pytest.mark.parametrize("name", CALLS)
 def test_settings_and_numbers_of_yours_stay_as_they_are(name):
     before, state = rcParams.copy(), torch.get_rng_state()
-    tensors = [IMAGES.clone(), LABELS.clone()]
+    tensors = [x.clone() for x in (IMAGES, LABELS, POINTS, VALUES)]
     call, _ = CALLS[name]
     call()
     assert rcParams.copy() == before
-    assert torch.equal(IMAGES, tensors[0])
-    assert torch.equal(LABELS, tensors[1])
-    if name not in {"matches", "affinity", "curve"}:  # whose test draws
-        assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, (IMAGES, LABELS, POINTS, VALUES), tensors))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def numbers(figure):
+    """All numbers that a figure was given to draw."""
+    for panel in figure.axes:
+        yield from (np.array(x.get_array()) for x in panel.images)
+        yield from (x.get_offsets() for x in panel.collections)
+        yield from (x.get_xydata() for x in panel.lines)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_picture_does_not_depend_on_its_surroundings(name):
+    call, _ = CALLS[name]
+    wanted = [*numbers(call())]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu"), torch.inference_mode():
+            found = [*numbers(call())]
+    finally:
+        torch.set_default_dtype(default)
+    assert len(found) == len(wanted) > 0
+    assert all(map(np.array_equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_colors_are_float32_and_mapped_as_batched(dtype):
+    points = torch.rand(3, 4, 2, dtype=dtype)
+    labels = torch.randint(-1, 5, (3, 2, 2))
+    colors = label_colors(labels).movedim(-1, 1).to(dtype)
+    calls = [
+        (place_colors, (points,)),
+        (partial(label_colors, ignore=2), (labels,)),
+        (tint_images, (torch.rand(3, 1, 4, 6, dtype=dtype), colors, labels > 1)),
+    ]
+    for call, arguments in calls:
+        batched = call(*arguments)
+        assert batched.dtype == torch.float32
+        torch.testing.assert_close(torch.vmap(call)(*arguments), batched)
+        alone = [call(*(x[i] for x in arguments)) for i in range(3)]
+        torch.testing.assert_close(torch.stack(alone), batched)
 
 
 @pytest.mark.parametrize(
