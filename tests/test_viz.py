@@ -25,6 +25,7 @@ from densekit.viz import (
     tint_images,
 )
 
+FEW = settings(max_examples=12)  # a figure takes some 20 ms
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -126,6 +127,7 @@ def test_a_pixel_has_the_tint_of_the_cell_that_holds_its_center(
 # ---- matches ---------------------------------------------------------------------------------
 
 
+@FEW
 @given(sizes(), sizes(), st.integers(0, 6), st.booleans(), generators())
 def test_a_matched_pair_has_one_color_and_lies_where_its_points_are(
     size1, size2, count, lines, generator
@@ -236,6 +238,7 @@ def test_given_colors_are_used():
 # ---- maps ------------------------------------------------------------------------------------
 
 
+@FEW
 @given(st.integers(1, 3), sizes(), sizes(), st.sampled_from(DTYPES), generators())
 def test_a_cluster_has_the_same_color_in_all_images(count, size, cells, dtype, generator):
     images = pictures(generator, count, 1, *size, dtype=dtype)
@@ -250,6 +253,7 @@ def test_a_cluster_has_the_same_color_in_all_images(count, size, cells, dtype, g
         assert panel.images[0].get_extent() == [0, size[1], size[0], 0]
 
 
+@FEW
 @given(st.lists(sizes(), min_size=1, max_size=3), st.integers(1, 5), generators())
 def test_maps_of_any_sizes_have_one_basis(shapes, channels, generator):
     maps = [uniform(generator, channels, *size).float() for size in shapes]
@@ -307,7 +311,7 @@ def test_each_leading_entry_is_a_curve(shape):
 # ---- segmentation ----------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
+@FEW
 @given(st.integers(1, 2), sizes(), sizes(), st.sampled_from([None, 0, 7]), generators())
 def test_truth_and_prediction_have_the_colors_of_their_classes(
     count, size, cells, ignore, generator
