@@ -404,12 +404,16 @@ def plot_similarity_iou(
 
     figure, (panel,) = _panels(where, axes, (1, 1), 1.25)
     order = sorted(range(count), key=lambda number: ious[number])
+    lines = []
     for number, curve in enumerate(curves):
         label = None if names is None else names[number]
-        panel.plot([ious[i] for i in order], curve[order].numpy(), marker="o", label=label)
+        (line,) = panel.plot(
+            [ious[i] for i in order], curve[order].numpy(), marker="o", label=label
+        )
+        lines.append(line)
     panel.set(xlabel="IoU", ylabel="cosine")
     if names:
-        panel.legend()
+        _write_legend(panel, lines, names)
     return figure
 
 
@@ -472,13 +476,13 @@ def plot_segmentation(
     used = [truth[_is_used(truth, ignore)] for truth in truths]
     used += [own[own >= 0] for own in found]
     occur = torch.cat([x.long().unique() for x in used]).unique()
-    handles = []
+    patches = []
+    listed = []
     for label in occur:
-        name = names[int(label)] if label < len(names) else f"class {int(label)}"
-        color = label_colors(label).tolist()
-        handles.append(_matplotlib("patches").Patch(color=color, label=name))
+        patches.append(_matplotlib("patches").Patch(color=label_colors(label).tolist()))
+        listed.append(names[int(label)] if label < len(names) else f"class {int(label)}")
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
-    panels[2].legend(handles=handles, fontsize="small", **place)
+    _write_legend(panels[2], patches, listed, fontsize="small", **place)
     return figure
 
 
@@ -566,6 +570,14 @@ def _flat(axes: Any) -> Iterator[Any]:
             yield item
         else:
             yield from _flat(item)
+
+
+def _write_legend(panel: Any, handles: list[Any], names: Sequence[str], **options: Any) -> None:
+    """Add a legend of any names: matplotlib leaves out `_name`, and takes `$` for mathematics."""
+    legend = panel.legend(handles, [str(number) for number in range(len(handles))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+        text.set_parse_math(False)
 
 
 def _show(panel: Any, picture: Tensor, extent: tuple[float, float, float, float]) -> None:

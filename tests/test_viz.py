@@ -339,6 +339,20 @@ def test_truth_and_prediction_have_the_colors_of_their_classes(
         torch.testing.assert_close(torch.tensor(patch.get_facecolor()[:3]), color)
 
 
+def test_a_legend_has_any_names(tmp_path):
+    names = ["_background_", "a$b", r"$\frac$", "two\nlines", ""]
+    maps = torch.arange(5).view(1, 1, 5)
+    image = torch.rand(1, 1, 1, 5)
+    values = torch.rand(5, 2)
+    for figure, number in (
+        (plot_segmentation(image, maps, maps, names=names), 2),
+        (plot_similarity_iou((0.1, 0.5), values, names=names), 0),
+    ):
+        figure.savefig(tmp_path / "figure.png", dpi=20)
+        legend = figure.axes[number].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_one_class_has_a_legend_of_one():
     maps = torch.zeros(1, 2, 2, dtype=torch.long)
     figure = plot_segmentation(torch.rand(1, 1, 2, 2), maps, maps, names=["sky"])
