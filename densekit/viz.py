@@ -341,7 +341,7 @@ def plot_affinity(affinity: Float[Tensor, "n m"], *, axes: Axes | None = None) -
         ValueError: The matrix has no entry.
 
     Examples:
-        >>> plot_affinity(affinity_matrix(torch.eye(4), torch.eye(4))).axes[0].get_xlabel()
+        >>> plot_affinity(torch.eye(4)).axes[0].get_xlabel()
         'patch of view 2'
     """
     where = "viz.plot_affinity"
