@@ -44,7 +44,7 @@ format: $(VENV)/.dev ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.dev ## write the lists of names, and build the documentation strictly with mkdocs (site/) and Zensical
+docs: $(VENV)/.dev ## write the lists of names and the first page, and build the documentation strictly with mkdocs (site/) and Zensical
 	$(BIN)/python tests/api_pages.py
 	$(BIN)/python -m mkdocs build --strict
 	$(BIN)/zensical build --strict --clean

@@ -142,7 +142,8 @@ def tint_images(
     size = [max(a, b) for a, b in zip(pictures.shape[-2:], colors.shape[-2:], strict=True)]
 
     pictures = _resize(pictures, size)
-    tinted = (1 - opacity) * pictures.mean(-3, keepdim=True) + opacity * _resize(colors, size)
+    tints = _resize(colors.float(), size)
+    tinted = (1 - opacity) * pictures.mean(-3, keepdim=True) + opacity * tints
     if valid is None:
         return tinted
     return torch.where(_resize(valid[..., None, :, :], size), tinted, pictures)
@@ -209,8 +210,8 @@ def plot_matches(
         drawn &= valid.cpu()
     chosen = place_colors(points1) if colors is None else colors.detach().float().cpu()
     shown = chosen[drawn].clamp(0, 1).numpy()
-    places1 = points1[drawn] * torch.tensor([w1, h1])
-    places2 = points2[drawn] * torch.tensor([wide2, h1]) + torch.tensor([left2, 0.0])
+    places1 = points1[drawn] * points1.new_tensor([w1, h1])
+    places2 = points2[drawn] * points2.new_tensor([wide2, h1]) + points2.new_tensor([left2, 0.0])
 
     figure, (panel,) = _panels(where, axes, (1, 1), (left2 + wide2) / h1)
     _show(panel, pictures[0], (0, w1, h1, 0))
@@ -340,7 +341,7 @@ def plot_affinity(affinity: Float[Tensor, "n m"], *, axes: Axes | None = None) -
         ValueError: The matrix has no entry.
 
     Examples:
-        >>> plot_affinity(affinity_matrix(torch.eye(4), torch.eye(4))).axes[0].get_xlabel()
+        >>> plot_affinity(torch.eye(4)).axes[0].get_xlabel()
         'patch of view 2'
     """
     where = "viz.plot_affinity"
@@ -403,12 +404,16 @@ def plot_similarity_iou(
 
     figure, (panel,) = _panels(where, axes, (1, 1), 1.25)
     order = sorted(range(count), key=lambda number: ious[number])
+    lines = []
     for number, curve in enumerate(curves):
         label = None if names is None else names[number]
-        panel.plot([ious[i] for i in order], curve[order].numpy(), marker="o", label=label)
+        (line,) = panel.plot(
+            [ious[i] for i in order], curve[order].numpy(), marker="o", label=label
+        )
+        lines.append(line)
     panel.set(xlabel="IoU", ylabel="cosine")
     if names:
-        panel.legend()
+        _write_legend(panel, lines, names)
     return figure
 
 
@@ -471,13 +476,13 @@ def plot_segmentation(
     used = [truth[_is_used(truth, ignore)] for truth in truths]
     used += [own[own >= 0] for own in found]
     occur = torch.cat([x.long().unique() for x in used]).unique()
-    handles = []
+    patches = []
+    listed = []
     for label in occur:
-        name = names[int(label)] if label < len(names) else f"class {int(label)}"
-        color = label_colors(label).tolist()
-        handles.append(_matplotlib("patches").Patch(color=color, label=name))
+        patches.append(_matplotlib("patches").Patch(color=label_colors(label).tolist()))
+        listed.append(names[int(label)] if label < len(names) else f"class {int(label)}")
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
-    panels[2].legend(handles=handles, fontsize="small", **place)
+    _write_legend(panels[2], patches, listed, fontsize="small", **place)
     return figure
 
 
@@ -565,6 +570,14 @@ def _flat(axes: Any) -> Iterator[Any]:
             yield item
         else:
             yield from _flat(item)
+
+
+def _write_legend(panel: Any, handles: list[Any], names: Sequence[str], **options: Any) -> None:
+    """Add a legend of any names: matplotlib leaves out `_name`, and takes `$` for mathematics."""
+    legend = panel.legend(handles, [str(number) for number in range(len(handles))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+        text.set_parse_math(False)
 
 
 def _show(panel: Any, picture: Tensor, extent: tuple[float, float, float, float]) -> None:

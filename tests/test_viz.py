@@ -25,6 +25,7 @@ from densekit.viz import (
     tint_images,
 )
 
+FEW = settings(max_examples=12)  # a figure takes some 20 ms
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -59,7 +60,9 @@ def dots(figure):
 def within(places, picture):
     """Places on the axes as places within one of their images, in [0, 1]."""
     left, right, bottom, top = picture.get_extent()
-    return (places - torch.tensor([left, top])) / torch.tensor([right - left, bottom - top])
+    return (places - places.new_tensor([left, top])) / places.new_tensor(
+        [right - left, bottom - top]
+    )
 
 
 # ---- colors ----------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ def test_a_pixel_has_the_tint_of_the_cell_that_holds_its_center(
 # ---- matches ---------------------------------------------------------------------------------
 
 
+@FEW
 @given(sizes(), sizes(), st.integers(0, 6), st.booleans(), generators())
 def test_a_matched_pair_has_one_color_and_lies_where_its_points_are(
     size1, size2, count, lines, generator
@@ -234,6 +238,7 @@ def test_given_colors_are_used():
 # ---- maps ------------------------------------------------------------------------------------
 
 
+@FEW
 @given(st.integers(1, 3), sizes(), sizes(), st.sampled_from(DTYPES), generators())
 def test_a_cluster_has_the_same_color_in_all_images(count, size, cells, dtype, generator):
     images = pictures(generator, count, 1, *size, dtype=dtype)
@@ -248,6 +253,7 @@ def test_a_cluster_has_the_same_color_in_all_images(count, size, cells, dtype, g
         assert panel.images[0].get_extent() == [0, size[1], size[0], 0]
 
 
+@FEW
 @given(st.lists(sizes(), min_size=1, max_size=3), st.integers(1, 5), generators())
 def test_maps_of_any_sizes_have_one_basis(shapes, channels, generator):
     maps = [uniform(generator, channels, *size).float() for size in shapes]
@@ -305,7 +311,7 @@ def test_each_leading_entry_is_a_curve(shape):
 # ---- segmentation ----------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
+@FEW
 @given(st.integers(1, 2), sizes(), sizes(), st.sampled_from([None, 0, 7]), generators())
 def test_truth_and_prediction_have_the_colors_of_their_classes(
     count, size, cells, ignore, generator
@@ -333,6 +339,20 @@ def test_truth_and_prediction_have_the_colors_of_their_classes(
         torch.testing.assert_close(torch.tensor(patch.get_facecolor()[:3]), color)
 
 
+def test_a_legend_has_any_names(tmp_path):
+    names = ["_background_", "a$b", r"$\frac$", "two\nlines", ""]
+    maps = torch.arange(5).view(1, 1, 5)
+    image = torch.rand(1, 1, 1, 5)
+    values = torch.rand(5, 2)
+    for figure, number in (
+        (plot_segmentation(image, maps, maps, names=names), 2),
+        (plot_similarity_iou((0.1, 0.5), values, names=names), 0),
+    ):
+        figure.savefig(tmp_path / "figure.png", dpi=20)
+        legend = figure.axes[number].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_one_class_has_a_legend_of_one():
     maps = torch.zeros(1, 2, 2, dtype=torch.long)
     figure = plot_segmentation(torch.rand(1, 1, 2, 2), maps, maps, names=["sky"])
@@ -343,12 +363,14 @@ def test_one_class_has_a_legend_of_one():
 
 IMAGES = torch.rand(2, 3, 6, 8)
 LABELS = torch.randint(3, (2, 3, 4))
-CALLS = {  # with one panel, and the number of axes that each takes
-    "matches": (lambda **kw: plot_matches(*IMAGES, torch.rand(4, 2), torch.rand(4, 2), **kw), 1),
+POINTS = torch.rand(2, 4, 2)
+VALUES = torch.rand(3, 4)
+CALLS = {  # and the number of axes that each takes
+    "matches": (lambda **kw: plot_matches(*IMAGES, *POINTS, **kw), 1),
     "clusters": (lambda **kw: plot_clusters(IMAGES, LABELS, **kw), 2),
     "pca": (lambda **kw: plot_pca(IMAGES, **kw), 2),
-    "affinity": (lambda **kw: plot_affinity(torch.rand(3, 4), **kw), 1),
-    "curve": (lambda **kw: plot_similarity_iou((0.1, 0.5), torch.rand(2), **kw), 1),
+    "affinity": (lambda **kw: plot_affinity(VALUES, **kw), 1),
+    "curve": (lambda **kw: plot_similarity_iou((0.1, 0.2, 0.5, 0.9), VALUES, **kw), 1),
     "segmentation": (lambda **kw: plot_segmentation(IMAGES, LABELS, LABELS, names="ab", **kw), 6),
 }
 
@@ -373,14 +395,53 @@ def test_axes_of_yours_are_drawn_on(name, tmp_path):
 @pytest.mark.parametrize("name", CALLS)
 def test_settings_and_numbers_of_yours_stay_as_they_are(name):
     before, state = rcParams.copy(), torch.get_rng_state()
-    tensors = [IMAGES.clone(), LABELS.clone()]
+    tensors = [x.clone() for x in (IMAGES, LABELS, POINTS, VALUES)]
     call, _ = CALLS[name]
     call()
     assert rcParams.copy() == before
-    assert torch.equal(IMAGES, tensors[0])
-    assert torch.equal(LABELS, tensors[1])
-    if name not in {"matches", "affinity", "curve"}:  # whose test draws
-        assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, (IMAGES, LABELS, POINTS, VALUES), tensors))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def numbers(figure):
+    """All numbers that a figure was given to draw."""
+    for panel in figure.axes:
+        yield from (np.array(x.get_array()) for x in panel.images)
+        yield from (x.get_offsets() for x in panel.collections)
+        yield from (x.get_xydata() for x in panel.lines)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_picture_does_not_depend_on_its_surroundings(name):
+    call, _ = CALLS[name]
+    wanted = [*numbers(call())]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu"), torch.inference_mode():
+            found = [*numbers(call())]
+    finally:
+        torch.set_default_dtype(default)
+    assert len(found) == len(wanted) > 0
+    assert all(map(np.array_equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_colors_are_float32_and_mapped_as_batched(dtype):
+    points = torch.rand(3, 4, 2, dtype=dtype)
+    labels = torch.randint(-1, 5, (3, 2, 2))
+    colors = label_colors(labels).movedim(-1, 1).to(dtype)
+    calls = [
+        (place_colors, (points,)),
+        (partial(label_colors, ignore=2), (labels,)),
+        (tint_images, (torch.rand(3, 1, 4, 6, dtype=dtype), colors, labels > 1)),
+    ]
+    for call, arguments in calls:
+        batched = call(*arguments)
+        assert batched.dtype == torch.float32
+        torch.testing.assert_close(torch.vmap(call)(*arguments), batched)
+        alone = [call(*(x[i] for x in arguments)) for i in range(3)]
+        torch.testing.assert_close(torch.stack(alone), batched)
 
 
 @pytest.mark.parametrize(
