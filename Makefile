@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-oldest coverage lint format docs constraints clean
+.PHONY: help demo test test-oldest coverage lint format docs package-check constraints clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +48,9 @@ docs: $(VENV)/.dev ## write the lists of names and the first page, and build the
 	$(BIN)/python tests/api_pages.py
 	$(BIN)/python -m mkdocs build --strict
 	$(BIN)/zensical build --strict --clean
+
+package-check: $(VENV)/.dev ## build wheel and source, and try them where nothing else is installed
+	$(BIN)/python tests/package_check.py $(ARGS)
 
 constraints: ## pin the newest versions of everything
 	rm -rf .venv-new
