@@ -368,7 +368,7 @@ def test_the_formulas_of_a_docstring_can_be_read_and_rendered(name):
     for formula in found:
         assert formula.count("{") == formula.count("}")
         assert "\n\n" not in formula  # a dollar sign without its partner
-        assert not re.search(r"\\(left|right|big|displaystyle|,|;|quad)", formula), "too much TeX"
+        assert not re.search(r"\\(left|right|big|displaystyle)\b", formula), "too much TeX"
         assert "\t" not in formula  # a backslash in a string that is not raw
         assert "\f" not in formula
 
