@@ -52,10 +52,10 @@ def dots(points, x):
 
 
 def svg(parts, width, height, label):
-    """The whole figure; the label is for those who do not see it."""
+    """The whole figure, which scrolls on a phone; the label is for those who do not see it."""
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>"
+        f'<div style="overflow-x: auto"><svg viewBox="0 0 {width} {height}" width="100%" '
+        f'style="min-width: 34em" role="img" aria-label="{label}">{"".join(parts)}</svg></div>'
     )
 
 
