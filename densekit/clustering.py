@@ -87,14 +87,15 @@ def sinkhorn(
     valid: Bool[Tensor, "*batch n k"] | None = None,
     group: Group = None,
 ) -> Float[Tensor, "*batch n k"]:
-    """Compute entropic optimal transport: the plan of lowest regularized cost with given marginals.
+    r"""Compute entropic optimal transport: the cheapest regularized plan with given marginals.
 
     For SwAV's codes use [`swav_codes`][densekit.clustering.swav_codes], which scales the rows last.
 
-    It minimizes `<P, cost> - reg H(P)` over plans P >= 0 with `P 1 = row` and `P^T 1 = col`: it
-    scales the rows of `exp(-cost / reg)` and then its columns, `iterations` times. The columns are
-    scaled last, so their sums are exact; the sums of the rows converge. The plan is the same as in
-    the log domain, for costs and masses of any range, and takes about the time of plain scaling.
+    It minimizes $\langle P, C \rangle - \epsilon H(P)$ over plans $P \ge 0$ with $P 1 = r$ and
+    $P^T 1 = c$, where $C$ is the cost, $\epsilon$ is `reg`, and $r$ and $c$ are the masses. It
+    scales the rows of $\exp(-C / \epsilon)$ and then its columns, `iterations` times. The columns
+    are scaled last, so their sums are exact; the sums of the rows converge. The plan is the same as
+    in the log domain, for costs and masses of any range, and takes about the time of plain scaling.
 
     Args:
         cost: Cost of moving a unit from row n to column k; finite, or inf where forbidden. Adding a
@@ -168,13 +169,17 @@ def swav_codes(
     iterations: int = 3,
     group: Group = None,
 ) -> Float[Tensor, "*batch n k"]:
-    """Compute SwAV's codes: soft assignments of n samples that use all k prototypes evenly.
+    r"""Compute SwAV's codes: soft assignments of n samples that use all k prototypes evenly.
 
-    `Q = diag(u) exp(scores / epsilon) diag(v)`, where each iteration first gives every prototype
-    the same mass over the samples, and then every sample the mass 1. So the codes of a sample sum
-    to 1 exactly, and the masses of the prototypes converge. `sinkhorn` scales the other side last,
-    and is stopped before it converges, so neither result is the other one. The codes are the same
-    as in the log domain: scores of any size, and a prototype that no sample is near, are safe.
+    $$
+    Q = \mathrm{diag}(u) \exp(S / \epsilon) \mathrm{diag}(v)
+    $$
+
+    of the scores $S$, where each iteration first gives every prototype the same mass over the
+    samples, and then every sample the mass 1. So the codes of a sample sum to 1 exactly, and the
+    masses of the prototypes converge. `sinkhorn` scales the other side last, and is stopped before
+    it converges, so neither result is the other one. The codes are the same as in the log domain:
+    scores of any size, and a prototype that no sample is near, are safe.
 
     Args:
         scores: Similarity of each sample to each prototype, in SwAV the cosine. Minus infinity
@@ -321,14 +326,15 @@ def sinkhorn_merge(
     cost_range: Literal["problem", "batch"] = "problem",
     choose_by: Literal["cost", "semantic"] = "cost",
 ) -> MergedClusters:
-    """Cluster tokens by transport, merge centroids down to two, and keep the step of lowest cost.
+    r"""Cluster tokens by transport, merge centroids down to two, and keep the step of lowest cost.
 
     The start tokens are the first centroids. Each step computes the cost of every token at every
-    centroid, `T = -Z C^T + position_weight T_pos`, scales it to the range [0, 1], transports the
+    centroid, $T = -Z C^T + \lambda_{pos} T_{pos}$, scales it to the range [0, 1], transports the
     weights of the tokens to those of the centroids ([`sinkhorn`][densekit.clustering.sinkhorn]),
     moves each centroid to the mean of its tokens, and merges the two most similar centroids. K
     decreases by one in every step, independent of the data, so shapes are static. The result is the
-    step whose plan has the lowest cost `<Q, T>`; `choose_by` says which cost T that is.
+    step whose plan has the lowest cost $\langle Q, T \rangle$; `choose_by` says which cost T that
+    is.
 
     Concatenate both views along n, and give each attention head an entry of `*batch`: one call then
     clusters all of them. The result of a problem does not depend on the others, except with

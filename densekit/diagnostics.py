@@ -116,10 +116,15 @@ def affinity_matrix(
     *,
     temperature: Scalar = 0.001,
 ) -> Float[Tensor, "*batch n m"]:
-    """Measure how well each row of one view is found in the other view.
+    r"""Measure how well each row of one view is found in the other view.
 
-    `A_ij = exp(sim(f1_i, f2_j) / t) / sum_k exp(sim(f1_k, f2_j) / t)`, where sim is the cosine. For
-    the same patches of two views, in the same order, the identity is ideal.
+    With the rows $f_i$ of the first and $g_j$ of the second view,
+
+    $$
+    A_{ij} = \frac{\exp(\cos(f_i, g_j) / t)}{\sum_k \exp(\cos(f_k, g_j) / t)} .
+    $$
+
+    For the same patches of two views, in the same order, the identity is ideal.
 
     Args:
         features1: Rows of the first view, such as the patches of `patch_pairs`.
@@ -329,11 +334,15 @@ def coupling_rate(
     box_a: Float[Tensor, "*batch 4"],
     box_b: Float[Tensor, "*batch 4"],
 ) -> Float[Tensor, "*batch"]:
-    """Compute the coupling rate of a layer: the influence of a neighbor on an object's features.
+    r"""Compute the coupling rate of a layer: the influence of a neighbor on an object's features.
 
-    `CR = cos(A1, B) / cos(A2, B)`, where A1 and B are pooled from the image with both objects, and
-    A2 from the image with A alone. A rate above 1 means that the features of A contain B; 1 is
-    ideal. Average over many pairs of objects.
+    $$
+    CR = \frac{\cos(A_1, B)}{\cos(A_2, B)} ,
+    $$
+
+    where $A_1$ and $B$ are pooled from the image with both objects, and $A_2$ from the image with A
+    alone. A rate above 1 means that the features of A contain B; 1 is ideal. Average over many
+    pairs of objects.
 
     Args:
         together: Feature maps of images that contain A and B, such as those of `coupling_images`.
@@ -470,13 +479,13 @@ def layer_bias(
 def effective_rank(
     rows: Float[Tensor, "*batch n d"], *, centered: bool = True
 ) -> Float[Tensor, "*batch"]:
-    """Compute how many dimensions the rows use: the exponential of an entropy.
+    r"""Compute how many dimensions the rows use: the exponential of an entropy.
 
     Channels come last: the n rows of a set, such as tokens, are (..., n, d). For maps use
-    `map_to_rows`. With the singular values `s_i` of the rows about their mean and their shares `p_i
-    = s_i / sum_j s_j`, the rank is `exp(-sum_i p_i log p_i)`. It is 1 if all rows lie on a line,
-    and d if all directions are used alike. A rank that falls during training shows a collapse of
-    dimensions. It depends on the number of rows, so compare it for the same number.
+    `map_to_rows`. With the singular values $s_i$ of the rows about their mean and their shares
+    $p_i = s_i / \sum_j s_j$, the rank is $\exp(-\sum_i p_i \log p_i)$. It is 1 if all rows lie on a
+    line, and d if all directions are used alike. A rank that falls during training shows a collapse
+    of dimensions. It depends on the number of rows, so compare it for the same number.
 
     Args:
         rows: n rows in each set.
@@ -529,12 +538,12 @@ def _entropy_rank(values: Tensor, side: int) -> Tensor:
 
 @typed
 def off_diagonal_cosine(rows: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch"]:
-    """Compute the mean cosine of all pairs of different rows of a set.
+    r"""Compute the mean cosine of all pairs of different rows of a set.
 
     Channels come last: the n rows of a set, such as tokens, are (..., n, d). For maps use
-    `map_to_rows`. It is computed as `(|sum_i u_i|^2 - n) / (n (n - 1))` from the rows u_i of length
-    one, without an array of pairs. It is 1 if all rows have one direction, as after a collapse, and
-    never below `-1 / (n - 1)`.
+    `map_to_rows`. It is computed as $(|\sum_i u_i|^2 - n) / (n (n - 1))$ from the rows $u_i$ of
+    length one, without an array of pairs. It is 1 if all rows have one direction, as after a
+    collapse, and never below $-1 / (n - 1)$.
 
     Args:
         rows: n rows in each set.
@@ -561,12 +570,17 @@ def off_diagonal_cosine(rows: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*ba
 def position_share(
     features: Float[Tensor, "n d h w"], *, adjusted: bool = True
 ) -> Float[Tensor, ""]:
-    """Measure how much of the features' variance their position in the image explains.
+    r"""Measure how much of the features' variance their position in the image explains.
 
-    With the mean over the images `m_p` of position p and the mean m of all, the share is `sum (m_p
-    - m)^2 / sum (f - m)^2`, both sums over all tokens: the R^2 of an analysis of variance.
-    Photographs have the sky above, so use random crops and flips, and compare two models on the
-    same ones. A share that rises means that features encode their place instead of the content.
+    With the mean over the images $m_p$ of position p and the mean $m$ of all, the share is
+
+    $$
+    \frac{\sum (m_p - m)^2}{\sum (f - m)^2} ,
+    $$
+
+    both sums over all tokens: the $R^2$ of an analysis of variance. Photographs have the sky above,
+    so use random crops and flips, and compare two models on the same ones. A share that rises means
+    that features encode their place instead of the content.
 
     Args:
         features: Feature maps of different images.

@@ -32,7 +32,13 @@ def ema_update(
     inplace: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tree:
-    """Move a teacher's tensors towards a student's: `m teacher + (1 - m) student`.
+    r"""Move a teacher's tensors towards a student's, by an exponential moving average.
+
+    $$
+    \theta_t \leftarrow m \theta_t + (1 - m) \theta_s
+    $$
+
+    with the tensors $\theta_t$ of the teacher and $\theta_s$ of the student.
 
     Teacher and student are two modules whose parameters have the same names, such as a network and
     its deep copy; or two state dicts; or two other trees of dicts, lists and (named) tuples with

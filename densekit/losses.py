@@ -76,9 +76,13 @@ def negative_cosine(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute the negative cosine similarity `-p z / (|p| |z|)`; the teacher is detached.
+    r"""Compute the negative cosine similarity of student and teacher; the teacher is detached.
 
     Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
+
+    $$
+    -\frac{p \cdot z}{|p| |z|}
+    $$
 
     Args:
         student: Predictions p; the gradient flows to them only.
@@ -118,9 +122,13 @@ def cross_entropy_similarity(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute the cross-entropy `-softmax(z) . log softmax(p)`; the teacher z is detached.
+    r"""Compute the cross-entropy of the student and the teacher, which is detached.
 
     Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
+
+    $$
+    -\sum_l \mathrm{softmax}(z)_l \log \mathrm{softmax}(p)_l
+    $$
 
     The d channels are pseudo-categories. The paper prints its Eq 3 with student and teacher
     exchanged; this function computes the direction that its published code uses.
@@ -177,15 +185,21 @@ def info_nce(
     normalized: bool = False,
     product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*reduced"]:
-    """Compute InfoNCE: contrast each query's own key with negative keys.
+    r"""Compute InfoNCE: contrast each query's own key with negative keys.
 
     Channels come last: queries and keys are rows (..., n, d). For maps use `map_to_rows`.
 
-    The loss is `-log(exp(q k / t) / (exp(q k / t) + sum_j exp(q k_j / t)))` for each query q with
-    its key k and the negatives k_j, on L2-normalized vectors. If `negatives` are given, only they
-    are the negatives; otherwise the other keys of the same set are. In the dense form a query is a
-    cell or patch of one view, its key is the same position in the other view, and the negatives
-    come from a bank: `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
+    For each query $q$ with its key $k$ and the negatives $k_j$, on L2-normalized vectors, the loss
+    is
+
+    $$
+    -\log \frac{\exp(q \cdot k / t)}{\exp(q \cdot k / t) + \sum_j \exp(q \cdot k_j / t)} .
+    $$
+
+    If `negatives` are given, only they are the negatives; otherwise the other keys of the same set
+    are. In the dense form a query is a cell or patch of one view, its key is the same position in
+    the other view, and the negatives come from a bank:
+    `info_nce(query, key, bank_negatives(bank), temperature=0.2)`.
 
     The gradient flows to queries, keys and negatives, since none of them is called a teacher. So
     compute the keys of a momentum encoder under `torch.no_grad()`, or detach them.
@@ -323,12 +337,18 @@ def self_distillation(
     teacher_temperature: Scalar = 0.07,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
+    r"""Compute the cross-entropy H(P_t, P_s) of a centered, sharpened teacher and a student.
 
     Channels come last: `student` and `teacher` are rows (..., d). For maps use `map_to_rows`.
 
-    `P_t = softmax((teacher - center) / t_t)`, `P_s = softmax(student / t_s)` and `H = -sum_l P_t
-    log P_s`; the teacher is detached. A category whose teacher probability is 0 adds nothing.
+    $$
+    P_t = \mathrm{softmax}((z - c) / t_t) , \qquad
+    P_s = \mathrm{softmax}(p / t_s) , \qquad
+    H = -\sum_l P_{t,l} \log P_{s,l}
+    $$
+
+    with the teacher's logits $z$, the center $c$ and the student's logits $p$. The teacher is
+    detached. A category whose teacher probability is 0 adds nothing.
 
     Args:
         student: Logits of the student's head; the gradient flows to them only. Minus infinity
@@ -384,16 +404,21 @@ def kernel_alignment(
     unit: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute 1 - CKA: whether two sets of tokens have the same similarities, each set centered.
+    r"""Compute 1 - CKA: whether two sets of tokens have the same similarities, each set centered.
 
     Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
 
-    With the tokens S and T of one image, each about its mean over the valid tokens, `CKA = |S^T
-    T|^2 / (|S^T S| |T^T T|)`, in Frobenius norms: the cosine of the centered n x n matrices of
-    products `S S^T` and `T T^T`. It compares structures: rotating or mirroring all tokens of a
-    side, scaling them by one factor, or moving them by one vector changes nothing, and the two
-    sides may have different numbers of channels. A token counts by its squared distance to the
-    mean, so a few tokens of high norm dominate; `unit` prevents this.
+    With the tokens $S$ and $T$ of one image, each about its mean over the valid tokens,
+
+    $$
+    CKA = \frac{|S^T T|^2}{|S^T S| |T^T T|} ,
+    $$
+
+    in Frobenius norms: the cosine of the centered n x n matrices of products $S S^T$ and $T T^T$.
+    It compares structures: rotating or mirroring all tokens of a side, scaling them by one factor,
+    or moving them by one vector changes nothing, and the two sides may have different numbers of
+    channels. A token counts by its squared distance to the mean, so a few tokens of high norm
+    dominate; `unit` prevents this.
 
     Args:
         student: Tokens of the student; the gradient flows to them only.
@@ -486,14 +511,15 @@ def gram_loss(
     clip_negative: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute Gram anchoring: the mean squared difference of the cosines of all pairs of tokens.
+    r"""Compute Gram anchoring: the mean squared difference of the cosines of all pairs of tokens.
 
     Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
 
-    With the tokens of one image scaled to length one, S and T, the loss is `|S S^T - T T^T|^2 /
-    n^2`. The paper sums over the pairs; the mean makes the weight independent of the number of
-    tokens. Multiplying a token by a number above 0, or rotating or mirroring all tokens of a side
-    changes nothing; moving all tokens by one vector does, unlike in `kernel_alignment`.
+    With the tokens of one image scaled to length one, $S$ and $T$, the loss is
+    $|S S^T - T T^T|^2 / n^2$. The paper sums over the pairs; the mean makes the weight independent
+    of the number of tokens. Multiplying a token by a number above 0, or rotating or mirroring all
+    tokens of a side changes nothing; moving all tokens by one vector does, unlike in
+    `kernel_alignment`.
 
     Args:
         student: Tokens of the student; the gradient flows to them only.
@@ -550,14 +576,15 @@ def neighbor_order_loss(
     network: Network = "bitonic",
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute NeCo's loss: the student orders the references by similarity as the teacher does.
+    r"""Compute NeCo's loss: the student orders the references by similarity as the teacher does.
 
     Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
 
     The similarities of each point with the r references are sorted by `soft_sort`, in ascending
-    order, on both sides. With the plans q of the teacher and p of the student, the loss of a point
-    is `-sum_ij q_ij log p_ij / r` over the references i and their ranks j. It is never below the
-    entropy of q (its value at student = teacher, with one steepness), so report it minus that.
+    order, on both sides. With the plans $q$ of the teacher and $p$ of the student, the loss of a
+    point is $-\sum_{ij} q_{ij} \log p_{ij} / r$ over the references i and their ranks j. It is
+    never below the entropy of $q$ (its value at student = teacher, with one steepness), so report
+    it minus that.
 
     The backward pass sorts again, some points at a time, so that the plans of all layers are never
     in memory together: with 49 points and references of 64 images, 0.4 GB instead of 1.7 GB on a
@@ -658,13 +685,19 @@ def neighbor_distribution_loss(
     teacher_temperature: Scalar = 0.04,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*reduced"]:
-    """Compute the cross-entropy of the points' similarities with references, teacher to student.
+    r"""Compute the cross-entropy of the points' similarities with references, teacher to student.
 
     Channels come last: `student` and `teacher` are rows (..., n, d). For maps use `map_to_rows`.
 
-    `P_t = softmax(cos(t, R) / t_t)` and `P_s = softmax(cos(s, R) / t_s)` over the allowed
-    references R, and the loss of a point is `-sum P_t log P_s`. It is the loss of
-    `neighbor_order_loss` without the sorting. It is never below the entropy of P_t, so report it
+    Over the allowed references $R_i$, with the teacher's point $t$ and the student's point $s$,
+
+    $$
+    P_t = \mathrm{softmax}(\cos(t, R) / t_t) , \qquad
+    P_s = \mathrm{softmax}(\cos(s, R) / t_s) ,
+    $$
+
+    and the loss of a point is $-\sum_i P_{t,i} \log P_{s,i}$. It is the loss of
+    `neighbor_order_loss` without the sorting. It is never below the entropy of $P_t$, so report it
     minus that.
 
     Args:
@@ -733,7 +766,13 @@ def update_center(
     momentum: float = 0.9,
     group: Group = None,
 ) -> Float[Tensor, " d"]:
-    """Update the running mean of the teacher's logits: `m center + (1 - m) mean(teacher)`.
+    r"""Update the running mean of the teacher's logits.
+
+    $$
+    c \leftarrow m c + (1 - m) \bar{z}
+    $$
+
+    with the mean $\bar{z}$ of the teacher's logits.
 
     Channels come last: `teacher` has rows (..., d). For maps use `map_to_rows`.
 
@@ -836,14 +875,21 @@ def variance_covariance(
     epsilon: float = 1e-4,
     group: Group = None,
 ) -> VarianceCovariance:
-    """Compute VICReg's variance and covariance: channels keep a spread, and do not repeat others.
+    r"""Compute VICReg's variance and covariance: channels keep a spread, and do not repeat others.
 
     Channels come last: n rows (..., n, d) of a set. For maps use `map_to_rows`. VICReg's third
     term, the distance of the two views, is `torch.nn.functional.mse_loss`.
 
-    With the covariance matrix `C = sum_i (z_i - m)(z_i - m)^T / (n - 1)` of the rows z_i about
-    their mean m, the terms are `sum_j max(0, target - sqrt(C_jj + epsilon)) / d` and `sum_(i != j)
-    C_ij^2 / d`. Add them for each view, in the paper with the weights 25 and 1.
+    With the covariance matrix $C = \sum_i (z_i - m)(z_i - m)^T / (n - 1)$ of the rows $z_i$ about
+    their mean $m$, the terms are
+
+    $$
+    \frac{1}{d} \sum_j \max(0, \gamma - \sqrt{C_{jj} + \epsilon})
+    \qquad \text{and} \qquad
+    \frac{1}{d} \sum_{i \ne j} C_{ij}^2
+    $$
+
+    with the target $\gamma$. Add them for each view, in the paper with the weights 25 and 1.
 
     Args:
         rows: n rows in each set, not normalized. Statistics are over the rows of one set: flatten

@@ -39,10 +39,10 @@ def pool_masks(
     *,
     average: bool = False,
 ) -> Float[Tensor, "*batch k d"]:
-    """Pool the features of k regions as sums over soft masks.
+    r"""Pool the features of k regions as sums over soft masks.
 
-    `e_k = sum_n m_nk f_n`, as in the paper. With `average` the sum is divided by the region's mass,
-    `sum_n m_nk`, which gives the centroids of soft clusters.
+    $e_k = \sum_n m_{nk} f_n$, as in the paper. With `average` the sum is divided by the region's
+    mass, $\sum_n m_{nk}$, which gives the centroids of soft clusters.
 
     Args:
         features: Features of n cells or points.

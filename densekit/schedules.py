@@ -40,10 +40,11 @@ def linear_schedule(step: float, steps: float, *, start: float, end: float) -> f
 
 @typed
 def cosine_schedule(step: float, steps: float, *, start: float, end: float = 0.0) -> float:
-    """Follow half a cosine from `start` at step 0 to `end` at `steps`; it is constant outside.
+    r"""Follow half a cosine from `start` at step 0 to `end` at `steps`; it is constant outside.
 
-    The value is `end + (start - end) (1 + cos(pi step / steps)) / 2`. Both ends are exact, also
-    where the other one is infinite or the difference overflows.
+    From $a$ at the start to $b$ at the end, the value at the share $t$ of the steps is
+    $b + (a - b) (1 + \cos \pi t) / 2$. Both ends are exact, also where the other one is infinite or
+    the difference overflows.
 
     Args:
         step: The step; it may be a fraction.

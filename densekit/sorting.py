@@ -31,12 +31,12 @@ class SoftSort(NamedTuple):
 def soft_sort(
     values: Float[Tensor, "*batch n"], *, steepness: Scalar, network: Network = "bitonic"
 ) -> SoftSort:
-    """Sort values in ascending order, so that gradients flow through the order.
+    r"""Sort values in ascending order, so that gradients flow through the order.
 
     A sorting network compares fixed pairs of wires a and b, layer by layer. A comparison mixes the
-    two values: with `alpha = 1/2 + atan(steepness (b - a)) / pi`, the smaller one becomes `alpha a
-    + (1 - alpha) b` and the larger one `(1 - alpha) a + alpha b`. The plan is the product of all
-    these mixtures, so `sorted = values @ plan`.
+    two values: with $\alpha = 1/2 + \arctan(s (b - a)) / \pi$ and the steepness $s$, the smaller
+    one becomes $\alpha a + (1 - \alpha) b$ and the larger one $(1 - \alpha) a + \alpha b$. The plan
+    is the product of all these mixtures, so `sorted = values @ plan`.
 
     The steepness counts against the spread of the values: values c times as large are sorted as by
     c times the steepness. As it grows, the result becomes that of `torch.sort`; values that are

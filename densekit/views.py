@@ -818,10 +818,15 @@ def view_to_matrix(
 
 @typed
 def image_to_view(view: View, points: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch n 2"]:
-    """Map points from the image frame to the frame of a view.
+    r"""Map points from the image frame to the frame of a view.
 
-    Points outside the crop are mapped to points outside [0, 1]. Where the view's box is not valid
-    the points are returned unchanged: they are finite but have no meaning.
+    $$
+    u = \frac{x - x_1}{x_2 - x_1} , \qquad v = \frac{y - y_1}{y_2 - y_1} ,
+    $$
+
+    and $1 - u$ where the view is mirrored left to right, $1 - v$ where it is mirrored top to
+    bottom. Points outside the crop are mapped to points outside [0, 1]. Where the view's box is not
+    valid the points are returned unchanged: they are finite but have no meaning.
 
     Args:
         view: One view for each batch entry.

@@ -7,8 +7,12 @@ import inspect
 import os
 import re
 import runpy
+import shlex
+import sys
 import textwrap
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from unittest import SkipTest
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ import yaml
 from api_pages import first_page, first_sentence, modules, page
 from files import ROOT, project_files
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 import densekit
@@ -276,16 +280,93 @@ def test_another_cpu_prints_the_sum_of_ones_otherwise():
         assert str(torch.ones(2) + torch.ones(2)) == "tensor([2., 2.])"
 
 
-@pytest.mark.parametrize("cpu", [nullcontext(), OtherCPU(1)], ids=["here", "elsewhere"])
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+WITH_COMMANDS = {"my_images.md"}  # the blocks of these pages that are `sh` run, too
+ELSEWHERE = OtherCPU(1)
+RUNS = [
+    pytest.param(page, cpu, id=f"{page.relative_to(ROOT)}-{name}")
+    for page in PAGES
+    for name, cpu in {"here": nullcontext(), "elsewhere": ELSEWHERE}.items()
+    if cpu is not ELSEWHERE or page.name not in WITH_COMMANDS
+]
+
+
+@pytest.mark.parametrize(("page", "cpu"), RUNS)
 def test_the_python_of_a_page_runs(page, cpu, tmp_path, monkeypatch):
+    def run_commands(example):
+        """Run each `python recipes/NAME.py OPTIONS` of a block, in this process."""
+        for line in example.parsed.replace("\\\n", " ").splitlines():
+            _, script, *options = shlex.split(line)
+            monkeypatch.setattr(sys, "argv", [script, *options])
+            with pytest.raises(SystemExit, match=r"^0$"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(SEED)
-    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    parsers = [PythonCodeBlockParser(), SkipParser()]
+    if page.name in WITH_COMMANDS:
+        parsers.append(CodeBlockParser("sh", run_commands))
+    document = Sybil(parsers).parse(page)
     document.namespace["__name__"] = __name__
     with cpu:
         for example in document.examples():
-            example.evaluate()
+            with suppress(SkipTest):  # it needs a package that the tests do not have
+                example.evaluate()
+
+
+def test_the_own_recipe_is_as_short_as_its_page_says():
+    text = (ROOT / "docs" / "guide" / "own_recipe.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert "150 lines" in text.splitlines()[0]
+    assert "\n\n".join(blocks).count("\n") <= 150
+
+
+@pytest.mark.parametrize("name", ["frames", "valid", "randomness", "precision", "clusters"])
+def test_a_figure_of_the_guide_is_drawn_where_a_page_shows_it(name):
+    drawn = runpy.run_path(str(ROOT / "docs" / "guide" / "figures.py"))[f"{name}_figure"]()
+    assert ElementTree.fromstring(drawn).find("svg").get("aria-label")
+    assert "nan" not in drawn.split("base64")[0]
+    shown = [page for page in PAGES if f"print({name}_figure())" in page.read_text()]
+    assert len(shown) == 1
+
+
+# ---- formulas --------------------------------------------------------------------------------
+
+
+def test_formulas_are_rendered_offline():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert {"pymdownx.arithmatex": {"generic": True}} in settings["markdown_extensions"]
+    names = [*settings["extra_css"], *settings["extra_javascript"]]
+    assert [name for name in names if not (ROOT / "docs" / name).is_file()] == []
+    katex = ROOT / "docs" / "assets" / "katex"
+    assert (katex / "LICENSE").read_text().startswith("The MIT License")
+    fonts = re.findall(r"url\(([^)]+)\)", (katex / "katex.min.css").read_text())
+    assert len(fonts) == len({*fonts}) == 20
+    assert [x for x in fonts if not (katex / x).is_file()] == []
+
+
+def formulas(text):
+    """What stands between dollar signs, outside of code."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`|^ *>>>.*$", "", text, flags=re.M | re.S)
+    return [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$]+)\$", text, re.S)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "/guide/" in str(page)], ids=str)
+def test_the_formulas_of_a_guide_close_what_they_open(page):
+    for formula in formulas(page.read_text()):
+        assert formula.count("{") == formula.count("}")
+        assert formula.count("\\left") == formula.count("\\right")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if "$" in PUBLIC[name].__doc__])
+def test_the_formulas_of_a_docstring_can_be_read_and_rendered(name):
+    found = formulas(PUBLIC[name].__doc__)
+    assert found
+    for formula in found:
+        assert formula.count("{") == formula.count("}")
+        assert "\n\n" not in formula  # a dollar sign without its partner
+        assert not re.search(r"\\(left|right|big|displaystyle)\b", formula), "too much TeX"
+        assert "\t" not in formula  # a backslash in a string that is not raw
+        assert "\f" not in formula
 
 
 # ---- pages -----------------------------------------------------------------------------------
@@ -355,7 +436,7 @@ def test_torchrun_is_told_where_its_own_options_end():
     text = "\n".join(path.read_text().replace("\\\n", "") for path in files)
     commands = re.findall(r"^ *torchrun .*$", text, re.M)
     assert len(commands) > 9
-    assert [x for x in commands if not re.search(r" -- +recipes/", x)] == []  # it has a --run-path
+    assert [x for x in commands if not re.search(r" -- +\S+\.py\b", x)] == []  # it has a --run-path
 
 
 def test_a_recipe_has_a_page():
