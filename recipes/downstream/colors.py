@@ -100,7 +100,7 @@ def shares_of_hues() -> np.ndarray:
     for start in (5, 3, 1):
         place = (start * sixth + hues) % (6 * sixth)
         rows.append(np.minimum(place, 4 * sixth - place).clip(0, sixth))
-    return np.stack(rows).astype(np.uint32)
+    return np.stack(rows).astype(np.uint16)  # as the products with a saturation are at most 255^2
 
 
 SHARES = shares_of_hues()

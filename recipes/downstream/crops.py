@@ -83,5 +83,5 @@ def crop_floats(inside: Tensor, flip: Tensor, size: int) -> Tensor:
 
 
 def _rounded_bytes(pixels: Tensor) -> Tensor:
-    """Gray levels 0 ... 255 as uint8, rounded."""
-    return pixels.round().clamp(0, 255).byte()
+    """Gray levels 0 ... 255 as uint8, rounded; they are lost."""
+    return pixels.round_().clamp_(0, 255).byte()

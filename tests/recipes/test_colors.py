@@ -1,4 +1,4 @@
-"""What the loader processes do to colors and sharpness is what PIL and torchvision do, to the bit."""
+"""What changes colors and sharpness does what PIL and torchvision do, to the bit."""
 
 import numpy as np
 import pytest
