@@ -390,7 +390,7 @@ def thumbnail(image: Tensor) -> Tensor:
 
 
 def nearest_images(maps: Tensor, count: int) -> Tensor:
-    """The numbers (n, count) of the images whose whole maps have the largest cosine, the best first.
+    """The numbers (n, count) of the images with the largest cosine of whole maps, the best first.
 
     Unlike `dk.nearest_maps` it makes no copy of the maps, which stay in half precision: some
     columns at a time are widened.

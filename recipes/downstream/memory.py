@@ -13,6 +13,8 @@ GALLERY = 100_000  # cells of retrieval-seg
 CELLS = 2**13  # cells that are scored at a time
 STEP = 16  # images of a step of the linear layers
 SAMPLE = 256  # cells for each cluster that k-means starts from
+PICTURES = 30  # in the figure of retrieval
+THUMBNAIL = 112  # pixels of a side of each of them
 HISTORY = 2 * 20 + 8  # vectors that the optimizer of the SVM keeps
 
 
@@ -107,7 +109,7 @@ def scoring(sizes: Sizes, columns: int = 0) -> int:
     cells = images * sizes.cells * (4 * sizes.channels + 12 * columns)
     pixels = sizes.pixels * (4 * columns + 40)
     counts = sizes.test * sizes.classes * columns * 8
-    bootstrap = 3 * 8 * min(BLOCK, sizes.draws * max(sizes.test, sizes.classes * columns))
+    bootstrap = 20 * min(BLOCK, sizes.draws * max(sizes.test, sizes.classes * columns))
     return max(counts + cells + pixels, 2 * counts + bootstrap)
 
 
@@ -118,7 +120,7 @@ def linear_layer_on_cells(sizes: Sizes) -> int:
     labels = sizes.fit * (pixels * 4 + sizes.cells * 2)
     block = min(sizes.fit, max(1, BLOCK // max(numbers, pixels))) * numbers
     step = STEP * (numbers * 12 + pixels * (12 * sizes.classes + 8))
-    return max(labels + max(34 * block, step), scoring(sizes))
+    return max(labels + max(26 * block, step), scoring(sizes))
 
 
 def ridge(sizes: Sizes) -> int:
@@ -141,7 +143,7 @@ def gallery_of_cells(sizes: Sizes) -> int:
     """The labels and the order of all cells to fit on, the gallery and a block of cosines."""
     cells = sizes.fit * sizes.cells
     gallery = min(GALLERY, cells)
-    rows = max(sizes.cells, CELLS)
+    rows = min(sizes.test * sizes.cells, max(sizes.cells, CELLS))
     return cells * 18 + votes(rows, gallery, sizes) + gallery * sizes.channels * 4 + scoring(sizes)
 
 
@@ -166,7 +168,7 @@ def neighbors_of_images(sizes: Sizes) -> int:
 def accuracies(sizes: Sizes) -> int:
     """What is right of each image and class, in 64 bits, three times."""
     states = sizes.test * sizes.classes * 3
-    return states * 3 * 8 + 3 * 8 * min(BLOCK, sizes.draws * max(sizes.test, 3 * sizes.classes))
+    return states * 3 * 8 + 20 * min(BLOCK, sizes.draws * max(sizes.test, 3 * sizes.classes))
 
 
 def linear_layers(sizes: Sizes) -> int:
@@ -180,7 +182,7 @@ def linear_layers_on_vectors(sizes: Sizes) -> int:
 
 
 def blocks_of_rows(width: int, sizes: Sizes) -> int:
-    fit = 34 * min(sizes.fit * width, BLOCK) + STEP * width * 12
+    fit = 26 * min(sizes.fit * width, BLOCK) + STEP * width * 12
     return max(fit, sizes.test * width * 4 + accuracies(sizes))
 
 
@@ -192,5 +194,9 @@ def support_vectors(sizes: Sizes) -> int:
 
 
 def cosines_of_images(sizes: Sizes) -> int:
-    """The cosines of all pairs of images, and blocks of columns."""
-    return min(sizes.test**2, COSINES) * 4 + 8 * BLOCK + accuracies(sizes._replace(classes=1))
+    """The cosines of all pairs of images and blocks of columns; then the pictures, three times."""
+    numbers = sizes.test * sizes.cells * sizes.channels
+    cosines = min(sizes.test**2, COSINES) * 4
+    found = cosines + 8 * min(numbers, BLOCK)
+    pictures = 3 * PICTURES * 3 * 4 * min(sizes.image, THUMBNAIL**2)
+    return max(found, pictures, accuracies(sizes._replace(classes=1)))
