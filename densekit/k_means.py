@@ -131,7 +131,7 @@ def kmeans(
     check("k_means.kmeans", "iterations", iterations, iterations >= 0, "0 or more")
 
     dtype = torch.promote_types(torch.promote_types(points.dtype, start.dtype), torch.float32)
-    x = points.detach().to(dtype)
+    x = points.detach()  # in its own dtype: a wider copy of a large set may not fit the memory
     centers = start.detach().to(dtype)
     origin = _middle(centers)
     moves = iterations if x.shape[-2] else 0
@@ -156,7 +156,7 @@ def _restarts(x: Tensor, centers: Tensor, labels: Tensor, empty: Tensor) -> Tens
     square = torch.where(labels >= 0, _squares(x, centers, labels), -1.0)
     far = square.topk(spare)
     rank = (empty.cumsum(-2) - 1).clamp(0, spare - 1)[..., 0]
-    restart = take_rows(x, far.indices.gather(-1, rank))
+    restart = take_rows(x, far.indices.gather(-1, rank)).to(centers)
     return torch.where(far.values.gather(-1, rank)[..., None] > 0, restart, centers)
 
 
@@ -318,13 +318,14 @@ def _assign(
     Returns:
         The labels, and for each center the number of its points and their sum about the origin.
     """
-    find = _nearest(x[..., :0, :], centers, origin)
+    find = _nearest(x[..., :0, :].to(centers), centers, origin)
     index = torch.arange(centers.shape[-2], device=x.device)[:, None]
     labels = []
     count = torch.zeros_like(centers[..., 0], dtype=torch.long)
     total = torch.zeros_like(centers)
     first = 0
-    for part in _blocks(x, centers):
+    for block in _blocks(x, centers):
+        part = block.to(centers)
         label = find(part)
         if valid is not None:
             label = torch.where(valid[..., first : first + part.shape[-2]], label, -1)
@@ -334,7 +335,7 @@ def _assign(
             offset = torch.where(used[..., None], offset, 0.0)
         own = label[..., None, :] == index
         with full_precision(x):
-            total = total + own.to(x) @ offset
+            total = total + own.to(part) @ offset
         count = count + own.sum(-1)
         labels.append(label)
         first += part.shape[-2]

@@ -285,7 +285,7 @@ def train_linear_probe(
     check_cells("probes.train_linear_probe", "a map", (h, w))
     x = features.detach()
     y = _small_labels(labels, classes, ignore)
-    y, used, mean, scale = _standardize(x, y)
+    used, mean, scale = _standardize(x, y)
     steps = epochs * -(-len(x) // batch)
     step = 0
 
@@ -365,11 +365,10 @@ def fit_svm(
     with _gradients(features):
         used = features.isfinite().all(-1, keepdim=True)
         x = torch.where(used, features.detach(), 0.0).double()
-        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         sign = targets.double() * 2 - 1
         share = torch.ones_like(sign) if weights is None else weights.detach().double()
         share = torch.where(used, share, 0.0)
-        weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
+        weight = x.new_zeros(x.shape[1] + 1, targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS(
             [weight],
             max_iter=iterations,
@@ -381,7 +380,8 @@ def fit_svm(
 
         def objective() -> Tensor:
             optimizer.zero_grad()
-            slack = (1 - sign * (x @ weight)).clamp(min=0)
+            scores = x @ weight[:-1] + weight[-1]
+            slack = (1 - sign * scores).clamp(min=0)
             value = weight.square().sum() / 2 + cost * (share * slack.square()).sum()
             value.backward()
             return value
@@ -541,38 +541,39 @@ def _small_labels(labels: Tensor, classes: int, ignore: int | None) -> Tensor:
     It works in blocks of images, because torch does not compare every integer dtype.
     """
     dtype = torch.int16 if classes <= 2**15 else torch.int64
-    parts = []
-    for part in labels.split(block_rows(labels[0].numel())):
+    small = torch.empty_like(labels, dtype=dtype)
+    images = block_rows(labels[0].numel())
+    for part, own in zip(labels.split(images), small.split(images), strict=True):
         wide = part.long()
-        parts.append(torch.where(_counted(wide, classes, ignore), wide, _IGNORE).to(dtype))
-    return torch.cat(parts)
+        own.copy_(torch.where(_counted(wide, classes, ignore), wide, _IGNORE))
+    return small
 
 
-def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the cells to train on, and their mean and inverse deviation; in blocks of images.
 
+    The labels become `_IGNORE`, in place, where the pixel depends on a cell that is not finite.
+
     Returns:
-        The labels, `_IGNORE` where the pixel depends on a cell that is not finite; the cells that
-        are finite `(n, 1, h, w)`; and the mean and inverse deviation `(d, 1, 1)` of those that a
-        pixel with a label depends on.
+        The cells that are finite `(n, 1, h, w)`, and the mean and inverse deviation `(d, 1, 1)` of
+        those that a pixel with a label depends on.
     """
     d = x.shape[1]
     size = y.shape[-2:]
     images = block_rows(max(x[0].numel(), y[0].numel()))
-    labels = []
     finite = []
     known = []
 
-    for maps, target in zip(x.split(images), y.split(images), strict=True):
+    for maps, own in zip(x.split(images), y.split(images), strict=True):
         usable = maps.isfinite().all(1, keepdim=True)
         with _gradients(x):
             share = usable.new_ones(usable.shape, dtype=torch.float32, requires_grad=True)
             spread = _resize(share, size)
             spoiled = _resize((~usable).float(), size)[:, 0] > 0
-            target = torch.where(spoiled, _IGNORE, target)
+            target = torch.where(spoiled, _IGNORE, own)
             wanted = (target != _IGNORE).float()[:, None]
             (needed,) = torch.autograd.grad(spread, share, wanted)
-        labels.append(target)
+        own.copy_(target)  # not above, where an inference tensor cannot be written
         finite.append(usable)
         known.append(usable & (needed > 0))
 
@@ -595,7 +596,7 @@ def _standardize(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale = 1 / torch.where(deviation > 1e-12 * largest, deviation, torch.inf)
     mean = mean.float()[:, None, None]
     scale = scale.float()[:, None, None]
-    return torch.cat(labels), torch.cat(finite), mean, scale
+    return torch.cat(finite), mean, scale
 
 
 def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -452,9 +452,9 @@ class Kept:
             return
 
         if self.place is None:
-            self.place = empty_like_maps(self.count, rows)
+            self.place = empty_like(self.count, rows)
         if rows.dtype != self.place.dtype and rows.dtype == torch.float32:
-            wider = empty_like_maps(self.count, rows)
+            wider = empty_like(self.count, rows)
             wider[: self.filled] = self.place[: self.filled]
             self.place = wider
         self.place[self.filled : self.filled + len(rows)] = rows
@@ -467,10 +467,10 @@ class Kept:
         return torch.cat(self.parts) if self.parts else None
 
 
-def empty_like_maps(count: int, rows: Tensor) -> Tensor:
-    """Room for maps (count, d, h, w), in which the numbers of a cell lie side by side."""
-    d, h, w = rows.shape[1:]
-    return torch.empty(count, h, w, d, dtype=rows.dtype).movedim(-1, 1)
+def empty_like(count: int, rows: Tensor) -> Tensor:
+    """Room for vectors (count, d), or maps (count, d, h, w) with a cell's numbers side by side."""
+    d, *size = rows.shape[1:]
+    return torch.empty(count, *size, d, dtype=rows.dtype).movedim(-1, 1)
 
 
 def gather_maps(kept: Kept, shards: Shards) -> Tensor | None:
@@ -515,20 +515,21 @@ def encode(
     object_classes = []
     object_images = []
 
-    source = samples.with_parts(parts)
-    first = own.start
-    for batch in load_batches(source, config, encoder.name, own, silent=not shards.is_main):
+    def keep(batch: list[Sample], first: int) -> None:
+        """Keep what the images have; their maps are gone before those of the next ones are made."""
         images = as_floats([x.image for x in batch], encoder)
         levels = encoder.levels(images, stem="vectors" in parts)
         if "maps" in parts:
             maps.add(levels[config.level - 1])  # level 0 is the last one
         if "pooled" in parts:
             last_levels = levels[-4:]
-            pooled = pooled or [Kept(encoder) for _ in last_levels]
+            if not pooled:
+                pooled.extend(Kept(encoder, len(own)) for _ in last_levels)
             for kept, level in zip(pooled, last_levels, strict=True):
                 kept.add(level.float().mean((-2, -1)))
         if "vectors" in parts:
-            vectors = vectors or [Kept(encoder, half=True) for _ in levels]
+            if not vectors:
+                vectors.extend(Kept(encoder, len(own), half=True) for _ in levels)
             for kept, level in zip(vectors, levels, strict=True):
                 kept.add(pool_to_vector(level))
         if "objects" in parts:
@@ -540,10 +541,15 @@ def encode(
                 part = slice(start, start + config.batch)
                 own_maps = level[owners[part].to(level.device)]
                 objects.add(pool_boxes(own_maps, boxes[part]))
-            object_classes += [x.classes for x in batch]
+            object_classes.extend(x.classes for x in batch)
             object_images.append(owners + first)
         area.append(torch.stack([x.area for x in batch]))
-        presence += [x.presence[None] for x in batch if x.presence is not None]
+        presence.extend(x.presence[None] for x in batch if x.presence is not None)
+
+    source = samples.with_parts(parts)
+    first = own.start
+    for batch in load_batches(source, config, encoder.name, own, silent=not shards.is_main):
+        keep(batch, first)
         first += len(batch)
 
     together = {
@@ -615,6 +621,7 @@ def encode_disturbed(
         level = encoder.levels(images)[config.level - 1]
         objects.add(pool_boxes(level, torch.cat([x.boxes for x in batch])))
         classes += [x.classes for x in batch]
+        del images, level  # before there is a next batch of them
 
     owners = [torch.tensor([place for place, _ in source.places], dtype=torch.long)]
     found = gather_objects(objects, classes, owners, shards)

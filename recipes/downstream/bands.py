@@ -335,7 +335,8 @@ def more_than_picture(path: Path) -> int:
 
 def in_unit(images: Tensor) -> Tensor:
     """Pictures of 8 bits in [0, 1]; images of bands as they are."""
-    return images / 255 if images.dtype == torch.uint8 else images
+    # Not `images / 255`, which makes the floats twice.
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def to_pictures(images: Tensor) -> Tensor:

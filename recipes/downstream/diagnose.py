@@ -30,6 +30,9 @@ ROI = 14  # bins of the box whose affinity is drawn, along each axis
 TEMPERATURE = 0.001  # of the affinity
 ATTEMPTS = 10  # to draw two views that both contain a box
 OBJECTS = 256  # at most, of which the coupling is measured
+BLOCK = 2**22  # numbers of maps at a time: 16 MB in float32
+THUMBNAIL = 112  # pixels of the longer side of a retrieved image
+COSINES = 2**27  # of images at a time: half a gigabyte
 
 
 def level_of_figures(encoder: Encoder, config: Any) -> int:
@@ -369,6 +372,38 @@ DIAGNOSTICS = {
 
 
 # ---- a diagnostic of features --------------------------------------------------------------------
+def thumbnail(image: Tensor) -> Tensor:
+    """A picture as large as the figure shows it, since drawing takes many copies of it."""
+    side = max(image.shape[-2:])
+    size = [max(1, THUMBNAIL * length // side) for length in image.shape[-2:]]
+    if side <= THUMBNAIL:
+        return image
+    return transforms.functional.resize(image, size, antialias=True)
+
+
+def nearest_images(maps: Tensor, count: int) -> Tensor:
+    """The numbers (n, count) of the images with the largest cosine of whole maps, the best first.
+
+    Unlike `dk.nearest_maps` it makes no copy of the maps, which stay in half precision: some
+    columns at a time are widened.
+    """
+    rows = maps.movedim(1, -1).flatten(1)
+    images_at_once = max(1, BLOCK // rows.shape[1])
+    lengths = torch.cat([x.float().norm(dim=1) for x in rows.split(images_at_once)])
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)[:, None]
+
+    nearest = []
+    queries_at_once = max(1, COSINES // len(rows))
+    for first in range(0, len(rows), queries_at_once):
+        queries = slice(first, first + queries_at_once)
+        cosines = torch.zeros(len(scale[queries]), len(rows), device=maps.device)
+        for columns in rows.split(max(1, BLOCK // len(rows)), 1):
+            part = columns.float() * scale
+            cosines.addmm_(part[queries], part.mT)
+        nearest.append(cosines.topk(min(count, len(rows))).indices)
+    return torch.cat(nearest)
+
+
 def retrieval(
     encoder: Encoder, picture: Callable[[int], Tensor], test: Features, config: Any, folder: Path
 ) -> dict:
@@ -378,8 +413,7 @@ def retrieval(
     image without a class is not looked up.
     """
     harness.check(len(test.maps) > 1, "retrieval needs two images or more: give another --split.")
-    maps = test.maps.float()
-    nearest = dk.nearest_maps(maps, maps, k=5).indices.cpu()
+    nearest = nearest_images(test.maps, 5).cpu()
     is_other = nearest != torch.arange(len(nearest))[:, None]
     # The image itself is left out, or the last one, where more than four are equal to it.
     is_other[:, -1] &= ~is_other.all(1)
@@ -387,7 +421,7 @@ def retrieval(
 
     rows = torch.arange(min(6, len(nearest)))
     shown = torch.cat([rows[:, None], nearest[rows]], 1)
-    tiles = [picture(int(number)) for row in shown for number in row]
+    tiles = [thumbnail(picture(int(number))) for row in shown for number in row]
     path = picture_path(folder, "retrieval", encoder)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.stack(tiles), path, nrow=shown.shape[1])

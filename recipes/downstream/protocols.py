@@ -56,21 +56,25 @@ def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[rows[:, None], columns]
 
 
-def small_labels(features: Features, cells: int, like: Tensor | None = None) -> Tensor:
+def small_labels(features: Features, cells: int) -> Tensor:
     """Class maps of one size to fit on: `cells` x `cells` labels for each cell of the features.
 
-    They are int16, and -1 is no class. The cells are those of other maps, if `like` is given.
+    They are int16, and -1 is no class.
     """
-    maps = features.maps if like is None else like
-    size = [side * cells for side in maps.shape[-2:]]
-    small = torch.full((len(features.labels), *size), -1, dtype=torch.int16)
+    size = [side * cells for side in features.maps.shape[-2:]]
+    small = torch.empty(len(features.labels), *size, dtype=torch.int16)
     for number, labels in enumerate(features.labels):
-        if labels is None:
-            continue
-        resized = resize_labels(labels, size)
-        is_class = (resized >= 0) & (resized < len(features.classes))
-        small[number] = torch.where(is_class, resized.to(torch.int16), -1)
+        small[number] = resize_to_cells(labels, size, len(features.classes))
     return small
+
+
+def resize_to_cells(labels: Tensor | None, size: Sequence[int], classes: int) -> Tensor:
+    """A class map at another size, int16; -1 is no class, everywhere where there is no map."""
+    if labels is None:
+        return torch.full(tuple(size), -1, dtype=torch.int16)
+    resized = resize_labels(labels, size)
+    is_class = (resized >= 0) & (resized < classes)
+    return torch.where(is_class, resized.to(torch.int16), -1)
 
 
 def cells_of(maps: Tensor) -> Tensor:
@@ -229,8 +233,12 @@ def segment(counts_of: Counts, fit: Features, test: Features, config: Any, seed:
 def position_prior(fit: Features, test: Features, config: Any) -> dict:
     """What is known without an image: the shares of the classes at each place."""
     k = len(fit.classes)
-    labels = small_labels(fit, 4, like=test.maps)
-    shares = torch.stack([(labels == number).float().mean(0) for number in range(k)])
+    size = [4 * side for side in test.maps.shape[-2:]]
+    images_of_class = torch.zeros(k, *size)  # at each place; the maps are not in memory together
+    for labels in fit.labels:
+        small = resize_to_cells(labels, size, k)[None].long()
+        images_of_class.scatter_add_(0, small.clamp(min=0), (small >= 0).float())
+    shares = images_of_class / max(1, len(fit.labels))
 
     def class_scores(maps: Tensor) -> Tensor:
         return shares.expand(len(maps), *shares.shape)
