@@ -696,7 +696,8 @@ def spoil_run(draw: Callable, folder: Path) -> bool:
         elif kind == "loop":
             path.symlink_to(path.name)
         elif kind == "link":
-            path.symlink_to(draw(st.sampled_from([".", "/", "/nowhere", "/dev/null", aside.name])))
+            targets = [".", "..", "../nowhere", "../../nowhere", "/dev/null", aside.name]
+            path.symlink_to(draw(st.sampled_from(targets)))
     forged = draw(st.sampled_from(["no", "no", "forged", "without"]))
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         if forged == "without":
