@@ -1026,15 +1026,31 @@ def counts_path(run: harness.Run, step: int) -> Path:
     return run.folder / "scores" / f"step-{step:08d}.safetensors"
 
 
+def read_counts(path: Path) -> dict[str, Tensor]:
+    """The confusion matrices of a file of `evaluate`."""
+    try:
+        counts = safetensors.torch.load(path.read_bytes())
+        for name in SCORES:
+            images, rows, columns = counts[name].shape
+            harness.check(images > 0 and rows == columns, f"{name} is no confusion matrix")
+    except Exception as error:  # broken bytes raise nearly anything
+        raise harness.UserError(
+            f"The scores {path} cannot be read ({harness.first_line(error)}): the run itself is "
+            "whole, and evaluate.py scores its encoder."
+        ) from error
+    return counts
+
+
 def print_results(run: harness.Run, step: int) -> None:
     """The health and the scores before and after, and the interval of the difference."""
     for name in health.SCORES:
         rows = run.rows(name)
-        harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
+        if rows:
+            harness.tell(f"{name:20} {rows[0][name]:7.3f} before, {rows[-1][name]:7.3f} after")
     if not counts_path(run, 0).exists():
         return
-    before = safetensors.torch.load(counts_path(run, 0).read_bytes())
-    after = safetensors.torch.load(counts_path(run, step).read_bytes())
+    before = read_counts(counts_path(run, 0))
+    after = read_counts(counts_path(run, step))
     harness.tell("mIoU: before, after, difference; in brackets the 95 % interval over the images.")
     for name in SCORES:
         found = compare_scores(before[name], after[name])

@@ -539,7 +539,8 @@ def evaluate(
     path = run.picture_path(step)
     draw_inputs(model, preview, config, path)
 
-    terms = measure_layers(encoder, source, config, device)
+    measures = measure_layers(encoder, source, config, device)
+    terms = dict(measures)
     if config.data is None:
 
         def features(scenes: Tensor) -> Tensor:
@@ -548,7 +549,7 @@ def evaluate(
         score = dk.probe_scenes(features)
         terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
     run.log(step, **terms)
-    draw_layers(run.rows("mean_cosine_layer4"), path.with_name("layers.png"))
+    draw_layers(run.rows(*measures), path.with_name("layers.png"))
     model.train()
 
 

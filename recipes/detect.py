@@ -636,5 +636,5 @@ def train(config: Config) -> None:
         if world.is_main:
             torch.save(model.state_dict(), folder / "detector.pt")
             line = "step {step}: AP {box_AP:.3f}, AP50 {box_AP50:.3f}, AP75 {box_AP75:.3f}"
-            for row in run.rows("box_AP"):
+            for row in run.rows("box_AP", "box_AP50", "box_AP75"):
                 harness.tell(line.format(**row))

@@ -432,7 +432,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
     similarity = measure_similarity(torch.cat(maps), config.seed)
     run.log(step, matched=matched, **similarity)
     # The rows of all checkpoints so far give a curve each.
-    draw_similarity(run.rows("matched"), path.with_name("similarity-iou.png"))
+    draw_similarity(run.rows(*similarity), path.with_name("similarity-iou.png"))
 
     if config.data is None:
         normalize = transforms.Normalize(model.mean, model.std)

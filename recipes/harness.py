@@ -25,11 +25,12 @@ import re
 import shutil
 import signal
 import socket
+import string
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -1370,7 +1371,8 @@ def as_option(name: str) -> str:
 
 # ---- checkpoints -----------------------------------------------------------------------------
 ROW = "row.json"  # the sums, in a checkpoint, of the row of the log that is not complete yet
-CHECKSUMS = "checksums.json"  # size and hash of each file of a checkpoint; it is written last
+# The step of a checkpoint, and size and hash of each of its files; it is written last.
+CHECKSUMS = "checksums.json"
 ENCODER = "encoder.safetensors"
 SIDE_CAR = "encoder.json"
 CHECKPOINT = re.compile(r"step-([0-9]{8,})(-epoch-[0-9]+)?")
@@ -1395,9 +1397,12 @@ def _checksum(path: Path) -> dict[str, Any]:
 
 
 def write_checksums(checkpoint: Path) -> None:
-    """Write the checksums of all files of a checkpoint into it."""
-    files = [path for path in sorted(checkpoint.iterdir()) if path.name != CHECKSUMS]
-    sums = {path.name: _checksum(path) for path in files}
+    """Write the checksums of all files of a checkpoint into it, and its step."""
+    final = checkpoint.with_name(checkpoint.name.removeprefix("."))  # until it is whole
+    sums: dict[str, Any] = {"step": step_of(final)}
+    for path in sorted(checkpoint.iterdir()):
+        if path.name != CHECKSUMS:
+            sums[path.name] = _checksum(path)
     write(checkpoint / CHECKSUMS, json.dumps(sums, indent=2).encode())
 
 
@@ -1405,7 +1410,11 @@ def damage_of(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty where nothing is."""
     try:
         if (checkpoint / CHECKSUMS).exists():
-            for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+            sums = json.loads((checkpoint / CHECKSUMS).read_text())
+            step = sums.pop("step", None)  # older versions noted none
+            if step not in (None, step_of(checkpoint)):
+                return f"it was renamed, and is of step {step}"
+            for name, expected in sums.items():
                 if not (checkpoint / name).is_file():
                     return f"{name} is missing"
                 found = _checksum(checkpoint / name)
@@ -1520,8 +1529,11 @@ def write(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError:  # a disk that is full has more use for the space
-        temporary.unlink(missing_ok=True)
+    except OSError as error:  # a disk that is full has more use for the space
+        if error.filename is None:
+            error.filename = str(path)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -1638,7 +1650,8 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     has_step = isinstance(row, dict) and type(row.get("step")) is int
-    return row if has_step else None
+    has_numbers = has_step and all(type(x) in (int, float) for x in row.values())
+    return row if has_numbers else None
 
 
 def patience_of(config: Any) -> Patience:
@@ -2074,11 +2087,11 @@ class Run(ExitStack):
         for name, value in row.items():
             self._curves.add_scalar(name, value, step)
 
-    def rows(self, name: str) -> list[dict[str, float]]:
-        """The logged rows that hold a number of this name, in order."""
+    def rows(self, *names: str) -> list[dict[str, float]]:
+        """The logged rows that hold a number of each of these names, in order."""
         lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
         found = [_parse_row(line) for line in lines]
-        return [row for row in found if row is not None and name in row]
+        return [row for row in found if row is not None and row.keys() >= set(names)]
 
     def record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Note the terms of a step, on the device; all processes note the same ones.
@@ -2243,7 +2256,8 @@ class Run(ExitStack):
 def print_probes(run: Run, more: str = "") -> None:
     """A line for each checkpoint that the encoder was probed at, if any; `more` ends the line."""
     line = "step {step:4}: probe mIoU {probe_miou:.3f}, most frequent class {prior_miou:.3f}" + more
-    rows = run.rows("probe_miou")
+    names = [name for _, name, _, _ in string.Formatter().parse(line) if name]
+    rows = run.rows(*names)
     if rows:
         tell("At step 0 the network is random.")
     for row in rows:

@@ -99,6 +99,11 @@ class Encoder(nn.Module):
             raise harness.UserError(f"{self.name} gives no feature maps: {reason}.") from error
         shapes_right = all(x.ndim == 4 and min(x.shape) > 0 for x in maps)
         harness.check(shapes_right, f"{self.name} gives no feature maps of all its levels.")
+        harness.check(
+            all(bool(x.isfinite().all()) for x in maps),
+            f"{self.name} gives features that are not finite: its weights or its normalization are "
+            "broken.",
+        )
         columns = [x.shape[-1] for x in maps]
 
         if is_vit(self.network):

@@ -165,7 +165,7 @@ class Monitor:
         self.against_start = against_start
         self.known: list[dict[str, Any]] = []  # the scores to compare with
         if run.world.is_main:
-            for row in run.rows("effective_rank"):
+            for row in run.rows("effective_rank", "off_diagonal_cosine"):
                 self.note(row)
 
     @torch.no_grad()

@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapt
 import harness
 import pytest
+import safetensors.torch
 import timm
 import torch
 from adapt import PRESETS, Adapt, ManyViews, Views
@@ -403,6 +405,21 @@ def test_the_demo_prints_health_and_scores_before_and_after(method, tmp_path, mo
     for name in ("retrieval", "kmeans", "ridge"):
         assert re.search(rf"{name} +(-?0\.\d+ \[-?0\.\d+, -?0\.\d+\] *){{3}}\n", printed)
     assert len(rows(tmp_path, "retrieval_miou")) == (2 if method == "paka" else 1)
+
+
+OTHER = safetensors.torch.save({"other": torch.ones(1)})
+
+
+@pytest.mark.parametrize("content", [b"", b"half", OTHER])
+def test_scores_that_are_broken_since_are_a_sentence(tmp_path, content, capsys):
+    run = SimpleNamespace(folder=tmp_path, rows=lambda *_: [])  # an emptied log
+    adapt.print_results(run, 4)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "scores").mkdir()
+    for step in (0, 4):
+        adapt.counts_path(run, step).write_bytes(content)
+    with pytest.raises(harness.UserError, match=r"The scores .* cannot be read .*: the run itself"):
+        adapt.print_results(run, 4)
 
 
 def test_lite0_names_the_main_object_of_photographs():

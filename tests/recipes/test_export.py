@@ -593,6 +593,21 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     assert out.read_text() == "precious"
 
 
+@pytest.mark.parametrize("std", [1e-320, 0.25])
+def test_features_that_are_not_finite_are_refused(tmp_path, std):
+    """Of finite numbers: a deviation that float32 does not hold, and weights that are too large."""
+    path = save(tmp_path / "encoder.safetensors", "tiny")
+    side_car = json.loads(path.with_suffix(".json").read_text())
+    weights = safetensors.torch.load_file(path)
+    if std > 0.1:
+        weights = {k: x * 1e38 if x.is_floating_point() else x for k, x in weights.items()}
+    safetensors.torch.save_file(weights, path)
+    path.with_suffix(".json").write_text(json.dumps({**side_car, "std": [std] * 3}))
+    with pytest.raises(UserError, match="gives features that are not finite"):
+        export.export(Config(str(path), to="timm", out=tmp_path / "a.pth"))
+    assert not (tmp_path / "a.pth").exists()
+
+
 def test_a_file_is_replaced_only_on_demand(checkpoint, tmp_path):
     config = Config(checkpoint("tiny"), to="timm", out=tmp_path / "a.pth")
     for name in ("a.pth", "a.pth.json"):

@@ -352,6 +352,18 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_taken(
         assert resume(folder) == 8
 
 
+def test_a_checkpoint_that_was_renamed_is_of_no_other_step(tmp_path_factory, whole, capsys):
+    folder = copy_of(whole, tmp_path_factory)
+    places = folder / "checkpoints"
+    (places / "step-00000007").rename(places / "step-00000012")
+    assert resume(folder) == 8
+    assert "step-00000012 is broken (it was renamed, and is of step 7)" in capsys.readouterr().err
+    sums = json.loads((places / "step-00000008" / "checksums.json").read_text())
+    assert sums.pop("step") == 8
+    (places / "step-00000008" / "checksums.json").write_text(json.dumps(sums))
+    assert resume(folder) == 8  # as of an older version
+
+
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("content", [None, b"", b"half"])
 def test_a_broken_checkpoint_without_checksums_is_passed_over_too(
@@ -392,6 +404,9 @@ def test_strange_names_and_lines_are_skipped(tmp_path_factory, whole, capsys):
         b"[1]\n",
         b"{}\n",
         b'{"step": "1"}\n',
+        b'{"step": 1, "loss": "low"}\n',
+        b'{"step": 1, "loss": null}\n',
+        b'{"step": 1, "probe_miou": [1]}\n',
         b"[" * 5000 + b"\n",
         b"NaN\n",
         b"\n",
@@ -407,6 +422,20 @@ def test_strange_names_and_lines_are_skipped(tmp_path_factory, whole, capsys):
         train(world, folder, Config(), steps=12)
     assert (places / "step-old.tar").exists()
     assert (places / "step-00000099-copy").exists()
+
+
+def test_rows_that_lack_a_number_are_not_printed(tmp_path_factory, whole, capsys):
+    folder = copy_of(whole, tmp_path_factory)
+    lines = [
+        b'{"step": 1, "probe_miou": 0.5}\n',
+        b'{"step": 2, "probe_miou": 0.25, "prior_miou": 0.125}\n',
+        b'{"step": 3, "probe_miou": NaN, "prior_miou": "x"}\n',
+    ]
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    with harness.Run(folder, Config(), ALONE) as run:
+        assert [row["step"] for row in run.rows("probe_miou")] == [1, 2]
+        harness.print_probes(run, "; {prior_miou}")
+    assert capsys.readouterr().out.count("probe mIoU") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 5000])
