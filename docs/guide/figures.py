@@ -1,13 +1,13 @@
 """The figures of the guide, as SVG: the pages run this file, and print what a function returns."""
 
 import base64
-import colorsys
 import io
 
 import torch
 from PIL import Image
 import densekit as dk
 from densekit.scenes import sample_scenes
+from densekit.viz import label_colors
 
 H = 150
 W = 200
@@ -144,13 +144,6 @@ def precision_figure():
     return svg(parts, 40 + width + 20, 168, "Rounding error of coordinates in half precision")
 
 
-def label_picture(labels):
-    """A color for each label; black below 0."""
-    rows = [colorsys.hls_to_rgb((0.618 * label) % 1, 0.55, 0.8) for label in range(64)]
-    table = torch.tensor([(0.0, 0.0, 0.0), *rows])
-    return table[labels.clamp(min=-1) + 1].permute(2, 0, 1)
-
-
 def clusters_figure(images=4):
     """Classes and clusters of two views of scenes, as in the guide of clustering."""
     generator = torch.Generator().manual_seed(0)
@@ -184,8 +177,10 @@ def clusters_figure(images=4):
     )
     for image in range(images):
         crops = [dk.crop_views(scenes.images[image], dk.index_views(v, image), 98) for v in views]
-        crops += [label_picture(x[image].argmax(0)) for x in maps]
-        crops += [label_picture(labels[image, view].view(14, 14)) for view in range(2)]
+        crops += [label_colors(x[image].argmax(0)).movedim(-1, 0) for x in maps]
+        crops += [
+            label_colors(labels[image, view].view(14, 14)).movedim(-1, 0) for view in range(2)
+        ]
         for column, crop in enumerate(crops):
             x = 110 * column + 10 * (column // 2)
             parts.append(picture(crop, x, 106 * image, scale=98 / crop.shape[-1]))

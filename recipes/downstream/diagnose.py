@@ -373,7 +373,7 @@ DIAGNOSTICS = {
 
 # ---- a diagnostic of features --------------------------------------------------------------------
 def thumbnail(image: Tensor) -> Tensor:
-    """A picture as large as the figure shows it, since drawing takes many copies of it."""
+    """A picture of at most the size that the file shows."""
     side = max(image.shape[-2:])
     size = [max(1, THUMBNAIL * length // side) for length in image.shape[-2:]]
     if side <= THUMBNAIL:
