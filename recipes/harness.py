@@ -1406,6 +1406,28 @@ def write_checksums(checkpoint: Path) -> None:
     write(checkpoint / CHECKSUMS, json.dumps(sums, indent=2).encode())
 
 
+def _read_row(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a checkpoint tells of its row of the log; those of older versions tell nothing."""
+    path = checkpoint / ROW
+    if not path.exists():
+        return []
+    parts = json.loads(path.read_bytes())
+    for part in parts:
+        count = len(part["terms"])
+        are_names = all(isinstance(name, str) for name in part["terms"])
+        are_sums = len(part["sums"]) > 0 and all(len(sums) == count for sums in part["sums"])
+        numbers = [x for sums in part["sums"] for x in sums]
+        check(
+            are_names and are_sums and type(part["steps"]) is int and part["steps"] > 0,
+            f"{ROW} holds no sums of a row",
+        )
+        check(
+            all(type(x) in (int, float) and math.isfinite(x) for x in numbers),
+            f"{ROW} holds a sum that is no finite number",
+        )
+    return parts
+
+
 def damage_of(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty where nothing is."""
     try:
@@ -1430,8 +1452,7 @@ def damage_of(checkpoint: Path) -> str:
             file = checkpoint / part.relative_path
             if not file.is_file() or file.stat().st_size < part.offset + part.length:
                 return f"{part.relative_path} is missing or too short"
-        if (checkpoint / ROW).exists():  # older versions had none
-            json.loads((checkpoint / ROW).read_text())
+        _read_row(checkpoint)
     except Exception as error:  # broken bytes raise nearly anything
         return first_line(error)
     return ""
@@ -1487,6 +1508,8 @@ class PlainPlanner(dcp.DefaultLoadPlanner):
 # What the disk says, whatever the file is.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 
+# What is raised where a checkpoint is of another model; the state of its optimizer may be anything.
+UNFIT = (dcp.api.CheckpointException, ValueError, TypeError, LookupError, AttributeError)
 WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error")  # of torch.save
 
 
@@ -1998,7 +2021,7 @@ class Run(ExitStack):
             try:
                 dcp.load(state, storage_reader=PlainReader(newest), planner=PlainPlanner())
                 optimizer.load_state_dict(state["optimizer"][0])
-            except (dcp.api.CheckpointException, ValueError) as error:
+            except UNFIT as error:
                 reason = _reason_of(error)
                 raise UserError(
                     f"The checkpoint {newest} does not fit this recipe ({reason}): resume it with "
@@ -2033,8 +2056,7 @@ class Run(ExitStack):
                     f"warning: {checkpoint} has no {CHECKSUMS}, as those of older versions: its "
                     "content is not verified."
                 )
-            row = checkpoint / ROW
-            return checkpoint, json.loads(row.read_text()) if row.exists() else []
+            return checkpoint, _read_row(checkpoint)
 
         told = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in broken)
         check(

@@ -16,6 +16,10 @@ import copy
 import functools
 import json
 import math
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +52,7 @@ TINY = {
         {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3},
     ),
 }
+TENSORS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # what torch asks the environment for
 RESNET_LEVELS = ["layer1", "layer2", "layer3", "layer4"]  # in torchvision
 
 
@@ -420,7 +425,8 @@ def build(
     if channels != 3:
         options = {**options, "in_chans": channels}
     try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        with tensors_alone():
+            network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         if hasattr(network, "forward_intermediates"):
             drop_head(network, channels)
             # A few networks, such as HRNet, have weights that only other maps need.
@@ -778,9 +784,31 @@ def download_torchvision(architecture: str) -> Any:
         raise harness.UserError(f"There is no classifier {architecture} in torchvision.")
     name = f"torchvision:{architecture}"
     try:
-        return torchvision.models.get_model(architecture, weights="DEFAULT")
+        with tensors_alone():
+            return torchvision.models.get_model(architecture, weights="DEFAULT")
     except OSError as error:
         raise harness.UserError(f"The weights of {name} did not arrive: {error}.") from error
+    except pickle.UnpicklingError as error:
+        reason = harness.first_line(error)
+        raise harness.UserError(
+            f"The weights of {name} are no tensors alone ({reason})."
+        ) from error
+
+
+@contextmanager
+def tensors_alone() -> Iterator[None]:
+    """Inside, `torch.load` reads tensors alone, whoever calls it.
+
+    timm and torchvision load what they have downloaded, and some versions would run code in it.
+    """
+    before = os.environ.get(TENSORS_ALONE)
+    os.environ[TENSORS_ALONE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[TENSORS_ALONE]
+        if before is not None:
+            os.environ[TENSORS_ALONE] = before
 
 
 # ---- our own files -------------------------------------------------------------------------------

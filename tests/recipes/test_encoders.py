@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import harness
 import pytest
@@ -370,6 +372,38 @@ def test_a_network_without_maps_is_one_sentence(monkeypatch):
 def test_a_name_that_is_none_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         load_encoder(name)
+
+
+class Code:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_code_in_a_download_does_not_run(monkeypatch, tmp_path, before):
+    torch.save({"a": Code(tmp_path / "ran")}, tmp_path / "weights.pth")
+
+    def download(*_, **__):
+        torch.load(tmp_path / "weights.pth", weights_only=False)
+
+    monkeypatch.setattr(timm, "create_model", download)
+    monkeypatch.setattr(torchvision.models, "get_model", download)
+    if before is not None:
+        monkeypatch.setenv(encoders.TENSORS_ALONE, before)
+    for name in ("timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(
+            UserError, match=r"^[^\n]*resnet18 (has no weights|are no tensors alone)"
+        ):
+            load_encoder(name)
+    assert not (tmp_path / "ran").exists()
+    assert os.environ.get(encoders.TENSORS_ALONE) == before
+    download()
+    assert (tmp_path / "ran").exists()
 
 
 def test_weights_that_do_not_arrive_are_refused(monkeypatch):

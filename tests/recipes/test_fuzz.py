@@ -3,7 +3,8 @@
 import fuzz
 import pytest
 
-CASES = {"command-lines": 6}  # a command line may build a network
+# A command line may build a network, and a run folder is used twice.
+CASES = {"command-lines": 6, "run-folders": 12, "configurations": 12}
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)

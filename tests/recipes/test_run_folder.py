@@ -352,6 +352,34 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_taken(
         assert resume(folder) == 8
 
 
+ROWS = [
+    b"", b"5", b'"abc"', b"null", b'{"a": 1}', b'["a"]', b"[[]]", b"[{}]",
+    b'[{"terms": ["loss"], "steps": 0, "sums": [[1]]}]',
+    b'[{"terms": ["loss"], "steps": true, "sums": [[1]]}]',
+    b'[{"terms": ["loss"], "steps": 1, "sums": []}]',
+    b'[{"terms": ["loss"], "steps": 1, "sums": [[1, 2]]}]',
+    b'[{"terms": ["loss"], "steps": 1, "sums": [["1"]]}]',
+    b'[{"terms": ["loss"], "steps": 1, "sums": [[NaN]]}]',
+    b'[{"terms": [5], "steps": 1, "sums": [[1]]}]',
+    b'[{"terms": "l", "steps": 1, "sums": ["a"]}]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ROWS)
+def test_a_row_that_is_none_is_damage(tmp_path, content):
+    (tmp_path / "row.json").write_bytes(content)
+    with pytest.raises(Exception, match=r"^[^\n]+$"):
+        harness._read_row(tmp_path)
+
+
+def test_a_checkpoint_without_sums_whose_row_is_none_is_passed_over(tmp_path_factory, whole):
+    folder = copy_of(whole, tmp_path_factory)
+    newest = folder / "checkpoints" / "step-00000008"
+    (newest / "checksums.json").unlink()
+    (newest / "row.json").write_text('["abc"]')
+    assert resume(folder) == 7
+
+
 def test_a_checkpoint_that_was_renamed_is_of_no_other_step(tmp_path_factory, whole, capsys):
     folder = copy_of(whole, tmp_path_factory)
     places = folder / "checkpoints"
