@@ -14,7 +14,7 @@ The images are scikit-image's photographs as JPEGs of 480 x 640, or those of --d
 * `workers`: images a second with 1 and 2 loader processes, and the wait at the end of an epoch.
 * `memory`: what waits in shared memory, and what a loader process adds, against the formula.
 
-The rows against lightly come only where it is installed.
+The row against lightly comes only where it is installed; a sentence says where it is not.
 """
 
 import argparse
@@ -288,6 +288,8 @@ def views(source: Any, rounds: int) -> None:
             if importlib.util.find_spec("lightly") is not None:
                 sides.append(lightly_views(source))
                 rivals.append("lightly's MoCoV2Transform")
+            else:
+                print("lightly is not installed: its row is left out.", file=sys.stderr)
         ours, *others = each_image(sides, len(source), rounds)
         for rival, seconds in zip(rivals, others, strict=True):
             against(f"two views of {name}, each image", ours, seconds, rival)
