@@ -5,7 +5,14 @@ from typing import NamedTuple
 
 import torch
 from densekit.metrics import Accuracy, accuracy
-from densekit.numerics import check, check_temperature, full_precision, in_range, l2_normalize
+from densekit.numerics import (
+    check,
+    check_temperature,
+    full_precision,
+    in_range,
+    l2_normalize,
+    readable,
+)
 from densekit.typing import Float, Integer, Scalar, Tensor, typed
 
 __all__ = ["Neighbors", "knn_votes", "nearest_maps", "nearest_rows", "object_knn"]
@@ -78,7 +85,9 @@ def knn_votes(
     usable = (known_labels >= 0) & (known_labels < classes) & known.isfinite().all(-1)
     known = torch.where(usable[:, None], known, 0.0)
     known_labels = known_labels * usable
-    bias = torch.where(usable, known.new_zeros(()), -torch.inf)
+    bias = None
+    if not readable(usable) or not usable.all():  # to add it takes a pass over all cosines
+        bias = torch.where(usable, known.new_zeros(()), -torch.inf)
 
     shares = []
     for rows in features.split(chunk):
@@ -90,10 +99,11 @@ def knn_votes(
     return torch.cat(shares)
 
 
-def _nearest(rows: Tensor, known: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(rows: Tensor, known: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Return the largest cosines of each row with the known rows, plus a bias, and where."""
     with full_precision(rows):
-        cosine = torch.addmm(bias, l2_normalize(rows).to(known), known.mT)
+        unit = l2_normalize(rows).to(known)
+        cosine = unit @ known.mT if bias is None else torch.addmm(bias, unit, known.mT)
         values, indices = cosine.topk(min(k, len(known)))
     return values, indices
 

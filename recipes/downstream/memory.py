@@ -99,7 +99,9 @@ def encoding(protocol: str, sizes: Sizes, images: int) -> int:
         maps += 8 * sizes.batch * number_in_map  # of each object, twice
     elif not protocol.startswith("image"):
         maps += 4 * batch * number_in_map
-    return waiting + pixels * (1 + 4) + max(pixels, maps)
+    # Without loader processes this one counts the pixels of each class.
+    reading = 20 * sizes.pixels if protocol.startswith("image") and not sizes.workers else 0
+    return waiting + pixels * (1 + 4) + max(pixels, maps, reading)
 
 
 def scoring(sizes: Sizes, columns: int = 0) -> int:
@@ -119,7 +121,7 @@ def linear_layer_on_cells(sizes: Sizes) -> int:
     numbers = sizes.cells * sizes.channels
     labels = sizes.fit * (pixels * 4 + sizes.cells * 2)
     block = min(sizes.fit, max(1, BLOCK // max(numbers, pixels))) * numbers
-    step = STEP * (numbers * 12 + pixels * (12 * sizes.classes + 8))
+    step = STEP * (numbers * 16 + pixels * (12 * sizes.classes + 24))
     return max(labels + max(26 * block, step), scoring(sizes))
 
 
@@ -197,6 +199,6 @@ def cosines_of_images(sizes: Sizes) -> int:
     """The cosines of all pairs of images and blocks of columns; then the pictures, three times."""
     numbers = sizes.test * sizes.cells * sizes.channels
     cosines = min(sizes.test**2, COSINES) * 4
-    found = cosines + 8 * min(numbers, BLOCK)
+    found = cosines + 12 * min(numbers, BLOCK)
     pictures = 3 * PICTURES * 3 * 4 * min(sizes.image, THUMBNAIL**2)
     return max(found, pictures, accuracies(sizes._replace(classes=1)))
