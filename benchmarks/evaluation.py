@@ -173,7 +173,8 @@ def measure(protocol: str, config: Any, cell: int, channels: int) -> int:
     """The most bytes that torch holds on the CPU while a protocol scores."""
     with torch.profiler.profile(profile_memory=True) as profile:
         score(protocol, config, cell, channels)
-    events = profile.profiler.kineto_results.events()
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
     changes = [(x.start_ns(), x.nbytes()) for x in events if x.name() == "[memory]"]
     changes.sort(key=lambda change: change[0])
     held = itertools.accumulate(bytes_more for _, bytes_more in changes)
@@ -314,7 +315,8 @@ def neighbors(blocks: int = 4, known: int = 100_000, rounds: int = 2) -> None:
         row(what, f"{own:.2f} s", f"{other:.2f} s ({name})", f"{other / own:.0%} of its speed")
 
 
-SECTIONS = ("table", "check", "encoding", "neighbors")
+SPEED: dict[str, Callable[[], None]] = {"encoding": encoding, "neighbors": neighbors}
+SECTIONS = ("table", "check", *SPEED)
 
 
 def main(sections: list[str], protocols: list[str]) -> int:
@@ -322,9 +324,9 @@ def main(sections: list[str], protocols: list[str]) -> int:
     torch.set_num_threads(1)
     failed = False
     for section in sections:
-        if section in ("encoding", "neighbors"):
+        if section in SPEED:
             print("| what | densekit | rival | ratio |\n|---|---|---|---|")
-            encoding() if section == "encoding" else neighbors()
+            SPEED[section]()
         elif section == "table":
             table(protocols)
         else:

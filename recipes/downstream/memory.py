@@ -138,7 +138,7 @@ def clusters(sizes: Sizes) -> int:
     cells = sizes.test * sizes.cells
     sample = min(cells, SAMPLE * count) * sizes.channels * 4
     block = min(cells * max(sizes.channels, count), BLOCK)
-    return max(cells * 24 + block * 24, sample * 2 + cells * 8, scoring(sizes, count))
+    return max(cells * 24 + block * 30, sample * 2 + cells * 8, scoring(sizes, count))
 
 
 def gallery_of_cells(sizes: Sizes) -> int:
