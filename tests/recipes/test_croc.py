@@ -249,6 +249,7 @@ def in_double():
     model = CrOC(SMALL).double()
     for network in (model.student, model.teacher):
         network["encoder"].set_input_size(img_size=SMALL.views.size)
+    model.teacher.requires_grad_(False)  # its positions are new parameters
     return model
 
 

@@ -918,7 +918,7 @@ def fake_run(folder, *steps):
     return SimpleNamespace(
         world=world,
         log=lambda step, **values: None,
-        rows=lambda name: rows,
+        rows=lambda *_: rows,
         picture_path=lambda step: folder / f"step-{step}.png",
     )
 
