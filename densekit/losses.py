@@ -768,13 +768,13 @@ def update_center(
 ) -> Float[Tensor, " d"]:
     r"""Update the running mean of the teacher's logits.
 
+    Channels come last: `teacher` has rows (..., d). For maps use `map_to_rows`.
+
     $$
     c \leftarrow m c + (1 - m) \bar{z}
     $$
 
     with the mean $\bar{z}$ of the teacher's logits.
-
-    Channels come last: `teacher` has rows (..., d). For maps use `map_to_rows`.
 
     Args:
         center: The previous mean; zeros at the start. No gradient flows.

@@ -406,7 +406,7 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
     logged = {}
     run = SimpleNamespace(
         log=lambda step, **values: logged.update(values),
-        rows=lambda name: [{"step": 0, **logged}],
+        rows=lambda *_: [{"step": 0, **logged}],
         picture_path=lambda step: tmp_path / "picture.png",
     )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))

@@ -45,7 +45,7 @@ def turn(generator, d):
 def run_of(rank=0, rows=()):
     """What a monitor needs of a run."""
     world = harness.World(rank, 2, torch.device("cpu"))
-    return SimpleNamespace(world=world, rows=lambda _: list(rows))
+    return SimpleNamespace(world=world, rows=lambda *_: list(rows))
 
 
 class Shown(nn.Module):

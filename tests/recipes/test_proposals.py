@@ -304,7 +304,7 @@ def test_scenes_have_proposals(monkeypatch):
         proposals.image_source(None, Path("a.npz"), scenes=70)
     asked = []
 
-    def fake(count, size, *, generator):
+    def fake(count, size, *, generator, **_):
         asked.append(count)
         used = torch.arange(8) < torch.arange(count)[:, None] % 3  # then a small one, then zeros
         boxes = torch.tensor([0.0, 0.0, 16.0 + len(asked), 32.0]) * used[..., None]
