@@ -1,10 +1,10 @@
 """CrOC's demo with other clusters: is it the loss or the clustering that holds it back?
 
     python benchmarks/croc_control.py --clusters truth --seed 0 --run FOLDER
-    python benchmarks/croc_control.py --clusters found --seed 0 --run FOLDER -- --epochs 5
+    python benchmarks/croc_control.py --clusters found --seed 0 --run FOLDER --epochs 5
 
-Everything but the clusters is the demo's: its scenes, networks, loss and options, which may follow
-after --. The clusters of both views are
+Everything but the clusters is the demo's: its scenes, networks, loss and options, which may be
+given too. The clusters of both views are
 
     found     those of CrOC's clustering
     truth     the visible objects and grounds of the scene
@@ -21,18 +21,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-arguments = sys.argv[1:]
-own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-sys.argv[1:] = arguments[len(own) + 1 :]
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import croc  # noqa: E402
-import harness  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn.functional import one_hot  # noqa: E402
-import densekit as dk  # noqa: E402
+import croc
+import harness
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+import densekit as dk
 
 SIDE = 64  # of a scene, in pixels
 REGIONS = 10  # of a scene: two grounds and eight slots of objects
@@ -40,7 +36,10 @@ SQUARES = 3  # along each side of the image
 
 
 def true_regions(count: int) -> Tensor:
-    """The visible region at each pixel of the demo's scenes, (count, 64, 64)."""
+    """The visible region at each pixel of the demo's scenes, (count, 64, 64).
+
+    They are drawn as `harness.SceneImages` draws them.
+    """
     regions = []
     for number, start in enumerate(range(0, count, 64)):
         part = min(64, count - start)
@@ -101,8 +100,13 @@ def main() -> None:
     parser.add_argument("--clusters", choices=["found", "truth", "places", "none"], default="found")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, required=True, help="run folder")
-    told = parser.parse_args(own)
+    told, of_the_demo = parser.parse_known_args()
+    sys.argv[1:] = of_the_demo
     config = replace(croc.read_options(), run=told.run, seed=told.seed)
+    if config.data is not None:
+        parser.error(
+            f"--data is {config.data}: leave it out, since scenes alone have true regions."
+        )
     if told.clusters == "none":
         config = replace(config, alpha=0.0)
     elif told.clusters != "found":

@@ -162,7 +162,9 @@ def _main(arguments: Sequence[str] | None = None) -> None:
             lines = [str(path) for path in copied]
             lines += ["", f"To start: python {copied[0]} --help"]
     except OSError as error:  # of our own, which is a sentence, or of the system
-        parser.error(f"{error.filename}: {error.strerror}." if error.strerror else str(error))
+        if not error.strerror:
+            parser.error(str(error))
+        parser.error(f"{error.filename}: {error.strerror}.")
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.write("\n".join(lines) + "\n")

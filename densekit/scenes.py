@@ -162,12 +162,13 @@ def _draw_plan(
         # The classes of partners differ in their last bit.
         partner = stuff + ((things[:, ::2] - stuff) ^ 1)
         things[:, 1::2] = torch.where(paired, partner, things[:, 1::2])
-        first_center, second_center = center[:, _GROUNDS::2], center[:, _GROUNDS + 1 :: 2]
+        leading = slice(_GROUNDS, None, 2)
+        beside_them = slice(_GROUNDS + 1, None, 2)
         # Both are disks at most, so at this distance they touch or overlap a little.
-        distance = 0.9 * (radius[:, _GROUNDS::2] + radius[:, _GROUNDS + 1 :: 2])
-        beside = first_center + distance.unsqueeze(-1) * _direction(uniform(_SLOTS // 2))
-        beside = torch.clamp(beside, 0.08 * extent, 0.92 * extent)  # within the image, as all
-        center[:, _GROUNDS + 1 :: 2] = torch.where(paired.unsqueeze(-1), beside, second_center)
+        distance = 0.9 * (radius[:, leading] + radius[:, beside_them])
+        places = center[:, leading] + distance.unsqueeze(-1) * _direction(uniform(_SLOTS // 2))
+        places = torch.clamp(places, 0.08 * extent, 0.92 * extent)  # within the image, as all
+        center[:, beside_them] = torch.where(paired.unsqueeze(-1), places, center[:, beside_them])
 
     # A texture has about four periods across its object, but a period has at least three pixels.
     period = 2 * radius * uniform(total, low=0.2, high=0.32)

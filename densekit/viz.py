@@ -479,8 +479,10 @@ def plot_segmentation(
     patches = []
     listed = []
     for label in occur:
+        number = int(label)
         patches.append(_matplotlib("patches").Patch(color=label_colors(label).tolist()))
-        listed.append(names[int(label)] if label < len(names) else f"class {int(label)}")
+        name = names[number] if number < len(names) else f"class {number}"
+        listed.append(name)
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
     _write_legend(panels[2], patches, listed, fontsize="small", **place)
     return figure

@@ -35,7 +35,7 @@ class Config:
     preset: Literal["demo", "paper", "decoupling", "soco-jitter", "soco-cutout", "region"] = "demo"
     data: Path | None = None  # Folder of images, also in its subfolders; the demo can run without.
     proposals: Path | None = None  # File of proposals; by default DATA.proposals.npz.
-    # Without data: the share of the scenes' objects that stand beside a partner, always the same.
+    # How often an object of the demo's scenes stands beside its partner: see `dk.sample_scenes`.
     co_occurrence: float = 0.0
     run: Path | None = None  # Run folder; by default runs/d3ssl-PRESET[-NAME OF DATA].
     arch: str = "resnet50"  # A ResNet of timm, or "tiny" (64 channels, stride 8).

@@ -476,7 +476,8 @@ def empty_like(count: int, rows: Tensor) -> Tensor:
 def gather_maps(kept: Kept, shards: Shards) -> Tensor | None:
     """The maps of all processes on the first one; the numbers of a cell stay side by side."""
     maps = kept.all()
-    gathered = shards.gather(None if maps is None else maps.movedim(1, -1))
+    cells_last = None if maps is None else maps.movedim(1, -1)
+    gathered = shards.gather(cells_last)
     return None if gathered is None else gathered.movedim(-1, 1)
 
 

@@ -169,7 +169,7 @@ def _sentence_of_file(error: OSError) -> str:
     reason = error.strerror or type(error).__name__
     if isinstance(error.filename, str | bytes):  # it may be a number
         name = os.fsdecode(error.filename)
-        return f"{name} cannot be read or written ({reason}): see whether it is there, and yours."
+        return f"{name} cannot be read or written ({reason}): check its place and your rights."
     return f"The disk has failed ({reason})." if error.errno in DISK_ERRORS else ""
 
 
@@ -642,7 +642,9 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        pixels = np.array(image)
     # The channels of a pixel stay side by side: torch resizes such bytes several times faster.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -1214,7 +1216,7 @@ def _named_files(config: Any, prefix: str = "") -> list[tuple[str, Path, bool]]:
         elif option.name in NAME_FILES:
             words = (value,) if isinstance(value, str) else value or ()
             home = getattr(config, "data", None) if "annotations" in name else None
-            # An older version noted the last one alone.
+            # The last one has the option's own name, by which an older version noted it alone.
             for path in reversed(_paths(words, home)):
                 named.append((name, path, False))
     return named

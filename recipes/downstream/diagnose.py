@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import harness
 import torch
-from PIL import Image
-from PIL.ImageFilter import GaussianBlur
 from torch import Tensor
 from torchvision.transforms import v2 as transforms
 from torchvision.utils import save_image
 import densekit as dk
 from densekit import viz
-from downstream import bands
+from downstream import bands, colors
+from downstream.crops import as_bytes, as_picture
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
 from downstream.protocols import Features, main_class, split_interval
@@ -88,18 +87,15 @@ class TwoViews(NamedTuple):
 
 def photometric() -> transforms.Compose:
     """MoCo v2's random changes of a crop's colors and sharpness, as in dupr.py."""
-    sigma = torch.distributions.Uniform(0.1, 2.0)
-
-    def blur(image: Image.Image) -> Image.Image:
-        return image.filter(GaussianBlur(float(sigma.sample())))
-
+    jitter = colors.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    blur = colors.RandomBlur((0.1, 2.0))
     return transforms.Compose(
         [
-            transforms.ToPILImage(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
+            as_picture,
+            transforms.RandomApply([jitter], p=0.8),
+            colors.RandomGrayscale(p=0.2),
             transforms.RandomApply([blur], p=0.5),
-            transforms.PILToTensor(),
+            as_bytes,
         ]
     )
 

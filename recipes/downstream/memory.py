@@ -7,14 +7,12 @@ encoder with what this makes of a batch of images.
 
 from typing import NamedTuple
 
-BLOCK = 2**22  # numbers that densekit's fits work on at a time
-COSINES = 2**27  # numbers of a block of cosines
-GALLERY = 100_000  # cells of retrieval-seg
-CELLS = 2**13  # cells that are scored at a time
+from downstream import diagnose, protocols
+
+BLOCK = diagnose.BLOCK  # the fits of densekit work on as many numbers at a time
 STEP = 16  # images of a step of the linear layers
 SAMPLE = 256  # cells for each cluster that k-means starts from
 PICTURES = 30  # in the figure of retrieval
-THUMBNAIL = 112  # pixels of a side of each of them
 HISTORY = 2 * 20 + 8  # vectors that the optimizer of the SVM keeps
 
 
@@ -107,7 +105,7 @@ def encoding(protocol: str, sizes: Sizes, images: int) -> int:
 def scoring(sizes: Sizes, columns: int = 0) -> int:
     """Class scores at the size of the largest label map, and the counts of all images."""
     columns = columns or sizes.classes
-    images = max(1, CELLS // sizes.cells)
+    images = max(1, protocols.CELLS // sizes.cells)
     cells = images * sizes.cells * (4 * sizes.channels + 12 * columns)
     pixels = sizes.pixels * (4 * columns + 40)
     counts = sizes.test * sizes.classes * columns * 8
@@ -144,14 +142,14 @@ def clusters(sizes: Sizes) -> int:
 def gallery_of_cells(sizes: Sizes) -> int:
     """The labels and the order of all cells to fit on, the gallery and a block of cosines."""
     cells = sizes.fit * sizes.cells
-    gallery = min(GALLERY, cells)
-    rows = min(sizes.test * sizes.cells, max(sizes.cells, CELLS))
+    gallery = min(protocols.GALLERY, cells)
+    rows = min(sizes.test * sizes.cells, max(sizes.cells, protocols.CELLS))
     return cells * 18 + votes(rows, gallery, sizes) + gallery * sizes.channels * 4 + scoring(sizes)
 
 
 def votes(rows: int, gallery: int, sizes: Sizes) -> int:
     """A copy of a gallery at length one, and a block of cosines."""
-    block = min(rows * gallery, COSINES)
+    block = min(rows * gallery, diagnose.COSINES)
     copy = gallery * sizes.channels * 4
     return max(2 * copy, copy + 4 * block + rows * sizes.classes * 8)
 
@@ -198,7 +196,7 @@ def support_vectors(sizes: Sizes) -> int:
 def cosines_of_images(sizes: Sizes) -> int:
     """The cosines of all pairs of images and blocks of columns; then the pictures, three times."""
     numbers = sizes.test * sizes.cells * sizes.channels
-    cosines = min(sizes.test**2, COSINES) * 4
+    cosines = min(sizes.test**2, diagnose.COSINES) * 4
     found = cosines + 12 * min(numbers, BLOCK)
-    pictures = 3 * PICTURES * 3 * 4 * min(sizes.image, THUMBNAIL**2)
+    pictures = 3 * PICTURES * 3 * 4 * min(sizes.image, diagnose.THUMBNAIL**2)
     return max(found, pictures, accuracies(sizes._replace(classes=1)))

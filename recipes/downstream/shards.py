@@ -77,7 +77,8 @@ class Shards(NamedTuple):
 
     def gather_parts(self, parts: list[Tensor]) -> Tensor | None:
         """The same of rows that came in parts, of which a process may have none."""
-        return self.gather(torch.cat(parts) if parts else None)
+        rows = torch.cat(parts) if parts else None
+        return self.gather(rows)
 
 
 ALONE = Shards()
