@@ -53,7 +53,6 @@ CHANNELS = 384
 CLASSES = 21
 BOXES = 3  # of an image
 TOLERANCE = 0.2  # of the formulas
-FIT_SVM = dk.fit_svm
 
 
 # ---- a set and an encoder of any size ------------------------------------------------------------
@@ -216,7 +215,7 @@ def check(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         # These numbers change the time alone, but for the gallery, which is in the formula too.
         stack.enter_context(mock.patch.object(protocols_module, "GALLERY", 10_000))
-        stack.enter_context(mock.patch.object(dk, "fit_svm", partial(FIT_SVM, iterations=25)))
+        stack.enter_context(mock.patch.object(dk, "fit_svm", partial(dk.fit_svm, iterations=25)))
         data = Path(folder) / "set"
         write_set(data, images, size)
         config = evaluate.Config(
