@@ -160,7 +160,8 @@ def _main(arguments: Sequence[str] | None = None) -> None:
         else:
             copied = copy_recipe(options.name, options.destination)
             lines = [str(path) for path in copied]
-            lines += ["", f"To start: python {copied[0]} --help"]
+            lines += ["", 'It needs the packages of the extra: pip install "densekit[recipes]"']
+            lines += [f"To start: python {copied[0]} --help"]
     except OSError as error:  # of our own, which is a sentence, or of the system
         if not error.strerror:
             parser.error(str(error))
