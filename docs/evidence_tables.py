@@ -16,7 +16,7 @@ def read(path):
         if row["kind"] == "comparison":
             comparisons[row["method"], row["protocol"]] = row
         else:
-            runs[row["kind"], row["method"], row["seed"], row["rate"]] = row
+            runs[row["study"], row["kind"], row["method"], row["seed"], row["rate"]] = row
     return list(runs.values()), list(comparisons.values())
 
 
