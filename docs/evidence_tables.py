@@ -78,3 +78,41 @@ def tables(path):
             table([*start, "ridge-seg", *end], grid),
         ]
     return "\n".join(parts)
+
+
+def demo_tables(path):
+    """The claims of the demos and their runs as Markdown; a sentence where there are no rows."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        return "No demo has been run yet.\n"
+    claims = {}
+    runs = {}
+    for row in rows:
+        if row["kind"] == "demo comparison":
+            claims[row["side"], row["other"]] = (
+                f"{row['side']} against {row['other']}",
+                interval(row["difference"], row["low"], row["high"]),
+                f"{row['above']} of 5",
+                row["claim"],
+            )
+        else:
+            if row["status"] == "done":
+                (_, first), (step, last) = row["probes"][0], row["probes"][-1]
+                cells = [str(step), f"{first:.3f}", f"{last:.3f}"]
+            else:
+                cells = [f"failed: {row['message']}".replace("|", "/"), "", ""]
+            end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
+            runs[row["study"], row["side"], row["seed"]] = [
+                row["side"],
+                str(row["seed"]),
+                *cells,
+                *end,
+            ]
+    parts = []
+    if claims:
+        head = ["pair", "difference of the probe's mIoU", "seeds above", "claim"]
+        parts.append(table(head, claims.values()))
+    head = ["demo", "seed", "steps", "probe at the start", "at the end", "time", "commit"]
+    parts.append(table(head, [runs[key] for key in sorted(runs)]))
+    return "\n".join(parts)
