@@ -29,6 +29,7 @@ OPTIONS = {
     "d3ssl": ["--precision", "fp32"],
     "densesiam_segment": ["--precision", "fp32", "--region-start", "0"],
     "detect": [],
+    "fcn": [],
 }
 SHARED = [
     "--preset", "demo", "--device", "cpu", "--workers", "0", "--seed", "0",

@@ -67,7 +67,8 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        steps=300, lr=0.1, weight_decay=1e-4, crop=64, window=64, workers=1, save_every=100,
+        steps=600, lr=0.2, weight_decay=1e-4, crop=64, scale=(0.7, 1.4), distort=False, window=64,
+        workers=1, save_every=200,
     ),
     "densesiam": Config("densesiam"),  # the defaults of Config
     "dupr": Config(
@@ -606,12 +607,12 @@ def learning_rate(step: int, config: Config) -> float:
 
 def train(config: Config) -> None:
     check_options(config)
+    start = find_encoder(config)
     folder = harness.run_folder("fcn", config, config.head)
     group = harness.process_group(config.device, config.collective_timeout)
     with group as world, harness.Run(folder, config, world) as run:
         device = world.device
         patience = harness.Patience(config.warn_after, config.give_up_after)
-        start = find_encoder(config)
         dataset, val = load(config, start.mean)
         shards = shards_of(world)
         steps = config.steps

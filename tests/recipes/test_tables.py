@@ -14,6 +14,7 @@ import densesiam_segment
 import detect
 import dupr
 import evaluate
+import fcn
 import harness
 import pytest
 import test_croc
@@ -22,6 +23,7 @@ import test_densesiam
 import test_densesiam_segment
 import test_detect
 import test_dupr
+import test_fcn
 import torch
 from files import ROOT
 from PIL import Image
@@ -44,6 +46,9 @@ SMALL = {
         test_detect.SMALL,
         *[("data", "encoder", "scenes", "steps", "milestones", "warmup", "sides", "width", "rois",
            "anchors", "proposals", "annotations", "val_annotations")],
+    ),
+    "fcn": (
+        fcn, test_fcn.SMALL, ("encoder", "steps", "milestones", "crop", "window", "draws"),
     ),
 }  # fmt: skip
 COMMANDS = [x for x in FOUND if x[0] in (*SMALL, "evaluate")]  # not what makes data
@@ -132,6 +137,8 @@ def run_once(recipe, arguments, small, run):
     kept = {x: getattr(smaller, x) for x in (*SHARED, *own) if hasattr(smaller, x)}
     if recipe == "densesiam_segment":
         kept |= {"data": small / "set", "layout": "folder", "mapping": None, "weights": None}
+    elif recipe == "fcn":
+        kept |= {"data": small / "set", "layout": "folder", "mapping": None}
     elif recipe != "detect":
         kept |= {"data": small / "photos", "epochs": 1, "batch": 4}
     if "bank" in own:
