@@ -455,7 +455,7 @@ def enlarge(cells: Tensor, stride: int) -> Tensor:
 
 # ==== evaluation ==================================================================================
 SCORES = 2**25  # scores of pixels that are in memory at a time
-EXAMPLES = 6  # images in the picture
+EXAMPLES = 6  # images in the picture, from all of the share of the first process
 LONGEST = 512  # pixels along the longer side of an image in the picture
 
 
@@ -468,6 +468,7 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
     unreadable = []
     model.eval()
     share = shards.part(len(val))
+    drawn = share[:: max(1, len(share) // EXAMPLES)][:EXAMPLES]
     for index in tqdm(
         share, "test", leave=False, disable=not world.is_main, ncols=harness.bar_width()
     ):
@@ -481,7 +482,7 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
         found = segment(model, image.to(world.device))
         own = dk.confusion_matrix(labels.to(world.device), found, classes=model.classes)
         counts.append(own[None].cpu())
-        if len(examples) < EXAMPLES:
+        if index in drawn:
             examples.append(shrink(image, labels, found.cpu()))
     model.train()
 
