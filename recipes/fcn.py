@@ -466,6 +466,7 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
     counts = []
     examples = []
     unreadable = []
+    not_finite = 0
     model.eval()
     share = shards.part(len(val))
     drawn = share[:: max(1, len(share) // EXAMPLES)][:EXAMPLES]
@@ -479,7 +480,11 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
         labels = val.draw_labels(index, image.shape[1:])
         if labels is None:
             continue
-        found = segment(model, image.to(world.device))
+        cells = score_cells(model, image.to(world.device))
+        if not cells.isfinite().all():
+            not_finite += 1
+            continue
+        found = segment(cells, labels.shape, model.config.stride)
         own = dk.confusion_matrix(labels.to(world.device), found, classes=model.classes)
         counts.append(own[None].cpu())
         if index in drawn:
@@ -488,9 +493,15 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
 
     run.note_unreadable(unreadable)
     run.wait()  # for processes whose images take longer
-    pixels = torch.tensor(sum(int(x.sum()) for x in counts), device=world.device)
-    torch.distributed.all_reduce(pixels)
-    harness.check(int(pixels) > 0, "No scored image is readable and has a labeled pixel.")
+    pixels = sum(int(x.sum()) for x in counts)
+    totals = torch.tensor([pixels, not_finite], device=world.device)
+    torch.distributed.all_reduce(totals)
+    pixels, not_finite = totals.tolist()
+    if not_finite:
+        raise harness.NonFiniteError(
+            f"Not finite at step {step}: the scores of {not_finite} images."
+        )
+    harness.check(pixels > 0, "No scored image is readable and has a labeled pixel.")
     all_counts = shards.gather_parts(counts)
     if all_counts is None:  # the first process has them
         return
@@ -522,14 +533,18 @@ def read_image(images: ImageSet, index: int) -> tuple[Tensor | None, str]:
         return None, f"{source}: {harness.one_line(error)}"
 
 
-def segment(model: Segmenter, image: Tensor) -> Tensor:
-    """The class of each pixel of one image, whose 8 bits are on the device: int64 (h, w)."""
-    height, width = image.shape[-2:]
+def score_cells(model: Segmenter, image: Tensor) -> Tensor:
+    """The scores of each cell of one image of 8 bits on the device, float32 (classes, h, w)."""
     images = harness.normalize_images(image[None], *model.normalization)
     in_bf16 = model.config.precision == "bf16"
     with torch.autocast(image.device.type, torch.bfloat16, enabled=in_bf16):
-        cells = window_scores(model, images)
-    rows = [scores.argmax(0) for scores in bands(cells, model.config.stride)]
+        return window_scores(model, images)
+
+
+def segment(cells: Tensor, size: torch.Size, stride: int) -> Tensor:
+    """The class of each pixel of an image of this size, int64 (h, w)."""
+    height, width = size
+    rows = [scores.argmax(0) for scores in bands(cells, stride)]
     return torch.cat(rows)[:height, :width]
 
 

@@ -415,6 +415,16 @@ def test_scores_are_those_of_all_labeled_pixels_on_any_number_of_processes(tmp_p
     assert found["pixel_accuracy"] == pytest.approx(hits.sum() / counts.sum(), rel=1e-6)
 
 
+def test_scores_that_are_not_finite_are_no_scores(tmp_path):
+    model = segmenter(3)
+    model.head.last.bias.data[1] = torch.nan
+    with harness.process_group("cpu") as world, harness.Run(tmp_path, SMALL, world) as run:
+        run.resume(model, torch.optim.SGD(model.parameters(), 0.1))
+        with pytest.raises(harness.NonFiniteError, match="at step 7: the scores of 4 images"):
+            fcn.evaluate(model, scored_set(), run, shards_of(world), 7)
+    assert not (tmp_path / "results.json").exists()
+
+
 # ---- runs ------------------------------------------------------------------------------------
 def rows(folder, name="step"):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -500,7 +510,10 @@ def test_cityscapes_is_trained_and_scored_without_void(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"encoder": "random:test_convnext"}, "--encoder is random:test_convnext: give a ResNet"),
+        (
+            {"encoder": "random:mobilenetv3_small_050"},
+            "--encoder is random:mobilenetv3_small_050: give a ResNet",
+        ),
         ({"encoder": "torchvision:nothing"}, "--encoder is torchvision:nothing: give a ResNet"),
         ({"encoder": "random:nothing"}, "There is no model nothing in timm"),
         ({"train_split": "nowhere"}, "'nowhere': choose one of"),
