@@ -8,20 +8,24 @@ PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
 
 
 def read(path):
-    """The last row of each run, of each comparison of a pair, and of each point of a curve."""
+    """The last row of each run, comparison and point, and the runs of earlier studies."""
     runs = {}
     comparisons = {}
     points = {}
+    earlier = []
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    for line in lines:
-        row = json.loads(line)
-        if row["kind"] == "comparison":
+    rows = [json.loads(line) for line in lines]
+    last_study = max((row["study"] for row in rows), default=0)
+    for row in rows:
+        if row["study"] < last_study:
+            earlier.append(row)
+        elif row["kind"] == "comparison":
             comparisons[row["method"], row["protocol"]] = row
         elif row["kind"] == "point":
             points[row["of"], row["steps"]] = row
         else:
-            runs[row["study"], row["kind"], row["method"], row["seed"], row["rate"]] = row
-    return list(runs.values()), list(comparisons.values()), list(points.values())
+            runs[row["kind"], row["method"], row["seed"], row["rate"]] = row
+    return list(runs.values()), list(comparisons.values()), list(points.values()), earlier
 
 
 def table(head, rows):
@@ -37,8 +41,8 @@ def interval(value, low, high):
 
 def tables(path):
     """The claims, all runs and the grid as Markdown; a sentence where there are no rows."""
-    runs, comparisons, points = read(path)
-    if not runs:
+    runs, comparisons, points, earlier = read(path)
+    if not runs and not earlier:
         return "No run has been made yet.\n"
     claims = [
         (
@@ -83,7 +87,22 @@ def tables(path):
             "### Grid of learning rates, on scenes\n",
             table([*start, "ridge-seg", *end], grid),
         ]
+    if earlier:
+        parts += ["### Earlier studies\n", earlier_runs(earlier)]
     return "\n".join(parts)
+
+
+def earlier_runs(rows):
+    """The runs of the studies before: what they were, and the first score or the failure."""
+    cells = []
+    for row in rows:
+        if row["kind"] in ("grid", "run"):
+            score = row["scores"]["ridge-seg"] if row["status"] == "done" else {}
+            found = interval(**score) if score else f"failed: {row['message']}"
+            start = [str(row["study"]), row["kind"], row["method"], str(row["seed"])]
+            cells.append([*start, f"{row['rate']:g}", found, f"`{row['commit']}`"])
+    head = ["study", "kind", "method", "seed", "learning rate", "ridge-seg", "commit"]
+    return table(head, cells)
 
 
 def curves(runs, points):
