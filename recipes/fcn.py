@@ -496,12 +496,12 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
     pixels = sum(int(x.sum()) for x in counts)
     totals = torch.tensor([pixels, not_finite], device=world.device)
     torch.distributed.all_reduce(totals)
-    pixels, not_finite = totals.tolist()
-    if not_finite:
+    all_pixels, all_not_finite = totals.tolist()
+    if all_not_finite:
         raise harness.NonFiniteError(
-            f"Not finite at step {step}: the scores of {not_finite} images."
+            f"Not finite at step {step}: the scores of {all_not_finite} images."
         )
-    harness.check(pixels > 0, "No scored image is readable and has a labeled pixel.")
+    harness.check(all_pixels > 0, "No scored image is readable and has a labeled pixel.")
     all_counts = shards.gather_parts(counts)
     if all_counts is None:  # the first process has them
         return
