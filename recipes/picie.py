@@ -280,6 +280,7 @@ class Segmenter(nn.Module):
         for name, parameter in encoder.network.named_parameters():
             parameter.requires_grad_(name not in unused)  # encoder_of freezes all of them
         self.pyramid = Pyramid(encoder)
+        self.labeler: Any = None  # while it is trained: the pyramid as it was when the epoch began
 
         counts = {"dense": classes}
         self.shares = {"dense": 1.0}  # the weights of the losses
@@ -309,14 +310,14 @@ class Segmenter(nn.Module):
             maps.append(replay(pyramid(images[1]), view))
         return maps
 
+    def add_labeler(self) -> None:
+        self.labeler = copy.deepcopy(self.pyramid).requires_grad_(requires_grad=False)
+
     @torch.no_grad()
-    def assign(
-        self, labeler: nn.Module, images: list[Tensor], view: dk.View
-    ) -> dict[str, list[Tensor]]:
-        """The cluster of each cell of each view, (b, cells), by the pyramid as it was."""
-        if not self.clusters:
-            return {}
-        features = [unit_rows(x) for x in self.maps(labeler, images, view)]
+    def assign(self, images: list[Tensor], view: dk.View) -> dict[str, list[Tensor]]:
+        """The cluster of each cell of each view, (b, cells), by the labeler."""
+        self.labeler.eval()
+        features = [unit_rows(x) for x in self.maps(self.labeler, images, view)]
         labels = {}
         for name, clusters in self.clusters.items():
             found = [nearest(*x) for x in zip(features, clusters.centroids, strict=True)]
@@ -334,9 +335,10 @@ class Segmenter(nn.Module):
         return interpolate(logit_maps, size, mode="bilinear").argmax(1)[0]
 
     # ==== loss ====================================================================================
-    def forward(self, images: list[Tensor], view: dk.View, labels: dict[str, list[Tensor]]):
-        """The total loss, and the terms that are logged; `labels` are those of `assign`."""
+    def forward(self, images: list[Tensor], view: dk.View):
+        """The total loss, and the terms that are logged."""
         maps = self.maps(self.pyramid, images, view)
+        labels = self.assign(images, view) if self.clusters else {}
 
         terms = {}
         for name in self.shares:
@@ -438,7 +440,6 @@ def displaced_information(near: Tensor, whole: Tensor, down: int, right: int) ->
 @torch.no_grad()
 def renew_clusters(
     model: Segmenter,
-    labeler: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any],
     run: harness.Run,
@@ -446,14 +447,16 @@ def renew_clusters(
 ) -> dict[str, Tensor]:
     """Cluster the pixels of an epoch before it begins; returns what is logged.
 
-    The labeler becomes a copy of the pyramid. The pixels of all processes are in the order of their
+    The labeler becomes what the pyramid is. The pixels of all processes are in the order of their
     images, so that the clusters depend neither on the number of processes nor on the order.
     """
+    run.check()  # of bad values no clusters are made
     for buffer in model.buffers():  # the statistics of batch normalization differ, as in DDP
         dist.broadcast(buffer, 0)
-    labeler.load_state_dict(model.pyramid.state_dict())
+    model.labeler.load_state_dict(model.pyramid.state_dict())
+    model.labeler.eval()
 
-    pixels, order = take_pixels(model, labeler, batches, run, epoch)
+    pixels, order = take_pixels(model, batches, run, epoch)
     distances = []
     used = []
     for number, (name, clusters) in enumerate(model.clusters.items()):
@@ -486,7 +489,7 @@ def renew_clusters(
 
 
 def take_pixels(
-    model: Segmenter, labeler: nn.Module, batches: Iterable[Any], run: harness.Run, epoch: int
+    model: Segmenter, batches: Iterable[Any], run: harness.Run, epoch: int
 ) -> tuple[Tensor, Tensor]:
     """Features of random pixels (images, views, pixels, 128), and the order of their images."""
     config = model.config
@@ -496,7 +499,7 @@ def take_pixels(
         run.note_unreadable(unreadable)
         device = indices.device
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            maps = model.maps(labeler, images, view)
+            maps = model.maps(model.labeler, images, view)
         cells = maps[0].shape[-2] * maps[0].shape[-1]
         seeds = harness.image_seeds(config.seed, epoch, indices)
         places = (harness.noise(seeds, (config.pixels,)) * cells).long()
@@ -553,15 +556,15 @@ def train(config: Config) -> None:
         encoder = pyramid.encoder
         encoders.freeze(encoder.network, config.freeze)
         model.to(device, memory_format=torch.channels_last)
+        has_clusters = len(model.clusters) > 0
+        if has_clusters:
+            model.add_labeler()
         ddp = nn.parallel.DistributedDataParallel(model)
-        has_clusters = config.method != "iic"
-        labeler = copy.deepcopy(pyramid).eval().requires_grad_(requires_grad=False)
-        extra = {"labeler": labeler} if has_clusters else {}
 
         optimizer = torch.optim.Adam(
             model.parameters(), config.lr, weight_decay=config.weight_decay
         )
-        step = run.resume(model, optimizer, **extra)
+        step = run.resume(model, optimizer)
 
         batches = partial(
             harness.batches,
@@ -577,7 +580,7 @@ def train(config: Config) -> None:
             """Make the clusters of an epoch, with its own views; after the last, those to score."""
             start = epoch * steps_per_epoch
             own = batches(config.batch, start=start, stop=start + steps_per_epoch)
-            run.log(start, **renew_clusters(model, labeler, optimizer, own, run, epoch))
+            run.log(start, **renew_clusters(model, optimizer, own, run, epoch))
 
         # The health is measured on six images of the main process.
         preview_batch = min(6 * world.size, config.batch)
@@ -596,8 +599,7 @@ def train(config: Config) -> None:
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
         for images, view, _, unreadable in bar:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                labels = model.assign(labeler, images, view)
-                loss, terms = ddp(images, view, labels)
+                loss, terms = ddp(images, view)
 
             optimizer.zero_grad()
             loss.backward()
@@ -619,7 +621,6 @@ def train(config: Config) -> None:
 
             # ... and at the end of an epoch.
             if step % steps_per_epoch == 0 and has_clusters:
-                run.check()  # no clusters of bad values
                 begin_epoch(step // steps_per_epoch)
 
             due = step % config.save_every == 0 or step in kept or step == steps
@@ -638,12 +639,12 @@ def train(config: Config) -> None:
                     encoder=encoder.network,
                     facts=facts,
                     epoch=kept.get(step),
-                    **extra,
                 )
             if stop:
                 return
 
         if world.is_main:
+            model.labeler = None  # the segmenter does without
             harness.save_encoder(folder / "segmenter.safetensors", model, **facts, step=step)
             for row in run.rows("miou"):  # at step 0 the weights are random
                 harness.tell(", ".join(f"{name} {value:.4g}" for name, value in row.items()))

@@ -15,6 +15,7 @@ import detect
 import dupr
 import evaluate
 import harness
+import picie
 import pytest
 import test_croc
 import test_d3ssl
@@ -22,6 +23,7 @@ import test_densesiam
 import test_densesiam_segment
 import test_detect
 import test_dupr
+import test_picie
 import torch
 from files import ROOT
 from PIL import Image
@@ -39,6 +41,7 @@ SMALL = {
     "densesiam_segment": (
         densesiam_segment, test_densesiam_segment.SMALL, ("arch", "image", "size"),
     ),
+    "picie": (picie, test_picie.SMALL, ("arch", "image", "size", "radius")),
     "detect": (
         detect,
         test_detect.SMALL,
@@ -130,7 +133,7 @@ def run_once(recipe, arguments, small, run):
 
     module, smaller, own = SMALL[recipe]
     kept = {x: getattr(smaller, x) for x in (*SHARED, *own) if hasattr(smaller, x)}
-    if recipe == "densesiam_segment":
+    if recipe in ("densesiam_segment", "picie"):
         kept |= {"data": small / "set", "layout": "folder", "mapping": None, "weights": None}
     elif recipe != "detect":
         kept |= {"data": small / "photos", "epochs": 1, "batch": 4}
