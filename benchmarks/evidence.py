@@ -3,11 +3,13 @@
     python benchmarks/evidence.py --data camvid --runs FOLDER          # some hours on one core
     python benchmarks/evidence.py --data camvid --runs FOLDER --plan   # what is missing
     python benchmarks/evidence.py --data camvid --runs FOLDER --only densesiam simsiam
+    python benchmarks/evidence.py --data camvid --runs FOLDER --long dupr mocov2
 
-Run the same command again after an interruption: a row that is there is not made again, and a run
-that has begun goes on. Start it in a checkout that stays as it is until all runs are made.
-Processes with other methods may share the folder. The rule, which stood before the first run, and
-the results: docs/evidence.md.
+With --long some methods have a run of 6,000 steps too. The runs of the first seed, and the long
+ones, are scored at some earlier steps as well, when all runs are made. Run the same command again
+after an interruption: a row that is there is not made again, and a run that has begun goes on.
+Start it in a checkout that stays as it is until all runs are made. Processes with other methods may
+share the folder. The rule, which stood before the first run, and the results: docs/evidence.md.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-STUDY = 2  # raise it when losses or settings change: the rows of an earlier number do not count
+STUDY = 3  # raise it when losses or settings change: the rows of an earlier number do not count
 BATCH = 48
 STEPS = 1140  # at least
 SEEDS = (0, 1, 2)
@@ -34,8 +36,11 @@ PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
 GALLERY = 10_000  # cells of retrieval-seg
 SIZE = (256, 352)  # of the images that are scored
 FACTORS = (0.5, 1.0, 2.0)  # the grid: of the demo's learning rate
-GRID_EPOCHS = 2  # of the demo's 4,096 scenes
+GRID_EPOCHS = 5  # of the demo's 4,096 scenes
 GRID_SEED = 10
+LONG_STEPS = 6000  # of --long, at least
+CURVE_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the steps: where a curve has a point
+BANK = "432"  # keys: one of each image that an epoch of CamVid has
 DRAWS = 2000  # of the bootstrap
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of Student's t, by seeds
 SECONDS_A_STEP = 0.4  # until a run was timed
@@ -57,23 +62,21 @@ METHODS = {
     "mocov2": Method(
         "dupr",
         0.8,
-        ("--bank", "1024", "--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0"),
+        ("--bank", BANK, "--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0"),
     ),
-    "dupr": Method("dupr", 0.8, ("--bank", "1024"), baseline="mocov2"),
+    "dupr": Method("dupr", 0.8, ("--bank", BANK), baseline="mocov2"),
     "dino": Method("croc", 4e-3, ("--alpha", "0")),
     "croc": Method("croc", 4e-3, baseline="dino"),
-    "region": Method("d3ssl", 0.8, ("--bank", "1024", *NO_AUGMENTATION, "--jitter", "1", "1")),
-    "decoupling": Method(
-        "d3ssl", 0.8, ("--bank", "1024", "--depositioning", "0"), baseline="region"
-    ),
-    "d3ssl": Method("d3ssl", 0.8, ("--bank", "1024"), baseline="region"),
+    "region": Method("d3ssl", 0.8, ("--bank", BANK, *NO_AUGMENTATION, "--jitter", "1", "1")),
+    "decoupling": Method("d3ssl", 0.8, ("--bank", BANK, "--depositioning", "0"), baseline="region"),
+    "d3ssl": Method("d3ssl", 0.8, ("--bank", BANK), baseline="region"),
 }
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
-    kind: str  # "grid" on the scenes, or "run" on the photographs
+    kind: str  # "grid" on the scenes, or "run" or "long" on the photographs
     method: str
     seed: int
     rate: float
@@ -93,6 +96,7 @@ class Study:
     seeds: tuple[int, ...] = SEEDS
     factors: tuple[float, ...] = FACTORS
     methods: tuple[str, ...] = tuple(METHODS)
+    long: tuple[str, ...] = ()  # methods with a long run too
     retry: bool = False
     grid_options: tuple[str, ...] = ("--epochs", str(GRID_EPOCHS))
     size: tuple[int, int] = SIZE
@@ -175,6 +179,9 @@ def missing_runs(study: Study, rows: list[dict]) -> list[Run]:
         for method in study.methods:
             rate = chosen_rate(study, rows, method) or METHODS[method].rate
             runs.append(Run("run", method, seed, rate))
+    for method in study.long:
+        rate = chosen_rate(study, rows, method) or METHODS[method].rate
+        runs.append(Run("long", method, study.seeds[0], rate))
     return [run for run in grids + runs if find_row(rows, run, retry=study.retry) is None]
 
 
@@ -183,10 +190,24 @@ def count_photographs(study: Study) -> int:
     return len(splits["train"]) + len(splits["val"])
 
 
-def epochs_of(study: Study) -> int:
-    """Epochs that make at least the wanted steps; an incomplete batch is left out."""
-    steps_an_epoch = max(1, count_photographs(study) // study.batch)
-    return -(-study.steps // steps_an_epoch)
+def steps_an_epoch(study: Study) -> int:
+    """An incomplete batch is left out."""
+    return max(1, count_photographs(study) // study.batch)
+
+
+def epochs_of(study: Study, run: Run) -> int:
+    """Epochs that make at least the wanted steps."""
+    steps = LONG_STEPS if run.kind == "long" else study.steps
+    return -(-steps // steps_an_epoch(study))
+
+
+def curve_epochs(study: Study, run: Run) -> list[int]:
+    """The epochs before the last one at whose end a run is scored too, for a curve."""
+    if run.kind == "grid" or run.seed != study.seeds[0]:
+        return []
+    epochs = epochs_of(study, run)
+    points = {max(1, round(epochs * share)) for share in CURVE_SHARES}
+    return sorted(points - {epochs})
 
 
 def command_of(study: Study, run: Run) -> list[str]:
@@ -197,7 +218,10 @@ def command_of(study: Study, run: Run) -> list[str]:
     command += ["--device", "cpu", "--workers", "1", "--save-every", "300", *method.options]
     if run.kind == "grid":
         return command + list(study.grid_options)
-    command += ["--data", str(study.photographs), "--epochs", str(epochs_of(study))]
+    command += ["--data", str(study.photographs), "--epochs", str(epochs_of(study, run))]
+    kept = curve_epochs(study, run)
+    if kept:
+        command += ["--keep", *(str(epoch) for epoch in kept)]
     if method.recipe == "d3ssl":
         command += ["--proposals", str(study.runs / "proposals.npz")]
     return command
@@ -219,8 +243,10 @@ def seconds_of(study: Study, rows: list[dict], run: Run) -> float:
     known = of_method or of_recipe
     if known:
         return sum(known) / len(known)
-    steps = study.steps if run.kind == "run" else GRID_EPOCHS * 4096 // study.batch
-    return steps * SECONDS_A_STEP + SCORE_SECONDS[run.kind]
+    if run.kind == "grid":
+        return GRID_EPOCHS * 4096 // study.batch * SECONDS_A_STEP + SCORE_SECONDS["grid"]
+    steps = epochs_of(study, run) * steps_an_epoch(study)
+    return steps * SECONDS_A_STEP + SCORE_SECONDS["run"]
 
 
 def print_plan(study: Study) -> None:
@@ -231,7 +257,10 @@ def print_plan(study: Study) -> None:
         seconds = seconds_of(study, rows, run)
         total += seconds
         print(f"{run.name}: {seconds / 60:.0f} min: {shown_command(study, run)}")
-    print(f"{len(missing)} runs are missing: {total / 3600:.1f} hours on one core.")
+    points = len(missing_points(study, rows))
+    total += points * SCORE_SECONDS["run"]
+    print(f"{len(missing)} runs and {points} points of curves are missing:", end=" ")
+    print(f"{total / 3600:.1f} hours on one core.")
 
 
 # ---- making the runs -----------------------------------------------------------------------------
@@ -300,14 +329,13 @@ def make_run(study: Study, run: Run) -> dict:
     """Train and score one run; return its row."""
     log = study.runs / f"{run.name}.log"
     scores = study.runs / f"{run.name}.scores.json"
-    score = [sys.executable, str(Path(__file__).resolve()), "--score", run.name]
-    score += ["--data", str(study.data.resolve()), "--runs", str(study.runs.resolve())]
-    score += ["--size", *(str(x) for x in study.size), "--limit", str(study.limit)]
+    score = score_command(study, run.name)
 
     with timed(study.runs / f"{run.name}.seconds.json") as spent:
         code = 0
         proposals = study.runs / "proposals.npz"
-        if run.kind == "run" and METHODS[run.method].recipe == "d3ssl" and not proposals.exists():
+        on_photographs = run.kind != "grid"
+        if on_photographs and METHODS[run.method].recipe == "d3ssl" and not proposals.exists():
             make = [sys.executable, str(ROOT / "recipes" / "proposals.py")]
             make += ["--data", str(study.photographs), "--out", str(proposals)]
             code = call(study, make, study.runs / "proposals.log")
@@ -340,6 +368,41 @@ def make_run(study: Study, run: Run) -> dict:
     return {**row, **json.loads(scores.read_text())}
 
 
+def score_command(study: Study, name: str) -> list[str]:
+    """This program, as a child that scores a run, or one of its checkpoints: RUN@CHECKPOINT."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--score", name]
+    command += ["--data", str(study.data.resolve()), "--runs", str(study.runs.resolve())]
+    return [*command, "--size", *(str(x) for x in study.size), "--limit", str(study.limit)]
+
+
+def missing_points(study: Study, rows: list[dict]) -> list[tuple[Run, int]]:
+    """The points of curves without a row: a run that has ended, and an epoch before its last."""
+    made = {(row["of"], row["steps"]) for row in rows if row["kind"] == "point"}
+    points = []
+    for row in rows:
+        if row["kind"] in ("run", "long") and row["status"] == "done":
+            run = Run(row["kind"], row["method"], row["seed"], row["rate"])
+            for epoch in curve_epochs(study, run):
+                wanted = run.method in (*study.methods, *study.long)
+                if wanted and (run.name, epoch * steps_an_epoch(study)) not in made:
+                    points.append((run, epoch))
+    return points
+
+
+def make_points(study: Study) -> None:
+    """Score the runs at the earlier steps of their curves; a run's own row is the last point."""
+    for run, epoch in missing_points(study, read_rows(study.rows)):
+        step = epoch * steps_an_epoch(study)
+        point = {"kind": "point", "of": run.name, "steps": step}
+        name = f"{run.name}@step-{step:08d}-epoch-{epoch}"
+        code = call(study, score_command(study, name), study.runs / f"{run.name}.log")
+        row = {**point, "method": run.method, "seed": run.seed, "rate": run.rate}
+        row |= {"status": "failed" if code else "done", "commit": commit()}
+        if not code:
+            row |= json.loads((study.runs / f"{name}.scores.json").read_text())
+        add_row(study.rows, row)
+
+
 def data_name(study: Study, run: Run) -> str:
     return "scenes" if run.kind == "grid" else study.data.resolve().name
 
@@ -368,6 +431,7 @@ def make_all(study: Study) -> None:
         made += 1
         compare_all(study)
     compare_all(study)
+    make_points(study)
     print(f"{made} runs made, none is missing.", flush=True)
 
 
@@ -375,7 +439,7 @@ def make_all(study: Study) -> None:
 def score_run(name: str, study: Study) -> None:
     """Score a run by evaluate.py's protocols, and keep the confusion matrix of each image.
 
-    A run of the grid is scored on scenes, by the ridge alone.
+    RUN@CHECKPOINT is one of its checkpoints. A run of the grid is scored on scenes, by the ridge.
     """
     sys.path.insert(0, str(ROOT / "recipes"))
     import evaluate
@@ -387,7 +451,10 @@ def score_run(name: str, study: Study) -> None:
     torch.set_num_threads(1)
     on_scenes = name.startswith("grid-")
     wanted = PROTOCOLS[:1] if on_scenes else PROTOCOLS
-    folder = study.runs / name
+    run, _, checkpoint = name.partition("@")
+    folder = study.runs / run
+    if checkpoint:
+        folder = folder / "checkpoints" / checkpoint
     config = evaluate.Config(encoders=(str(folder),), workers=0, device="cpu", limit=study.limit)
     if on_scenes:
         config = replace(config, size=(64, 64))
@@ -514,6 +581,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--rows", type=Path, default=ROOT / "docs" / "evidence.jsonl")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--long", nargs="+", choices=METHODS, default=[], help="6,000 steps too")
     parser.add_argument("--plan", action="store_true", help="print what is missing, and its hours")
     parser.add_argument("--retry", action="store_true", help="make failed runs once more")
     parser.add_argument("--score", help=argparse.SUPPRESS)  # this program calls itself
@@ -540,6 +608,7 @@ def main() -> None:
     arguments = read_arguments()
     study = Study(arguments.data.resolve(), arguments.runs.resolve(), arguments.rows.resolve())
     study = replace(study, methods=tuple(arguments.only), retry=arguments.retry)
+    study = replace(study, long=tuple(arguments.long))
     study = replace(study, size=tuple(arguments.size), limit=arguments.limit)
     if arguments.score:
         score_run(arguments.score, study)

@@ -27,6 +27,7 @@ OPTIONS = {
     "croc": ["--precision", "fp32", "--freeze", "0.1"],
     "dupr": ["--precision", "fp32"],
     "d3ssl": ["--precision", "fp32"],
+    "soco": ["--precision", "fp32"],
     "densesiam_segment": ["--precision", "fp32", "--region-start", "0"],
     "detect": [],
 }

@@ -1,23 +1,31 @@
 """Tables of the rows that benchmarks/evidence.py writes: evidence.md executes this file."""
 
 import json
+import math
 from pathlib import Path
 
 PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
 
 
 def read(path):
-    """The last row of each run, in the order of the file, and the last comparison of each pair."""
+    """The last row of each run, comparison and point, and the runs of earlier studies."""
     runs = {}
     comparisons = {}
+    points = {}
+    earlier = []
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    for line in lines:
-        row = json.loads(line)
-        if row["kind"] == "comparison":
+    rows = [json.loads(line) for line in lines]
+    last_study = max((row["study"] for row in rows), default=0)
+    for row in rows:
+        if row["study"] < last_study:
+            earlier.append(row)
+        elif row["kind"] == "comparison":
             comparisons[row["method"], row["protocol"]] = row
+        elif row["kind"] == "point":
+            points[row["of"], row["steps"]] = row
         else:
-            runs[row["study"], row["kind"], row["method"], row["seed"], row["rate"]] = row
-    return list(runs.values()), list(comparisons.values())
+            runs[row["kind"], row["method"], row["seed"], row["rate"]] = row
+    return list(runs.values()), list(comparisons.values()), list(points.values()), earlier
 
 
 def table(head, rows):
@@ -33,8 +41,8 @@ def interval(value, low, high):
 
 def tables(path):
     """The claims, all runs and the grid as Markdown; a sentence where there are no rows."""
-    runs, comparisons = read(path)
-    if not runs:
+    runs, comparisons, points, earlier = read(path)
+    if not runs and not earlier:
         return "No run has been made yet.\n"
     claims = [
         (
@@ -72,9 +80,114 @@ def tables(path):
         )
         parts += ["### Runs\n", table([*start, *PROTOCOLS, *end], found)]
         parts += [f"The position prior, which looks at no image, has mIoU {', '.join(priors)}.\n"]
+    if points:
+        parts += ["### Curves\n", curves(runs, points)]
     if grid:
         parts += [
             "### Grid of learning rates, on scenes\n",
             table([*start, "ridge-seg", *end], grid),
         ]
+    if earlier:
+        parts += ["### Earlier studies\n", earlier_runs(earlier)]
+    return "\n".join(parts)
+
+
+def earlier_runs(rows):
+    """The runs of the studies before: what they were, and the first score or the failure."""
+    cells = []
+    for row in rows:
+        if row["kind"] in ("grid", "run"):
+            score = row["scores"]["ridge-seg"] if row["status"] == "done" else {}
+            found = interval(**score) if score else f"failed: {row['message']}"
+            start = [str(row["study"]), row["kind"], row["method"], str(row["seed"])]
+            cells.append([*start, f"{row['rate']:g}", found, f"`{row['commit']}`"])
+    head = ["study", "kind", "method", "seed", "learning rate", "ridge-seg", "commit"]
+    return table(head, cells)
+
+
+def curves(runs, points):
+    """The scores of the first seed against the steps: one panel for each protocol, and a table."""
+    ends = {f"{x['kind']}-{x['method']}-{x['seed']}-{x['rate']:g}": x for x in runs}
+    lines = {}  # of each run: the steps and their scores
+    for point in sorted(points, key=lambda row: row["steps"]):
+        if point["status"] == "done" and ends.get(point["of"], {}).get("status") == "done":
+            lines.setdefault(point["of"], []).append((point["steps"], point["scores"]))
+    for name, line in lines.items():
+        line.append((ends[name]["steps"], ends[name]["scores"]))
+
+    width, height = 300, 170  # of a panel
+    parts = []
+    for number, protocol in enumerate(PROTOCOLS):
+        x0 = number * (width + 50) + 40
+        values = [scores[protocol]["value"] for line in lines.values() for _, scores in line]
+        low, high = min(values), max(values)
+        first = min(math.log(line[0][0]) for line in lines.values())
+        last = max(math.log(line[-1][0]) for line in lines.values())
+        parts.append(f'<text x="{x0}" y="14" font-size="13" fill="currentColor">{protocol}</text>')
+        for y, value in ((30, high), (30 + height, low)):
+            place = f'x="{x0 - 40}" y="{y + 4}" font-size="11" fill="currentColor"'
+            parts.append(f"<text {place}>{value:.3f}</text>")
+        for position, (name, line) in enumerate(lines.items()):
+            places = [
+                (
+                    x0 + width * (math.log(step) - first) / max(last - first, 1e-9),
+                    30 + height * (high - scores[protocol]["value"]) / max(high - low, 1e-9),
+                )
+                for step, scores in line
+            ]
+            color = f"hsl({position * 137.5 % 360:.0f},65%,45%)"
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            stroke = f'fill="none" stroke="{color}" stroke-width="1.5"'
+            parts.append(f'<polyline points="{path}" {stroke}/>')
+            if number == 0:
+                place = f'x="{x0 + position % 5 * 190}" y="{height + 60 + position // 5 * 18}"'
+                words = f"{ends[name]['method']}, {line[-1][0]:,} steps"
+                parts.append(f'<text {place} font-size="12" fill="{color}">{words}</text>')
+    size = f"0 0 {3 * (width + 50)} {height + 70 + (len(lines) - 1) // 5 * 18}"
+    picture = f'<svg viewBox="{size}" width="100%">{"".join(parts)}</svg>\n'
+
+    rows = [
+        [ends[name]["method"], f"{step:,}", *(f"{scores[x]['value']:.3f}" for x in PROTOCOLS)]
+        for name, line in lines.items()
+        for step, scores in line
+    ]
+    note = "Seed 0; the axis of the steps is logarithmic, from the first point to the last.\n"
+    return "\n".join([picture, note, table(["method", "step", *PROTOCOLS], rows)])
+
+
+def demo_tables(path):
+    """The claims of the demos and their runs as Markdown; a sentence where there are no rows."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        return "No demo has been run yet.\n"
+    claims = {}
+    runs = {}
+    for row in rows:
+        if row["kind"] == "demo comparison":
+            claims[row["side"], row["other"]] = (
+                f"{row['side']} against {row['other']}",
+                interval(row["difference"], row["low"], row["high"]),
+                f"{row['above']} of 5",
+                row["claim"],
+            )
+        else:
+            if row["status"] == "done":
+                (_, first), (step, last) = row["probes"][0], row["probes"][-1]
+                cells = [str(step), f"{first:.3f}", f"{last:.3f}"]
+            else:
+                cells = [f"failed: {row['message']}".replace("|", "/"), "", ""]
+            end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
+            runs[row["study"], row["side"], row["seed"]] = [
+                row["side"],
+                str(row["seed"]),
+                *cells,
+                *end,
+            ]
+    parts = []
+    if claims:
+        head = ["pair", "difference of the probe's mIoU", "seeds above", "claim"]
+        parts.append(table(head, claims.values()))
+    head = ["demo", "seed", "steps", "probe at the start", "at the end", "time", "commit"]
+    parts.append(table(head, [runs[key] for key in sorted(runs)]))
     return "\n".join(parts)

@@ -349,7 +349,7 @@ def augment(
     ]
 
 
-def cut_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Config) -> Tensor:
+def cut_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Any) -> Tensor:
     """The pixels to cut out of the proposals of each view (PRC)."""
     cutout = dk.sample_cutout(boxes, ratio=config.cut, noise=noises[CUT])
     return dk.proposal_cutout(boxes, cutout, (side, side), valid).mask
@@ -362,7 +362,7 @@ def beside_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: 
     return dk.boxes_to_mask(marked, (side, side), valid)
 
 
-def soco_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Config) -> Tensor:
+def soco_masks(boxes: Tensor, side: int, valid: Tensor, noises: dict, config: Any) -> Tensor:
     """In views 1 a square at any center in a proposal, for some of them (SoCo's cutout)."""
     low, high = config.soco_cutout
     boxes = boxes[:, :2]
@@ -382,7 +382,7 @@ def jitter_boxes(boxes: Tensor, side: int, noises: dict, config: Config) -> Tens
     return dk.sample_inner_boxes(boxes, scale=config.jitter, noise=noises[JITTER]) / side
 
 
-def soco_jitter(boxes: Tensor, side: int, noises: dict, config: Config) -> Tensor:
+def soco_jitter(boxes: Tensor, side: int, noises: dict, config: Any) -> Tensor:
     """Boxes of which some are moved and resized, but not beyond the view (SoCo's box jitter)."""
     share = config.soco_jitter
     noise = noises[SOCO_JITTER]
@@ -562,7 +562,7 @@ def draw_inputs(model: D3SSL, preview: tuple, config: Config, path: Path) -> Non
     save_image(rearrange(panels, "p b c h w -> (b p) c h w"), path, nrow=len(panels))
 
 
-def draw_boxes(view: Input, model: D3SSL) -> Tensor:
+def draw_boxes(view: Input, model: Any) -> Tensor:
     """The images of a view, as panels of the picture, with their valid boxes."""
     panels = nn.functional.interpolate(view.images, PANEL_SIDE)
     images = harness.unnormalize(panels, model.mean, model.std)
@@ -576,7 +576,7 @@ def draw_boxes(view: Input, model: D3SSL) -> Tensor:
     return torch.stack(drawn)
 
 
-def measure_layers(encoder: Any, source, config: Config, device: torch.device) -> dict[str, Tensor]:
+def measure_layers(encoder: Any, source, config: Any, device: torch.device) -> dict[str, Tensor]:
     """Coupling rate and mean cosine similarity of each layer, on pictures of 256 objects.
 
     A picture is a third of a view wide, and takes whole cells of C5: so an object looks the same to

@@ -5,7 +5,9 @@
         --prefix train/ --out openimages-mini.txt
 
 An image is taken if it has an object of a class that COCO has too, and if no such class then has
-more objects than in COCO. No image is read. More: docs/recipes/openimages_mini.md.
+more objects than in COCO. No image is read. At its end the command prints the columns of the
+paper's Table 2 for both sets; with --coco alone, it counts COCO and writes nothing.
+More: docs/recipes/openimages_mini.md.
 """
 
 import csv
@@ -28,10 +30,12 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Config:
-    boxes: Path  # Boxes of OpenImages: (oidv6-)train-annotations-bbox.csv, or the same as .csv.gz.
-    classes: Path  # Names of their classes: class-descriptions-boxable.csv, of any version.
     coco: Path  # Instances of COCO: instances_train2017.json.
-    out: Path  # List to write, a .txt; its figures are written to OUT.json.
+    # Boxes of OpenImages: (oidv6-)train-annotations-bbox.csv, or the same as .csv.gz. Without
+    # --boxes, --classes and --out, the objects of COCO are counted.
+    boxes: Path | None = None
+    classes: Path | None = None  # Names of their classes: class-descriptions-boxable.csv.
+    out: Path | None = None  # List to write, a .txt; its figures are written to OUT.json.
     images: Path | None = None  # Folder of images: only images that lie in it are taken.
     prefix: str = ""  # Folder of the images as seen from the list's own folder, such as train/.
     groups: bool = True  # Whether a box of a group, and a crowd of COCO, counts as one object.
@@ -89,12 +93,21 @@ from tqdm import tqdm
 
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
-    harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
-    harness.check(
-        config.out.parent.is_dir(), f"--out is {config.out}: give a file in a folder that exists."
-    )
-    for path in (config.out, figures_path(config.out)):
-        harness.check_output("--out", path)
+    together = {"--boxes": config.boxes, "--classes": config.classes, "--out": config.out}
+    missing = [option for option, path in together.items() if path is None]
+    if 0 < len(missing) < len(together):
+        raise harness.UserError(
+            f"{missing[0]} is None: give --boxes, --classes and --out together, or none of them to "
+            "count COCO alone."
+        )
+    if config.out is not None:
+        harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
+        harness.check(
+            config.out.parent.is_dir(),
+            f"--out is {config.out}: give a file in a folder that exists.",
+        )
+        for path in (config.out, figures_path(config.out)):
+            harness.check_output("--out", path)
     harness.check(
         config.images is None or config.images.is_dir(),
         f"--images is {config.images}: give a folder that exists.",
@@ -103,6 +116,13 @@ def check_options(config: Config) -> None:
 
 
 # ==== files =======================================================================================
+class Coco(NamedTuple):
+    """The objects of COCO: how many of each class, and the columns of the paper's Table 2."""
+
+    counts: dict[str, int]
+    figures: dict[str, Any]
+
+
 class Boxes(NamedTuple):
     """The boxes of OpenImages: two numbers of each, which index the two lists of names."""
 
@@ -129,9 +149,10 @@ def opened(path: Path, what: str) -> Iterator[tuple[Any, Any]]:
         raise harness.UserError(f"{path} is not {what} ({reason}).") from error
 
 
-def read_coco(path: Path, groups: bool) -> dict[str, int]:
-    """The number of objects of each of COCO's classes."""
-    wanted = {"categories", "annotations", "id", "name", "category_id", "iscrowd"}
+def read_coco(path: Path, groups: bool) -> Coco:
+    """The objects of an instances file of COCO; without `groups`, those that are no crowd."""
+    wanted = {"categories", "annotations", "images"}
+    wanted |= {"id", "name", "category_id", "image_id", "iscrowd"}
 
     def drop_the_rest(fields: dict) -> dict:  # outlines, which fill most of the file
         return {name: value for name, value in fields.items() if name in wanted}
@@ -140,10 +161,27 @@ def read_coco(path: Path, groups: bool) -> dict[str, int]:
         content = json.load(text, object_hook=drop_the_rest)
         names = {x["id"]: text_of(x["name"]) for x in content["categories"]}
         counts = dict.fromkeys(names.values(), 0)
+        pairs = set()  # each image with each of its classes
         for annotation in content["annotations"]:
             if groups or not annotation.get("iscrowd"):
-                counts[names[annotation["category_id"]]] += 1
-        return counts
+                name = names[annotation["category_id"]]
+                counts[name] += 1
+                pairs.add((annotation["image_id"], name))
+        images = {x["id"] for x in content["images"]}
+        with_object = {image for image, _ in pairs}
+        if not with_object <= images:
+            raise KeyError(min(with_object - images))
+
+    if not images:
+        raise harness.UserError(f"{path} names no image.")
+    figures = {
+        "images": len(images),
+        "objects_per_image": sum(counts.values()) / len(images),
+        "categories_per_image": len(pairs) / len(images),
+        "categories": len({name for _, name in pairs}),
+        "images_without_object": len(images - with_object),
+    }
+    return Coco(counts, figures)
 
 
 def text_of(value: Any) -> str:
@@ -275,11 +313,26 @@ def choose(order: list[int], image: Any, which: Any, count: Any, limits: list[in
 
 
 # ==== the list ====================================================================================
+PAPER = {
+    "OpenImage-MINI": {
+        "images": "146K", "objects_per_image": 9.1, "categories_per_image": 3.20, "categories": 569,
+    },
+    "COCO": {
+        "images": "118K", "objects_per_image": 7.4, "categories_per_image": 2.95, "categories": 80,
+    },
+}  # fmt: skip
+
+
 def select(config: Config) -> None:
-    """Write the list and its figures."""
+    """Write the list and its figures, or count the objects of COCO alone."""
     check_options(config)
+    if config.boxes is None or config.classes is None or config.out is None:
+        coco_figures = read_coco(config.coco, config.groups).figures
+        print_table({config.coco.name: coco_figures, "COCO (Table 2)": PAPER["COCO"]})
+        return
+
     classes = read_classes(config.classes)
-    coco = read_coco(config.coco, config.groups)
+    coco, coco_figures = read_coco(config.coco, config.groups)
     mapping = read_mapping(config.mapping) if config.mapping else {}
     coco_class = counterparts(classes, coco, mapping)  # of a label
     if not coco_class:
@@ -317,12 +370,16 @@ def select(config: Config) -> None:
         **table_row(boxes, taken),
         "shared": shared_figures,
         "without_counterpart": lacking,
+        "coco": coco_figures,
         "settings": asdict(config),
     }
 
     names = [os.path.join(config.prefix, f"{boxes.images[number]}.jpg") for number in taken]
     write_list(config.out, sorted(names), figures)
-    print_table(config.out.name, figures)
+    rows = {config.out.name: figures, config.coco.name: coco_figures}
+    for name, row in PAPER.items():
+        rows[f"{name} (Table 2)"] = row
+    print_table(rows)
 
 
 def table_row(boxes: Boxes, taken: list[int]) -> dict[str, Any]:
@@ -352,11 +409,11 @@ def write_list(out: Path, names: list[str], figures: dict[str, Any]) -> None:
         raise harness.UserError(f"{out} cannot be written: {error.strerror}.") from error
 
 
-def print_table(name: str, figures: dict[str, Any]) -> None:
-    """Show the figures beside the paper's."""
-    objects = f"{figures['objects_per_image']:.4g}"
-    categories = f"{figures['categories_per_image']:.4g}"
-    row = "{:26}{:>9}{:>12}{:>12}{:>9}".format
-    harness.tell(row("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
-    harness.tell(row(name, figures["images"], objects, categories, figures["categories"]))
-    harness.tell(row("OpenImage-MINI (Table 2)", "146K", "9.1", "3.20", "569"))
+def print_table(rows: dict[str, dict[str, Any]]) -> None:
+    """Show the columns of Table 2 for each set, by its name."""
+    line = "{:26}{:>9}{:>12}{:>12}{:>9}".format
+    harness.tell(line("", "#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"))
+    for name, figures in rows.items():
+        objects = f"{figures['objects_per_image']:.4g}"
+        categories = f"{figures['categories_per_image']:.4g}"
+        harness.tell(line(name, figures["images"], objects, categories, figures["categories"]))

@@ -1,4 +1,4 @@
-"""Region proposals of a folder of images, by selective search: made once, before d3ssl.py runs.
+"""Region proposals of a folder of images, by selective search: made once, for d3ssl.py and soco.py.
 
     python recipes/proposals.py --data FOLDER              # writes FOLDER.proposals.npz
     python recipes/d3ssl.py --preset paper --data FOLDER --proposals FOLDER.proposals.npz

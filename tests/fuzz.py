@@ -791,15 +791,15 @@ def openimages(draw: Callable, root: Path) -> None:
     (root / "boxes.csv").write_bytes(draw(st.just(boxes.encode()) | broken(boxes.encode())))
     (root / "classes.csv").write_bytes(draw(st.just(classes.encode()) | broken(classes.encode())))
     config = openimages_mini.Config(
-        root / "boxes.csv", root / "classes.csv", root / "coco.json", root / "out.txt",
+        root / "coco.json", root / "boxes.csv", root / "classes.csv", root / "out.txt",
         mapping=draw(st.sampled_from([None, root / "mapping.json"])), images=None,
     )  # fmt: skip
     openimages_mini.select(config)
 
 
 COMMANDS = (
-    "minimal", "densesiam", "croc", "dupr", "d3ssl", "adapt", "densesiam_segment", "picie",
-    "detect", "evaluate", "export", "proposals", "openimages_mini",
+    "minimal", "densesiam", "croc", "dupr", "d3ssl", "soco", "adapt", "densesiam_segment",
+    "picie", "detect", "evaluate", "export", "proposals", "openimages_mini",
 )  # fmt: skip
 NUMBERS = ["0", "1", "-1", "2", "3", "7", "1000000"]
 POSITIONAL = {

@@ -73,7 +73,7 @@ def test_the_plan_is_what_has_no_row(study, capsys):
     assert evidence.missing_runs(replace(study, retry=True), rows) == [todo[1], *todo[3:]]
     assert evidence.seconds_of(study, rows, todo[0]) == 6
     evidence.print_plan(study)
-    assert "51 runs are missing" in capsys.readouterr().out
+    assert "51 runs and 0 points of curves are missing" in capsys.readouterr().out
 
 
 def test_rows_of_another_study_and_torn_lines_do_not_count(study):
@@ -201,6 +201,7 @@ def test_all_runs_are_made_once_and_a_stopped_one_goes_on(study, monkeypatch):
             run.mkdir(exist_ok=True)
             (run / "encoder.safetensors").touch()
             (run / "metrics.jsonl").write_text('{"step": 2}\n')
+            (run / "checkpoints" / "step-00000002").mkdir(parents=True, exist_ok=True)
             return 0 if run.name != "run-simsiam-1-0.8" else 3
         score = {"value": 0.5, "low": 0.4, "high": 0.6}
         scores = {"scores": dict.fromkeys(evidence.PROTOCOLS, score), "prior": 0.1, "images": 2}
@@ -214,8 +215,18 @@ def test_all_runs_are_made_once_and_a_stopped_one_goes_on(study, monkeypatch):
     evidence.make_all(study)
     assert commands[2] == commands[4]  # trained again by the same command, which resumes
     rows = evidence.read_rows(study.rows)
-    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "done"]
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed", "done"] + ["done"] * 2
     assert rows[4]["exit"] == 3
+    # Of two steps, the curves of the first seed have the first one; the run itself is the second.
+    assert [(row["of"], row["steps"]) for row in rows[6:]] == [
+        ("run-simsiam-0-0.8", 1),
+        ("run-densesiam-0-0.8", 1),
+    ]
+    keeping = {x[x.index("--run") + 1] for x in commands if "--keep" in x}
+    assert {name.rpartition("/")[2] for name in keeping} == {
+        "run-simsiam-0-0.8",
+        "run-densesiam-0-0.8",
+    }
     before = len(commands)
     evidence.make_all(study)
     assert len(commands) == before
@@ -250,8 +261,10 @@ def test_a_pair_is_compared_once_when_all_its_runs_have_ended(study):
 def test_a_small_run_has_scores_and_counts_of_each_image(study):
     study = replace(study, methods=("simsiam",), factors=(), seeds=(0,))
     evidence.make_all(study)
-    (row,) = evidence.read_rows(study.rows)
-    assert row["status"] == "done", row
+    row, point = evidence.read_rows(study.rows)
+    assert row["status"] == point["status"] == "done", (row, point)
+    assert point["steps"] == 1
+    assert point["scores"] != row["scores"]
     assert row["steps"] == 2
     assert row["images"] == 2
     assert set(row["scores"]) == set(evidence.PROTOCOLS)

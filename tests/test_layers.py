@@ -127,6 +127,7 @@ def test_every_file_beside_the_harness_is_a_command_and_no_other_file_is():
 
 MORE = {  # a recipe that another one needs
     "d3ssl": {"proposals"},  # which made its data
+    "soco": {"proposals", "d3ssl"},  # whose augmentations of regions and measures it has
     "adapt": {"evaluate"},  # which scores its encoder before and after
 }
 

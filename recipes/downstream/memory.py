@@ -93,7 +93,7 @@ def encoding(protocol: str, sizes: Sizes, images: int) -> int:
     waiting = 2 * sizes.workers * pixels
     number_in_map = sizes.cells * sizes.channels
     maps = 4 * batch * number_in_map
-    if protocol.endswith("object-knn"):
+    if protocol == "object-knn":
         maps += 8 * sizes.batch * number_in_map  # of each object, twice
     elif not protocol.startswith("image"):
         maps += 4 * batch * number_in_map
@@ -107,7 +107,7 @@ def scoring(sizes: Sizes, columns: int = 0) -> int:
     columns = columns or sizes.classes
     images = max(1, protocols.CELLS // sizes.cells)
     cells = images * sizes.cells * (4 * sizes.channels + 12 * columns)
-    pixels = sizes.pixels * (4 * columns + 40)
+    pixels = sizes.pixels * max(4 * columns + 13, 45)
     counts = sizes.test * sizes.classes * columns * 8
     bootstrap = 20 * min(BLOCK, sizes.draws * max(sizes.test, sizes.classes * columns))
     return max(counts + cells + pixels, 2 * counts + bootstrap)
@@ -136,15 +136,19 @@ def clusters(sizes: Sizes) -> int:
     cells = sizes.test * sizes.cells
     sample = min(cells, SAMPLE * count) * sizes.channels * 4
     block = min(cells * max(sizes.channels, count), BLOCK)
-    return max(cells * 24 + block * 30, sample * 2 + cells * 8, scoring(sizes, count))
+    return max(cells * 24 + block * 13, sample * 4 + cells * 8, scoring(sizes, count))
 
 
 def gallery_of_cells(sizes: Sizes) -> int:
-    """The labels and the order of all cells to fit on, the gallery and a block of cosines."""
+    """The labels and the order of all cells to fit on, the gallery, and the votes of some images.
+
+    These have gone when the scores come to the size of the label maps.
+    """
     cells = sizes.fit * sizes.cells
     gallery = min(protocols.GALLERY, cells)
-    rows = min(sizes.test * sizes.cells, max(sizes.cells, protocols.CELLS))
-    return cells * 18 + votes(rows, gallery, sizes) + gallery * sizes.channels * 4 + scoring(sizes)
+    rows = min(sizes.test, max(1, protocols.CELLS // sizes.cells)) * sizes.cells
+    found = votes(rows, gallery, sizes) + rows * sizes.channels * 4
+    return cells * 18 + gallery * sizes.channels * 4 + max(found, scoring(sizes))
 
 
 def votes(rows: int, gallery: int, sizes: Sizes) -> int:

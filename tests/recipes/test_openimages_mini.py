@@ -50,6 +50,9 @@ WRONG = [
     ([*NEEDED, "--out", "list.csv"], "--out is list.csv"),
     ([*NEEDED, "--out", "nowhere/list.txt"], "--out is nowhere/list.txt"),
     ([*NEEDED, "--images", "nowhere"], "--images is nowhere"),
+    (["--coco", "coco.json", "--out", "list.txt"], "--boxes is None: give --boxes, --classes and"),
+    (["--coco", "coco.json", *NEEDED[:2], "--out", "list.txt"], "--classes is None"),
+    (NEEDED[:6], "--out is None"),
 ]
 LIMITS = {"person": 4, "dog": 2, "mouse": 1, "sports ball": 3, "dining table": 1}
 
@@ -72,20 +75,27 @@ def write_boxes(path, images, header=V4, seed=None):
         table.writerows(rows)
 
 
-def write_coco(path, limits, crowds=()):
-    """So many objects of each class, and a crowd of each in `crowds`."""
+def write_coco(path, limits, crowds=(), objects=None, images=1):
+    """So many objects of each class, and a crowd of each in `crowds`, in the first image.
+
+    `objects` replaces them: of each its image, its class and whether it is a crowd.
+    """
     numbers = {name: 3 * i + 1 for i, name in enumerate(limits)}  # COCO's numbers have gaps
-    objects = [(x, 0) for name, n in limits.items() for x in [numbers[name]] * n]
-    objects += [(numbers[name], 1) for name in crowds]
+    if objects is None:
+        objects = [(0, name, 0) for name, n in limits.items() for _ in range(n)]
+        objects += [(0, name, 1) for name in crowds]
     polygon, rle = [[1.5, 2.0, 3.0, 4.0, 5.0, 6.0]], {"counts": [272, 2], "size": [64, 48]}
     annotations = [
-        {"segmentation": rle if crowd else polygon, "area": 4.0, "iscrowd": crowd, "id": i,
-         "image_id": 9, "bbox": [1.0, 2.0, 3.0, 4.0], "category_id": category}
-        for i, (category, crowd) in enumerate(objects)
+        {"segmentation": rle if crowd else polygon, "area": 4.0, "iscrowd": int(crowd), "id": i,
+         "image_id": 9 + image, "bbox": [1.0, 2.0, 3.0, 4.0], "category_id": numbers[name]}
+        for i, (image, name, crowd) in enumerate(objects)
     ]  # fmt: skip
     categories = [{"supercategory": "x", "id": i, "name": x} for x, i in numbers.items()]
-    images = [{"id": 9, "file_name": "000000000009.jpg", "height": 64, "width": 48}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+    rows = [
+        {"id": 9 + i, "file_name": f"{9 + i:012}.jpg", "height": 64, "width": 48}
+        for i in range(images)
+    ]
+    content = {"images": rows, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps({"info": {}, "licenses": [], **content}))
 
 
@@ -97,7 +107,7 @@ def write(folder, images, limits=LIMITS, *, crowds=(), header=V4, seed=None, v7=
     lines = ["LabelName,DisplayName"] * v7 + [f"{x},{y}" for x, y in NAMES.items()]
     (folder / "classes.csv").write_text("".join(f"{line}\n" for line in lines))
     paths = {"classes": folder / "classes.csv", "coco": folder / "coco.json"}
-    return Config(boxes, **paths, out=folder / "mini.txt", **settings)
+    return Config(boxes=boxes, **paths, out=folder / "mini.txt", **settings)
 
 
 def result(config):
@@ -240,8 +250,47 @@ def test_a_class_without_counterpart_is_named_and_the_rest_goes_on(many, tmp_pat
     assert figures["shared"]["person"]["openimages"] == ["Man", "Person"]
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "warning" in line and "'zebra'" in line] == lines[:1]
-    assert lines[-2].split()[:2] == ["mini.txt", str(len(expected))]
-    assert lines[-1].split()[-4:] == ["146K", "9.1", "3.20", "569"]
+    assert lines[-4].split()[:2] == ["mini.txt", str(len(expected))]
+    assert lines[-3].split()[:2] == ["coco.json", "1"]
+    assert lines[-2].split()[-4:] == ["146K", "9.1", "3.2", "569"]
+    assert lines[-1].split()[-4:] == ["118K", "7.4", "2.95", "80"]
+
+
+# Objects of COCO: the number of the image, the class, and whether it is a crowd.
+OBJECTS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["person", "dog"]), st.booleans()))
+
+
+@given(OBJECTS, st.booleans())
+def test_the_figures_of_coco_are_counted_from_its_objects(tmp_path_factory, objects, groups):
+    path = tmp_path_factory.mktemp("coco") / "instances.json"
+    write_coco(path, {"person": 0, "dog": 0, "zebra": 0}, objects=objects, images=5)
+    counts, figures = openimages_mini.read_coco(path, groups)
+    kept = [(image, name) for image, name, crowd in objects if groups or not crowd]
+    per_image = [[name for image, name in kept if image == i] for i in range(5)]
+    assert counts == {x: [name for _, name in kept].count(x) for x in ("person", "dog", "zebra")}
+    assert figures == {
+        "images": 5,
+        "objects_per_image": pytest.approx(np.mean([len(x) for x in per_image])),
+        "categories_per_image": pytest.approx(np.mean([len({*x}) for x in per_image])),
+        "categories": len({name for _, name in kept}),
+        "images_without_object": sum(not x for x in per_image),
+    }
+
+
+def test_coco_alone_is_counted_and_nothing_is_written(tmp_path, capsys):
+    path = tmp_path / "instances_train2017.json"
+    objects = [(0, "dog", 0), (0, "dog", 0), (0, "person", 0), (1, "dog", 1)]
+    write_coco(path, {"person": 0, "dog": 0}, objects=objects, images=3)
+    select(Config(path))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["#Imgs", "#Obj/Img", "#Cat/Img", "#Cat"],
+        ["instances_train2017.json", "3", "1.333", "1", "2"],
+        ["COCO", "(Table", "2)", "118K", "7.4", "2.95", "80"],
+    ]
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+    select(Config(path, groups=False))
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["3", "1", "0.6667", "2"]
 
 
 def test_six_hundred_classes(tmp_path, monkeypatch):
@@ -330,6 +379,14 @@ def test_a_failed_run_leaves_the_earlier_list(many, tmp_path):
         ("coco.json", '{"categories": []}', "coco.json is not an instances file .*annotations"),
         ("coco.json", '{"categories": [{"id": 1}], "annotations": []}', "KeyError: 'name'"),
         ("coco.json", '{"categories": [], "annotations": [{"category_id": 1}]}', "KeyError: 1"),
+        ("coco.json", '{"categories": [], "annotations": []}', "KeyError: 'images'"),
+        ("coco.json", '{"categories": [], "annotations": [], "images": []}', "names no image"),
+        (
+            "coco.json",
+            '{"categories": [{"id": 1, "name": "a"}], "images": [], '
+            '"annotations": [{"category_id": 1, "image_id": 7}]}',
+            "coco.json is not an instances file of COCO .*KeyError: 7",
+        ),
         ("mapping.json", '{"mouse": "Mouse"}', "mapping.json is not a mapping"),
         ("mapping.json", '{"mouse": [1]}', "mapping.json is not a mapping"),
         ("mapping.json", '["mouse"]', "mapping.json is not a mapping"),

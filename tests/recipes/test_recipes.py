@@ -19,6 +19,7 @@ import dupr
 import harness
 import proposals
 import pytest
+import soco
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
 from downstream import encoders
@@ -31,6 +32,7 @@ from test_d3ssl import SMALL as D3SSL
 from test_d3ssl import write_proposals
 from test_densesiam import SMALL as DENSESIAM
 from test_dupr import SMALL as DUPR
+from test_soco import SMALL as SOCO
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 import densekit as dk
 from densekit.scenes import sample_scenes
@@ -62,10 +64,21 @@ RECIPES = {
         baseline=("mocov2", {x: getattr(dupr.PRESETS["mocov2"], x) for x in ("alpha", "beta")}),
         encoder=lambda: encoders.build("tiny"),
     ),
+    "soco": SimpleNamespace(
+        module=soco, model=soco.SoCo, small=SOCO, preset="paper", wrong="resnet5", panels=3,
+        filter="bilinear", source=partial(proposals.image_source, path=None),
+        baseline=("soco-aug", {"cut": (0.2, 0.5), "optimizer": "lars"}),
+        encoder=lambda: encoders.build("tiny"),
+    ),
 }  # fmt: skip
 
 
-@pytest.fixture(params=list(RECIPES))
+def slow(name):
+    """A recipe whose run D3SSL's shows in its own way: its own test is test_soco.py."""
+    return pytest.param(name, marks=pytest.mark.slow) if name == "soco" else name
+
+
+@pytest.fixture(params=map(slow, RECIPES))
 def name(request):
     return request.param
 

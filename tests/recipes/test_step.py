@@ -21,6 +21,7 @@ import harness
 import minimal
 import picie
 import pytest
+import soco
 import torch
 import torch.distributed as dist
 from downstream import health
@@ -31,6 +32,7 @@ from test_densesiam import SMALL as DENSESIAM
 from test_densesiam_segment import SMALL as SEGMENT
 from test_dupr import SMALL as DUPR
 from test_picie import SMALL as PICIE
+from test_soco import SMALL as SOCO
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg
@@ -47,6 +49,7 @@ RECIPES = {
     "dupr": (dupr, DUPR),
     "minimal": (minimal, minimal.Config(size=32, grid=3, batch=8, workers=0, device="cpu")),
     "picie": (picie, PICIE),
+    "soco": (soco, replace(SOCO, optimizer="lars")),
 }
 STEPS = 4  # RegionSim begins with the third, and the last layers of CrOC's heads are free by then
 
@@ -110,7 +113,12 @@ def convert_module(model, convert):
                 tensors[name] = convert(tensor)
 
 
-@pytest.fixture(params=list(RECIPES))
+def slow(name):
+    """A recipe whose loop D3SSL's shows in its own way."""
+    return pytest.param(name, marks=pytest.mark.slow) if name == "soco" else name
+
+
+@pytest.fixture(params=map(slow, RECIPES))
 def fake_loop(request, monkeypatch, tmp_path):
     """`fake_loop(device)` runs the loop of a recipe on fake tensors.
 
@@ -122,6 +130,7 @@ def fake_loop(request, monkeypatch, tmp_path):
         "densesiam_segment": lambda: densesiam_segment.open_training(config),
         "d3ssl": lambda: d3ssl.image_source(None, None, scenes=16),
         "picie": lambda: picie.open_training(config),
+        "soco": lambda: soco.image_source(None, None, scenes=16),
     }
     source = source_of.get(request.param, lambda: harness.image_source(None, scenes=16))()
     views = adapt.ManyViews if module is adapt else module.TwoViews

@@ -15,15 +15,19 @@ import detect
 import dupr
 import evaluate
 import harness
+import openimages_mini
 import picie
 import pytest
+import soco
 import test_croc
 import test_d3ssl
 import test_densesiam
 import test_densesiam_segment
 import test_detect
 import test_dupr
+import test_openimages_mini
 import test_picie
+import test_soco
 import torch
 from files import ROOT
 from PIL import Image
@@ -38,6 +42,7 @@ SMALL = {
     "d3ssl": (d3ssl, test_d3ssl.SMALL, ("arch", "head", "views", "bins", "bank", "proposals")),
     "densesiam": (densesiam, test_densesiam.SMALL, ("arch", "hidden", "categories", "views")),
     "dupr": (dupr, test_dupr.SMALL, ("arch", "outputs", "bank", "views")),
+    "soco": (soco, test_soco.SMALL, ("arch", "head", "views", "bins", "proposals")),
     "densesiam_segment": (
         densesiam_segment, test_densesiam_segment.SMALL, ("arch", "image", "size"),
     ),
@@ -49,13 +54,14 @@ SMALL = {
            "anchors", "proposals", "annotations", "val_annotations")],
     ),
 }  # fmt: skip
-COMMANDS = [x for x in FOUND if x[0] in (*SMALL, "evaluate")]  # not what makes data
+OTHERS = {"evaluate": evaluate, "openimages_mini": openimages_mini}  # which train nothing
+COMMANDS = [x for x in FOUND if x[0] in (*SMALL, *OTHERS)]  # not what makes data
 SHARED = ("batch", "epochs", "workers", "log_every", "save_every", "device", "precision")
 
 
 def parsed(recipe, arguments):
     """The configuration of a command."""
-    module = evaluate if recipe == "evaluate" else SMALL[recipe][0]
+    module = OTHERS[recipe] if recipe in OTHERS else SMALL[recipe][0]
     with mock.patch.object(sys, "argv", [f"{recipe}.py", *shlex.split(arguments)]):
         return module.read_options()
 
@@ -78,7 +84,7 @@ def test_the_page_has_every_table_of_the_four_papers():
         assert row.split(" | ")[-1] != "started |" or "`" in row
 
 
-@pytest.mark.parametrize("recipe", [*SMALL, "evaluate"])
+@pytest.mark.parametrize("recipe", [*SMALL, *OTHERS])
 def test_the_commands_of_the_page_are_read(recipe):
     own = [arguments for name, arguments in COMMANDS if name == recipe]
     assert own
@@ -130,6 +136,11 @@ def run_once(recipe, arguments, small, run):
             year=None,
         )  # fmt: skip
         return harness.main(evaluate.evaluate, config)
+    if recipe == "openimages_mini":
+        run.mkdir()
+        files = test_openimages_mini.write(run, {"a": [("Dog", False), ("Tree", False)]})
+        own = {x: getattr(files, x) for x in ("boxes", "classes", "out") if getattr(config, x)}
+        return harness.main(openimages_mini.select, replace(config, coco=files.coco, **own))
 
     module, smaller, own = SMALL[recipe]
     kept = {x: getattr(smaller, x) for x in (*SHARED, *own) if hasattr(smaller, x)}

@@ -12,6 +12,8 @@ import harness
 import minimal
 import picie
 import pytest
+import soco
+import test_soco
 import torch
 from steps import step_on_part
 from torch import nn
@@ -83,6 +85,21 @@ def test_a_step_of_clusters(method):
         return {name: x.detach() for name, x in terms.items()}, loss, gradients
 
     assert_world_size_invariant(one_step, (images, view), (2,))
+
+
+def test_a_step_of_soco():
+    model = test_soco.make(cut=(0.2, 0.5), mask=(0.2, 0.6), jitter=(0.8, 1.0))
+    case = test_soco.batch((3, 4, 0, 1))  # one of four processes has no proposal
+    inputs = test_soco.seeded(0, model.config, case)  # what is drawn is each image's own
+
+    def one_step(part, group):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(soco, "augment", lambda *_: part["inputs"])
+            (terms,), loss, gradients, _ = step_on_part(model, *part["case"], part["seeds"])
+        return loss, terms["view2"].detach(), terms["view3"].detach(), gradients
+
+    part = {"case": case, "inputs": inputs, "seeds": torch.arange(4)}
+    assert_world_size_invariant(one_step, part, (1, 2, 4))
 
 
 def one_object_and_the_rest(sampler, matched):
