@@ -74,7 +74,7 @@ class Config:
 PRESETS = {
     "demo": Config(
         arch="tiny", aux=64, radius=1, image=64, size=96, hue=0.5, blur=(0.1, 1.0), batch=32,
-        lr=1e-3, workers=1, precision="fp32", save_every=20,
+        workers=1, precision="fp32", save_every=20,
     ),
     "paper": Config("paper"),  # the defaults of Config
     "mdc": Config("mdc", method="mdc", aux=0),
