@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import densesiam_segment
 import harness
@@ -251,21 +252,21 @@ def test_a_run_resumes_in_the_middle_and_at_the_end_of_an_epoch(
     assert encoders.load_encoder(str(halted)).facts["method"] == method
 
 
-def test_empty_clusters_make_no_value_nan(tmp_path, folder, monkeypatch):
-    take = picie.take_pixels
-
-    def equal_ones(*arguments):
-        pixels, order = take(*arguments)
-        return pixels[:1, :, :1].expand_as(pixels), order
-
-    monkeypatch.setattr(picie, "take_pixels", equal_ones)
-    monkeypatch.setattr(picie, "evaluate", lambda *_: None)
-    train(small_on(folder, aux=0, epochs=1, weighting="balanced", run=tmp_path))
-    assert {row["used"] for row in rows(tmp_path, "used")} == {1}
-    for row in rows(tmp_path):
-        assert all(math.isfinite(x) for x in row.values())
-    found = load_file(tmp_path / "segmenter.safetensors")
-    assert all(x.isfinite().all() for x in found.values())
+@pytest.mark.parametrize("weighting", ["frequency", "balanced"])
+def test_empty_clusters_make_no_value_nan(weighting, monkeypatch):
+    model, _ = with_clusters("picie", weighting=weighting)
+    equal = torch.ones(3, 2, 4, picie.WIDTH, dtype=torch.float64) / picie.WIDTH**0.5
+    monkeypatch.setattr(picie, "take_pixels", lambda *_: (equal, torch.arange(3)))
+    run = SimpleNamespace(check=lambda: None)
+    optimizer = torch.optim.Adam(model.parameters())
+    with harness.process_group("cpu"):
+        found = picie.renew_clusters(model, optimizer, [], run, 0)
+        loss, _ = model(*batch())
+    assert found["used"] == 1
+    assert found["distance"] < 1e-6
+    loss.backward()
+    for x in (loss, *model.buffers(), *(x.grad for x in model.pyramid.parameters())):
+        assert x.isfinite().all()
 
 
 def test_two_processes_make_the_clusters_of_one(tmp_path, folder, monkeypatch):

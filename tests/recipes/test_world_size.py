@@ -64,7 +64,7 @@ def test_a_step_of_unsupervised_segmentation():
     assert_world_size_invariant(one_step, (images_of(8, 32), view))
 
 
-@pytest.mark.parametrize("method", ["picie", "mdc", "iic"])
+@pytest.mark.parametrize("method", ["picie", "iic", pytest.param("mdc", marks=pytest.mark.slow)])
 def test_a_step_of_clusters(method):
     config = replace(
         picie.PRESETS["demo"], image=32, size=32, aux=8, method=method, device="cpu", radius=1
