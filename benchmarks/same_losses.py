@@ -30,6 +30,7 @@ OPTIONS = {
     "soco": ["--precision", "fp32"],
     "densesiam_segment": ["--precision", "fp32", "--region-start", "0"],
     "detect": [],
+    "fcn": [],
 }
 SHARED = [
     "--preset", "demo", "--device", "cpu", "--workers", "0", "--seed", "0",

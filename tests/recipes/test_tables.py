@@ -14,6 +14,7 @@ import densesiam_segment
 import detect
 import dupr
 import evaluate
+import fcn
 import harness
 import openimages_mini
 import picie
@@ -25,6 +26,7 @@ import test_densesiam
 import test_densesiam_segment
 import test_detect
 import test_dupr
+import test_fcn
 import test_openimages_mini
 import test_picie
 import test_soco
@@ -52,6 +54,9 @@ SMALL = {
         test_detect.SMALL,
         *[("data", "encoder", "scenes", "steps", "milestones", "warmup", "sides", "width", "rois",
            "anchors", "proposals", "annotations", "val_annotations")],
+    ),
+    "fcn": (
+        fcn, test_fcn.SMALL, ("encoder", "steps", "milestones", "crop", "window", "draws"),
     ),
 }  # fmt: skip
 OTHERS = {"evaluate": evaluate, "openimages_mini": openimages_mini}  # which train nothing
@@ -146,6 +151,8 @@ def run_once(recipe, arguments, small, run):
     kept = {x: getattr(smaller, x) for x in (*SHARED, *own) if hasattr(smaller, x)}
     if recipe in ("densesiam_segment", "picie"):
         kept |= {"data": small / "set", "layout": "folder", "mapping": None, "weights": None}
+    elif recipe == "fcn":
+        kept |= {"data": small / "set", "layout": "folder", "mapping": None}
     elif recipe != "detect":
         kept |= {"data": small / "photos", "epochs": 1, "batch": 4}
     if "bank" in own:
