@@ -21,7 +21,7 @@ help:
 
 RECIPE ?= densesiam
 
-demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc, dupr, d3ssl, soco, densesiam_segment, detect or fcn for another
+demo: $(VENV)/.demo ## pre-train on procedural scenes (CPU, a few minutes); RECIPE=croc, dupr, d3ssl, soco, densesiam_segment, picie, detect or fcn for another
 	$(BIN)/python recipes/$(RECIPE).py $(ARGS)
 
 TESTS := -m pytest -n auto --dist worksteal # a half each: what a module prepares is prepared once

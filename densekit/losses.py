@@ -43,6 +43,7 @@ __all__ = [
     "gram_loss",
     "info_nce",
     "kernel_alignment",
+    "mutual_information_loss",
     "negative_cosine",
     "neighbor_distribution_loss",
     "neighbor_order_loss",
@@ -500,6 +501,84 @@ def _kernel_cosine(rows: Tensor, others: Tensor) -> Tensor:
             product = (rows.mT @ others).square().sum((-2, -1))
     square = own.square().sum((-2, -1)) * other.square().sum((-2, -1))
     return safe_divide(product, torch.where(square > 0, square, torch.inf).sqrt())
+
+
+@typed
+def mutual_information_loss(
+    query: Float[Tensor, "*batch n d"],
+    key: Float[Tensor, "*batch n d"],
+    valid: Bool[Tensor, "*valid"] | None = None,
+    *,
+    group: Group = None,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*reduced"]:
+    r"""Compute the negative mutual information of the categories of two views (IIC).
+
+    Channels come last: `query` and `key` are rows (..., n, d) of logits. For maps use
+    `map_to_rows`.
+
+    The d channels are categories. With the probabilities $z_i$ and $z'_i$ of row i in both views,
+
+    $$
+    P = \frac{1}{2n} \sum_i (z_i z_i'^T + z'_i z_i^T)
+    \qquad \text{and} \qquad
+    -I = -\sum_{c, k} P_{ck} \log \frac{P_{ck}}{p_c p_k} ,
+    $$
+
+    where $p_c$ is the sum of row c of P. The loss is least if the views agree on one category for
+    each row, and all categories are equally frequent. It is 0 if all rows have the same category.
+
+    Args:
+        query: Logits of one view.
+        key: Logits of the other view, of the same things row by row.
+        valid: Rows to use, of shape `*batch n`; an axis may have size 1. By default all. One value
+            for each image is `valid[:, None]`.
+        group: Processes over which the rows of every set are distributed, each with any number of
+            rows. P is that of all rows, and so are the averaged gradients. None means that this
+            process has all rows.
+        reduction: "mean" over the sets with a valid row, or "none" for one value for each set (0
+            without one).
+
+    Returns:
+        The loss in [-log d, 0], in nats, in at least float32. A set is the n rows of one index of
+        `*batch`: flatten the axes of all rows that belong together.
+
+    Raises:
+        TypeError: The shapes differ, or rows look like maps.
+
+    Examples:
+        >>> logits = 50 * torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> mutual_information_loss(logits, logits).round(decimals=3)
+        tensor(-0.6930)
+
+    References:
+        Ji et al., Invariant Information Clustering (IIC), Eq 2 to 5.
+    """
+    where = "losses.mutual_information_loss"
+    refuse_maps(where, "query", query)
+    refuse_maps(where, "key", key)
+    valid = fit_valid(where, valid, query.shape[:-1])
+    own = _shares(query, valid)
+    other = _shares(key, valid)
+    dtype = torch.promote_types(own.dtype, other.dtype)
+    with full_precision(own):
+        products = all_sum(own.to(dtype).mT @ other.to(dtype), group)
+    total = products.sum((-2, -1), keepdim=True)
+    joint = safe_divide((products + products.mT) / 2, total)
+
+    loss = _entropy(joint, (-2, -1)) - 2 * _entropy(joint.sum(-1), (-1,))
+    loss = loss.clamp(-math.log(max(1, query.shape[-1])), 0)  # beyond them it is rounding
+    return _reduce(loss, total[..., 0, 0] > 0, reduction)
+
+
+def _shares(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the probabilities of the rows; zeros where they are not valid."""
+    return _valid_rows(_valid_rows(widened(logits), valid).softmax(-1), valid)
+
+
+def _entropy(shares: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Compute the entropy; a share of zero adds nothing, and has no gradient."""
+    return -(shares * torch.where(shares > 0, shares, 1.0).log()).sum(axes)
 
 
 @typed

@@ -11,13 +11,11 @@ images, deviations from the paper (ECCV 2022), time and results: docs/recipes/de
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 
@@ -101,41 +99,20 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import colors, encoders, health, image_sets
+from downstream import colors, encoders, health, segmentation
 from downstream.crops import as_bytes, as_picture, crop_bytes
-from downstream.published import row_permuted_group_scores
+from downstream.segmentation import evaluate, open_split, open_training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
-from torch.utils.data import Subset
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2.functional import resize
 import densekit as dk
-from densekit import viz
 
 
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
-    harness.check(
-        config.data is not None or config.preset == "demo",
-        f"--data is missing: the preset {config.preset} needs the folder of a labeled image set.",
-    )
-    harness.check(
-        config.data is None or config.data.is_dir(),
-        f"--data is {config.data}: give the folder of a labeled image set.",
-    )
-    harness.check(
-        config.mapping is None or config.mapping.is_file(),
-        f"--mapping is {config.mapping}: give a JSON file of classes.",
-    )
-    harness.check(
-        config.train_list is None or config.train_list.is_file(),
-        f"--train-list is {config.train_list}: give a text file with one image name a line.",
-    )
-    harness.check(
-        config.val_list is None or config.val_list.is_file(),
-        f"--val-list is {config.val_list}: give a text file with one image name a line.",
-    )
+    segmentation.check_data(config)
     encoders.check_start(config)
     encoders.check_maps(config, "--size", config.size, levels=4)
     harness.check(
@@ -164,55 +141,6 @@ def check_options(config: Config) -> None:
         "more, the smaller first.",
     )
     harness.check_finite("--weight-decay", config.weight_decay)
-
-
-# ==== data ========================================================================================
-def open_split(config: Config, split: str, list_file: Path | None, *, labels: bool = True) -> Any:
-    """The images of a split: all of them, or those that a list names, in its order.
-
-    Without `labels` their label maps may be missing.
-    """
-    images = image_sets.open_images(
-        config.data, config.layout, split, config.mapping, labels=labels
-    )
-    images.value_range = config.value_range
-    if list_file is None:
-        return Subset(images, range(len(images)))
-
-    indices = []
-    for line in image_sets.read_list(list_file):
-        index = images.find(line)
-        if index is None:
-            raise harness.UserError(f"The list {list_file} names {line}, which {split} lacks.")
-        indices.append(index)
-    if not indices:
-        raise harness.UserError(f"The list {list_file} is empty: name images of {split}.")
-    return Subset(images, list(dict.fromkeys(indices)))  # a name that stands twice counts once
-
-
-def open_training(config: Config) -> Any:
-    """The images to train on, as a source for `TwoViews`; their labels are not read."""
-    split = open_split(config, config.train_split, config.train_list, labels=False)
-    names = [split.dataset.names[index] for index in split.indices]
-    images = [split.dataset.images[name] for name in names]
-    if config.data is None:  # procedural scenes
-        return [(image, ()) for image in images]
-    files = [os.path.relpath(image, config.data) for image in images]
-    return harness.FolderImages(config.data, files, value_range=config.value_range)
-
-
-def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str]:
-    """A labeled image; where its file cannot be read, None and "path: reason"."""
-    try:
-        return split[index], ""
-    except harness.UserError:
-        name = split.dataset.names[split.indices[index]]
-        path = split.dataset.images[name]
-        try:
-            harness.read_image(path)
-        except Exception as error:  # broken bytes raise nearly anything
-            return None, f"{path}: {harness.one_line(error)}"
-        raise  # the label map is wrong
 
 
 # ==== views =======================================================================================
@@ -453,112 +381,6 @@ class Segmenter(nn.Module):
 
         info_nce = partial(dk.info_nce, temperature=0.1)
         return dk.symmetric_loss(info_nce, predictions, projections)
-
-
-# ==== evaluation ==================================================================================
-def evaluate(model: Segmenter, val: Any, run: harness.Run, step: int) -> None:
-    """Name and score the pseudo-classes, log the scores and save a picture.
-
-    Of a mapping the first classes are things and the others stuff. Each group is scored alone,
-    unless one of them is empty.
-    """
-    classes = len(model.names)
-    things = val.dataset.things
-    harness.share_buffers(model)
-    model.eval()
-    matching = match(val, model.segment, classes, run)
-    model.names.copy_(matching.names)
-    model.train()
-
-    scores = {"miou": matching.mean_iou()}
-    if 0 < things < classes:
-        is_thing = torch.arange(classes, device=run.world.device) < things
-        scores |= group_scores(matching, "things", is_thing)
-        scores |= group_scores(matching, "stuff", ~is_thing)
-    if step == 0:
-        scores["color_miou"] = match_colors(val, classes, run).mean_iou()
-    run.log(step, **scores)
-
-    if run.world.is_main:
-        draw(matching, val.dataset, run.picture_path(step))
-
-
-class Matching(NamedTuple):
-    """Pseudo-classes of a whole set, matched to its classes."""
-
-    confusion: Tensor  # how many pixels have this label and that pseudo-class
-    names: Tensor  # the class of each pseudo-class
-    examples: list[tuple[Tensor, Tensor, Tensor]]  # images, labels and pseudo-classes, to draw
-
-    def mean_iou(self) -> Tensor:
-        return dk.mean_iou(dk.merge_clusters(self.confusion, self.names))
-
-
-@torch.no_grad()
-def match(
-    val: Any, segment: Callable[[Tensor, torch.Size], Tensor], classes: int, run: harness.Run
-) -> Matching:
-    """Match pseudo-classes to classes, by the pixels of all images over all processes.
-
-    `segment(image, size)` gives the pseudo-class of each pixel of an image.
-    """
-    device = run.world.device
-    confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
-    examples = {}
-    unreadable = []
-    for index in range(run.world.rank, len(val), run.world.size):
-        sample, problem = read_labeled(val, index)
-        if sample is None:
-            unreadable.append(problem)
-            continue
-        if sample.labels is None:
-            raise harness.UserError(f"The image {sample.name} has no label map to score with.")
-        found = segment(sample.image.to(device) / 255, sample.labels.shape)
-        confusion += dk.confusion_matrix(sample.labels.to(device), found, classes=classes)
-        sixth = 6 * index // len(val)  # the picture shows one image of each sixth of the set
-        examples[sixth] = (sample.image, sample.labels, found.cpu())
-
-    if unreadable:
-        run.note_unreadable(unreadable)
-    torch.distributed.all_reduce(confusion)
-    harness.check(confusion.sum() > 0, "No scored image is readable and has a labeled pixel.")
-    return Matching(confusion, dk.match_clusters(confusion), list(examples.values()))
-
-
-def match_colors(val: Any, classes: int, run: harness.Run) -> Matching:
-    """Match k-means clusters of the colors: the baseline that a segmenter has to beat."""
-    colors = []
-    for index in range(len(val)):
-        sample, _ = read_labeled(val, index)
-        if sample is not None:
-            colors.append(sample.image.flatten(1)[:, ::17].T / 255)
-    generator = harness.generator(0)
-    centers = dk.minibatch_kmeans(torch.cat(colors), classes, generator=generator)
-    centers = centers.to(run.world.device)
-
-    def segment(image: Tensor, size: torch.Size) -> Tensor:
-        return dk.nearest_centroids(image.flatten(1).T, centers).view(size)
-
-    return match(val, segment, classes, run)
-
-
-def group_scores(matching: Matching, name: str, group: Tensor) -> dict[str, Tensor]:
-    """Mean IoU within a group of classes, and the wrong one that the papers publish."""
-    merged = dk.merge_clusters(matching.confusion, matching.names)
-    right = dk.group_scores(merged, group)
-    published = row_permuted_group_scores(matching.confusion, matching.names, group)
-    return {f"{name}_miou": right.miou, f"{name}_wrong": published.miou}
-
-
-def draw(matching: Matching, dataset: Any, path: Path) -> None:
-    """A row per example: the image, its labels and the classes found."""
-    images, labels, found = zip(*matching.examples, strict=True)
-    names = matching.names.cpu()
-    named = [names[x] for x in found]
-    figure = viz.plot_segmentation(
-        images, labels, named, names=dataset.classes, ignore=dataset.ignored
-    )
-    figure.savefig(path)
 
 
 # ==== loop ========================================================================================

@@ -799,7 +799,7 @@ def openimages(draw: Callable, root: Path) -> None:
 
 COMMANDS = (
     "minimal", "densesiam", "croc", "dupr", "d3ssl", "soco", "adapt", "densesiam_segment",
-    "detect", "fcn", "evaluate", "export", "proposals", "openimages_mini",
+    "picie", "detect", "fcn", "evaluate", "export", "proposals", "openimages_mini",
 )  # fmt: skip
 NUMBERS = ["0", "1", "-1", "2", "3", "7", "1000000"]
 POSITIONAL = {

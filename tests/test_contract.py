@@ -711,6 +711,7 @@ TABLE = [
         reduction="none",
         close=8,
     ),
+    row("mutual_information_loss", pair_and_valid, (0, 1), reduction="none", close=4),
     row("gram_loss", pair_and_valid, (0,), reduction="none", close=4),
     row("gram_loss", pair_and_valid, (0,), clip_negative=True, reduction="none", close=4),
     row(

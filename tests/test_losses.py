@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import mutual_info_score
 from strategies import BATCHES, batches, flips, generators, tensors, uniform, valid_rows
 from torch.utils._pytree import tree_leaves
 import densekit
@@ -25,6 +26,7 @@ from densekit import (
     knn_votes,
     l2_normalize,
     map_to_rows,
+    mutual_information_loss,
     negative_cosine,
     neighbor_distribution_loss,
     neighbor_order_loss,
@@ -835,7 +837,7 @@ def terms_of(rows, _):
     return variance_covariance(rows)
 
 
-ON_ROWS = [*LOSSES, center_of, terms_of]
+ON_ROWS = [*LOSSES, center_of, terms_of, mutual_information_loss]
 on_rows = pytest.mark.parametrize("loss", ON_ROWS, ids=lambda f: f.__name__)
 
 
@@ -1291,6 +1293,56 @@ def test_rows_that_are_not_valid_reach_neither_term_nor_gradient(pair):
 def test_a_spread_that_makes_no_sense_is_refused(name, value):
     with pytest.raises(ValueError, match=f"variance_covariance: {name} is {value}; give"):
         variance_covariance(torch.eye(2), **{name: value})
+
+
+# ------------------------------------------------------------------------- mutual information
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.data())
+def test_mutual_information_of_labels_is_that_of_sklearn(d, n, data):
+    labels = [torch.tensor(data.draw(st.lists(st.integers(0, d - 1), min_size=n, max_size=n)))]
+    labels += [torch.tensor(data.draw(st.lists(st.integers(0, d - 1), min_size=n, max_size=n)))]
+    valid = data.draw(valid_rows((n,)))
+    logits = [F.one_hot(x, d).double().mul(1e3).requires_grad_() for x in labels]
+    got = mutual_information_loss(*logits, valid)
+    first, second = (x[valid].numpy() for x in labels)
+    both = np.concatenate([first, second]), np.concatenate([second, first])
+    want = mutual_info_score(*both) if len(first) else 0.0
+    assert got.item() == pytest.approx(-want, abs=1e-9)
+    for grad in torch.autograd.grad(got, logits):
+        assert grad.isfinite().all()
+
+
+def slow_information(query, key):
+    """Of two sets of logits (n, d), cell by cell."""
+    first, second = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (query, key))
+    joint = sum(np.outer(a, b) + np.outer(b, a) for a, b in zip(first, second, strict=True))
+    joint = joint / joint.sum()
+    sides = np.outer(joint.sum(1), joint.sum(0))
+    return (joint * np.log(joint / sides)).sum()
+
+
+@given(pairs(), st.floats(0.1, 20))
+def test_mutual_information_is_that_of_the_joint_table_of_the_valid_rows(pair, scale):
+    query, key, valid = pair
+    bad = torch.where(valid[..., None], scale * query, torch.nan).requires_grad_()
+    got = mutual_information_loss(bad, key, valid, reduction="none")
+    d = query.shape[-1]
+    assert got.shape == query.shape[:-2]
+    assert ((got <= 0) & (got >= -math.log(max(1, d)))).all()
+    for place in torch.ones_like(got).nonzero().tolist():
+        one, other, keep = ((x[tuple(place)]) for x in (scale * query, key, valid))
+        want = slow_information(one[keep].numpy(), other[keep].numpy()) if keep.any() else 0.0
+        assert got[tuple(place)].item() == pytest.approx(-want, abs=1e-9)
+    turned = mutual_information_loss(key, bad, valid, reduction="none")
+    moved = mutual_information_loss(bad.flip(-1), key.flip(-1), valid, reduction="none")
+    torch.testing.assert_close(turned, got, **CLOSE)  # neither side is first
+    torch.testing.assert_close(moved, got, **CLOSE)  # nor has a category a name
+    (grad,) = torch.autograd.grad(got.sum(), bad)
+    assert grad.isfinite().all()
+    assert (grad[~valid] == 0).all()
+    mean = mutual_information_loss(bad, key, valid)
+    torch.testing.assert_close(mean, mean_of_valid(got, valid.any(-1)), **CLOSE)
 
 
 # ------------------------------------------------------------- structure of a set, and neighbors

@@ -244,6 +244,7 @@ def all_functions(part, group):
     results["mean of columns"] = dk.masked_mean(x, columns, group=group)
     results["mean of all"] = dk.masked_mean(x, group=group)
     results["center of all"] = dk.update_center(CENTER, x.detach(), group=group)
+    results["information"] = dk.mutual_information_loss(9 * x, part["y"], group=group)
     two, valid_of_two = part["of_two"].movedim(1, 0), part["valid_of_two"].mT
     results["variance of two"] = list(dk.variance_covariance(two, valid_of_two, group=group))
     results["variance of all"] = list(dk.variance_covariance(two, group=group))

@@ -29,7 +29,7 @@ from densesiam_segment import (
     segment_loss,
     train,
 )
-from downstream import encoders, health, image_sets
+from downstream import encoders, health, image_sets, segmentation
 from PIL import Image
 from processes import on_processes
 from safetensors.torch import load_file
@@ -517,7 +517,7 @@ class Flat(list):
 def test_pseudo_classes_are_named_whatever_their_order():
     val, run = Flat((2, 0, 1)), SimpleNamespace(world=harness.World(0, 1, torch.device("cpu")))
     with harness.process_group("cpu"):
-        confusion, names, shown = densesiam_segment.match(
+        confusion, names, shown = segmentation.match(
             val, lambda image, size: image.argmax(0), 3, run
         )
     assert names.tolist() == [2, 0, 1]
@@ -793,7 +793,7 @@ def test_nothing_to_score_with_is_one_sentence(tmp_path, folder):
 def confusion_on(rank, group):
     world = harness.World(rank, 2, torch.device("cpu"))
     run = SimpleNamespace(world=world)
-    return densesiam_segment.match(Flat(), lambda image, size: image.argmax(0), 3, run)[0]
+    return segmentation.match(Flat(), lambda image, size: image.argmax(0), 3, run)[0]
 
 
 def test_each_image_counts_once_over_all_processes():

@@ -19,6 +19,7 @@ import densesiam_segment
 import dupr
 import harness
 import minimal
+import picie
 import pytest
 import soco
 import torch
@@ -30,6 +31,7 @@ from test_d3ssl import SMALL as D3SSL
 from test_densesiam import SMALL as DENSESIAM
 from test_densesiam_segment import SMALL as SEGMENT
 from test_dupr import SMALL as DUPR
+from test_picie import SMALL as PICIE
 from test_soco import SMALL as SOCO
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -46,6 +48,7 @@ RECIPES = {
     "densesiam_segment": (densesiam_segment, SEGMENT),
     "dupr": (dupr, DUPR),
     "minimal": (minimal, minimal.Config(size=32, grid=3, batch=8, workers=0, device="cpu")),
+    "picie": (picie, PICIE),
     "soco": (soco, replace(SOCO, optimizer="lars")),
 }
 STEPS = 4  # RegionSim begins with the third, and the last layers of CrOC's heads are free by then
@@ -126,6 +129,7 @@ def fake_loop(request, monkeypatch, tmp_path):
     source_of = {
         "densesiam_segment": lambda: densesiam_segment.open_training(config),
         "d3ssl": lambda: d3ssl.image_source(None, None, scenes=16),
+        "picie": lambda: picie.open_training(config),
         "soco": lambda: soco.image_source(None, None, scenes=16),
     }
     source = source_of.get(request.param, lambda: harness.image_source(None, scenes=16))()
@@ -167,7 +171,8 @@ def fake_loop(request, monkeypatch, tmp_path):
             monkeypatch.setattr(module, "evaluate", lambda *_: None, raising=False)
             monkeypatch.setattr(health.Monitor, "measure_all", lambda _: {})
             monkeypatch.setattr(module, "probe", lambda *_: 0.0, raising=False)
-            # D3SSL reads the count of its regions at the end of an epoch.
+            # PiCIE makes its clusters at the end of an epoch, and D3SSL counts its regions.
+            monkeypatch.setattr(module, "renew_clusters", lambda *_: {}, raising=False)
             monkeypatch.setattr(module, "check_regions", lambda *_: None, raising=False)
             monkeypatch.setattr(nn.Module, "to", stay)
             monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)

@@ -10,6 +10,7 @@ import densesiam_segment
 import detect
 import harness
 import minimal
+import picie
 import pytest
 import soco
 import test_soco
@@ -61,6 +62,29 @@ def test_a_step_of_unsupervised_segmentation():
         return dk.all_mean(loss, group), terms, gradients
 
     assert_world_size_invariant(one_step, (images_of(8, 32), view))
+
+
+@pytest.mark.parametrize("method", ["picie", "iic", pytest.param("mdc", marks=pytest.mark.slow)])
+def test_a_step_of_clusters(method):
+    config = replace(
+        picie.PRESETS["demo"], image=32, size=32, aux=8, method=method, device="cpu", radius=1
+    )
+    torch.manual_seed(0)
+    model = picie.Segmenter(config, 5).double()
+    for clusters in model.clusters.values():
+        clusters.centroids.normal_()
+        clusters.weights.uniform_(0.2, 1.0)
+    if model.clusters:
+        model.add_labeler()
+    whole = dk.full_view((1, 1), (4,))
+    view = dk.View(whole.box.double(), whole.flip)
+    images = images_of(4, 32)
+
+    def one_step(part, group):
+        (terms,), loss, gradients, _ = step_on_part(model, *part)
+        return {name: x.detach() for name, x in terms.items()}, loss, gradients
+
+    assert_world_size_invariant(one_step, (images, view), (2,))
 
 
 def test_a_step_of_soco():
