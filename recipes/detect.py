@@ -453,6 +453,7 @@ def evaluate(model: nn.Module, data: Objects, run: harness.Run, step: int) -> No
     world = run.world
     found = []
     unreadable = []
+    harness.share_buffers(model)
     model.eval()
     share = range(world.rank, len(data), world.size)
     for index in tqdm(

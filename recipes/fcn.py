@@ -467,6 +467,7 @@ def evaluate(model: Segmenter, val: Any, run: harness.Run, shards: Shards, step:
     examples = []
     unreadable = []
     not_finite = 0
+    harness.share_buffers(model)
     model.eval()
     share = shards.part(len(val))
     drawn = share[:: max(1, len(share) // EXAMPLES)][:EXAMPLES]

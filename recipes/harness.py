@@ -620,6 +620,15 @@ def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
         say(f"warning: {means} has no effect: {reason}.")
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give each process the buffers of the first one, before the processes share out a test.
+
+    On a CPU each process has batch statistics of its own. Those of the first one are saved.
+    """
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
 # ---- images ----------------------------------------------------------------------------------
 def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
     """The file as an upright RGB image, uint8 (3, H, W); transparency is composited on white.

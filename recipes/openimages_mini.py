@@ -31,8 +31,8 @@ import tyro
 @dataclass(frozen=True)
 class Config:
     coco: Path  # Instances of COCO: instances_train2017.json.
-    # Boxes of OpenImages: (oidv6-)train-annotations-bbox.csv, or the same as .csv.gz. Without
-    # --boxes, --classes and --out, the objects of COCO are counted.
+    # Boxes of OpenImages: (oidv6-)train-annotations-bbox.csv, or the same as .csv.gz. Without them,
+    # the classes and a list to write, the objects of COCO are counted.
     boxes: Path | None = None
     classes: Path | None = None  # Names of their classes: class-descriptions-boxable.csv.
     out: Path | None = None  # List to write, a .txt; its figures are written to OUT.json.
@@ -97,8 +97,8 @@ def check_options(config: Config) -> None:
     missing = [option for option, path in together.items() if path is None]
     if 0 < len(missing) < len(together):
         raise harness.UserError(
-            f"{missing[0]} is None: give --boxes, --classes and --out together, or none of them to "
-            "count COCO alone."
+            f"{missing[0]} is missing: give --boxes, --classes and --out together, or none of them "
+            "to count COCO alone."
         )
     if config.out is not None:
         harness.check(config.out.suffix == ".txt", f"--out is {config.out}: give a .txt file.")
@@ -108,6 +108,16 @@ def check_options(config: Config) -> None:
         )
         for path in (config.out, figures_path(config.out)):
             harness.check_output("--out", path)
+    else:  # what only a list needs would count for nothing
+        for option, value in (
+            ("--images", config.images),
+            ("--prefix", config.prefix or None),
+            ("--mapping", config.mapping),
+        ):
+            harness.check(
+                value is None,
+                f"{option} is {value}: leave it out, or give --boxes, --classes and --out too.",
+            )
     harness.check(
         config.images is None or config.images.is_dir(),
         f"--images is {config.images}: give a folder that exists.",

@@ -103,6 +103,7 @@ def evaluate(model: Any, val: Any, run: harness.Run, step: int) -> None:
     """
     classes = len(model.names)
     things = val.dataset.things
+    harness.share_buffers(model)
     model.eval()
     matching = match(val, model.segment, classes, run)
     model.names.copy_(matching.names)

@@ -733,6 +733,7 @@ def find(rank, group, config, weights, folder):
     _, data = load(config)
     model = build_detector(config, len(data.classes))
     model.load_state_dict(torch.load(weights, weights_only=True))
+    model.backbone.body.bn1.running_mean += rank  # on a CPU each process has its own
     with harness.Run(folder, config, world) as run:
         run.resume(model, torch.optim.SGD(model.parameters(), 0.1))
         detect.evaluate(model, data, run, 1)

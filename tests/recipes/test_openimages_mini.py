@@ -50,9 +50,12 @@ WRONG = [
     ([*NEEDED, "--out", "list.csv"], "--out is list.csv"),
     ([*NEEDED, "--out", "nowhere/list.txt"], "--out is nowhere/list.txt"),
     ([*NEEDED, "--images", "nowhere"], "--images is nowhere"),
-    (["--coco", "coco.json", "--out", "list.txt"], "--boxes is None: give --boxes, --classes and"),
-    (["--coco", "coco.json", *NEEDED[:2], "--out", "list.txt"], "--classes is None"),
-    (NEEDED[:6], "--out is None"),
+    (["--coco", "coco.json", "--out", "list.txt"], "--boxes is missing: give --boxes, --classes"),
+    (["--coco", "coco.json", *NEEDED[:2], "--out", "list.txt"], "--classes is missing"),
+    (NEEDED[:6], "--out is missing"),
+    (["--coco", "coco.json", "--images", "."], "--images is .: leave it out"),
+    (["--coco", "coco.json", "--prefix", "train/"], "--prefix is train/: leave it out"),
+    (["--coco", "coco.json", "--mapping", "m.json"], "--mapping is m.json: leave it out"),
 ]
 LIMITS = {"person": 4, "dog": 2, "mouse": 1, "sports ball": 3, "dining table": 1}
 
