@@ -45,7 +45,7 @@ class Config:
     weight_decay: float = 5e-4  # Weight decay of all parameters.
     crop: int = 769  # Side of a crop to train on, in pixels.
     scale: tuple[float, float] = (0.5, 2.0)  # Range of the factor by which images are resized.
-    max_share: float = 0.75  # Share of a class above which another crop is drawn; 1 takes any crop.
+    max_share: float = 0.75  # Share of a class from which another crop is drawn; 1: any crop.
     distort: bool = True  # Change brightness, contrast, saturation and hue of the crops at random.
     # Side in pixels above which a test cuts an image into windows that overlap.
     window: int = 769
@@ -447,6 +447,16 @@ def pixel_loss(cells: Tensor, labels: Tensor, stride: int) -> Tensor:
     return dk.masked_mean(losses, valid, group=torch.distributed.group.WORLD)
 
 
+def check_labels(labeled: Tensor, dataset: Crops) -> None:
+    """A UserError on all processes, if an epoch has had no labeled pixel, which taught nothing."""
+    total = dk.all_sum(labeled, torch.distributed.group.WORLD)
+    harness.check(
+        total.item() > 0,
+        f"The crops of all {len(dataset)} images had no labeled pixel in a whole epoch: their "
+        "label maps may be void, or of another set of classes (--layout, --mapping).",
+    )
+
+
 def enlarge(cells: Tensor, stride: int) -> Tensor:
     """The scores of each pixel of some cells, in float32 or more: bilinear between the centers."""
     wide = cells.float() if cells.dtype.itemsize < 4 else cells
@@ -658,6 +668,9 @@ def train(config: Config) -> None:
             patience=patience,
         )
         bar = harness.progress(training_batches, start=step, stop=steps, world=world)
+        steps_per_epoch = max(1, len(dataset) // config.batch)
+        # The labeled pixels of an epoch; one that is resumed has had some.
+        labeled = torch.tensor(float(step % steps_per_epoch), device=device)
         for (images,), labels, indices, unreadable in bar:
             seeds = harness.image_seeds(config.seed, step, indices)  # of the dropped channels
             lr = learning_rate(step, config)
@@ -673,6 +686,11 @@ def train(config: Config) -> None:
             run.record(step, {"loss": loss, "grad_norm": grad_norm, **terms})
             optimizer.step()
             step += 1
+
+            labeled += ((labels >= 0) & (labels < model.classes)).sum()
+            if step % steps_per_epoch == 0:
+                check_labels(labeled, dataset)
+                labeled.zero_()
 
             run.note_unreadable(unreadable)
             # The device is waited for here alone. The run ends if a value was not finite.

@@ -124,7 +124,12 @@ def count_confusion(scores: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def segmentation_figures(counts: Tensor, test: Features, config: Any) -> dict:
-    """Figures of the whole split from the confusion matrix of each image."""
+    """Figures of the whole split from the confusion matrix of each image.
+
+    An image without a labeled pixel does not count, in the bootstrap either.
+    """
+    counts = counts[counts.flatten(1).sum(1) > 0]
+    harness.check(len(counts) > 0, "No image of the split has a labeled pixel.")
     scores = dk.confusion_scores(counts.sum(0))
     draws = harness.generator(2)
     interval = dk.bootstrap(counts, dk.mean_iou, draws=config.draws, generator=draws)

@@ -221,6 +221,14 @@ def test_the_interval_is_over_images(data, tmp_path):
     found = segmentation_figures(counts, test, config)["miou"]
     assert found.value == pytest.approx(0.25)  # 40 / 80 of the ground, none of a
     assert found.low < 0.2 < 0.3 < found.high
+    # Images without a labeled pixel change nothing, also where only one of many has some.
+    more = torch.cat([counts, torch.zeros_like(counts)])
+    assert segmentation_figures(more, test, config)["miou"] == found
+    assert segmentation_figures(more[3:], test, config)["images"] == 5
+    one = segmentation_figures(more[7:], test, config)["miou"]
+    assert one.low == one.value == one.high == 0
+    with pytest.raises(harness.UserError, match="No image of the split has a labeled pixel"):
+        segmentation_figures(more[8:], test, config)
 
 
 def test_the_position_prior_is_the_commonest_class_at_each_place(data, tmp_path):

@@ -515,6 +515,15 @@ def test_cityscapes_is_trained_and_scored_without_void(tmp_path, monkeypatch):
     assert not any("aux" in row for row in rows(tmp_path / "run"))
 
 
+def test_a_set_to_train_on_without_a_labeled_pixel_ends_the_run(tmp_path):
+    data = cityscapes(tmp_path / "data")
+    for path in (data / "gtFine/train/bonn").iterdir():
+        Image.fromarray(np.zeros((30, 60), np.uint8)).save(path)  # unlabeled, everywhere
+    config = replace(SMALL, data=data, max_share=1.0, steps=3, run=tmp_path / "run")
+    with pytest.raises(harness.UserError, match="all 4 images had no labeled pixel in a whole"):
+        fcn.train(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
