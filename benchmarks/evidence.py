@@ -316,7 +316,9 @@ def last_step(run: Path) -> int:
 @contextlib.contextmanager
 def timed(path: Path) -> Iterator[dict]:
     """Count the seconds of a run over all its parts, also if this process is stopped."""
-    spent = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
+    spent = {"seconds": 0.0}
+    with contextlib.suppress(OSError, json.JSONDecodeError):  # none yet, or a disk that was full
+        spent = json.loads(path.read_text())
     start = time.monotonic()
     try:
         yield spent

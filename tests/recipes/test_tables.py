@@ -3,6 +3,7 @@
 import functools
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -217,3 +218,4 @@ def test_every_encoder_of_others_is_scored(
     if file:
         encoder = f"{kind}:{name}:{files_of_others / f'{name}.pth'}"
     assert run_once(recipe, arguments, small, tmp_path / "run", encoder) == 0
+    shutil.rmtree(tmp_path)  # checkpoints of half a gigabyte
