@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The recipes come before the benchmarks: both have an adapt.py.
 sys.path[:0] = [str(ROOT / part) for part in ("recipes", "tests", "benchmarks", ".")]
 
-RECIPES = ("densesiam", "croc", "dupr", "d3ssl", "soco", "adapt", "densesiam_segment", "minimal")
+RECIPES = ("densesiam", "croc", "dupr", "d3ssl", "adapt", "densesiam_segment", "minimal")
 LIMITS = {
     "contract": 90,
     "nccl": 20,
@@ -309,7 +309,6 @@ SIZES = {
     "croc": Size("coco", {"batch": 32}, {"batch": 4}),
     "dupr": Size("paper", {"batch": 32}, {"batch": 4}),
     "d3ssl": Size("paper", {"batch": 32}, {"batch": 4}),
-    "soco": Size("paper", {"batch": 128}, {"batch": 4}),  # of sixteen GPUs
     "adapt": Size(
         "images",
         {"batch": 64, "weights": "random:vit_small_patch16_224"},
@@ -414,7 +413,7 @@ def open_images(name: str, settings: Settings) -> Any:
 
     scenes = 4 if settings.small else 64
     count = 1024 if settings.small else IMAGES
-    if name in ("d3ssl", "soco"):
+    if name == "d3ssl":
         return Repeated(proposals.image_source(None, None, scenes=scenes), count)
     return Repeated(harness.image_source(None, scenes=scenes), count)
 

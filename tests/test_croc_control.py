@@ -38,10 +38,8 @@ def test_a_true_region_has_one_class_and_is_an_object_or_a_ground():
             assert torch.equal(region[instance == 0].unique(), torch.arange(len(grounds)).byte())
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["truth", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("places", "none"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["truth", "places", "none"])
 def test_a_control_trains_with_the_demo_s_options(kind, tmp_path, monkeypatch, capsys):
     scenes = harness.SceneImages(SCENES)
     monkeypatch.setattr(harness, "SceneImages", lambda count: scenes)

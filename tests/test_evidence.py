@@ -258,6 +258,7 @@ def test_a_pair_is_compared_once_when_all_its_runs_have_ended(study):
         assert row["difference"] == pytest.approx(1 - 2 / 4)
 
 
+@pytest.mark.slow
 def test_a_small_run_has_scores_and_counts_of_each_image(study):
     study = replace(study, methods=("simsiam",), factors=(), seeds=(0,))
     evidence.make_all(study)

@@ -253,6 +253,11 @@ def test_a_run_in_bfloat16_stays_close(name, tmp_path, folder, plain_rows):
 
 # It says nothing of the result.
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
+@pytest.mark.parametrize(
+    "name",
+    # Compiling takes the longest; the networks and heads of the others are those of these two.
+    [x if x in ("croc", "d3ssl") else pytest.param(x, marks=pytest.mark.slow) for x in RECIPES],
+)
 def test_a_compiled_run_stays_close(name, tmp_path, folder, plain_rows, monkeypatch):
     def compile_in_eager(self, disable):  # the graph without the minutes of code generation
         torch.nn.Module.compile(self, backend="aot_eager", disable=disable)
