@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,29 +26,18 @@ SEEDS = (0, 1, 2, 3, 4)
 SECONDS = {"trained": 300.0, "random": 60.0}  # until one was timed
 
 
-@dataclass(frozen=True)
-class Side:
-    recipe: str
-    options: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()  # what it should be better than
-
-
-NO_AUGMENTATION = evidence.NO_AUGMENTATION
 RANDOM = ("--lr", "0", "--epochs", "1")
+# The methods and baselines of the study, with the demos' own rates and banks.
 SIDES = {
-    "densesiam": Side("densesiam", (), ("densesiam-random", "simsiam")),
-    "simsiam": Side("densesiam", ("--loss.dense", "0", "--loss.region", "0")),
-    "densesiam-random": Side("densesiam", RANDOM),
-    "dupr": Side("dupr", (), ("dupr-random", "mocov2")),
-    "mocov2": Side("dupr", ("--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0")),
-    "dupr-random": Side("dupr", RANDOM),
-    "croc": Side("croc", (), ("croc-random", "dino")),
-    "dino": Side("croc", ("--alpha", "0")),
-    "croc-random": Side("croc", RANDOM),
-    "d3ssl": Side("d3ssl", (), ("d3ssl-random", "region", "decoupling")),
-    "region": Side("d3ssl", (*NO_AUGMENTATION, "--jitter", "1", "1")),
-    "decoupling": Side("d3ssl", ("--depositioning", "0")),
-    "d3ssl-random": Side("d3ssl", RANDOM),
+    **{name: (method.recipe, method.options) for name, method in evidence.METHODS.items()},
+    **{f"{recipe}-random": (recipe, RANDOM) for recipe in ("densesiam", "dupr", "croc", "d3ssl")},
+}
+# What each demo should be better than.
+OTHERS = {
+    "densesiam": ("densesiam-random", "simsiam"),
+    "dupr": ("dupr-random", "mocov2"),
+    "croc": ("croc-random", "dino"),
+    "d3ssl": ("d3ssl-random", "region", "decoupling"),
 }
 
 
@@ -61,16 +49,16 @@ def missing_runs(rows: list[dict], sides: Iterable[str]) -> list[tuple[str, int]
 
 def command_of(runs: Path, side: str, seed: int) -> list[str]:
     """The demo with the options of a side; everything that is not named is the demo's."""
-    recipe = SIDES[side].recipe
+    recipe, options = SIDES[side]
     command = [sys.executable, str(evidence.ROOT / "recipes" / f"{recipe}.py")]
     command += ["--run", str(runs / f"demo-{side}-{seed}"), "--seed", str(seed)]
-    return [*command, "--device", "cpu", "--workers", "1", *SIDES[side].options]
+    return [*command, "--device", "cpu", "--workers", "1", *options]
 
 
 def seconds_of(rows: list[dict], side: str) -> float:
     """What a run will take: the mean of those of its side, or a guess."""
     known = [row["seconds"] for row in rows if row["kind"] == "demo" and row["side"] == side]
-    guess = SECONDS["random" if SIDES[side].options == RANDOM else "trained"]
+    guess = SECONDS["random" if side.endswith("-random") else "trained"]
     return sum(known) / len(known) if known else guess
 
 
@@ -81,7 +69,7 @@ def make_run(study: evidence.Study, side: str, seed: int) -> dict:
     log = study.runs / f"{name}.log"
     with evidence.timed(study.runs / f"{name}.seconds.json") as spent:
         code = evidence.call(study, command, log, name)
-    shown = " ".join(["python", f"recipes/{SIDES[side].recipe}.py", *command[2:]])
+    shown = " ".join(["python", f"recipes/{SIDES[side][0]}.py", *command[2:]])
     row = {
         "kind": "demo",
         "side": side,
@@ -126,6 +114,7 @@ def compare(rows: list[dict], side: str, other: str) -> dict | None:
         "low": round(mean - half, 5),
         "high": round(mean + half, 5),
         "above": sum(x > 0 for x in each),
+        "seeds": len(each),
         "claim": "shown" if min(each) > 0 and mean - half > 0 else "not shown",
     }
 
@@ -136,7 +125,7 @@ def make_all(study: evidence.Study, sides: list[str]) -> None:
     while True:
         rows = evidence.read_rows(study.rows)
         known = {(x["side"], x["other"]) for x in rows if x["kind"] == "demo comparison"}
-        for side, other in ((x, y) for x in sides for y in SIDES[x].others):
+        for side, other in ((x, y) for x in sides for y in OTHERS.get(x, ())):
             found = None if (side, other) in known else compare(rows, side, other)
             if found is not None:
                 evidence.add_row(study.rows, found)

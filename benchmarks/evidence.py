@@ -40,7 +40,7 @@ GRID_EPOCHS = 5  # of the demo's 4,096 scenes
 GRID_SEED = 10
 LONG_STEPS = 6000  # of --long, at least
 CURVE_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the steps: where a curve has a point
-BANK = "432"  # keys: one of each image that an epoch of CamVid has
+BANK = 432  # keys: one of each image that an epoch of CamVid has
 DRAWS = 2000  # of the bootstrap
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of Student's t, by seeds
 SECONDS_A_STEP = 0.4  # until a run was timed
@@ -62,14 +62,14 @@ METHODS = {
     "mocov2": Method(
         "dupr",
         0.8,
-        ("--bank", BANK, "--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0"),
+        ("--alpha", "0", "0", "0", "1", "--beta", "0", "0", "0", "0"),
     ),
-    "dupr": Method("dupr", 0.8, ("--bank", BANK), baseline="mocov2"),
+    "dupr": Method("dupr", 0.8, baseline="mocov2"),
     "dino": Method("croc", 4e-3, ("--alpha", "0")),
     "croc": Method("croc", 4e-3, baseline="dino"),
-    "region": Method("d3ssl", 0.8, ("--bank", BANK, *NO_AUGMENTATION, "--jitter", "1", "1")),
-    "decoupling": Method("d3ssl", 0.8, ("--bank", BANK, "--depositioning", "0"), baseline="region"),
-    "d3ssl": Method("d3ssl", 0.8, ("--bank", BANK), baseline="region"),
+    "region": Method("d3ssl", 0.8, (*NO_AUGMENTATION, "--jitter", "1", "1")),
+    "decoupling": Method("d3ssl", 0.8, ("--depositioning", "0"), baseline="region"),
+    "d3ssl": Method("d3ssl", 0.8, baseline="region"),
 }
 
 
@@ -216,6 +216,8 @@ def command_of(study: Study, run: Run) -> list[str]:
     command += ["--run", str(study.runs / run.name), "--batch", str(study.batch)]
     command += ["--seed", str(run.seed), "--lr", f"{run.rate:g}"]
     command += ["--device", "cpu", "--workers", "1", "--save-every", "300", *method.options]
+    if method.recipe in ("dupr", "d3ssl"):
+        command += ["--bank", str(BANK)]
     if run.kind == "grid":
         return command + list(study.grid_options)
     command += ["--data", str(study.photographs), "--epochs", str(epochs_of(study, run))]

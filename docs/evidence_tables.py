@@ -168,7 +168,7 @@ def demo_tables(path):
             claims[row["side"], row["other"]] = (
                 f"{row['side']} against {row['other']}",
                 interval(row["difference"], row["low"], row["high"]),
-                f"{row['above']} of 5",
+                f"{row['above']} of {row['seeds']}",
                 row["claim"],
             )
         else:

@@ -621,7 +621,7 @@ def warn_of_norm(means: str, arch: str, model: nn.Module, world: World) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give each process the buffers of the first one, before the processes share out a test.
+    """Give each process the buffers of the first one, before all do parts of one work with them.
 
     On a CPU each process has batch statistics of its own. Those of the first one are saved.
     """

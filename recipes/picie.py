@@ -451,8 +451,7 @@ def renew_clusters(
     images, so that the clusters depend neither on the number of processes nor on the order.
     """
     run.check()  # of bad values no clusters are made
-    for buffer in model.buffers():  # the statistics of batch normalization differ, as in DDP
-        dist.broadcast(buffer, 0)
+    harness.share_buffers(model)
     model.labeler.load_state_dict(model.pyramid.state_dict())
     model.labeler.eval()
 

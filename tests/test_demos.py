@@ -31,7 +31,7 @@ def row(side, seed, last, **changes):
 def test_each_command_is_accepted_by_its_recipe(side, tmp_path, monkeypatch):
     words = demos.command_of(tmp_path, side, 3)
     monkeypatch.setattr(sys, "argv", words[1:])
-    config = RECIPES[demos.SIDES[side].recipe].read_options()
+    config = RECIPES[demos.SIDES[side][0]].read_options()
     assert config.seed == 3
     assert config.data is None
     assert (config.lr == 0) == side.endswith("-random")

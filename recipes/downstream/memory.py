@@ -107,6 +107,7 @@ def scoring(sizes: Sizes, columns: int = 0) -> int:
     columns = columns or sizes.classes
     images = max(1, protocols.CELLS // sizes.cells)
     cells = images * sizes.cells * (4 * sizes.channels + 12 * columns)
+    # As measured: beside the scores of a pixel some 13 bytes of labels, and 45 bytes at least.
     pixels = sizes.pixels * max(4 * columns + 13, 45)
     counts = sizes.test * sizes.classes * columns * 8
     bootstrap = 20 * min(BLOCK, sizes.draws * max(sizes.test, sizes.classes * columns))
@@ -136,6 +137,7 @@ def clusters(sizes: Sizes) -> int:
     cells = sizes.test * sizes.cells
     sample = min(cells, SAMPLE * count) * sizes.channels * 4
     block = min(cells * max(sizes.channels, count), BLOCK)
+    # As measured: 13 bytes for each number of a block, and four copies of the sample.
     return max(cells * 24 + block * 13, sample * 4 + cells * 8, scoring(sizes, count))
 
 

@@ -86,7 +86,7 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
         name = split.dataset.names[split.indices[index]]
         path = split.dataset.images[name]
         try:
-            harness.read_image(path)
+            harness.read_image(path, split.dataset.value_range)
         except Exception as error:  # broken bytes raise nearly anything
             return None, f"{path}: {harness.one_line(error)}"
         raise  # the label map is wrong
