@@ -802,6 +802,50 @@ def test_each_image_counts_once_over_all_processes():
     assert left.sum() == 7 * 7 * 16
 
 
+class Threshold(torch.nn.Module):
+    """Bright pixels are of class 1; what is bright follows from the batch statistics."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(1, affine=False)
+        self.norm.running_mean += 0.4 + 0.4 * rank  # on a CPU each process has its own
+        self.register_buffer("names", torch.zeros(2, dtype=torch.long))
+
+    def segment(self, image, size):
+        return (self.norm(image[None])[0, 0] > 0).long()
+
+
+class Halves:
+    """Four images, half of whose pixels are of class 1, and brighter."""
+
+    dataset = SimpleNamespace(things=0)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        labels = (torch.arange(4) // 2).expand(4, 4)
+        return image_sets.Labeled((100 + 50 * labels[None]).byte(), labels, None, None, "")
+
+
+def miou_on(rank, group):
+    found = {}
+    run = SimpleNamespace(
+        world=harness.World(rank, group.size(), torch.device("cpu")),
+        log=lambda step, **values: found.update(values),
+        picture_path=lambda step: None,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "draw", lambda *_: None)
+        segmentation.evaluate(Threshold(rank), Halves(), run, 1)
+    return found["miou"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_model_of_the_first_process_is_scored(count):
+    assert on_processes(count, miou_on) == [1] * count  # that of the second finds one class
+
+
 def two_processes(rank, name, port, config):
     with pytest.MonkeyPatch.context() as patch:
         values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
