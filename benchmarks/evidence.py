@@ -108,15 +108,15 @@ class Study:
         return self.runs / "photographs"
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of this study. A line that was cut off by a crash is left out."""
+def read_rows(path: Path, study: int = STUDY) -> list[dict]:
+    """The rows of a study. A line that was cut off by a crash is left out."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            if row["study"] == STUDY:
+            if row["study"] == study:
                 rows.append(row)
     return rows
 

@@ -5,6 +5,15 @@ import math
 from pathlib import Path
 
 PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
+TERMS = {  # what a demo logs besides its score, as the tables name it
+    "coupling_rate_layer4": "coupling",
+    "mean_cosine_layer4": "cosine",
+    "clusters": "K",
+    "valid": "valid",
+    "image_entropy": "image entropy",
+    "cluster_entropy": "cluster entropy",
+    "color_miou": "k-means on colors",
+}
 
 
 def read(path):
@@ -165,29 +174,27 @@ def demo_tables(path):
     runs = {}
     for row in rows:
         if row["kind"] == "demo comparison":
-            claims[row["side"], row["other"]] = (
+            claims[row["side"], row["other"], row["measure"]] = (
                 f"{row['side']} against {row['other']}",
+                TERMS.get(row["measure"], row["measure"]),
                 interval(row["difference"], row["low"], row["high"]),
                 f"{row['above']} of {row['seeds']}",
                 row["claim"],
             )
+            continue
+        if row["status"] == "done":
+            (_, first), (step, last) = row["scores"][0], row["scores"][-1]
+            terms = (f"{TERMS[name]} {value:.3f}" for name, value in row["terms"].items())
+            cells = [str(step), f"{first:.3f}", f"{last:.3f}", ", ".join(terms)]
         else:
-            if row["status"] == "done":
-                (_, first), (step, last) = row["probes"][0], row["probes"][-1]
-                cells = [str(step), f"{first:.3f}", f"{last:.3f}"]
-            else:
-                cells = [f"failed: {row['message']}".replace("|", "/"), "", ""]
-            end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
-            runs[row["study"], row["side"], row["seed"]] = [
-                row["side"],
-                str(row["seed"]),
-                *cells,
-                *end,
-            ]
+            cells = [f"failed: {row['message']}".replace("|", "/"), "", "", ""]
+        end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
+        key = row["side"], row["seed"], row["study"]
+        runs[key] = [row["side"], str(row["seed"]), *cells, *end]
     parts = []
     if claims:
-        head = ["pair", "difference of the probe's mIoU", "seeds above", "claim"]
+        head = ["pair", "measure", "difference", "seeds above", "claim"]
         parts.append(table(head, claims.values()))
-    head = ["demo", "seed", "steps", "probe at the start", "at the end", "time", "commit"]
-    parts.append(table(head, [runs[key] for key in sorted(runs)]))
+    head = ["demo", "seed", "steps", "score at the start", "at the end", "at the end too"]
+    parts.append(table([*head, "time", "commit"], [runs[key] for key in sorted(runs)]))
     return "\n".join(parts)
