@@ -216,9 +216,7 @@ def compare(rows: list[dict], side: str, other: str, measure: str) -> dict | Non
 def compare_all(demos: Demos) -> None:
     """Add a row for each comparison that is complete and was not made yet."""
     rows = evidence.read_rows(demos.study.rows, STUDY)
-    known = {
-        (x["side"], x["other"], x["measure"]) for x in rows if x["kind"] == "demo comparison"
-    }
+    known = {(x["side"], x["other"], x["measure"]) for x in rows if x["kind"] == "demo comparison"}
     for side, other, measures in PAIRS:
         for measure in measures:
             found = None

@@ -127,7 +127,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import colors, encoders, health
+from downstream import colors, encoders, health, scene_probe
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from einops import rearrange, repeat
 from timm.layers import apply_rot_embed_cat
@@ -595,8 +595,7 @@ def evaluate(model: CrOC, preview: tuple, config: Config, run: harness.Run, step
             tokens, *_ = encode(model.teacher["encoder"], normalize(scenes).to(device))
             return to_map(tokens)
 
-        score = dk.probe_scenes(features)
-        run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
+        run.log(step, **scene_probe.probe(features, run.picture_path(step, "probe")))
 
 
 def draw(

@@ -120,7 +120,7 @@ if __name__ == "__main__":
 
 import harness
 import torch
-from downstream import colors, encoders, health
+from downstream import colors, encoders, health, scene_probe
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -546,8 +546,7 @@ def evaluate(
         def features(scenes: Tensor) -> Tensor:
             return encoders.last_map(network, normalize(scenes).to(device))
 
-        score = dk.probe_scenes(features)
-        terms |= {"probe_miou": score.miou, "prior_miou": score.prior_miou}
+        terms |= scene_probe.probe(features, run.picture_path(step, "probe"))
     run.log(step, **terms)
     draw_layers(run.rows(*measures), path.with_name("layers.png"))
     model.train()

@@ -111,7 +111,7 @@ if __name__ == "__main__":
 import harness
 import timm
 import torch
-from downstream import colors, encoders, health
+from downstream import colors, encoders, health, scene_probe
 from downstream.crops import as_bytes, as_picture, crop_bytes
 from downstream.encoders import last_map, level_maps
 from einops import rearrange
@@ -441,8 +441,7 @@ def evaluate(model: DUPR, preview: tuple, config: Config, run: harness.Run, step
         def features(scenes: Tensor) -> Tensor:
             return last_map(encoder, normalize(scenes).to(device))
 
-        score = dk.probe_scenes(features)
-        run.log(step, probe_miou=score.miou, prior_miou=score.prior_miou)
+        run.log(step, **scene_probe.probe(features, run.picture_path(step, "probe")))
     model.train()
 
 

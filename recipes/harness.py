@@ -2279,9 +2279,9 @@ class Run(ExitStack):
             self._unreadable |= set(path.read_bytes().splitlines())
         return self._unreadable
 
-    def picture_path(self, step: int) -> Path:
-        """Where the picture of a step goes: pictures/step-000040.png."""
-        path = self.folder / "pictures" / f"step-{step:06d}.png"
+    def picture_path(self, step: int, kind: str = "step") -> Path:
+        """Where a picture of a step goes: pictures/step-000040.png, or pictures/KIND-000040.png."""
+        path = self.folder / "pictures" / f"{kind}-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
 

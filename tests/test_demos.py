@@ -97,7 +97,8 @@ def test_all_demos_are_made_once_and_compared_once(tmp_path, monkeypatch):
     evidence.add_row(study.rows, row("simsiam", 4, 0.1))
     for _ in range(2):
         demos.make_all(some)
-    found = [x for x in evidence.read_rows(study.rows, demos.STUDY) if x["kind"] == "demo comparison"]
+    rows = evidence.read_rows(study.rows, demos.STUDY)
+    found = [x for x in rows if x["kind"] == "demo comparison"]
     assert len(found) == 1
     assert found[0]["difference"] == pytest.approx(0.1)
     assert found[0]["claim"] == "higher"

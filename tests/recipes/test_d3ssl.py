@@ -812,6 +812,7 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(proposals, "SceneProposals", lambda *_, **more: scenes(16, **more))
     score = SimpleNamespace(miou=0.5, prior_miou=0.25)
     monkeypatch.setattr(dk, "probe_scenes", lambda encode: score)
+    monkeypatch.setattr(d3ssl.scene_probe, "draw", lambda encode, path: None)
 
 
 def test_scenes_are_those_of_the_harness_and_bring_large_proposals():
@@ -919,7 +920,7 @@ def fake_run(folder, *steps):
         world=world,
         log=lambda step, **values: None,
         rows=lambda *_: rows,
-        picture_path=lambda step: folder / f"step-{step}.png",
+        picture_path=lambda step, kind="step": folder / f"{kind}-{step}.png",
     )
 
 

@@ -407,7 +407,7 @@ def test_the_preview_of_a_view_with_itself_is_matched_everywhere(tmp_path):
     run = SimpleNamespace(
         log=lambda step, **values: logged.update(values),
         rows=lambda *_: [{"step": 0, **logged}],
-        picture_path=lambda step: tmp_path / "picture.png",
+        picture_path=lambda *_: tmp_path / "picture.png",
     )
     model = DUPR(replace(SMALL, patches=(2, 2, 2, 2)))
     dupr.evaluate(

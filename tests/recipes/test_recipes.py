@@ -22,7 +22,7 @@ import pytest
 import soco
 import torch
 import torch._dynamo  # before any fork: importing it in the children takes long
-from downstream import encoders
+from downstream import encoders, scene_probe
 from downstream.encoders import load_encoder
 from files import project_files
 from PIL import Image
@@ -339,12 +339,15 @@ def test_the_demo_prints_the_probe_and_the_prior(recipe, tmp_path, monkeypatch, 
         monkeypatch.setattr(module, name, lambda _, scenes=scenes, **more: scenes(16, **more))
     probe = dk.probe_scenes
     monkeypatch.setattr(dk, "probe_scenes", lambda encode: probe(encode, count=16))
+    monkeypatch.setattr(scene_probe, "FITTED", 16)
     recipe.module.train(replace(recipe.small, run=tmp_path, epochs=1))
     printed = capsys.readouterr().out
     scores = rows(tmp_path, "probe_miou")
     assert [row["step"] for row in scores] == [0, 2]
     assert f"step    2: probe mIoU {scores[1]['probe_miou']:.3f}" in printed
     assert f"most frequent class {scores[0]['prior_miou']:.3f}" in printed
+    pictures = {path.name for path in (tmp_path / "pictures").glob("probe-*.png")}
+    assert pictures == {"probe-000000.png", "probe-000002.png"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path, folder, monkeypatch):

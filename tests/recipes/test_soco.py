@@ -305,7 +305,7 @@ def test_the_picture_has_the_three_views_and_the_method_its_name(tmp_path, monke
     world = SimpleNamespace(device=torch.device("cpu"))
     run = SimpleNamespace(
         world=world, log=lambda *_, **__: None, rows=lambda *_: [],
-        picture_path=lambda step: tmp_path / f"{step}.png",
+        picture_path=lambda step, *_: tmp_path / f"{step}.png",
     )  # fmt: skip
     model = SoCo(SMALL)
     soco.evaluate(model, source, preview, replace(SMALL, data="."), run, 0)
