@@ -134,7 +134,14 @@ import densekit as dk
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
+    check_region_options(config)
+    harness.check_finite("--depositioning", config.depositioning)
+    harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
+    harness.check_above_zero("--temperature", config.temperature)
 
+
+def check_region_options(config: Any) -> None:
+    """Raise a UserError for a wrong option of the network, the proposals or their augmentations."""
     harness.check_finite("--weight-decay", config.weight_decay)
     encoders.check_start(config)
     architecture = encoders.architecture_of(config)
@@ -173,14 +180,11 @@ def check_options(config: Config) -> None:
         0 <= jitter < 1, f"--soco-jitter is {jitter}: give a share from 0 to less than 1."
     )
 
-    harness.check_finite("--depositioning", config.depositioning)
     harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
     harness.check(
         min(config.head) >= 1,
         f"--head is {harness.as_typed(config.head)}: give two widths, 1 or more each.",
     )
-    harness.check(config.bank >= 1, f"--bank is {config.bank}: give 1 key or more.")
-    harness.check_above_zero("--temperature", config.temperature)
     momentum = config.momentum
     harness.check(
         0 <= momentum < 1,

@@ -121,6 +121,7 @@ from d3ssl import (
     SOCO_CUTOUT,
     SOCO_JITTER,
     Input,
+    check_region_options,
     check_regions,
     cut_masks,
     draw_boxes,
@@ -144,69 +145,9 @@ import densekit as dk
 def check_options(config: Config) -> None:
     """Raise a UserError of one sentence for a wrong option, before any data is read."""
     harness.check_training(config)
-
-    harness.check_finite("--weight-decay", config.weight_decay)
-    encoders.check_start(config)
-    architecture = encoders.architecture_of(config)
-    harness.check(
-        architecture == "tiny" or encoders.is_resnet(architecture),
-        f"{encoders.option_of(config)}: give a ResNet of timm, such as resnet50, or tiny.",
-    )
-    harness.check(
-        config.views.size % 2 == 0,
-        f"--views.size is {config.views.size}: give an even number, since one view is halved.",
-    )
-    harness.check(config.regions >= 1, f"--regions is {config.regions}: give 1 proposal or more.")
-
-    low, high = config.cut
-    harness.check(
-        0 <= low <= high <= 1,
-        f"--cut is {low} {high}: give two shares from 0 to 1, the smaller first.",
-    )
-    low, high = config.mask
-    harness.check(
-        0 <= low <= high <= 1,
-        f"--mask is {low} {high}: give two shares from 0 to 1, the smaller first.",
-    )
-    low, high = config.jitter
-    harness.check(
-        0 < low <= high <= 1,
-        f"--jitter is {low} {high}: give two shares above 0, up to 1, the smaller first.",
-    )
-    low, high = config.soco_cutout
-    harness.check(
-        0 <= low <= high <= 1,
-        f"--soco-cutout is {low} {high}: give two shares from 0 to 1, the smaller first.",
-    )
-    jitter = config.soco_jitter
-    harness.check(
-        0 <= jitter < 1, f"--soco-jitter is {jitter}: give a share from 0 to less than 1."
-    )
-
+    check_region_options(config)
     harness.check_finite("--view3", config.view3)
-    harness.check(config.bins >= 2, f"--bins is {config.bins}: give 2 or more.")
-    harness.check(
-        min(config.head) >= 1,
-        f"--head is {harness.as_typed(config.head)}: give two widths, 1 or more each.",
-    )
     harness.check_finite("--warmup", config.warmup)
-    momentum = config.momentum
-    harness.check(
-        0 <= momentum < 1,
-        f"--momentum is {momentum}: give a number from 0 to less than 1.",
-    )
-    harness.check(
-        config.proposals is None or config.data is not None,
-        f"--proposals is {config.proposals}: name the folder of its images with --data.",
-    )
-    together = config.co_occurrence
-    harness.check(
-        0 <= together <= 1, f"--co-occurrence is {together}: give a share from 0 (none) to 1."
-    )
-    harness.check(
-        together == 0 or config.data is None,
-        f"--co-occurrence is {together}: leave it out, since --data has images of its own.",
-    )
 
 
 # ==== views =======================================================================================
