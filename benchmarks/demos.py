@@ -45,7 +45,7 @@ TERMS = (
     "coupling_rate_layer4", "mean_cosine_layer4",
     "clusters", "valid", "image_entropy", "cluster_entropy", "color_miou",
 )  # fmt: skip
-CONTROL = "benchmarks/croc_control.py"
+ONE_PROCESS = ("--device", "cpu", "--workers", "1")
 TOGETHER = ("--co-occurrence", "0.8")
 # Where {data} or {densesiam} stands, a folder is told by the command.
 SEGMENTER = (
@@ -54,13 +54,18 @@ SEGMENTER = (
 )  # fmt: skip
 
 
+def demo(recipe: str, *options: str, seeds: tuple[int, ...] = SEEDS) -> Side:
+    return Side(f"recipes/{recipe}.py", (*ONE_PROCESS, *options), seeds)
+
+
+def control(clusters: str) -> Side:
+    script = "benchmarks/croc_control.py"
+    return Side(script, (*ONE_PROCESS, "--clusters", clusters), CONTROL_SEEDS)
+
+
 def segmenter(*weights: str) -> Side:
     script = "recipes/densesiam_segment.py"
-    return Side(script, (*SEGMENTER, *weights), CONTROL_SEEDS, score="miou")
-
-
-def demo(recipe: str, *options: str, seeds: tuple[int, ...] = SEEDS) -> Side:
-    return Side(f"recipes/{recipe}.py", options, seeds)
+    return Side(script, (*ONE_PROCESS, *SEGMENTER, *weights), CONTROL_SEEDS, score="miou")
 
 
 METHODS = evidence.METHODS
@@ -72,12 +77,17 @@ SIDES = {
         for recipe in ("densesiam", "dupr", "croc", "d3ssl")
     },
     # CrOC with other clusters in the place of those that it finds.
-    "croc-truth": Side(CONTROL, ("--clusters", "truth"), CONTROL_SEEDS),
-    "croc-places": Side(CONTROL, ("--clusters", "places"), CONTROL_SEEDS),
+    "croc-truth": control("truth"),
+    "croc-places": control("places"),
     # Scenes in which an object's neighbor says what it is.
     **{
         f"{name}-together": demo("d3ssl", *METHODS[name].options, *TOGETHER, seeds=CONTROL_SEEDS)
         for name in ("region", "decoupling", "d3ssl")
+    },
+    # The networks of the demos, trained with labels.
+    **{
+        f"{arch}-labels": Side("benchmarks/scene_labels.py", ("--arch", arch), CONTROL_SEEDS)
+        for arch in ("tiny", "tiny-vit")
     },
     "segment": segmenter(),
     "segment-densesiam": segmenter("--weights", "{densesiam}"),
@@ -129,8 +139,7 @@ def command_of(demos: Demos, side: str, seed: int) -> list[str]:
     """The demo with the options of a side; everything that is not named is the demo's."""
     command = [sys.executable, str(evidence.ROOT / SIDES[side].script)]
     command += ["--run", str(demos.study.runs / f"demo-{side}-{seed}"), "--seed", str(seed)]
-    options = [word.format(**demos.folders) for word in SIDES[side].options]
-    return [*command, "--device", "cpu", "--workers", "1", *options]
+    return [*command, *(word.format(**demos.folders) for word in SIDES[side].options)]
 
 
 def shown_command(demos: Demos, side: str, seed: int) -> str:

@@ -18,6 +18,7 @@ import densesiam_segment
 import dupr
 import evidence
 import evidence_tables
+import scene_labels
 
 RECIPES = {
     "recipes/croc.py": croc,
@@ -45,7 +46,13 @@ def test_each_command_is_accepted_by_its_recipe(side, tmp_path, monkeypatch):
     script = demos.SIDES[side].script
     words = demos.command_of(demos_in(tmp_path), side, 3)[1:]
     monkeypatch.setattr(sys, "argv", words)
-    if script == demos.CONTROL:  # it trains croc.py
+    if script == "benchmarks/scene_labels.py":
+        monkeypatch.setattr(scene_labels, "train", lambda *told: [{"told": told[:2]}])
+        scene_labels.main()
+        (row,) = (tmp_path / f"runs/demo-{side}-3/metrics.jsonl").read_text().splitlines()
+        assert json.loads(row)["told"] == [side.removesuffix("-labels"), 3]
+        return
+    if script == "benchmarks/croc_control.py":  # it trains croc.py
         given = []
         monkeypatch.setattr(croc, "train", given.append)
         monkeypatch.setattr(croc.CrOC, "find_clusters", None)
@@ -132,3 +139,13 @@ def test_a_control_is_compared_on_the_seeds_that_it_has():
     found = demos.compare(rows, "croc-truth", "croc", "score")
     assert found["seeds"] == 3
     assert found["difference"] == pytest.approx(0.11)
+
+
+@pytest.mark.parametrize("arch", ["tiny", "tiny-vit"])
+def test_labels_teach_the_networks_of_the_demos(arch, monkeypatch):
+    monkeypatch.setattr(scene_labels, "BATCH", 4)
+    probe = scene_labels.dk.probe_scenes
+    monkeypatch.setattr(scene_labels.dk, "probe_scenes", lambda encode: probe(encode, count=8))
+    before, after = scene_labels.train(arch, 0, steps=2, scenes=8)
+    assert (before["step"], after["step"]) == (0, 2)
+    assert before["probe_miou"] != after["probe_miou"]
