@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import evidence
 
-STUDY = 2  # raise it when losses or settings of a demo change: the rows of an earlier one end
+STUDY = 2  # raise it when losses or settings of a demo change: earlier rows do not count
 SECONDS = {"trained": 300.0, "random": 60.0}  # until one was timed
 SEEDS = (0, 1, 2, 3, 4)
 CONTROL_SEEDS = (0, 1, 2)
@@ -184,18 +184,17 @@ def make_run(demos: Demos, side: str, seed: int) -> dict:
 
 
 def compare(rows: list[dict], side: str, other: str, measure: str) -> dict | None:
-    """The last values of two sides, seed by seed; None while a seed is missing.
+    """The last values of two sides, seed by seed; None while a value is missing.
 
     The measure is the score or one of TERMS. The side is *higher* if the difference is above zero
     for every seed and Student's 95 % interval of the differences is too; *lower* likewise.
     """
-    last = {
-        (row["side"], row["seed"]): row["scores"][-1][1]
-        if measure == "score"
-        else row["terms"].get(measure, math.nan)
-        for row in rows
-        if row["kind"] == "demo" and row["status"] == "done"
-    }
+    last = {}
+    for row in rows:
+        if row["kind"] == "demo" and row["status"] == "done":
+            values = {"score": row["scores"][-1][1], **row["terms"]}
+            if measure in values:
+                last[row["side"], row["seed"]] = values[measure]
     seeds = [seed for seed in SIDES[side].seeds if seed in SIDES[other].seeds]
     if any((name, seed) not in last for name in (side, other) for seed in seeds):
         return None

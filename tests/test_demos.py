@@ -129,6 +129,7 @@ def test_a_claim_needs_every_seed_and_the_interval(differences, claim):
     found = demos.compare(rows, "densesiam", "simsiam", "score")
     assert found["claim"] == claim
     assert demos.compare(rows[1:], "densesiam", "simsiam", "score") is None
+    assert demos.compare(rows, "densesiam", "simsiam", "clusters") is None  # no run has it
     other = demos.compare(rows, "densesiam", "simsiam", "valid")
     assert other["difference"] == pytest.approx(-found["difference"])
 
@@ -142,7 +143,7 @@ def test_a_control_is_compared_on_the_seeds_that_it_has():
 
 
 @pytest.mark.parametrize("arch", ["tiny", "tiny-vit"])
-def test_labels_teach_the_networks_of_the_demos(arch, monkeypatch):
+def test_training_with_labels_moves_the_probe(arch, monkeypatch):
     monkeypatch.setattr(scene_labels, "BATCH", 4)
     probe = scene_labels.dk.probe_scenes
     monkeypatch.setattr(scene_labels.dk, "probe_scenes", lambda encode: probe(encode, count=8))

@@ -35,7 +35,7 @@ def draw(encode: Callable[[Tensor], Tensor], path: Path) -> None:
     The clusters are those of k-means, which sees no label. Each has the color of the class that
     most of its pixels have.
     """
-    # The first seeds are those of `dk.probe_scenes`.
+    # Seeds 0 and 1 are those of `dk.probe_scenes`.
     fitted, shown = [
         dk.sample_scenes(count, SIZE, generator=torch.Generator().manual_seed(seed))
         for count, seed in ((FITTED, 2), (SHOWN, 3))
@@ -49,8 +49,9 @@ def draw(encode: Callable[[Tensor], Tensor], path: Path) -> None:
     labels = fitted.labels[:, STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].flatten()
     classifier = dk.fit_linear_probe(rows, labels, classes=CLASSES)
     draws = torch.Generator().manual_seed(0)
-    start = dk.minibatch_kmeans(dk.l2_normalize(rows), CLUSTERS, steps=0, generator=draws)
-    clusters = dk.kmeans(dk.l2_normalize(rows), start)
+    directions = dk.l2_normalize(rows)
+    start = dk.minibatch_kmeans(directions, CLUSTERS, steps=0, generator=draws)
+    clusters = dk.kmeans(directions, start)
     counts = dk.confusion_matrix(labels, clusters.labels, classes=CLASSES, clusters=CLUSTERS)
     class_of_cluster = dk.match_clusters(counts, many_to_one=True)
 
