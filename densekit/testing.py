@@ -217,6 +217,7 @@ def _work(rank: int, task: _Task, folder: str) -> None:
         world_size=size,
         timeout=timedelta(seconds=task.timeout),
     )
+    dist.barrier()  # who leaves before all are connected breaks the connections of the others
     try:
         part = tree_map(lambda x: _part(x, task, rank), task.batch)
         returned = tree_leaves(task.function(part, dist.group.WORLD))

@@ -497,6 +497,10 @@ def process_group(
             f"The processes do not find each other ({first_line(error)}): another run may use "
             "this port, give torchrun another --master-port, or the right --master-addr."
         ) from error
+    if not use_cuda:
+        # With gloo, who leaves before all are connected breaks the connections of the others, and
+        # these would report that in the place of what ended it.
+        dist.barrier()
     measured_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = fixed_shapes
     try:

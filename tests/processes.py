@@ -18,6 +18,7 @@ def _child(rank, size, folder, function, args):
         world_size=size,
         timeout=timedelta(seconds=60),
     )
+    dist.barrier()  # who leaves before all are connected breaks the connections of the others
     torch.save(function(rank, dist.group.WORLD, *args), folder / f"result-{rank}")
     dist.destroy_process_group()
 

@@ -86,6 +86,17 @@ def in_a_fork(function, *args):
     return process.exitcode
 
 
+def own_rank(world):
+    return world.rank
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_at_once_lets_the_others_connect(tmp_path):
+    """Without the barrier of `process_group` about one group of 75 does not come about."""
+    for _ in range(300):
+        assert on_processes(4, tmp_path, own_rank) == [0, 1, 2, 3]
+
+
 @pytest.fixture
 def world():
     with harness.process_group("cpu") as world:
