@@ -1,10 +1,26 @@
 """Tables of the rows that benchmarks/evidence.py writes: evidence.md executes this file."""
 
+import io
 import json
-import math
+from base64 import b64encode
 from pathlib import Path
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 PROTOCOLS = ("ridge-seg", "retrieval-seg", "kmeans-seg")
+GRAY = "#808080"
+STYLES = {  # of a method's curve: a pair shares a color
+    "densesiam": ("tab:blue", "-"),
+    "simsiam": ("tab:blue", "--"),
+    "dupr": ("tab:green", "-"),
+    "mocov2": ("tab:green", "--"),
+    "croc": ("tab:red", "-"),
+    "dino": ("tab:red", "--"),
+    "d3ssl": ("tab:purple", "-"),
+    "decoupling": ("tab:purple", "-."),
+    "region": ("tab:purple", "--"),
+}
 TERMS = {  # what a demo logs besides its score, as the tables name it
     "coupling_rate_layer4": "coupling",
     "mean_cosine_layer4": "cosine",
@@ -118,50 +134,59 @@ def curves(runs, points):
     """The scores of the first seed against the steps: one panel for each protocol, and a table."""
     ends = {f"{x['kind']}-{x['method']}-{x['seed']}-{x['rate']:g}": x for x in runs}
     lines = {}  # of each run: the steps and their scores
-    for point in sorted(points, key=lambda row: row["steps"]):
+    methods = list(STYLES)
+    for point in sorted(points, key=lambda row: (methods.index(row["method"]), row["steps"])):
         if point["status"] == "done" and ends.get(point["of"], {}).get("status") == "done":
             lines.setdefault(point["of"], []).append((point["steps"], point["scores"]))
     for name, line in lines.items():
         line.append((ends[name]["steps"], ends[name]["scores"]))
 
-    width, height = 300, 170  # of a panel
-    parts = []
-    for number, protocol in enumerate(PROTOCOLS):
-        x0 = number * (width + 50) + 40
-        values = [scores[protocol]["value"] for line in lines.values() for _, scores in line]
-        low, high = min(values), max(values)
-        first = min(math.log(line[0][0]) for line in lines.values())
-        last = max(math.log(line[-1][0]) for line in lines.values())
-        parts.append(f'<text x="{x0}" y="14" font-size="13" fill="currentColor">{protocol}</text>')
-        for y, value in ((30, high), (30 + height, low)):
-            place = f'x="{x0 - 40}" y="{y + 4}" font-size="11" fill="currentColor"'
-            parts.append(f"<text {place}>{value:.3f}</text>")
-        for position, (name, line) in enumerate(lines.items()):
-            places = [
-                (
-                    x0 + width * (math.log(step) - first) / max(last - first, 1e-9),
-                    30 + height * (high - scores[protocol]["value"]) / max(high - low, 1e-9),
-                )
-                for step, scores in line
-            ]
-            color = f"hsl({position * 137.5 % 360:.0f},65%,45%)"
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            stroke = f'fill="none" stroke="{color}" stroke-width="1.5"'
-            parts.append(f'<polyline points="{path}" {stroke}/>')
-            if number == 0:
-                place = f'x="{x0 + position % 5 * 190}" y="{height + 60 + position // 5 * 18}"'
-                words = f"{ends[name]['method']}, {line[-1][0]:,} steps"
-                parts.append(f'<text {place} font-size="12" fill="{color}">{words}</text>')
-    size = f"0 0 {3 * (width + 50)} {height + 70 + (len(lines) - 1) // 5 * 18}"
-    picture = f'<svg viewBox="{size}" width="100%">{"".join(parts)}</svg>\n'
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    for axes, protocol in zip(figure.subplots(1, len(PROTOCOLS)), PROTOCOLS, strict=True):
+        for name, line in lines.items():
+            method, steps = ends[name]["method"], [step for step, _ in line]
+            color, dashes = STYLES[method]
+            label = f"{method}, {steps[-1]:,} steps" if ends[name]["kind"] == "long" else method
+            values = [scores[protocol]["value"] for _, scores in line]
+            axes.plot(steps, values, dashes, color=color, label=label, marker="o", markersize=3)
+        if protocol == "ridge-seg":  # the prior is measured with its classifier
+            for prior in {row["prior"] for row in runs if row["kind"] == "run" and "prior" in row}:
+                axes.axhline(prior, linestyle=":", color=GRAY, label="position prior")
+        ticks = sorted({step for line in lines.values() for step, _ in line})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+        axes.set_xticks([], minor=True)
+        axes.set(title=protocol, xlabel="step", ylabel="mIoU" if protocol == PROTOCOLS[0] else "")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=GRAY
+    )
+    picture = as_image(figure, "Curves of the mIoU in three protocols, against the step")
 
     rows = [
         [ends[name]["method"], f"{step:,}", *(f"{scores[x]['value']:.3f}" for x in PROTOCOLS)]
         for name, line in lines.items()
         for step, scores in line
     ]
-    note = "Seed 0; the axis of the steps is logarithmic, from the first point to the last.\n"
+    note = "Seed 0; a baseline has the color of its method, and a broken line.\n"
     return "\n".join([picture, note, table(["method", "step", *PROTOCOLS], rows)])
+
+
+def as_image(figure, alt):
+    """A figure for a page, readable on white and on black."""
+    for axes in figure.axes:
+        axes.tick_params(colors=GRAY)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(GRAY)
+        for side, line in axes.spines.items():
+            line.set_color(GRAY)
+            line.set_visible(side in ("left", "bottom"))
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": alt}):  # the same bytes each time
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return (
+        f'<img alt="{alt}" src="data:image/svg+xml;base64,{b64encode(file.getvalue()).decode()}">\n'
+    )
 
 
 def demo_tables(path):
