@@ -89,8 +89,9 @@ class Config:
 
 PRESETS = {
     "demo": Config(
-        arch="tiny", hidden=256, categories=64, batch=40, epochs=12, lr=0.8, workers=1,
-        precision="fp32", save_every=204, views=Views(size=48, hue=0.5, blur=(0.1, 1.0)),
+        arch="tiny", hidden=256, categories=64, batch=20, epochs=12, lr=0.8, workers=1,
+        precision="fp32", save_every=408,
+        views=Views(size=48, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
     ),
     "paper": Config("paper"),  # the defaults of Config
     "simsiam": Config("simsiam", loss=Loss(dense=0.0, region=0.0)),
