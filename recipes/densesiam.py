@@ -23,6 +23,7 @@ import tyro
 class Views:
     size: int = 224  # Side of the square views, in pixels.
     scale: tuple[float, float] = (0.2, 1.0)  # Share of the image's area that a view covers.
+    vertical_flip: float = 0.0  # Probability of a flip top to bottom, where no side is up.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
 
@@ -91,7 +92,7 @@ PRESETS = {
     "demo": Config(
         arch="tiny", hidden=256, categories=64, batch=20, epochs=12, lr=0.8, workers=1,
         precision="fp32", save_every=408,
-        views=Views(size=48, scale=(0.5, 1.0), hue=0.5, blur=(0.1, 1.0)),
+        views=Views(size=48, scale=(0.5, 1.0), vertical_flip=0.5, hue=0.5, blur=(0.1, 1.0)),
     ),
     "paper": Config("paper"),  # the defaults of Config
     "simsiam": Config("simsiam", loss=Loss(dense=0.0, region=0.0)),
@@ -143,6 +144,12 @@ def check_options(config: Config) -> None:
     )
     categories = config.categories
     harness.check(categories >= 2, f"--categories is {categories}: give 2 or more.")
+
+    vertical_flip = config.views.vertical_flip
+    harness.check(
+        0 <= vertical_flip <= 1,
+        f"--views.vertical-flip is {vertical_flip}: give a probability from 0 to 1.",
+    )
 
     loss = config.loss
     harness.check_finite("--loss.dense", loss.dense)
@@ -219,7 +226,12 @@ class TwoViews:
         size = tuple(image.shape[-2:])
 
         generator = harness.generator(self.seed, epoch, index)
-        pairs = dk.sample_view_pairs(size, scale=self.view_config.scale, generator=generator)
+        pairs = dk.sample_view_pairs(
+            size,
+            scale=self.view_config.scale,
+            vertical_flip=self.view_config.vertical_flip,
+            generator=generator,
+        )
         views = (pairs.view1, pairs.view2)
         if epoch == 0:
             dk.check_views(dk.stack_views(views), size)
