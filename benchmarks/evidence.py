@@ -217,7 +217,8 @@ def command_of(study: Study, run: Run) -> list[str]:
     command += ["--seed", str(run.seed), "--lr", f"{run.rate:g}"]
     command += ["--device", "cpu", "--workers", "1", "--save-every", "300", *method.options]
     if method.recipe == "densesiam":
-        command += ["--views.scale", "0.2", "1.0"]  # the paper's views; the demo's cover more
+        # The paper's views: the demo's cover more, and are flipped top to bottom too.
+        command += ["--views.scale", "0.2", "1.0", "--views.vertical-flip", "0"]
     if method.recipe in ("dupr", "d3ssl"):
         command += ["--bank", str(BANK)]
     if run.kind == "grid":

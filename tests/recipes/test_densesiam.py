@@ -62,6 +62,8 @@ WRONG = [
     (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),
     (["--views.hue", "0.6"], "--views.hue is 0.6"),
     (["--views.hue", "nan"], "--views.hue is nan"),
+    (["--views.vertical-flip", "1.5"], "--views.vertical-flip is 1.5"),
+    (["--views.vertical-flip", "nan"], "--views.vertical-flip is nan"),
     (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
     (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
     (["--loss.dense", "-1"], "--loss.dense is -1"),
@@ -507,6 +509,14 @@ def test_the_rows_of_the_tables_are_commands(monkeypatch):
     assert len(only_pixsim) == 1
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_the_option_flips_views_top_to_bottom(probability):
+    config = replace(SMALL, views=replace(SMALL.views, vertical_flip=probability))
+    dataset = densesiam.TwoViews(densesiam.harness.SceneImages(8), config)
+    flips = [view.vertical_flip.item() for index in range(8) for view in dataset[0, index][1]]
+    assert flips == [probability == 1] * 16
+
+
 def test_the_encoder_has_torchvisions_layout():
     encoder = encoders.build("resnet50")
     torchvision.models.resnet50().load_state_dict(
@@ -519,6 +529,7 @@ def test_the_presets_are_the_papers():
     paper = PRESETS["paper"]
     assert (paper.batch, paper.epochs, paper.lr, paper.weight_decay) == (512, 800, 0.05, 1e-4)
     assert (paper.views.size, paper.views.scale, paper.views.hue) == (224, (0.2, 1.0), 0.1)
+    assert paper.views.vertical_flip == 0
     assert (paper.arch, paper.hidden, paper.categories) == ("resnet50", 2048, 512)
     assert paper.loss == Loss(1.0, 0.1, 0.5, 7, "cross_entropy_similarity", 0.1)
     assert replace(PRESETS["simsiam"], preset="paper", loss=paper.loss) == paper
