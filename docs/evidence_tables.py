@@ -196,7 +196,7 @@ def demo_tables(path):
     if not rows:
         return "No demo has been run yet.\n"
     claims = {}
-    runs = {}
+    runs = {}  # of each side, by seed
     for row in rows:
         if row["kind"] == "demo comparison":
             claims[row["side"], row["other"], row["measure"]] = (
@@ -206,20 +206,38 @@ def demo_tables(path):
                 f"{row['above']} of {row['seeds']}",
                 row["claim"],
             )
-            continue
-        if row["status"] == "done":
-            (_, first), (step, last) = row["scores"][0], row["scores"][-1]
-            terms = (f"{TERMS[name]} {value:.3f}" for name, value in row["terms"].items())
-            cells = [str(step), f"{first:.3f}", f"{last:.3f}", ", ".join(terms)]
         else:
-            cells = [f"failed: {row['message']}".replace("|", "/"), "", "", ""]
-        end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
-        key = row["side"], row["seed"], row["study"]
-        runs[key] = [row["side"], str(row["seed"]), *cells, *end]
+            runs.setdefault(row["side"], {})[row["seed"]] = row
     parts = []
     if claims:
         head = ["pair", "measure", "difference", "seeds above", "claim"]
         parts.append(table(head, claims.values()))
-    head = ["demo", "seed", "steps", "score at the start", "at the end", "at the end too"]
-    parts.append(table([*head, "time", "commit"], [runs[key] for key in sorted(runs)]))
+    head = [
+        "demo",
+        "steps",
+        "score at the end, seed by seed",
+        "means at the end",
+        "time",
+        "commits",
+    ]
+    parts.append(table(head, [side_cells(side, runs[side]) for side in sorted(runs)]))
     return "\n".join(parts)
+
+
+def side_cells(side, runs):
+    """What the runs of a side ended with, in one row of a table."""
+    done = [row for row in runs.values() if row["status"] == "done"]
+    ends = []
+    for seed, row in sorted(runs.items()):
+        if row["status"] == "done":
+            ends.append(f"{seed}: {row['scores'][-1][1]:.3f}")
+        else:
+            ends.append(f"{seed}: failed: {row['message']}".replace("|", "/"))
+    steps = sorted({row["scores"][-1][0] for row in done})
+    values = {name: [x["terms"][name] for x in done if name in x["terms"]] for name in TERMS}
+    means = [f"{TERMS[x]} {sum(y) / len(y):.3f}" for x, y in values.items() if y]
+    minutes = sum(row["seconds"] for row in runs.values()) / 60 / len(runs)
+    commits = sorted({f"`{row['commit']}`" for row in runs.values()})
+    steps = ", ".join(f"{x:,}" for x in steps)
+    end = [", ".join(means), f"{minutes:.0f} min", ", ".join(commits)]
+    return [side, steps, ", ".join(ends), *end]
