@@ -1,4 +1,4 @@
-"""Tables of the rows that benchmarks/evidence.py writes: evidence.md executes this file."""
+"""Tables of what benchmarks/evidence.py and demos.py write: evidence.md executes this file."""
 
 import io
 import json
@@ -184,9 +184,8 @@ def as_image(figure, alt):
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": alt}):  # the same bytes each time
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return (
-        f'<img alt="{alt}" src="data:image/svg+xml;base64,{b64encode(file.getvalue()).decode()}">\n'
-    )
+    data = b64encode(file.getvalue()).decode()
+    return f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">\n'
 
 
 def demo_tables(path):
@@ -212,14 +211,7 @@ def demo_tables(path):
     if claims:
         head = ["pair", "measure", "difference", "seeds above", "claim"]
         parts.append(table(head, claims.values()))
-    head = [
-        "demo",
-        "steps",
-        "score at the end, seed by seed",
-        "means at the end",
-        "time",
-        "commits",
-    ]
+    head = ["demo", "steps", "score at the end, by seed", "means at the end", "time", "commits"]
     parts.append(table(head, [side_cells(side, runs[side]) for side in sorted(runs)]))
     return "\n".join(parts)
 
