@@ -514,6 +514,9 @@ def compare(methods: list, baselines: list, draws: int = DRAWS) -> dict:
 
     both = [torch.stack([torch.as_tensor(x).long() for x in y], 1) for y in (methods, baselines)]
     states = torch.stack(both, 1)  # (images, 2, seeds, classes, classes)
+    is_labeled = states.flatten(1).any(1)
+    if is_labeled.any():  # an image without a labeled pixel does not count
+        states = states[is_labeled]
 
     def differences(sums: torch.Tensor) -> torch.Tensor:
         own, other = dk.mean_iou(sums).unbind(-2)

@@ -914,6 +914,7 @@ def gather_in_order(x: Tensor) -> Tensor:
 PANEL_SIDE = 112  # Side of a panel of the picture, in pixels.
 CLUSTERS = 8  # of the picture
 ZOOM = 2  # of the views in the picture, so that their maps have more cells
+DRAWS = 1000  # of the bootstrap over the images
 CLUSTERINGS = 10  # of the k-means score: one alone varies by more than what training changes
 SCORES = {"retrieval": "retrieval-seg", "kmeans": "kmeans-seg", "ridge": "ridge-seg"}
 
@@ -1066,7 +1067,7 @@ def compare_scores(before: Tensor, after: Tensor) -> tuple[dk.Interval, dk.Inter
         return torch.stack([old, new, new - old], -1)
 
     states = torch.stack([before, after], 1)
-    interval = dk.bootstrap(states, figures, generator=harness.generator(2))
+    interval = protocols.interval_over_images(states, figures, DRAWS)
     first, second, difference = [dk.Interval(*x) for x in zip(*interval, strict=True)]
     return first, second, difference
 

@@ -145,6 +145,8 @@ def test_the_difference_is_that_of_the_mean_iou_over_the_seeds(found):
     assert result["difference"] == pytest.approx(sum(want) / 3, abs=1e-6)
     swapped = evidence.compare(list(found[1]), list(found[0]), draws=20)
     assert swapped["low"] == pytest.approx(-result["high"], abs=1e-6)
+    unlabeled = torch.cat([found, torch.zeros_like(found)], 2)
+    assert evidence.compare(list(unlabeled[0]), list(unlabeled[1]), draws=20) == result
     same = evidence.compare(list(found[0]), list(found[0]), draws=20)
     assert same["low"] == same["high"] == 0
     assert same["claim"] == "no difference at this budget"

@@ -20,7 +20,7 @@ from downstream import bands, colors
 from downstream.crops import as_bytes, as_picture
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
-from downstream.protocols import Features, main_class, split_interval
+from downstream.protocols import Features, interval_over_images, main_class, split_interval
 from downstream.shards import Shards
 
 IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a box and its copies
@@ -190,16 +190,14 @@ def patch_figures(states: Tensor, config: Any) -> dict:
     """
 
     def shares(sums: Tensor) -> Tensor:
-        right, chance, count, diagonal, objects = sums.unbind(-1)
-        count = count.clamp(min=1)
-        return torch.stack([right / count, chance / count, diagonal / objects.clamp(min=1)], -1)
+        return sums[..., :-1] / sums[..., -1:].clamp(min=1)  # the last sum is the number of cases
 
-    draws = harness.generator(2)
-    interval = dk.bootstrap(states, shares, draws=config.draws, generator=draws)
-    figures = split_interval(interval, ("found", "chance", "diagonal"))
+    cells = interval_over_images(states[:, :3], shares, config.draws)
+    figures = split_interval(cells, ("found", "chance"))
     figures["chance"] = figures["chance"].value
-    if not states[:, 4].sum():
-        del figures["diagonal"]
+    if states[:, 4].any():
+        objects = interval_over_images(states[:, 3:], shares, config.draws)
+        figures |= split_interval(objects, ("diagonal",))
     return {
         **figures,
         "images": int((states[:, 2] > 0).sum()),
@@ -431,6 +429,5 @@ def retrieval(
     def share(sums: Tensor) -> Tensor:
         return sums[..., 0] / sums[..., 1].clamp(min=1)
 
-    draws = harness.generator(2)
-    interval = dk.bootstrap(facts, share, draws=config.draws, generator=draws)
+    interval = interval_over_images(facts, share, config.draws)
     return {"same main class": interval, "queries": int(known.sum())}

@@ -46,6 +46,26 @@ class Features(NamedTuple):
 Counts = Callable[[Features, Features, Any, int], Tensor]  # a confusion matrix for each image
 
 
+# ---- intervals -----------------------------------------------------------------------------------
+def interval_over_images(
+    states: Tensor, figures_of: Callable[[Tensor], Tensor], draws: int
+) -> dk.Interval:
+    """The figures of a split, and their interval by a bootstrap over its images.
+
+    An image in which nothing is counted does not count: where many are like that, some resamplings
+    would hold nothing at all, and the interval would reach down to 0.
+    """
+    is_counted = states.flatten(1).any(1)
+    if is_counted.any():
+        states = states[is_counted]
+    return dk.bootstrap(states, figures_of, draws=draws, generator=harness.generator(2))
+
+
+def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, dk.Interval]:
+    """The interval of several figures as an interval for each."""
+    return {name: dk.Interval(*(x[i] for x in interval)) for i, name in enumerate(names)}
+
+
 # ---- segmentation --------------------------------------------------------------------------------
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """A class map (h, w) at another size, by the nearest pixel, in the same dtype."""
@@ -131,8 +151,7 @@ def segmentation_figures(counts: Tensor, test: Features, config: Any) -> dict:
     counts = counts[counts.flatten(1).sum(1) > 0]
     harness.check(len(counts) > 0, "No image of the split has a labeled pixel.")
     scores = dk.confusion_scores(counts.sum(0))
-    draws = harness.generator(2)
-    interval = dk.bootstrap(counts, dk.mean_iou, draws=config.draws, generator=draws)
+    interval = interval_over_images(counts, dk.mean_iou, config.draws)
 
     iou_of_classes = {}
     for number, name in enumerate(test.classes):
@@ -298,14 +317,8 @@ def classification_figures(
         count = total.sum(-1).clamp(min=1)
         return torch.stack([right.sum(-1) / count, macro, among_five.sum(-1) / count], -1)
 
-    draws = harness.generator(2)
-    interval = dk.bootstrap(states, accuracies, draws=config.draws, generator=draws)
+    interval = interval_over_images(states, accuracies, config.draws)
     return {**split_interval(interval, ACCURACIES), "rows": len(labels)}
-
-
-def split_interval(interval: dk.Interval, names: tuple[str, ...]) -> dict[str, dk.Interval]:
-    """The interval of several figures as an interval for each."""
-    return {name: dk.Interval(*(x[i] for x in interval)) for i, name in enumerate(names)}
 
 
 def main_class(features: Features) -> Tensor:

@@ -17,7 +17,7 @@ import densekit as dk
 from downstream.davis import VOID, Video
 from downstream.encoders import Encoder, device_of
 from downstream.label_files import read_frame
-from downstream.protocols import resize_labels, split_interval
+from downstream.protocols import interval_over_images, resize_labels, split_interval
 from downstream.shards import ALONE, Shards
 
 
@@ -50,8 +50,7 @@ def video(encoder: Encoder, videos: list[Video], config: Any, shards: Shards = A
         both = total[..., :2] / total[..., 2:]
         return torch.cat([both, both.mean(-1, keepdim=True)], -1)
 
-    draws = harness.generator(2)
-    interval = dk.bootstrap(states, means, draws=config.draws, generator=draws)
+    interval = interval_over_images(states, means, config.draws)
     return {
         **split_interval(interval, ("J", "F", "J&F")),
         "videos": len(states),

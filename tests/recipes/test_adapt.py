@@ -407,6 +407,14 @@ def test_the_demo_prints_health_and_scores_before_and_after(method, tmp_path, mo
     assert len(rows(tmp_path, "retrieval_miou")) == (2 if method == "paka" else 1)
 
 
+def test_images_without_a_label_move_no_interval():
+    draws = harness.generator(0)
+    before, after = torch.randint(9, (2, 3, 4, 4), generator=draws)
+    none = torch.zeros(40, 4, 4, dtype=torch.long)
+    found = adapt.compare_scores(torch.cat([before, none]), torch.cat([after, none]))
+    assert found == adapt.compare_scores(before, after)
+
+
 OTHER = safetensors.torch.save({"other": torch.ones(1)})
 
 

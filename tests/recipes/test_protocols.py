@@ -75,6 +75,31 @@ def test_the_background_is_no_class_of_an_image():
     assert FITTED["image-svm"].score(fit, test, config, 0)["classes"] == 6
 
 
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 30))
+def test_images_in_which_nothing_is_counted_move_no_interval(number, counted, empty):
+    test = drawn(number, images=counted, objects=2 * counted)
+    more = test._replace(labels=[*test.labels, *[None] * empty])
+    ranked = test.object_classes[:, None].expand(-1, 5).clone()
+    ranked[::2] -= 1  # every other object is named wrongly
+    rows = (test.object_classes, ranked, test.object_images)
+    found = protocols.classification_figures(*rows, test, CONFIG)
+    assert protocols.classification_figures(*rows, more, CONFIG) == found
+
+    draws = harness.generator(number)
+    states = torch.rand(counted, 5, generator=draws).double()
+    states[:, 4] = 1  # an object that both views contain
+    views_without = torch.cat([states, torch.zeros(empty, 5)])
+    found = diagnose.patch_figures(states, CONFIG)
+    assert diagnose.patch_figures(views_without, CONFIG) == found
+    objects_without = views_without.clone()
+    objects_without[counted:, :3] = 0.5
+    assert diagnose.patch_figures(objects_without, CONFIG)["diagonal"] == found["diagonal"]
+
+    nothing = torch.zeros(3, 5)
+    assert "diagonal" not in diagnose.patch_figures(nothing, CONFIG)
+    assert diagnose.patch_figures(nothing, CONFIG)["found"].high == 0
+
+
 # ---- support vector machines ---------------------------------------------------------------------
 
 
