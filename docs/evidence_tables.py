@@ -144,17 +144,22 @@ def curves(runs, points):
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     for axes, protocol in zip(figure.subplots(1, len(PROTOCOLS)), PROTOCOLS, strict=True):
         for name, line in lines.items():
-            method, steps = ends[name]["method"], [step for step, _ in line]
-            color, dashes = STYLES[method]
-            label = f"{method}, {steps[-1]:,} steps" if ends[name]["kind"] == "long" else method
+            color, dashes = STYLES[ends[name]["method"]]
+            is_long = ends[name]["kind"] == "long"
+            steps = [step for step, _ in line]
             values = [scores[protocol]["value"] for _, scores in line]
-            axes.plot(steps, values, dashes, color=color, label=label, marker="o", markersize=3)
+            axes.plot(
+                steps, values, dashes, label=run_label(ends[name]), color=color,
+                marker="s" if is_long else "o", markersize=3,
+                linewidth=2.5 if is_long else 1.2, alpha=0.5 if is_long else 1.0,
+            )  # fmt: skip
         if protocol == "ridge-seg":  # the prior is measured with its classifier
             for prior in {row["prior"] for row in runs if row["kind"] == "run" and "prior" in row}:
                 axes.axhline(prior, linestyle=":", color=GRAY, label="position prior")
-        ticks = sorted({step for line in lines.values() for step, _ in line})
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+        last = max(line[-1][0] for line in lines.values())
+        ticks = [step for step in (20, 100, 500, 2000) if step <= last]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set(title=protocol, xlabel="step", ylabel="mIoU" if protocol == PROTOCOLS[0] else "")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -164,12 +169,17 @@ def curves(runs, points):
     picture = as_image(figure, "Curves of the mIoU in three protocols, against the step")
 
     rows = [
-        [ends[name]["method"], f"{step:,}", *(f"{scores[x]['value']:.3f}" for x in PROTOCOLS)]
+        [run_label(ends[name]), f"{step:,}", *(f"{scores[x]['value']:.3f}" for x in PROTOCOLS)]
         for name, line in lines.items()
         for step, scores in line
     ]
     note = "Seed 0; a baseline has the color of its method, and a broken line.\n"
-    return "\n".join([picture, note, table(["method", "step", *PROTOCOLS], rows)])
+    return "\n".join([picture, note, table(["run", "step", *PROTOCOLS], rows)])
+
+
+def run_label(run):
+    """The method of a run, and the number of its steps if it is a long one."""
+    return f"{run['method']}, {run['steps']:,} steps" if run["kind"] == "long" else run["method"]
 
 
 def as_image(figure, alt):
