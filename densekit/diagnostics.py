@@ -11,6 +11,7 @@ from densekit.numerics import (
     check,
     check_temperature,
     full_precision,
+    has_spread,
     in_range,
     l2_normalize,
     map_to_rows,
@@ -365,15 +366,20 @@ def coupling_rate(
     References:
         D3SSL, Sec 3.1, Fig 3, Table 7.
     """
+    return safe_divide(*_cosines_with_neighbor(together, alone, box_a, box_b))
+
+
+def _cosines_with_neighbor(
+    together: Tensor, alone: Tensor, box_a: Tensor, box_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute cos(A1, B) and cos(A2, B); 0 where one of them has no features."""
     pooled = []
     for features, box in ((together, box_a), (alone, box_a), (together, box_b)):
         roi = roi_align(features, box[..., None, :], 1, sampling_ratio=0).features
         pooled.append(l2_normalize(roi.flatten(-4)))
 
     first, second, other = pooled
-    coupled = (first * other).sum(-1)
-    free = (second * other).sum(-1)
-    return safe_divide(coupled, free)
+    return (first * other).sum(-1), (second * other).sum(-1)
 
 
 @typed
@@ -402,12 +408,20 @@ def mean_cosine_similarity(features: Float[Tensor, "*batch d h w"]) -> Float[Ten
     References:
         D3SSL, Sec 3.2, Fig 4, Table 7.
     """
+    return _cosines_of_center(features)[0]
+
+
+def _cosines_of_center(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean cosine of the central third and the others, and that of it with itself.
+
+    The second one is 1, or 0 where the central third has no features.
+    """
     centers = grid_points(widened(features).new_tensor([0.0, 0.0, 1.0, 1.0]), 3)
     boxes = torch.cat([centers - 1 / 6, centers + 1 / 6], -1)
     nine = roi_align(features, boxes.expand(*features.shape[:-3], 9, 4), 1, sampling_ratio=0)
     rows = l2_normalize(nine.features.flatten(-3))
     cosine = (rows * rows[..., 4:5, :]).sum(-1)
-    return (cosine.sum(-1) - cosine[..., 4]) / 8
+    return (cosine.sum(-1) - cosine[..., 4]) / 8, cosine[..., 4]
 
 
 @typed
@@ -438,7 +452,8 @@ def layer_bias(
         chunk: Number of objects that are measured at a time, which bounds the memory.
 
     Returns:
-        The means over the objects, one number for each layer.
+        The means over the objects, one number for each layer. Where an object, or its neighbor, has
+        no features in a layer (all are 0), it does not count; without any that count the mean is 0.
 
     Raises:
         TypeError: The channels of the objects come last.
@@ -458,21 +473,27 @@ def layer_bias(
     check("diagnostics.layer_bias", "chunk", chunk, chunk >= 1, "1 or more")
 
     others = objects.roll(1, 0) if neighbors is None else neighbors
-    rates = []
-    cosines = []
+    parts = []  # of each chunk: cos(A1, B), cos(A2, B), and those of nine places, (layers, n)
     for own, other in zip(objects.split(chunk), others.split(chunk), strict=True):
         made = coupling_images(own, other)
         together = layer_features(model, made.together, layers, patch=patch).values()
         alone = layer_features(model, made.alone, layers, patch=patch).values()
         nine = layer_features(model, own.repeat(1, 1, 3, 3), layers, patch=patch).values()
 
-        rates_of_layers = [
-            coupling_rate(both, single, made.box_a, made.box_b)
-            for both, single in zip(together, alone, strict=True)
-        ]
-        rates.append(torch.stack(rates_of_layers))
-        cosines.append(torch.stack([mean_cosine_similarity(maps) for maps in nine]))
-    return LayerBias(torch.cat(rates, -1).mean(-1), torch.cat(cosines, -1).mean(-1))
+        of_layers = []
+        for both, single, repeated in zip(together, alone, nine, strict=True):
+            with_neighbor = _cosines_with_neighbor(both, single, made.box_a, made.box_b)
+            of_layers.append(torch.stack([*with_neighbor, *_cosines_of_center(repeated)]))
+        parts.append(torch.stack(of_layers, 1))
+
+    coupled, free, cosine, center = torch.cat(parts, -1)
+    rates = _mean_where(free != 0, safe_divide(coupled, free))
+    return LayerBias(rates, _mean_where(center != 0, cosine))
+
+
+def _mean_where(counted: Tensor, values: Tensor) -> Tensor:
+    """Average the last axis over what counts; 0 without any."""
+    return torch.where(counted, values, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 @typed
@@ -493,7 +514,8 @@ def effective_rank(
 
     Returns:
         The rank in [1, min(n, d)], in at least float32, computed in float64. Sets without any
-        spread have rank 1. Singular values that are rounding errors count as 0.
+        spread but rounding errors have rank 1, and sets with a number that is not finite have NaN.
+        Singular values that are rounding errors count as 0.
 
     Raises:
         TypeError: The rows look like maps.
@@ -506,13 +528,16 @@ def effective_rank(
         Roy and Vetterli, The effective rank: a measure of effective dimensionality, Def 1.
     """
     refuse_maps("diagnostics.effective_rank", "rows", rows)
-    x = rows.double()
+    is_finite = rows.isfinite().all(-1).all(-1)  # else there are no singular values
+    x = torch.where(is_finite[..., None, None], rows.double(), 0.0)
     if centered:
         x = x - x[..., :1, :].detach()  # equal rows become exactly zero
         x = x - x.sum(-2, keepdim=True) / max(1, x.shape[-2])
+        x = torch.where(has_spread(x, rows)[..., None, None], x, 0.0)
 
     values = torch.linalg.svdvals(x) if rows.dtype == x.dtype else _quick_singular_values(x)
-    return _entropy_rank(values, max(x.shape[-2:])).to(widened(rows[..., :0]).dtype)
+    rank = torch.where(is_finite, _entropy_rank(values, max(x.shape[-2:])), torch.nan)
+    return rank.to(widened(rows[..., :0]).dtype)
 
 
 def _quick_singular_values(rows: Tensor) -> Tensor:
@@ -589,8 +614,8 @@ def position_share(
 
     Returns:
         The share, in at least float32, computed in float64: 1 if all images have the same maps, 0
-        for features without any variance. With one image it is 0 if adjusted, since nothing is
-        known.
+        for features without any variance but rounding errors. With one image it is 0 if adjusted,
+        since nothing is known.
 
     Examples:
         >>> place = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
@@ -603,6 +628,7 @@ def position_share(
     mean = rows.sum((0, 1)) / max(1, images * positions)
     of_position = rows.sum(0) / max(1, images)
     total = (rows - mean).square().sum()
+    total = torch.where(has_spread((rows - mean).flatten(0, 1), features.flatten(1)), total, 0.0)
     rest = (rows - of_position).square().sum()
     share = safe_divide(total - rest, total)
     if adjusted:
@@ -730,9 +756,11 @@ def _clusters(tokens: Tensor, count: int, generator: torch.Generator | None) -> 
 
 
 def _token_scale(tokens: Tensor) -> Tensor:
-    """Compute the mean distance of all tokens to their mean."""
+    """Compute the mean distance of all tokens to their mean; 0 if all are equal."""
     tokens = tokens.flatten(0, -2)
-    return torch.linalg.vector_norm(tokens - tokens.mean(0), dim=-1).mean()
+    centered = tokens - tokens.mean(0)
+    distance = torch.linalg.vector_norm(centered, dim=-1).mean()
+    return torch.where(has_spread(centered, tokens), distance, 0.0)
 
 
 def _radius(tokens: Tensor, labels: Tensor, clusters: int) -> Tensor:
@@ -809,6 +837,9 @@ def pca_colors(features: Float[Tensor, "n d h w"]) -> Float[Tensor, "n 3 h w"]:
     n, _, h, w = features.shape
     tokens = map_to_rows(features.float()).flatten(0, 1)
     tokens = torch.where(tokens.isfinite(), tokens, 0.0)
+    if tokens.numel():
+        largest = tokens.abs().amax()
+        tokens = tokens / torch.where(largest > 0, largest, 1.0)  # their squares stay finite
     tokens = tokens - tokens.mean(0)
     with full_precision(tokens):
         axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors[:, -3:].flip(-1)

@@ -26,6 +26,7 @@ from densekit.numerics import (
     check_temperature,
     fit_valid,
     full_precision,
+    has_spread,
     in_range,
     l2_normalize,
     masked_mean,
@@ -431,7 +432,7 @@ def kernel_alignment(
 
     Returns:
         The loss in [0, 1], in at least float32; 1 with a gradient of zero where all tokens of one
-        side are equal.
+        side are equal but for rounding.
 
     Raises:
         TypeError: The shapes differ, or rows look like maps.
@@ -482,6 +483,7 @@ def _spread(rows: Tensor, valid: Tensor | None, unit: bool) -> Tensor:
 
     moved = _valid_rows(rows - first.detach(), valid)
     centered = _valid_rows(moved - moved.sum(-2, keepdim=True) / count, valid)
+    centered = torch.where(has_spread(centered, rows)[..., None, None], centered, 0.0)
     return l2_normalize(centered.flatten(-2)).view(centered.shape)
 
 
@@ -822,16 +824,16 @@ def neighbor_distribution_loss(
     if use is not None:
         allowed = allowed & use[..., None]
 
+    counted = allowed.any(-1)
     references = _valid_rows(references.detach(), allowed.any(-2))
 
     def logits(points: Tensor, temperature: Scalar) -> Tensor:
-        near = _proximity(_valid_rows(points, use), references, "cosine")
+        near = _proximity(_valid_rows(points, counted), references, "cosine")
         near = near / in_range(temperature, near.dtype)
         return torch.where(allowed, near, -torch.inf)
 
     student_logits = logits(student, student_temperature)
     teacher_logits = logits(teacher.detach(), teacher_temperature)
-    counted = allowed.any(-1)
     distances = _cross_entropy(student_logits, teacher_logits, counted)
     return _reduce(distances, counted, reduction)
 
@@ -888,8 +890,9 @@ def update_center(
     refuse_maps("losses.update_center", "teacher", teacher)
     center = center.detach()
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
-    rows = widened(_valid_rows(teacher.detach(), valid)).reshape(-1, len(center))
-    used = torch.ones_like(rows[:, 0]) if valid is None else valid.flatten().to(rows.dtype)
+    rows = widened(_valid_rows(teacher.detach(), valid))
+    rows = rows.reshape(math.prod(rows.shape[:-1]), len(center))  # of no channels too
+    used = rows.new_ones(len(rows)) if valid is None else valid.flatten().to(rows.dtype)
     total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
     count = total[-1]
     mean = total[:-1] / count.clamp(min=1)

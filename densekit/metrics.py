@@ -477,7 +477,8 @@ def bootstrap(
         The figure of all images, and its percentile interval and deviation over the resamplings.
 
     Raises:
-        ValueError: There is no image or no resampling, or the level is not in (0, 1).
+        ValueError: There is no image or no resampling, the level is not in (0, 1), or the statistic
+            does not return one figure, or one row of figures, for each of the draws.
 
     Examples:
         >>> counts = torch.tensor([[[3, 0], [0, 1]]]).expand(5, 2, 2)  # five images alike
@@ -500,13 +501,23 @@ def bootstrap(
     for first in range(0, draws, block):
         sums = _resampled_sums(wide, min(block, draws - first), generator)
         sums = sums if states.is_floating_point() else sums.round()
-        some_figures.append(statistic(sums.to(total.dtype)))
+        some_figures.append(_figures_of(statistic, sums.to(total.dtype)))
 
     figures = torch.cat(some_figures)
-    value = statistic(total)[0]
+    value = _figures_of(statistic, total)[0]
     low = _quantile(figures, (1 - level) / 2)
     high = _quantile(figures, (1 + level) / 2)
     return Interval(value, low, high, figures.std(0, correction=0))
+
+
+def _figures_of(statistic: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
+    """Return the figures of some sums, in floats."""
+    figures = statistic(sums)
+    shape = tuple(figures.shape)
+    fits = shape[:1] == sums.shape[:1]
+    wanted = f"figures of {len(sums)} sums, along the first axis"
+    check("metrics.bootstrap", "the shape of what the statistic returns", shape, fits, wanted)
+    return figures if figures.is_floating_point() else figures.double()
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

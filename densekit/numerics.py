@@ -71,6 +71,17 @@ def l2_normalize(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     return x / torch.where(norm > floor, norm, torch.inf)
 
 
+def has_spread(centered: Tensor, rows: Tensor) -> Tensor:
+    """Return which sets (..., n, d) spread by more than the rounding of their rows.
+
+    `centered` are the rows about their mean. Rows that are equal but for what an interpolation has
+    rounded would else become noise when their spread is divided by its own size.
+    """
+    eps = 8 * torch.finfo(widened(rows[..., :0]).dtype).eps
+    sizes = [torch.linalg.vector_norm(x.detach().double(), dim=(-2, -1)) for x in (centered, rows)]
+    return sizes[0] > eps * sizes[1]
+
+
 @typed
 def masked_mean(
     values: Float[Tensor, "*batch"],

@@ -185,7 +185,7 @@ def linear_segmentation(
 
     Raises:
         TypeError: Numbers of images or channels do not match.
-        ValueError: The stride is not positive, or as in `fit_linear_probe`.
+        ValueError: The stride is not positive, a map has no cell, or as in `fit_linear_probe`.
 
     Examples:
         >>> labels = torch.arange(4).repeat(2, 8, 2)
@@ -197,6 +197,8 @@ def linear_segmentation(
         CrOC, Sec 4.2 (the protocol that this approximates).
     """
     check("probes.linear_segmentation", "stride", stride, stride >= 1, "1 or more")
+    check_cells("probes.linear_segmentation", "a map", features.shape[-2:])
+    check_cells("probes.linear_segmentation", "a label map", labels.shape[-2:])
     h, w = labels.shape[-2:]
     offset = min(stride, h, w) // 2
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float32, device=features.device)
@@ -266,7 +268,7 @@ def train_linear_probe(
         The classifier of the raw features (`linear_maps` applies it), in float32.
 
     Raises:
-        ValueError: There is no class, cell or epoch, or the batch is below 1.
+        ValueError: There is no class, cell, pixel or epoch, or the batch is below 1.
 
     Examples:
         >>> labels = torch.arange(2).repeat(8, 4, 2)
@@ -283,6 +285,7 @@ def train_linear_probe(
     for name, number in numbers.items():
         check("probes.train_linear_probe", name, number, number >= 1, "1 or more")
     check_cells("probes.train_linear_probe", "a map", (h, w))
+    check_cells("probes.train_linear_probe", "a label map", labels.shape[-2:])
     x = features.detach()
     y = _small_labels(labels, classes, ignore)
     used, mean, scale = _standardize(x, y)
@@ -448,7 +451,7 @@ def segmentation_counts(
         Counts, in int64; rows are labels, columns are predictions.
 
     Raises:
-        ValueError: There is no class or no score.
+        ValueError: There is no class or no score, or a map has no cell.
 
     Examples:
         >>> labels = torch.tensor([[[0, 0, 1, 1]]]).expand(2, 4, 4)
@@ -465,6 +468,8 @@ def segmentation_counts(
     where = "probes.segmentation_counts"
     check(where, "the number of scores", clusters, clusters >= 1, "1 or more")
     check(where, "classes", classes, sizes["classes"] >= 1, "1 or more")
+    check_cells(where, "a map of scores", scores.shape[-2:])
+    check_cells(where, "a label map", labels.shape[-2:])
 
     counts = []
     # One image at a time: the resized scores of all may not fit the memory.
@@ -607,4 +612,6 @@ def _scores(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _resize(scores: Tensor, size: torch.Size) -> Tensor:
     if scores.shape[-2:] == size:
         return scores
-    return torch.nn.functional.interpolate(scores.float(), tuple(size), mode="bilinear")
+    most = torch.finfo(torch.float32).max / 4  # in the place of infinity: zero times it is NaN
+    bounded = scores.float().clamp(-most, most)
+    return torch.nn.functional.interpolate(bounded, tuple(size), mode="bilinear")

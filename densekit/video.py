@@ -206,7 +206,7 @@ def boundary_f_measure(
         F, in float32; 1 where neither mask has an outline, 0 where only one has.
 
     Raises:
-        ValueError: The tolerance is negative.
+        ValueError: The tolerance is negative or not finite.
 
     Examples:
         >>> boundary_f_measure(torch.eye(9).bool(), torch.eye(9).bool())
@@ -215,7 +215,8 @@ def boundary_f_measure(
     References:
         Perazzi et al. 2016 (DAVIS), Sec 4; Martin et al. 2004 (the measure).
     """
-    check("video.boundary_f_measure", "tolerance", tolerance, tolerance >= 0, "0 or more")
+    known = 0 <= tolerance < math.inf
+    check("video.boundary_f_measure", "tolerance", tolerance, known, "0 or more, and finite")
 
     if not masks.numel():
         return masks.new_ones(masks.shape[:-2], dtype=torch.float32)

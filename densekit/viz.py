@@ -66,6 +66,7 @@ def label_colors(
                 [0.0000, 0.0000, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
+    labels = labels.long()  # torch compares no uint16
     used = _is_used(labels, ignore)
     numbers = torch.where(used, labels, 0).double()
     hue = (0.55 + numbers * 0.61803398875) % 1.0
@@ -475,7 +476,7 @@ def plot_segmentation(
 
     used = [truth[_is_used(truth, ignore)] for truth in truths]
     used += [own[own >= 0] for own in found]
-    occur = torch.cat([x.long().unique() for x in used]).unique()
+    occur = torch.cat([x.unique() for x in used]).unique()
     patches = []
     listed = []
     for label in occur:
@@ -520,7 +521,7 @@ def _maps_of(where: str, name: str, maps: Tensor | Sequence[Tensor], images: int
     for x in maps:
         shape = tuple(x.shape)
         check(where, f"the shape of a map in {name}", shape, x.numel() > 0, "one without a 0")
-    return [x.detach().cpu() for x in maps]
+    return [x.detach().cpu().long() for x in maps]  # torch compares no uint16
 
 
 def _pictures(where: str, images: Tensor, *, pixels: bool = False) -> Tensor:

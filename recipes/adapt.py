@@ -787,6 +787,7 @@ class Adapt(nn.Module):
         losses = []
         entropies = []
         cosines = []
+        used_points = []
         for number, (g, v) in enumerate(self.pairs):
             teacher_view = dk.View(views.box[:, g], views.flip[:, g])
             student_view = dk.View(views.box[:, v], views.flip[:, v])
@@ -797,8 +798,9 @@ class Adapt(nn.Module):
             losses.append(loss)
             entropies.append(entropy)
             with torch.no_grad():
-                cosine = dk.negative_cosine(points.features2, points.features1, points.valid)
+                cosine = dk.negative_cosine(points.features2, points.features1, reduction="none")
                 cosines.append(-cosine)
+                used_points.append(points.valid)
 
         of_large = self.get_buffer("of_large").to(losses[0].dtype)
         counts = valid.to(of_large.dtype) @ of_large  # (b, 2)
@@ -809,7 +811,7 @@ class Adapt(nn.Module):
             return of_views.sum(1) / (counts > 0).sum(1).clamp(min=1)
 
         per_image = mean_of_images(losses)
-        terms = {"similarity": torch.stack(cosines).mean()}
+        terms = {"similarity": dk.masked_mean(torch.stack(cosines), torch.stack(used_points))}
         used = valid.any(1)
         terms[self.config.method] = dk.masked_mean(per_image.detach(), used)
         if self.config.method in WITH_REFERENCES:
@@ -1325,8 +1327,11 @@ def train(config: Config) -> None:
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
             values = {"loss": loss}
+            # A part counts by its images with a valid pair.
+            used = torch.stack([x.any(1).sum() for x in valid.tensor_split(parts)])
             for name in part_terms[0]:
-                values[name] = torch.stack([terms[name] for terms in part_terms]).mean()
+                of_parts = torch.stack([terms[name] for terms in part_terms])
+                values[name] = (of_parts * used).sum() / used.sum().clamp(min=1)
             # With a scaler a gradient may be infinite: the step is left out, and the scale falls.
             if not scaler.is_enabled():
                 values["grad_norm"] = grad_norm

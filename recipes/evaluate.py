@@ -211,7 +211,7 @@ class Sample(NamedTuple):
     boxes: Tensor  # (n, 4) in [0, 1]
     classes: Tensor  # (n,): the class of each box
     area: Tensor  # (classes,): the share of each class in the image
-    presence: Tensor | None  # int8 (classes,): 1 of the image, 0 not, -1 unsure
+    presence: Tensor  # int8 (classes,): 1 of the image, 0 not, -1 unsure
 
 
 ALL_PARTS = frozenset({"objects", "classes"})  # what an image may need to be read for
@@ -250,7 +250,7 @@ class Samples:
         boxes = torch.zeros(0, 4)
         classes = torch.zeros(0, dtype=torch.long)
         area = torch.zeros(len(self.classes))
-        presence = None
+        presence = torch.full((len(self.classes),), -1, dtype=torch.int8)
 
         if "objects" in parts:
             self.images.check_size(row, size)
@@ -261,7 +261,11 @@ class Samples:
             classes = classes[numbers]
         if "classes" in parts:
             area = self.class_areas(row, size)
-            presence = self.images.image_classes(row, size)
+            known = self.images.image_classes(row, size)
+            if known is not None:
+                presence = known
+            elif area.any():
+                presence = (area > 0).to(torch.int8)
         return Sample(resize(image, self.size), boxes, classes, area, presence)
 
     def object_numbers(self, index: int) -> list[int]:
@@ -545,7 +549,7 @@ def encode(
             object_classes.extend(x.classes for x in batch)
             object_images.append(owners + first)
         area.append(torch.stack([x.area for x in batch]))
-        presence.extend(x.presence[None] for x in batch if x.presence is not None)
+        presence.append(torch.stack([x.presence for x in batch]))
 
     source = samples.with_parts(parts)
     first = own.start
@@ -568,6 +572,7 @@ def encode(
         together["maps"] = torch.zeros(0, 1, 1, 1)
     if together["area"] is None:
         together["area"] = torch.zeros(0, 1)
+        together["presence"] = torch.zeros(0, 1, dtype=torch.int8)
     features = Features(
         labels=samples.labels,
         classes=list(samples.classes),
@@ -633,6 +638,7 @@ def encode_disturbed(
         pooled=[],
         labels=samples.labels,
         area=torch.zeros(0, len(samples.classes)),
+        presence=torch.zeros(0, len(samples.classes), dtype=torch.int8),
         classes=list(samples.classes),
         background=samples.images.background,
         **found,

@@ -903,6 +903,17 @@ def test_a_token_of_weight_zero_takes_no_part(options, problem, data):
 
 
 @variants
+@given(problem=problems(), weight=st.sampled_from([math.nan, math.inf, -1.0]), data=st.data())
+def test_a_weight_that_is_none_counts_as_zero(options, problem, weight, data):
+    tokens, positions, weights, start = problem
+    place = data.draw(st.integers(0, weights.shape[-1] - 1), label="place")
+    want, got = weights.clone(), weights.clone()
+    want[..., place], got[..., place] = 0.0, weight
+    found = sinkhorn_merge(tokens, positions, got, start, **options)
+    assert_same(found, sinkhorn_merge(tokens, positions, want, start, **options), rtol=0, atol=0)
+
+
+@variants
 @given(problem=problems(), data=st.data())
 def test_the_plan_of_the_cheapest_step_comes_back(options, problem, data):
     tokens, _, weights, start = problem

@@ -408,6 +408,50 @@ def test_the_bias_does_not_depend_on_the_chunk(generator, n, chunk):
     )
 
 
+@given(generators(), st.integers(3, 6))
+def test_objects_without_features_do_not_count_in_the_bias(generator, n):
+    objects = uniform(generator, n, 3, 8, 8, low=0.1, high=1.0)
+    others = uniform(generator, n, 3, 8, 8, low=0.1, high=1.0)
+    net = nn.Conv2d(3, 4, 5, padding=2, bias=False).double()
+    black = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    want = layer_bias(net, objects, [""], others)
+    some = torch.cat([objects, black])
+    got = layer_bias(net, some, [""], torch.cat([others, others[:2]]))
+    torch.testing.assert_close([*got], [*want])
+    got = layer_bias(net, torch.cat([objects, objects[:2]]), [""], torch.cat([others, black]))
+    torch.testing.assert_close(got.coupling_rate, want.coupling_rate)
+    assert [x.item() for x in layer_bias(net, black, [""])] == [0, 0]
+
+
+@given(generators(), st.integers(2, 6), st.integers(2, 6))
+def test_features_that_differ_by_rounding_alone_have_no_spread(generator, n, d):
+    same = uniform(generator, 1, d, low=0.5, high=2.0).float().expand(16 * n, d)
+    weights = uniform(generator, 16 * n, 16 * n).float()
+    rows = (weights / weights.sum(-1, keepdim=True)) @ same  # as an interpolation rounds
+    maps = rows_to_map(rows.unflatten(0, (n, 16)), (4, 4))
+    assert effective_rank(rows) == 1
+    assert position_share(maps) == 0
+    structure = dense_structure_score(maps, generator=generator)
+    assert structure.inter == structure.intra == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_set_that_is_not_finite_has_no_rank_and_spoils_no_other(dtype, value):
+    rows = torch.randn(3, 10, 4, dtype=dtype)
+    want = effective_rank(rows)
+    rows[1, 2, 3] = value
+    got = effective_rank(rows)
+    assert got[1].isnan()
+    assert torch.equal(got[::2], want[::2])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 1e38])
+def test_colors_need_no_scale(scale):
+    maps = torch.rand(2, 5, 3, 3)
+    torch.testing.assert_close(pca_colors(maps * scale), pca_colors(maps), rtol=0, atol=1e-3)
+
+
 def test_tokens_have_a_bias_too():
     torch.manual_seed(0)
     got = layer_bias(Tokens(), torch.rand(4, 3, 8, 8), ["layer", "patch"], patch=4)

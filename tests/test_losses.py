@@ -1456,6 +1456,21 @@ def test_a_set_of_equal_tokens_is_not_aligned_and_has_no_gradient(dtype, masked)
     assert kernel_alignment(teacher, student.detach(), valid) == 1
 
 
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(generator=generators())
+def test_tokens_that_differ_by_rounding_alone_have_no_gradient(dtype, unit, generator):
+    tokens = uniform(generator, 1, 16, dtype=dtype).expand(49, 16)
+    if unit:
+        tokens = tokens * uniform(generator, 49, 1, low=0.5, high=2.0, dtype=dtype)
+    weights = uniform(generator, 49, 49, dtype=dtype)
+    mixed = (weights / weights.sum(-1, keepdim=True)) @ tokens  # as an interpolation rounds
+    student = (tokens if unit else mixed).clone().requires_grad_()
+    total = kernel_alignment(student, uniform(generator, 49, 4, dtype=dtype), unit=unit)
+    assert total == 1
+    assert (torch.autograd.grad(total, student)[0] == 0).all()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_alignment_needs_no_scale(scale):
     student, teacher = uniform(seeded(), 2, 9, 4), uniform(seeded(1), 2, 9, 4)
@@ -1543,6 +1558,11 @@ def test_the_distribution_loss_is_torchs_over_the_allowed_references(problem, da
         want = F.cross_entropy(own / 0.1, (other / 0.04).softmax(-1))
         torch.testing.assert_close(got[place], want, rtol=1e-9, atol=1e-9)
     assert (got[~counted] == 0).all()
+    spoiled_points = torch.where(counted[..., None], student, torch.nan)
+    total = neighbor_distribution_loss(spoiled_points, teacher, spoiled, valid, allowed)
+    (grad,) = torch.autograd.grad(total, spoiled_points)
+    assert grad.isfinite().all()
+    assert (grad[~counted] == 0).all()
     total = neighbor_distribution_loss(student, teacher, spoiled, valid, allowed)
     torch.testing.assert_close(total, mean_of_valid(got, counted), **CLOSE)
     assert torch.autograd.grad(total, student)[0].isfinite().all()

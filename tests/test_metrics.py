@@ -775,3 +775,12 @@ def test_bars_and_breaks_in_names_of_columns_and_rows_stay_in_their_cells():
 
 def test_a_table_of_nothing_is_a_head():
     assert as_table({}).splitlines() == ["| |", "|---|"]
+
+
+def test_a_statistic_may_count_and_has_one_row_for_each_draw():
+    states = torch.tensor([[3, 0], [0, 1]])
+    assert bootstrap(states, lambda sums: sums.argmax(-1), draws=9).value == 0
+    wanted = "the shape of what the statistic returns is .*; give figures of 9 sums"
+    for statistic in (torch.sum, lambda sums: sums.sum(0)):
+        with pytest.raises(ValueError, match=wanted):
+            bootstrap(states, statistic, draws=9)

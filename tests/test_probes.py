@@ -617,6 +617,39 @@ def test_a_pixel_whose_scores_are_nan_is_not_counted():
     assert torch.equal(segmentation_counts(scores, labels), want)
 
 
+@given(generators(), sizes(), st.sampled_from([torch.float32, torch.float16, torch.float64]))
+def test_a_score_of_minus_infinity_excludes_a_class_and_no_pixel(generator, size, dtype):
+    scores = uniform(generator, 2, 5, 4, 3).to(dtype)
+    labels = torch.randint(0, 5, (2, *size), generator=generator)
+    excluded = torch.arange(5) > 2
+    for axis in (slice(None), 0):  # everywhere, or in one row of cells
+        infinite, low = scores.clone(), scores.clone()
+        infinite[:, excluded, axis], low[:, excluded, axis] = -torch.inf, -3e4
+        got = segmentation_counts(infinite, labels)
+        assert got.sum() == labels.numel()
+        if axis == slice(None):
+            assert torch.equal(got, segmentation_counts(low, labels))
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, 0)])
+def test_maps_without_a_cell_are_refused_by_the_name_of_the_function(size):
+    maps, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, 8, 8).long()
+    cases = [
+        (segmentation_counts, "a map of scores", (maps.new_zeros(2, 3, *size), labels), {}),
+        (segmentation_counts, "a label map", (maps, labels.new_zeros(2, *size)), {}),
+        (train_linear_probe, "a label map", (maps, labels.new_zeros(2, *size)), {"classes": 2}),
+    ]
+    no_maps, no_labels = maps.new_zeros(2, 3, *size), labels.new_zeros(2, *size)
+    cases += [
+        (linear_segmentation, "a map", (no_maps, no_maps, labels, labels), {"classes": 2}),
+        (linear_segmentation, "a label map", (maps, maps, no_labels, no_labels), {"classes": 2}),
+    ]
+    for function, name, arguments, options in cases:
+        sentence = f"^densekit.probes.{function.__name__}: {name} is {size[0]} x {size[1]}; give a"
+        with pytest.raises(ValueError, match=sentence):
+            function(*arguments, **options)
+
+
 def test_linear_segmentation_leaves_out_what_is_not_finite():
     generator = torch.Generator().manual_seed(0)
     (train, labels), (test, test_labels) = (stripes(generator, n, 3) for n in (4, 2))

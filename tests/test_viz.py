@@ -79,9 +79,23 @@ def test_a_label_has_one_color_whatever_stands_beside_it(labels, ignore):
         assert (color == 0).all() == (label < 0 or label == ignore)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+INTEGERS = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integers_are_drawn_alike(dtype):
+    labels = torch.randint(0, 3, (1, 6, 8))
+    image = torch.rand(1, 3, 6, 8)
+    for plot in (plot_clusters, partial(plot_segmentation, predictions=labels, names="abc")):
+        panels = zip(plot(image, labels).axes, plot(image, labels.to(dtype)).axes, strict=True)
+        for one, other in panels:
+            pictures = zip(one.get_images(), other.get_images(), strict=True)
+            assert all((x.get_array() == y.get_array()).all() for x, y in pictures)
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.int64])
 def test_the_colors_of_twenty_labels_differ(dtype):
-    colors = label_colors(torch.arange(20, dtype=dtype))
+    colors = label_colors(torch.arange(20).to(dtype))
     assert torch.pdist(colors).min() > 0.2
     assert torch.pdist(torch.cat([colors, torch.zeros(1, 3)])).min() > 0.2  # of black as well
 

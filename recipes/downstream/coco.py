@@ -45,6 +45,7 @@ from downstream.records import (
     class_table,
     distinct_names,
     pair_maps,
+    with_background,
 )
 
 STUFF_CLASSES = 182  # of COCO-Stuff
@@ -189,7 +190,8 @@ def read_instances(root: Path, path: Path, data: dict) -> LabeledSet:
         records.append(
             Record(info.name, folder / info.name, info.size, own, label_map, label_file=path)
         )
-    return LabeledSet(["background", *categories.names], records, 0, categories.stuff)
+    classes = with_background(categories.names, list(categories.number_of_id))
+    return LabeledSet(classes, records, 0, categories.stuff)
 
 
 def read_object(row: dict, info: Info, categories: Categories) -> LabeledObject:

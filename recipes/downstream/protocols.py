@@ -34,12 +34,12 @@ class Features(NamedTuple):
     pooled: list[Tensor]  # the mean over the map of each level, (n, d)
     labels: Sequence[Tensor | None]  # class maps at their own size; what is no class is ignored
     area: Tensor  # (n, classes): the share of each class in the image
+    presence: Tensor  # int8 (n, classes): 1 of the image, 0 not, -1 unsure
     objects: Tensor  # (m, d): RoIAlign of one level, averaged
     object_classes: Tensor
     object_images: Tensor  # the number of the image that each object is in
     classes: list[str]
     vectors: Sequence[Tensor] = ()  # each level, pooled to about 9,000 numbers, (n, d)
-    presence: Tensor | None = None  # int8 (n, classes): 1 of the image, 0 not, -1 unsure
     background: int | None = None  # the class that stands for no object
 
 
@@ -335,6 +335,8 @@ def main_class(features: Features) -> Tensor:
 
 def objects_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
+    harness.check(len(fit.objects) > 0, "The split to fit on has no object: give another --fit.")
+    harness.check(len(test.objects) > 0, "The split to score has no object: give another --split.")
     votes = dk.knn_votes(
         test.objects.float(),
         fit.objects.float(),
@@ -397,8 +399,8 @@ def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict
 
     An image in which a class is unsure is left out for this class, in both splits.
     """
-    fit_presence = presence_of(fit)
-    test_presence = presence_of(test)
+    fit_presence = fit.presence
+    test_presence = test.presence
     occurs = (fit_presence > 0).any(0) & (test_presence > 0).any(0)
     if fit.background is not None:
         occurs[fit.background] = False
@@ -418,14 +420,8 @@ def images_by_svm(fit: Features, test: Features, config: Any, seed: int) -> dict
         scores = svm_scores(rows, presence, dk.l2_normalize(test_rows.float()), costs)
         precision = known_precision(scores, test_presence.to(rows.device))
         figures[f"level{number}_map"] = precision.mean()
-    return {**figures, "classes": int(occurs.sum()), "images": len(test.labels)}
-
-
-def presence_of(features: Features) -> Tensor:
-    """Which classes each image has: as the set says, or else those that cover some of it."""
-    if features.presence is not None:
-        return features.presence
-    return (features.area > 0).to(torch.int8)
+    scored = (test_presence >= 0).any(1)
+    return {**figures, "classes": int(occurs.sum()), "images": int(scored.sum())}
 
 
 def known_precision(scores: Tensor, presence: Tensor) -> Tensor:

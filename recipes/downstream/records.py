@@ -185,7 +185,16 @@ def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
         if counts[text] > 1:
             text = f"{text} ({mark})"
         found.append(text)
-    return found
+    is_distinct = len(set(found)) == len(found)  # else a name was what another one has become
+    return found if is_distinct else distinct_names(found, range(len(found)))
+
+
+def with_background(names: list[str], marks: Sequence[Any]) -> list[str]:
+    """The background and the classes; one of these that has its name gets its mark."""
+    classes = []
+    for name, mark in zip(names, marks, strict=True):
+        classes.append(f"{name} ({mark})" if name == "background" else name)
+    return ["background", *classes]
 
 
 def find_background(classes: list[str]) -> int | None:

@@ -118,7 +118,7 @@ def evaluate(model: Any, val: Any, run: harness.Run, step: int) -> None:
         scores["color_miou"] = match_colors(val, classes, run).mean_iou()
     run.log(step, **scores)
 
-    if run.world.is_main:
+    if run.world.is_main and matching.examples:  # there is none if its images are all unreadable
         draw(matching, val.dataset, run.picture_path(step))
 
 

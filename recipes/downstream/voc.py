@@ -11,7 +11,14 @@ from xml.etree import ElementTree
 from harness import UserError
 from downstream.fields import FieldError, crowd_and_difficult, number, whole
 from downstream.label_files import ImageFolder, choose, choose_file, read_list, reading
-from downstream.records import LabeledObject, LabeledSet, Record, class_table, read_label_map
+from downstream.records import (
+    LabeledObject,
+    LabeledSet,
+    Record,
+    class_table,
+    read_label_map,
+    with_background,
+)
 
 CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
@@ -85,7 +92,8 @@ def as_objects(path: Path, found: Annotation, classes: list[str]) -> list[Labele
     for x in found.objects:
         if x.name not in classes[1:]:
             raise UserError(f"{path} cannot be used ({x.name!r} is none of the classes).")
-        objects.append(LabeledObject(x.box, classes.index(x.name), x.crowd, x.difficult))
+        number = classes.index(x.name, 1)  # not the background, if a class has its name
+        objects.append(LabeledObject(x.box, number, x.crowd, x.difficult))
     return objects
 
 
@@ -131,7 +139,7 @@ def open_main(root: Path, split: str) -> LabeledSet:
         of_all_classes = [x for x in lists if x.rpartition("_")[0] not in CLASSES]
         split = choose(split, of_all_classes, folder)
     found = read_main(root, (split,))
-    if set(found.classes) <= set(CLASSES):
+    if set(found.classes[1:]) <= set(CLASSES[1:]):
         found = read_main(root, (split,), CLASSES)
     return found
 
@@ -163,7 +171,8 @@ def read_main(data: Path, lists: tuple[str, ...], classes: list[str] | None = No
         name = images[path].relative_to(data).as_posix()
         objects = as_objects(path, found, classes)
         records.append(Record(name, images[path], found.size, objects))
-    return LabeledSet(classes, records, background=0)
+    names = with_background(classes[1:], ["object"] * len(classes[1:]))
+    return LabeledSet(names, records, background=0)
 
 
 def find_annotation(folder: Path, line: str) -> Path:

@@ -217,6 +217,17 @@ def test_paka_is_the_mean_over_valid_pairs_of_each_large_view():
     torch.testing.assert_close(loss, total)
 
 
+def test_the_similarity_of_a_row_is_that_of_the_valid_pairs():
+    model = build(SMALL, torch.float64)
+    _, views, valid, seeds = draw_batch(SMALL)
+    cell = torch.rand(5, 1, 1, dtype=torch.float64)
+    maps = [cell.expand(len(valid), 5, 4, 4)] * (max(v for _, v in model.pairs) + 1)
+    for pairs in (valid, torch.zeros_like(valid), valid & (torch.arange(valid.shape[1]) == 1)):
+        _, terms = model.compare_pairs(maps, maps, views, pairs, seeds)
+        want = 1.0 if pairs.any() else 0.0  # all cells are alike
+        assert terms["similarity"].item() == pytest.approx(want)
+
+
 @pytest.mark.parametrize("method", ["paka", "gram", "cosine"])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(method):
     anchor = 0.0 if method == "gram" else 0.5

@@ -213,6 +213,21 @@ def test_classification_of_whole_images(data, tmp_path):
     assert svm["classes"] == 3
 
 
+def test_images_that_a_set_says_nothing_of_are_judged_by_their_labels_or_left_out(tmp_path):
+    root = write_set(tmp_path / "set")
+    rows = json.loads((root / "boxes.json").read_text())
+    unknown = (1, 9)  # one image of each split
+    kept = [x for number, x in enumerate(rows) if number not in unknown]
+    (root / "boxes.json").write_text(json.dumps(kept))
+    Image.new("L", (32, 32), 255).save(root / "labels" / "009.png")  # no labeled pixel either
+    fit, test = both(configured(root, tmp_path))
+    assert fit.presence[1].tolist() == [1, 0, 1, 0]  # the ground too: of its label map
+    assert fit.presence[0].tolist() == [0, 1, 0, 0]  # of its objects
+    assert test.presence[1].tolist() == [-1, -1, -1, -1]
+    found = FITTED["image-svm"].score(fit, test, configured(root, tmp_path), 0)
+    assert found["images"] == 7
+
+
 def test_the_interval_is_over_images(data, tmp_path):
     config = configured(data, tmp_path, draws=500)
     _, test = both(config)

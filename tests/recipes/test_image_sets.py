@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -1220,6 +1221,30 @@ def test_a_coco_file_of_another_form_is_one_sentence_of_both_readers(content, se
 
 def test_names_that_read_the_same_are_told_apart():
     assert records.distinct_names([1, "1", "a"], [5, "x", 7]) == ["1 (5)", "1 (x)", "a"]
+    for names in (["a", "a", "a (1)"], ["a (2)", "a", "a", "a (1)"], ["a", "a"]):
+        for marks in (range(1, len(names) + 1), [1] * len(names)):
+            found = records.distinct_names(names, marks)
+            assert len(set(found)) == len(found) == len(names)
+
+
+def test_a_class_that_is_called_background_is_a_class_of_its_own(tmp_path):
+    make_coco(tmp_path / "coco", [{**PERSON, "category_id": x} for x in (1, 18)])
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 18, "name": "cat"}, {"id": 1, "name": "background"}]
+    text(path, content)
+    found = open_images(tmp_path / "coco")
+    assert found.classes == ["background", "background (1)", "cat"]
+    assert found[0].box_classes.tolist() == [1, 2]
+
+    root = make_voc(tmp_path / "voc")
+    objects = voc_object("background", (1, 1, 2, 2)) + voc_object("cat", (3, 1, 5, 2))
+    annotation = root / "Annotations" / "2007_000033.xml"
+    text(annotation, re.sub("<object>.*</object>", objects, annotation.read_text(), flags=re.S))
+    text(root / "ImageSets" / "Main" / "val.txt", "2007_000033\n")
+    found = open_images(root, "voc-main", "val")
+    assert found.classes == ["background", "background (object)", "cat"]
+    assert found[0].box_classes.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("layout", ["coco-stuff", "ade20k"])

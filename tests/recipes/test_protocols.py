@@ -33,6 +33,7 @@ def drawn(number, images=12, classes=7, d=6, h=3, w=4, objects=40):
         pooled=[maps.mean((-2, -1))],
         labels=list(labels.byte()),
         area=torch.rand(images, classes, generator=draws),
+        presence=torch.ones(images, classes, dtype=torch.int8),
         objects=torch.randn(objects, d, generator=draws),
         object_classes=torch.randint(classes, (objects,), generator=draws),
         object_images=torch.randint(images, (objects,), generator=draws),
@@ -98,6 +99,18 @@ def test_images_in_which_nothing_is_counted_move_no_interval(number, counted, em
     nothing = torch.zeros(3, 5)
     assert "diagonal" not in diagnose.patch_figures(nothing, CONFIG)
     assert diagnose.patch_figures(nothing, CONFIG)["found"].high == 0
+
+
+@pytest.mark.parametrize(("number", "split"), [(0, "to fit on"), (1, "to score")])
+def test_a_split_without_an_object_is_a_sentence(number, split):
+    splits = [drawn(0), drawn(1)]
+    nothing = torch.zeros(0, dtype=torch.long)
+    splits[number] = splits[number]._replace(
+        objects=torch.zeros(0, 1), object_classes=nothing, object_images=nothing
+    )
+    for protocol in ("object-knn", "disturbed-object-knn"):
+        with pytest.raises(harness.UserError, match=f"The split {split} has no object: give"):
+            FITTED[protocol].score(*splits, CONFIG, 0)
 
 
 # ---- support vector machines ---------------------------------------------------------------------
