@@ -77,9 +77,11 @@ def has_spread(centered: Tensor, rows: Tensor) -> Tensor:
     `centered` are the rows about their mean. Rows that are equal but for what an interpolation has
     rounded would else become noise when their spread is divided by its own size.
     """
-    eps = 8 * torch.finfo(widened(rows[..., :0]).dtype).eps
-    sizes = [torch.linalg.vector_norm(x.detach().double(), dim=(-2, -1)) for x in (centered, rows)]
-    return sizes[0] > eps * sizes[1]
+    if 0 in rows.shape[-2:]:
+        return rows.new_ones(rows.shape[:-2], dtype=torch.bool)
+    rounding = 8 * torch.finfo(widened(rows[..., :0]).dtype).eps
+    spread, size = [x.detach().abs().amax((-2, -1)) for x in (centered, rows)]
+    return ~(spread <= rounding * size)  # true of NaN, which is not to vanish
 
 
 @typed

@@ -1471,6 +1471,13 @@ def test_tokens_that_differ_by_rounding_alone_have_no_gradient(dtype, unit, gene
     assert (torch.autograd.grad(total, student)[0] == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_stays_in_the_alignment(value):
+    student, teacher = uniform(seeded(), 9, 3), uniform(seeded(), 9, 4)
+    student[2, 1] = value
+    assert kernel_alignment(student, teacher).isnan()
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_alignment_needs_no_scale(scale):
     student, teacher = uniform(seeded(), 2, 9, 4), uniform(seeded(1), 2, 9, 4)
