@@ -45,8 +45,9 @@ INTERNAL = {  # what modules of densekit share, and `__all__` leaves out
     "messages": {"about_map", "explain", "explain_devices", "looks_like_map"},
     "numerics": {
         *("block_rows", "broadcasts", "check", "check_cells", "check_size", "check_temperature"),
-        *("fit_valid", "full_precision", "in_range", "interpolation_weights", "readable"),
+        *("fit_valid", "full_precision", "has_spread", "in_range", "interpolation_weights"),
         *(
+            "readable",
             "recomputed",
             "refuse_channels_last",
             "refuse_maps",
