@@ -131,14 +131,14 @@ def check_options(config: Config) -> None:
         f"--region-start is {config.region_start}: give a share from 0 to 1.",
     )
     harness.check_finite("--sim", config.sim)
-    harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
+    harness.check(config.image >= 2, f"--image is {config.image}: give 2 pixels or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
     low, high = config.blur
     harness.check(
-        0 <= low < high < math.inf,
-        f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, 0 or "
-        "more, the smaller first.",
+        0 <= low < high <= harness.WIDEST_BLUR,
+        f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, from "
+        f"0 to {harness.WIDEST_BLUR}, the smaller first.",
     )
     harness.check_finite("--weight-decay", config.weight_decay)
 
@@ -322,8 +322,11 @@ class Segmenter(nn.Module):
     def segment(self, image: Tensor, size: torch.Size) -> Tensor:
         """The pseudo-class of each pixel of one image, at the size of its labels."""
         images = resize(image, [self.config.size])[None]
-        logits = self.projectors["dense"](self.features(images))
-        return interpolate(logits, size, mode="bilinear").argmax(1)[0]
+
+        def logits_of(padded: Tensor) -> Tensor:
+            return self.projectors["dense"](self.features(padded))
+
+        return segmentation.segment(logits_of, self.encoder, images, size)
 
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], view: dk.View, with_region: bool):

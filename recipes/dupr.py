@@ -545,7 +545,7 @@ def train(config: Config) -> None:
         model.to(device, memory_format=torch.channels_last)
         model.compile(disable=not config.compile)
         ddp = nn.parallel.DistributedDataParallel(model)
-        harness.warn_of_norm(f"--norm {config.norm}", config.arch, model, world)
+        harness.warn_of_norm(f"--norm {config.norm}", initial.architecture, model, world)
 
         parameters = list(model.student.parameters())
         optimizer = torch.optim.SGD(

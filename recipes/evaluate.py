@@ -406,6 +406,20 @@ def open_samples(config: Config) -> tuple[Samples, Samples]:
     return fit, test
 
 
+def check_needs(samples: tuple[Samples, Samples], protocols: list[str], config: Config) -> None:
+    """A UserError for a protocol that asks for what a split does not have, before hours of work."""
+    splits = zip(("--fit", "--split"), (config.fit, config.split), samples, strict=True)
+    for option, name, split in splits:
+        records = [split.images.records[row] for row in split.rows]
+        has_objects = any(record.objects for record in records)
+        for protocol in protocols:
+            harness.check(
+                has_objects or not protocol.endswith("object-knn"),
+                f"--protocol {protocol} needs objects, and {option} {name} has none: leave the "
+                "protocol out.",
+            )
+
+
 def open_split(option: str, split: str, config: Config) -> image_sets.ImageSet:
     try:
         images = image_sets.open_images(config.data, config.layout, split, config.mapping)
@@ -845,11 +859,21 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
     protocols = wanted_protocols(config)
     videos = open_videos(config) if "video" in protocols else None
     samples = open_samples(config) if protocols != ["video"] else None
+    if samples is not None:
+        check_needs(samples, protocols, config)
 
     with_prior = [x for x in protocols if x in FITTED and FITTED[x].has_prior]
     prior: dict[str, dict] = {}  # by protocol, the same figures for each
     results = {"position prior": prior}
     seeds = {}
+
+    def keep(name: str, found: dict[str, list]) -> None:
+        """Files are written after each protocol, so that nothing is lost."""
+        if not shards.is_main:
+            return
+        results[name] = {protocol: mean_over_seeds(figures) for protocol, figures in found.items()}
+        seeds[name] = found
+        write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
 
     for name in config.encoders:
         found = defaultdict(list)  # by protocol, the figures of each seed
@@ -867,17 +891,13 @@ def score_encoders(config: Config, shards: Shards, device: torch.device) -> None
                 for seed_of_fit in seeds_of(protocol, seed, config):
                     figures = evaluation.score(protocol, seed_of_fit)
                     found[protocol].append(dk.as_dict(figures))
+                keep(name, found)
             if with_prior and not prior:  # in the cells of the first encoder
                 of_places = dk.as_dict(evaluation.score_prior())
                 for protocol in with_prior:
                     prior[protocol] = of_places
 
-        if not shards.is_main:
-            continue
-        results[name] = {protocol: mean_over_seeds(figures) for protocol, figures in found.items()}
-        seeds[name] = found
-        # Files are written after each encoder, so that nothing is lost.
-        write_results(results, seeds, report_text(results, PROTOCOLS, config), config)
+        keep(name, found)
     if shards.is_main:
         harness.tell(*report_text(results, PROTOCOLS, config).splitlines())
 

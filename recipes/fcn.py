@@ -156,6 +156,12 @@ def check_options(config: Config) -> None:
         "first.",
     )
     harness.check(
+        config.crop <= WIDEST_CUT * low,
+        f"--scale is {harness.as_typed(config.scale)}: a crop of {config.crop} pixels would be "
+        f"more than {WIDEST_CUT} pixels of the image; give a larger first factor, or a smaller "
+        "--crop.",
+    )
+    harness.check(
         0 < config.max_share <= 1,
         f"--max-share is {config.max_share}: give a share above 0, up to 1.",
     )
@@ -164,6 +170,7 @@ def check_options(config: Config) -> None:
 
 
 # ==== data ========================================================================================
+WIDEST_CUT = 10_000  # pixels: the side of what becomes a crop; they are in memory
 TRIES = 10  # other crops that are drawn of an image, at most
 
 

@@ -269,6 +269,9 @@ def check_value_range(value_range: tuple[float, float] | None) -> None:
     )
 
 
+WIDEST_BLUR = 1000  # pixels
+
+
 def check_view_options(views: Any) -> None:
     """Check the options of the augmented views; each wrong one is a UserError of its own."""
     check(views.size >= 1, f"--views.size is {views.size}: give 1 pixel or more.")
@@ -281,9 +284,9 @@ def check_view_options(views: Any) -> None:
     check(0 <= views.hue <= 0.5, f"--views.hue is {views.hue}: give a number from 0 to 0.5.")
     low, high = views.blur
     check(
-        0 <= low < high < math.inf,
-        f"--views.blur is {as_typed(views.blur)}: give two standard deviations in pixels, 0 or "
-        "more, the first below the second.",
+        0 <= low < high <= WIDEST_BLUR,
+        f"--views.blur is {as_typed(views.blur)}: give two standard deviations in pixels, from 0 "
+        f"to {WIDEST_BLUR}, the first below the second.",
     )
 
 
@@ -1662,10 +1665,18 @@ def _unlock(file: Any) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def as_plain(content: Any) -> Any:
+    """What JSON makes of it, with text for what is neither text nor a number that JSON has.
+
+    So a path becomes text, and infinity too, which strict readers of JSON would refuse.
+    """
+    return json.loads(json.dumps(content, default=str), parse_constant=str)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """What a config.json holds."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=str)  # see `as_plain`
         check(isinstance(content, dict), "it is no JSON object")
     except (ValueError, RecursionError, UserError) as error:
         raise UserError(
@@ -1818,7 +1829,7 @@ class Run(ExitStack):
         """The same UserError on all processes, where options or files differ between them."""
         if self.world.size == 1:
             return
-        options = _flatten(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+        options = _flatten(as_plain(dataclasses.asdict(config)))
         own = _without(options, MAY_DIFFER)
         everywhere: list[Any] = [None] * self.world.size
         dist.all_gather_object(everywhere, (own, found), group=self._patient_group)
@@ -1862,9 +1873,7 @@ class Run(ExitStack):
         self.folder.mkdir(parents=True, exist_ok=True)
         is_locked = self._lock_folder()
 
-        # What is not text, such as a path, stands as text in the file.
-        text = json.dumps({**dataclasses.asdict(config), FINGERPRINT: found}, default=str)
-        new = json.loads(text)
+        new = as_plain({**dataclasses.asdict(config), FINGERPRINT: found})
         self._content = json.dumps(new, indent=2).encode()
         has_begun = path.exists() and (self.folder / "metrics.jsonl").exists()
         if path.exists():

@@ -133,14 +133,14 @@ def check_options(config: Config) -> None:
     )
     harness.check(config.pixels >= 1, f"--pixels is {config.pixels}: give 1 pixel or more.")
     harness.check(config.radius >= 0, f"--radius is {config.radius}: give 0 cells or more.")
-    harness.check(config.image >= 1, f"--image is {config.image}: give 1 pixel or more.")
+    harness.check(config.image >= 2, f"--image is {config.image}: give 2 pixels or more.")
     harness.check(config.size >= 1, f"--size is {config.size}: give 1 pixel or more.")
     harness.check(0 <= config.hue <= 0.5, f"--hue is {config.hue}: give a number from 0 to 0.5.")
     low, high = config.blur
     harness.check(
-        0 <= low < high < math.inf,
-        f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, 0 or "
-        "more, the smaller first.",
+        0 <= low < high <= harness.WIDEST_BLUR,
+        f"--blur is {harness.as_typed(config.blur)}: give two standard deviations in pixels, from "
+        f"0 to {harness.WIDEST_BLUR}, the smaller first.",
     )
     harness.check_finite("--weight-decay", config.weight_decay)
 
@@ -326,13 +326,17 @@ class Segmenter(nn.Module):
 
     def segment(self, image: Tensor, size: torch.Size) -> Tensor:
         """The cluster of each pixel of one image, at the size of its labels."""
-        maps = self.pyramid(resize(image, [self.config.size])[None])
+        images = resize(image, [self.config.size])[None]
+        return segmentation.segment(self.logit_maps, self.pyramid.encoder, images, size)
+
+    def logit_maps(self, images: Tensor) -> Tensor:
+        """The logits of the clusters in each cell, (b, k, h, w)."""
+        maps = self.pyramid(images)
         if self.config.method == "iic":
             logits = self.classifiers["dense"](dk.map_to_rows(maps))
         else:
             logits = products(unit_rows(maps), self.clusters["dense"].centroids[0])
-        logit_maps = dk.rows_to_map(logits, maps.shape[-2:])
-        return interpolate(logit_maps, size, mode="bilinear").argmax(1)[0]
+        return dk.rows_to_map(logits, maps.shape[-2:])
 
     # ==== loss ====================================================================================
     def forward(self, images: list[Tensor], view: dk.View):

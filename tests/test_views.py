@@ -1293,13 +1293,14 @@ def crops_of(box, size):
         return False
     inside = x1 >= -0.01 and y1 >= -0.01 and x2 <= w + 0.01 and y2 <= h + 0.01
     large = x2 - x1 >= 0.99 and y2 - y1 >= 0.99
-    relative = all(0 <= side <= 1 for side in box) and max(size) > 1
+    relative = all(0 <= side <= 1 for side in box) and min(size) > 16
     return inside and large and not relative
 
 
 @given(st.data())
 def test_a_view_is_valid_where_it_crops_its_image(data):
     size = torch.randint(1, 7, (20, 2), generator=data.draw(generators(), label="sizes"))
+    size = size * data.draw(st.sampled_from([1, 9]), label="scale")
     kinds = [
         sample_views(size, generator=data.draw(generators())).box.double(),
         data.draw(boxes((20,), whole_pixels=False), label="anywhere"),
@@ -1352,7 +1353,8 @@ def test_the_error_of_a_wrong_view_says_what_it_may_be(sentence):
 def test_the_whole_image_in_unit_coordinates_is_no_crop():
     view = View(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor(False))
     assert not views_valid(view, (480, 640))
-    assert views_valid(view, (1, 1))
+    for small in ((1, 1), (16, 200), (3, 2)):
+        assert views_valid(view, small)  # a crop of one pixel
     with pytest.raises(ValueError, match=r"check_views: the view has .*view_from_relative"):
         check_views(view, (480, 640))
 

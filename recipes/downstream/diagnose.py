@@ -4,7 +4,6 @@ This module is no command. Each function takes the encoder and a `Task`. `DIAGNO
 name; `retrieval` stands alone, because it takes the features of the split.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from downstream.crops import as_bytes, as_picture
 from downstream.encoders import Encoder, device_of
 from downstream.health import health
 from downstream.protocols import Features, interval_over_images, main_class, split_interval
+from downstream.report import picture_name
 from downstream.shards import Shards
 
 IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a box and its copies
@@ -66,8 +66,7 @@ class Task(NamedTuple):
 # ---- pictures ------------------------------------------------------------------------------------
 def picture_path(folder: Path, kind: str, encoder: Encoder) -> Path:
     """figures/affinity-random-tiny.png of the encoder random:tiny."""
-    name = re.sub(r"[^\w.-]+", "-", encoder.name).strip("-")
-    return folder / f"{kind}-{name}.png"
+    return folder / f"{kind}-{picture_name(encoder.name)}.png"
 
 
 def save_figure(figure: Any, path: Path) -> None:

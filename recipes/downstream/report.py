@@ -6,6 +6,7 @@ high ends, or it holds the figures of a level.
 """
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -33,11 +34,18 @@ def mean_over_seeds(found: list[Any]) -> Any:
         return mean
 
     means = {}
-    for key in first:
-        means[key] = mean_over_seeds([x[key] for x in found if key in x])
-    if "value" in means and len(found) > 1:
+    for key in dict.fromkeys(key for x in found for key in x):
+        of_seeds = [x[key] for x in found if key in x]
+        means[key] = mean_of_classes(of_seeds) if key == "iou" else mean_over_seeds(of_seeds)
+    if means.keys() >= {"value", "low", "high"} and len(found) > 1:
         means["over_seeds"] = statistics.stdev(x["value"] for x in found)
     return means
+
+
+def mean_of_classes(found: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of the figure of each class, over the seeds that have one."""
+    names = dict.fromkeys(name for x in found for name in x)
+    return {name: statistics.fmean(x[name] for x in found if name in x) for name in names}
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -85,6 +93,11 @@ def tables_of(protocol: str, results: Results) -> list[str]:
 
 
 # ---- files ---------------------------------------------------------------------------------------
+def picture_name(encoder: str) -> str:
+    """What the pictures of an encoder are called, behind their kind: random-tiny of random:tiny."""
+    return re.sub(r"[^\w.-]+", "-", encoder).strip("-")
+
+
 def report_text(results: Results, protocols: Iterable[str], config: Any) -> str:
     """The report in Markdown: the tables of all protocols, then the figures of `config.out`."""
     data = harness.printable(str(config.data or "procedural scenes"))
@@ -105,14 +118,16 @@ def report_text(results: Results, protocols: Iterable[str], config: Any) -> str:
             lines += [f"## {protocol}", ""]
         for table in tables:
             lines += [table, ""]
+    own_names = {picture_name(encoder) for encoder in config.encoders}
     for path in sorted((config.out / "figures").glob("*.png")):
-        lines += [f"![{path.stem}](figures/{path.name})", ""]
+        if path.stem.partition("-")[2] in own_names:  # else it is of an earlier evaluation
+            lines += [f"![{path.stem}](figures/{path.name})", ""]
     return "\n".join(lines)
 
 
 def write_results(results: Results, seeds: dict[str, Any], text: str, config: Any) -> None:
     """Write results.json, with the figures of every seed, and report.md."""
     content = {"config": asdict(config), "results": results, "seeds": seeds}
-    numbers = json.dumps(content, indent=2, default=str) + "\n"
+    numbers = json.dumps(harness.as_plain(content), indent=2) + "\n"
     harness.write(config.out / "results.json", numbers.encode())
     harness.write(config.out / "report.md", text.encode())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import harness
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
 from torch.utils.data import Subset
 import densekit as dk
 from densekit import viz
@@ -90,6 +91,46 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
         except Exception as error:  # broken bytes raise nearly anything
             return None, f"{path}: {harness.one_line(error)}"
         raise  # the label map is wrong
+
+
+# ---- images of any size --------------------------------------------------------------------------
+def pad_to_cells(images: Tensor, encoder: Any) -> Tensor:
+    """Images (b, c, h, w) with the mean color at the right and below, to whole cells of all levels.
+
+    Else the last map would cover more than the image, and its cells would be taken for others.
+    """
+    height, width = images.shape[-2:]
+    sides = [side + -side % encoder.stride for side in (height, width)]
+    padded = images.new_tensor(encoder.mean).view(-1, 1, 1).repeat(len(images), 1, *sides)
+    padded[..., :height, :width] = images
+    return padded
+
+
+def enlarge(logits: Tensor, shares: tuple[float, float], size: torch.Size) -> Tensor:
+    """Logits (1, k, h, w) at the size of a label map, bilinear, from the map of a padded image.
+
+    The image has these shares of the height and the width of the map.
+    """
+    if shares == (1, 1):
+        return interpolate(logits, size, mode="bilinear")
+    y, x = [
+        share * (2 * torch.arange(side, device=logits.device) + 1) / side - 1
+        for share, side in zip(shares, size, strict=True)
+    ]  # the centers of the pixels, on a map from -1 to 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].to(logits)
+    return grid_sample(logits, grid, padding_mode="border", align_corners=False)
+
+
+def segment(
+    logits_of: Callable[[Tensor], Tensor], encoder: Any, images: Tensor, size: torch.Size
+) -> Tensor:
+    """The pseudo-class of each pixel of one image (1, c, h, w), at the size of its labels.
+
+    `logits_of` gives the logits of the cells (1, k, h, w) of a padded image.
+    """
+    padded = pad_to_cells(images, encoder)
+    shares = (images.shape[-2] / padded.shape[-2], images.shape[-1] / padded.shape[-1])
+    return enlarge(logits_of(padded), shares, size).argmax(1)[0]
 
 
 # ---- scores --------------------------------------------------------------------------------------

@@ -119,8 +119,9 @@ def score_frames(item: Video, shares: Tensor, objects: list[int]) -> Tensor:
         resized = F.interpolate(share[None], tuple(mask.shape), mode="bilinear")[0]
         predicted = bring_to_one(resized).argmax(0).cpu()  # 0 is the background
 
+        is_known = mask != VOID
         true_masks = torch.stack([mask == x for x in objects])
-        own_masks = torch.stack([predicted == i for i in range(1, len(objects) + 1)])
+        own_masks = torch.stack([(predicted == i) & is_known for i in range(1, len(objects) + 1)])
         j = dk.region_similarity(true_masks, own_masks)
         f = dk.boundary_f_measure(true_masks, own_masks)
         scores.append(torch.stack([j, f]))

@@ -76,6 +76,7 @@ WRONG = [
     (["--views.hue", "nan"], "--views.hue is nan"),
     (["--views.blur", "2.0", "0.1"], "--views.blur is 2.0 0.1"),
     (["--views.blur", "-1.0", "2.0"], "--views.blur is -1.0 2.0"),
+    (["--views.blur", "0.1", "1e30"], "--views.blur is 0.1 1e+30"),
     (["--views.size", "36"], "--views.size is 36"),
 ]
 # Python 3.12 warns of any fork beside threads; these children touch nothing that a thread holds.

@@ -65,7 +65,8 @@ WRONG = [
     (["--sim", "nan"], "--sim is nan"),
     (["--region-start", "1.5"], "--region-start is 1.5"),
     (["--region-start", "nan"], "--region-start is nan"),
-    (["--image", "0"], "--image is 0"),
+    (["--image", "1"], "--image is 1: give 2 pixels or more"),
+    (["--blur", "0.1", "1e30"], "--blur is 0.1 1e+30: give two standard deviations in pixels"),
     (["--size", "-64"], "--size is -64"),
     (["--hue", "0.6"], "--hue is 0.6"),
     (["--hue", "nan"], "--hue is nan"),
@@ -301,6 +302,33 @@ def test_any_network_with_four_levels_trains_all_that_has_a_gradient(arch):
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
     assert not all(x.requires_grad for x in model.encoder.parameters())  # those of the stem
+
+
+@pytest.mark.parametrize("width", [320, 427, 481, 33, 5])
+@pytest.mark.parametrize("coarse", [4, 32])
+def test_pixels_of_images_of_any_width_have_the_logits_of_their_place(width, coarse):
+    """The cells of a level, enlarged as in the pyramid, say at which column they are."""
+    columns = (torch.arange(width) + 0.5).expand(1, 3, 40, width) / 1000
+    encoder = SimpleNamespace(stride=32, mean=(0.25, 0.5, 0.75))
+    threshold = 0.4 * width
+
+    def logits_of(padded):
+        assert all(side % 32 == 0 for side in padded.shape[-2:])
+        outside = padded[..., :40, width:].mean((0, 2, 3))
+        if len(outside) and padded.shape[-1] > width:
+            torch.testing.assert_close(outside, torch.tensor(encoder.mean))
+        # Beyond the image the columns go on, as features of what is seen there would.
+        padded = ((torch.arange(padded.shape[-1]) + 0.5) / 1000).expand(padded.shape)
+        cells = torch.nn.functional.avg_pool2d(padded[:, :1], coarse)
+        size = [side // 4 for side in padded.shape[-2:]]
+        x = torch.nn.functional.interpolate(cells, size, mode="bilinear")
+        return torch.cat([x, torch.full_like(x, threshold / 1000)], 1)
+
+    found = segmentation.segment(logits_of, encoder, columns, torch.Size([80, 3 * width]))
+    assert found.shape == (80, 3 * width)
+    edge = (found[0] == 1).sum().item() / 3  # in pixels of the image
+    if threshold > coarse / 2:  # nearer to the border the coarse cells say nothing
+        assert edge == pytest.approx(threshold, abs=0.5)
 
 
 def test_the_pyramid_has_stride_4_and_128_channels():

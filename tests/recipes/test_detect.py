@@ -182,6 +182,21 @@ def batch_of(data, *indices, epoch=0):
 
 
 # ---- data --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a", "c"])  # to train on, to test
+def test_an_image_that_would_lose_its_short_side_is_named_before_any_step(name, tmp_path):
+    config = replace(boxes_json(tmp_path), longest=1333)
+    load(config)
+    noise(tmp_path / f"images/{name}.jpg", 2, 4000)
+    rows = json.loads((tmp_path / "boxes.json").read_text())
+    for row in rows:
+        if row["id"] == name:
+            row |= {"w": 4000, "h": 2}
+    (tmp_path / "boxes.json").write_text(json.dumps(rows))
+    sentence = f"The image .*{name}.jpg has 2 x 4000 pixels, and --longest 1333 with --sides .* no"
+    with pytest.raises(harness.UserError, match=sentence):
+        load(config)
+
+
 def test_coco_is_read_as_it_was_written(tmp_path, capsys):
     train, val = load(replace(coco(tmp_path), detector="mask-rcnn-fpn"))
     assert "1 objects are left out" in capsys.readouterr().out  # the box without area

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from downstream import image_sets, memory, report
+from downstream import image_sets, memory, report, video
 from downstream.protocols import (
     FITTED,
     main_class,
@@ -292,6 +292,37 @@ def test_the_command_compares_encoders_and_writes_its_report(data, tmp_path, cap
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("split", "first"), [("--fit train", 0), ("--split val", 8)])
+def test_a_protocol_of_objects_is_refused_before_any_other_begins(split, first, tmp_path):
+    root = write_set(tmp_path / "set")
+    rows = json.loads((root / "boxes.json").read_text())
+    for row in rows[first : first + 8]:
+        row["objects"] = []
+    (root / "boxes.json").write_text(json.dumps(rows))
+    config = configured(root, tmp_path, protocol="ridge-seg,object-knn")
+    with pytest.raises(harness.UserError, match=f"object-knn needs objects, and {split} has none"):
+        evaluate.evaluate(config)
+    assert not (config.out / "results.json").exists()
+
+
+def test_what_was_measured_stays_and_old_pictures_are_not_shown(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise harness.UserError("no more")
+
+    config = configured(data, tmp_path, protocol="ridge-seg,retrieval,object-knn")
+    old = config.out / "figures" / "retrieval-runs-old.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of an earlier evaluation")
+    monkeypatch.setitem(FITTED, "object-knn", FITTED["object-knn"]._replace(score=fail))
+    with pytest.raises(harness.UserError, match="no more"):
+        evaluate.evaluate(config)
+    kept = json.loads((config.out / "results.json").read_text())["results"]["random:tiny"]
+    assert set(kept) == {"ridge-seg", "retrieval"}
+    text = (config.out / "report.md").read_text()
+    assert "figures/retrieval-random-tiny.png" in text
+    assert "old" not in text
+
+
 def test_objects_for_the_bias_are_cut_to_whole_cells_of_all_that_is_made_of_them(data, tmp_path):
     config = configured(data, tmp_path, protocol="bias", size=(80, 80))
     evaluate.evaluate(dataclasses.replace(config, encoders=("random:tiny-vit",)))
@@ -312,6 +343,9 @@ def test_means_over_seeds_keep_counts_and_add_the_deviation_of_an_interval():
     assert isinstance(means["images"], int)
     assert report.table_row(means) == {"miou": "0.300 ± 0.141 [0.200, 0.400]", "images": 8}
     assert report.mean_over_seeds([one]) == one
+    of_seeds = [{"iou": {"sky": 0.5, "value": 0.1}}, {"iou": {"sky": 0.7, "low": 0.3, "high": 1.0}}]
+    found = report.mean_over_seeds(of_seeds)["iou"]  # a class has any name, and not every seed
+    assert found == pytest.approx({"sky": 0.6, "value": 0.1, "low": 0.3, "high": 1.0})
     assert report.table_row(one) == {"miou": "0.200 [0.100, 0.300]", "images": 8}
     tables = report.tables_of("ridge-seg", {"a": {"ridge-seg": one}, "b": {}})
     assert len(tables) == 2
@@ -349,6 +383,13 @@ def test_labels_follow_a_moving_object(tmp_path):
     blind = Colors()
     blind.scale.data.zero_()
     assert evaluate.video(blind, videos, config)["J"].value < 0.6
+    for mask in videos[0].masks[1:]:  # what is void counts neither as found nor as missed
+        numbers = torch.from_numpy(np.array(Image.open(mask)))
+        numbers[:, :32] = 255
+        Image.fromarray(numbers.numpy()).save(mask)
+    shares = torch.zeros(3, 64, 64)
+    shares[2, 40:56, 40:56], shares[1, :, :32] = 1, 1  # the still object, and all of the void
+    assert (video.score_frames(videos[0], shares.expand(5, 3, 64, 64), [1, 2])[:, :, 1] == 1).all()
 
 
 def one_of_two(rank, port, config):

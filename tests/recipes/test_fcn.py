@@ -50,6 +50,7 @@ WRONG = [
     (["--crop", "1"], "--crop is 1"),
     (["--scale", "2", "1"], "--scale is 2.0 1.0"),
     (["--scale", "0", "1"], "--scale is 0.0 1.0"),
+    (["--scale", "1e-4", "1"], "--scale is 0.0001 1.0: a crop of 64 pixels would be more than"),
     (["--max-share", "0"], "--max-share is 0.0"),
     (["--max-share", "1.5"], "--max-share is 1.5"),
     (["--window", "0"], "--window is 0"),

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pty
@@ -657,6 +658,18 @@ def test_another_configuration_is_refused_by_name(tmp_path, size):
         assert "name" not in message
         assert str(folder) in message
     assert json.loads((folder / "config.json").read_text()) == stored
+
+
+def test_an_infinite_option_is_text_in_the_file_and_the_same_on_resume(tmp_path, world):
+    folder, config = tmp_path / "run", Config(Optim(lr=math.inf))
+    assert open_run(world, folder, config) is None
+    path = folder / "config.json"
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["optim"]["lr"] == "Infinity"
+    (folder / "metrics.jsonl").touch()  # as `resume` does
+    assert open_run(world, folder, config) is None
+    path.write_text(path.read_text().replace('"Infinity"', "Infinity"))  # as it was written once
+    assert open_run(world, folder, config) is None
+    assert "optim.lr" in open_run(world, folder, Config())
 
 
 def test_ignored_fields_may_change(tmp_path, world):
