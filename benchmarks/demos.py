@@ -46,7 +46,6 @@ TERMS = (
     "clusters", "valid", "image_entropy", "cluster_entropy", "color_miou",
 )  # fmt: skip
 ONE_PROCESS = ("--device", "cpu", "--workers", "1")
-LONGER = ("--epochs", "20")
 TOGETHER = ("--co-occurrence", "0.8")
 # Where {data} or {densesiam} stands, a folder is told by the command.
 SEGMENTER = (
@@ -77,9 +76,6 @@ SIDES = {
         f"{recipe}-random": demo(recipe, "--lr", "0", "--epochs", "1")
         for recipe in ("densesiam", "dupr", "croc", "d3ssl")
     },
-    # CrOC's demo with four times the epochs.
-    "croc-long": demo("croc", *LONGER, seeds=CONTROL_SEEDS),
-    "dino-long": demo("croc", *METHODS["dino"].options, *LONGER, seeds=CONTROL_SEEDS),
     # CrOC with other clusters in the place of those that it finds.
     "croc-truth": control("truth"),
     "croc-places": control("places"),
@@ -106,7 +102,6 @@ PAIRS = [
     ("dupr", "mocov2", ("score",)),
     ("croc", "croc-random", ("score",)),
     ("croc", "dino", ("score",)),
-    ("croc-long", "dino-long", ("score",)),
     ("croc-truth", "croc", ("score",)),
     ("croc-places", "croc", ("score",)),
     ("d3ssl", "d3ssl-random", ("score",)),
