@@ -91,7 +91,8 @@ class Config:
     momentum: float | None = None
     drop_path: float = 0.0  # Share of the student's residual branches that are dropped.
     clip: float = 3.0  # Largest gradient norm; 0 clips nothing.
-    # The run ends when the features' rank, or their spread, is below this share of the start's.
+    # The run ends when the features' rank, or 1 minus their mean cosine, is below this share of the
+    # start's.
     collapse: float = 0.5
     save: Literal["student", "teacher"] = "student"  # Whose encoder is saved and scored.
     seed: int = 0  # Seed of all random numbers.

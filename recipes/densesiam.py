@@ -1,7 +1,7 @@
 """DenseSiam pre-training: pixels and regions of two views agree, by location (ECCV 2022).
 
     python recipes/densesiam.py                 # the demo: minutes on a CPU
-    python recipes/densesiam.py --data FOLDER   # the demo's model on your images
+    python recipes/densesiam.py --data FOLDER --views.vertical-flip 0   # on your images
     torchrun --nproc-per-node 8 -- recipes/densesiam.py --preset paper --data coco/train2017
 
 Run the same command again to resume. `--preset simsiam` is the baseline, without the dense

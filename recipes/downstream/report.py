@@ -118,7 +118,7 @@ def report_text(results: Results, protocols: Iterable[str], config: Any) -> str:
             lines += [f"## {protocol}", ""]
         for table in tables:
             lines += [table, ""]
-    own_names = {picture_name(encoder) for encoder in config.encoders}
+    own_names = {picture_name(encoder) for encoder in results}
     for path in sorted((config.out / "figures").glob("*.png")):
         if path.stem.partition("-")[2] in own_names:  # else it is of an earlier evaluation
             lines += [f"![{path.stem}](figures/{path.name})", ""]
