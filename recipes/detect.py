@@ -204,7 +204,21 @@ def load(config: Config) -> tuple[Objects, Objects]:
     if config.data is not None:
         train_set.images.value_range = config.value_range
         val_set.images.value_range = config.value_range
+    for info in train_set.infos + val_set.infos:
+        check_image(info, config)
     return train_set, val_set
+
+
+def check_image(info: dict, config: Config) -> None:
+    """A UserError for an image that the detector would make less than a pixel wide."""
+    short, long = sorted((info["height"], info["width"]))
+    scale = min(min(config.sides) / short, config.longest / long)
+    harness.check(
+        short * scale > 1.001,  # the detector rounds down
+        f"The image {info['file_name']} has {info['height']} x {info['width']} pixels, and "
+        f"--longest {config.longest} with --sides {harness.as_typed(config.sides)} would leave "
+        "no pixel of its short side: leave it out, or give larger ones.",
+    )
 
 
 # ==== model =======================================================================================

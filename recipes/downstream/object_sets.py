@@ -98,7 +98,6 @@ class Objects:
         self.mask_of: dict[int, Mask] = {}  # by the id of the annotation
         dropped = 0
         for info, record in zip(self.infos, found.records, strict=True):
-            check_size(info, config)
             if record.objects is None:
                 raise UserError(f"The annotations say nothing of the objects in {record.name}.")
             own = [x for x in record.objects if found.classes[x.number] in classes]  # no stuff
@@ -182,18 +181,6 @@ def image_info(number: int, record: Record, data: Path | None) -> dict:
     size = record.size or image_size(record.image)
     name = record.name if data is None else os.path.relpath(record.image, data)
     return {"id": number, "file_name": name, "height": size[0], "width": size[1]}
-
-
-def check_size(info: dict, config: Any) -> None:
-    """A UserError for an image that the detector would make less than a pixel wide."""
-    short, long = sorted((info["height"], info["width"]))
-    scale = min(min(config.sides) / short, config.longest / long)
-    if short * scale < 1.001:  # the detector rounds down
-        raise UserError(
-            f"The image {info['file_name']} has {info['height']} x {info['width']} pixels, and "
-            f"--longest {config.longest} with --sides {harness.as_typed(config.sides)} would leave "
-            "no pixel of its short side: leave it out, or give larger ones."
-        )
 
 
 def coco_annotation(x: LabeledObject, label: int, info: dict) -> dict:
