@@ -345,8 +345,8 @@ def sinkhorn_merge(
         tokens: n tokens; they are L2-normalized here.
         positions: Centers (x, y) of the tokens of both views in the image frame.
         weights: Weights r of the tokens, not negative, such as the attention of [CLS]; they are
-            scaled to sum 1 here. A token of weight 0 is ignored, and one whose weight is not
-            finite.
+            scaled to sum 1 here. A token of weight 0 is ignored, and so is one whose weight is
+            negative or not finite.
         start: Indices of two or more start tokens, whose weights are above 0
             ([`sample_tokens`][densekit.clustering.sample_tokens]).
         reg: Strength of the entropy, `1 / lambda`; the cost has range 1.

@@ -75,7 +75,7 @@ def has_spread(centered: Tensor, rows: Tensor) -> Tensor:
     """Return which sets (..., n, d) spread by more than the rounding of their rows.
 
     `centered` are the rows about their mean. Rows that are equal but for what an interpolation has
-    rounded would else become noise when their spread is divided by its own size.
+    rounded would become noise when their spread is divided by its own size.
     """
     if 0 in rows.shape[-2:]:
         return rows.new_ones(rows.shape[:-2], dtype=torch.bool)

@@ -61,7 +61,7 @@ __all__ = [
 
 _MATRIX_CELLS = 2**20  # of the resize matrices that exist at one time
 _ROUNDING = 0.01  # pixels by which rounding may move the side of a box
-_SMALL = 16  # pixels: in an image of such a side a box of one pixel is no rarity
+_SMALL = 16  # pixels: in an image with such a side, a box of one pixel may well be a crop
 _OTHER_AXES = "has other leading axes than the argument"
 
 PixelCenters = Literal["integer", "half"]
@@ -295,9 +295,9 @@ def views_valid(view: View, size: Size | Int[Tensor, "*sizes 2"]) -> Bool[Tensor
 
     Such a view has a valid box that is at least one pixel wide and high and lies inside the image;
     each side may be off by 0.01 pixels, which rounding may cause. A box inside [0, 1] x [0, 1] is
-    not valid: it is in the view frame, where pixels are wanted (unless a side of the image is 16
-    pixels or less, of which it may be one pixel). No function of densekit requires this:
-    `crop_views` paints what lies outside the image black.
+    not valid, since it is in the view frame, where pixels are wanted. Images with a side of 16
+    pixels or less are an exception: there it may be a crop of one pixel. No function of densekit
+    requires this: `crop_views` paints what lies outside the image black.
 
     Args:
         view: Any views.

@@ -1329,7 +1329,8 @@ def train(config: Config) -> None:
             grad_norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
             values = {"loss": loss}
             # A part counts by its images with a valid pair.
-            used = torch.stack([x.any(1).sum() for x in valid.tensor_split(parts)])
+            valid_parts = [split(part, parts, valid)[0] for part in range(parts)]
+            used = torch.stack([x.any(1).sum() for x in valid_parts])
             for name in part_terms[0]:
                 of_parts = torch.stack([terms[name] for terms in part_terms])
                 values[name] = (of_parts * used).sum() / used.sum().clamp(min=1)

@@ -1158,6 +1158,11 @@ def test_the_center_moves_to_the_mean_of_the_valid(momentum, generator):
     torch.testing.assert_close(update_center(center, teacher, momentum=momentum), want, **CLOSE)
 
 
+def test_a_center_without_channels_stays_empty():
+    for valid in (None, torch.tensor([True, False, True])):
+        assert update_center(torch.zeros(0), torch.zeros(3, 0), valid).shape == (0,)
+
+
 def test_the_center_of_nothing_stays_to_the_bit():
     center = uniform(seeded(), 3, dtype=torch.float32)
     for teacher, valid in (

@@ -282,7 +282,7 @@ def test_f_of_many_images_works_in_blocks(monkeypatch):
     assert largest(lambda: boundary_f_measure(*pair)) <= 8 * 2**10
 
 
-@pytest.mark.parametrize("tolerance", [-0.1, math.nan])
+@pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
 def test_f_refuses_what_makes_no_sense(tolerance):
     mask = torch.ones(2, 2).bool()
     with pytest.raises(ValueError, match=f"boundary_f_measure: tolerance is {tolerance}; give 0"):

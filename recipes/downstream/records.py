@@ -191,10 +191,12 @@ def distinct_names(names: Sequence[Any], marks: Sequence[Any]) -> list[str]:
 
 def with_background(names: list[str], marks: Sequence[Any]) -> list[str]:
     """The background and the classes; one of these that has its name gets its mark."""
-    classes = []
+    classes = ["background"]
     for name, mark in zip(names, marks, strict=True):
-        classes.append(f"{name} ({mark})" if name == "background" else name)
-    return ["background", *classes]
+        is_taken = name == "background"
+        own_name = f"{name} ({mark})" if is_taken else name
+        classes.append(own_name)
+    return classes
 
 
 def find_background(classes: list[str]) -> int | None:

@@ -94,10 +94,10 @@ def read_labeled(split: Any, index: int) -> tuple[image_sets.Labeled | None, str
 
 
 # ---- images of any size --------------------------------------------------------------------------
-def pad_to_cells(images: Tensor, encoder: Any) -> Tensor:
-    """Images (b, c, h, w) with the mean color at the right and below, to whole cells of all levels.
+def pad_with_mean_color(images: Tensor, encoder: Any) -> Tensor:
+    """Images (b, c, h, w), padded at the right and below to whole cells of all levels.
 
-    Else the last map would cover more than the image, and its cells would be taken for others.
+    Without padding, the last map covers more than the image, and its cells lie beside their pixels.
     """
     height, width = images.shape[-2:]
     sides = [side + -side % encoder.stride for side in (height, width)]
@@ -106,10 +106,10 @@ def pad_to_cells(images: Tensor, encoder: Any) -> Tensor:
     return padded
 
 
-def enlarge(logits: Tensor, shares: tuple[float, float], size: torch.Size) -> Tensor:
-    """Logits (1, k, h, w) at the size of a label map, bilinear, from the map of a padded image.
+def resize_logits(logits: Tensor, shares: tuple[float, float], size: torch.Size) -> Tensor:
+    """Logits (1, k, h, w) of a padded image, resized bilinearly to the label map of the image.
 
-    The image has these shares of the height and the width of the map.
+    `shares` are those of the image in the height and in the width of the map.
     """
     if shares == (1, 1):
         return interpolate(logits, size, mode="bilinear")
@@ -128,9 +128,9 @@ def segment(
 
     `logits_of` gives the logits of the cells (1, k, h, w) of a padded image.
     """
-    padded = pad_to_cells(images, encoder)
+    padded = pad_with_mean_color(images, encoder)
     shares = (images.shape[-2] / padded.shape[-2], images.shape[-1] / padded.shape[-1])
-    return enlarge(logits_of(padded), shares, size).argmax(1)[0]
+    return resize_logits(logits_of(padded), shares, size).argmax(1)[0]
 
 
 # ---- scores --------------------------------------------------------------------------------------

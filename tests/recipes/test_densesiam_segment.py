@@ -315,7 +315,7 @@ def test_pixels_of_images_of_any_width_have_the_logits_of_their_place(width, coa
     def logits_of(padded):
         assert all(side % 32 == 0 for side in padded.shape[-2:])
         outside = padded[..., :40, width:].mean((0, 2, 3))
-        if len(outside) and padded.shape[-1] > width:
+        if padded.shape[-1] > width:
             torch.testing.assert_close(outside, torch.tensor(encoder.mean))
         # Beyond the image the columns go on, as features of what is seen there would.
         padded = ((torch.arange(padded.shape[-1]) + 0.5) / 1000).expand(padded.shape)
@@ -328,7 +328,7 @@ def test_pixels_of_images_of_any_width_have_the_logits_of_their_place(width, coa
     assert found.shape == (80, 3 * width)
     edge = (found[0] == 1).sum().item() / 3  # in pixels of the image
     if threshold > coarse / 2:  # nearer to the border the coarse cells say nothing
-        assert edge == pytest.approx(threshold, abs=0.5)
+        assert edge == pytest.approx(threshold, abs=0.5)  # a third of a pixel, and rounding
 
 
 def test_the_pyramid_has_stride_4_and_128_channels():
