@@ -23,7 +23,7 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Views:
-    size: int = 224  # Side of the square views, in pixels; even.
+    size: int = 224  # Side of the square views, in pixels: a multiple of 32, of 16 for tiny.
     scale: tuple[float, float] = (0.4, 1.0)  # Share of the image's area that view 2 covers.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.
@@ -149,10 +149,9 @@ def check_region_options(config: Any) -> None:
         architecture == "tiny" or encoders.is_resnet(architecture),
         f"{encoders.option_of(config)}: give a ResNet of timm, such as resnet50, or tiny.",
     )
-    harness.check(
-        config.views.size % 2 == 0,
-        f"--views.size is {config.views.size}: give an even number, since one view is halved.",
-    )
+    cell = encoders.probe(architecture).feature_info[3]["reduction"]  # of C4
+    meaning = f"two cells of C4 of {architecture}, since one view is halved"
+    encoders.check_multiple("--views.size", config.views.size, 2 * cell, meaning)
     harness.check(config.regions >= 1, f"--regions is {config.regions}: give 1 proposal or more.")
 
     low, high = config.cut

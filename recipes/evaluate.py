@@ -92,7 +92,7 @@ from downstream.encoders import (
 )
 from downstream.layouts import find_places
 from downstream.protocols import FITTED, Features, position_prior
-from downstream.report import mean_over_seeds, report_text, write_results
+from downstream.report import mean_over_seeds, picture_name, report_text, write_results
 from downstream.shards import ALONE, DAY, Shards, shards_of
 from downstream.video import video
 from torch import Tensor
@@ -120,6 +120,14 @@ def check_options(config: Config) -> None:
         len(config.encoders) > 0,
         "No encoder is named: give run folders, timm:NAME, torchvision:NAME or random:NAME.",
     )
+    by_picture: dict[str, str] = {}
+    for encoder in config.encoders:
+        other = by_picture.setdefault(picture_name(encoder), encoder)
+        harness.check(
+            encoder == other,
+            f"The encoders {other} and {encoder} would have pictures of the same name: evaluate "
+            "them one by one, each with an --out of its own.",
+        )
     protocols = wanted_protocols(config)
     known = ", ".join(PROTOCOLS)
     for name in protocols:

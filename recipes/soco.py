@@ -23,7 +23,7 @@ import tyro
 # ==== configuration ===============================================================================
 @dataclass(frozen=True)
 class Views:
-    size: int = 224  # Side of views 1 and 2, in pixels; even.
+    size: int = 224  # Side of views 1 and 2, in pixels: a multiple of 32, of 16 for tiny.
     scale: tuple[float, float] = (0.5, 1.0)  # Share of the image's area that view 2 covers.
     hue: float = 0.1  # Strength of the hue jitter; 0.5 allows every hue.
     blur: tuple[float, float] = (0.1, 2.0)  # Standard deviation of the blur, in pixels.

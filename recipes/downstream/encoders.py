@@ -248,6 +248,7 @@ def check_maps(config: Any, option: str, side: int, *, levels: int = 1) -> None:
         f"{option} is {side}: {architecture} takes no images of this size, but those of "
         f"{probe(architecture).pretrained_cfg['input_size'][-1]} pixels.",
     )
+    check_cells(option, side, architecture)
 
 
 def check_side(option: str, side: int, network: Any, architecture: str) -> None:
@@ -256,12 +257,28 @@ def check_side(option: str, side: int, network: Any, architecture: str) -> None:
     if not is_vit(network) or size is None:
         return
     patch = size if isinstance(size, int) else size[0]
-    below = side // patch * patch
-    nearest = f"{below} or {below + patch}" if below else f"{patch}"
+    check_multiple(option, side, patch, f"the side of a patch of {architecture}")
+
+
+def check_cells(option: str, side: int, architecture: str) -> None:
+    """A UserError, unless whole cells of the last map fit into a square view.
+
+    Else they lie beside the places that a coordinate map gives them. A network without padding has
+    such maps at its own size alone.
+    """
+    network = probe(architecture)
+    if side != network.pretrained_cfg["input_size"][-1]:
+        stride = network.feature_info[-1]["reduction"]
+        check_multiple(option, side, stride, f"the side of a cell of {architecture}")
+
+
+def check_multiple(option: str, side: int, unit: int, meaning: str) -> None:
+    """A UserError, unless a side in pixels is a multiple of a unit, such as that of a patch."""
+    below = side // unit * unit
+    nearest = f"{below} or {below + unit}" if below else f"{unit}"
     harness.check(
-        side % patch == 0,
-        f"{option} is {side}: give a multiple of {patch}, the side of a patch of {architecture}, "
-        f"such as {nearest}.",
+        side % unit == 0,
+        f"{option} is {side}: give a multiple of {unit}, {meaning}, such as {nearest}.",
     )
 
 

@@ -68,6 +68,7 @@ WRONG = [
     (["--log-every", "0"], "--log-every is 0"),
     (["--save-every", "0"], "--save-every is 0"),
     (["--views.size", "0"], "--views.size is 0"),
+    (["--weights", "random:tiny", "--views.small-size", "36"], "--views.small-size is 36: give a "),
     (["--views.small-size", "0"], "--views.small-size is 0"),
     (["--views.small", "3"], "--views.small is 3"),
     (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),

@@ -57,6 +57,7 @@ WRONG = [
     (["--log-every", "0"], "--log-every is 0"),
     (["--save-every", "0"], "--save-every is 0"),
     (["--views.size", "0"], "--views.size is 0"),
+    (["--arch", "resnet18", "--views.size", "48"], "--views.size is 48: give a multiple of 32"),
     (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
     (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
     (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),

@@ -68,6 +68,8 @@ WRONG = [
     (["--image", "1"], "--image is 1: give 2 pixels or more"),
     (["--blur", "0.1", "1e30"], "--blur is 0.1 1e+30: give two standard deviations in pixels"),
     (["--size", "-64"], "--size is -64"),
+    (["--size", "100"], "--size is 100: give a multiple of 8, the side of a cell of tiny"),
+    (["--arch", "resnet18", "--size", "104"], "--size is 104: give a multiple of 32"),
     (["--hue", "0.6"], "--hue is 0.6"),
     (["--hue", "nan"], "--hue is nan"),
     (["--blur", "1.0", "0.5"], "--blur is 1.0 0.5"),

@@ -71,6 +71,10 @@ WRONG = [
     (["--log-every", "0"], "--log-every is 0"),
     (["--save-every", "0"], "--save-every is 0"),
     (["--views.size", "0"], "--views.size is 0"),
+    (
+        ["--views.size", "36"],
+        "--views.size is 36: give a multiple of 8, the side",
+    ),
     (["--views.scale", "1.0", "0.2"], "--views.scale is 1.0 0.2"),
     (["--views.scale", "0.0", "1.0"], "--views.scale is 0.0 1.0"),
     (["--views.scale", "0.2", "1.5"], "--views.scale is 0.2 1.5"),

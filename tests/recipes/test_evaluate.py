@@ -519,6 +519,7 @@ class Named(Colors):
     ("changes", "sentence"),
     [
         ({"encoders": ()}, "^No encoder is named: give run folders"),
+        ({"encoders": ("random:tiny", "random tiny")}, "random:tiny and random tiny would have"),
         ({"encoders": ("random:resnet19",)}, "no model resnet19"),
         ({"encoders": ("random:tiny-vit",), "size": (60, 60)}, "--size is 60 60: .*multiples of 8"),
         ({"fit": "nothing"}, r"^--fit is nothing: .*splits.json has no 'nothing': choose one of"),

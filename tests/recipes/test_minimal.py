@@ -24,6 +24,11 @@ WRONG = [
     (["--grid", "0"], "--grid is 0"),
     (["--arch", "vit_tin_patch16_224"], "--arch is vit_tin_patch16_224"),
     (["--arch", "vit_tiny_patch16_224", "--size", "15"], "--size is 15: give a multiple of 16"),
+    (["--size", "36"], "--size is 36: give a multiple of 8, the side of a cell of tiny"),
+    (
+        ["--arch", "convnext_tiny", "--size", "100"],
+        "--size is 100: give a multiple of 32,",
+    ),
     (["--batch", "1"], "--batch is 1"),
     (["--epochs", "0"], "--epochs is 0"),
     (["--lr", "-1"], "--lr is -1.0"),

@@ -55,7 +55,9 @@ WRONG = [
     (["--momentum", "nan"], "--momentum is nan"),
     (["--warmup", "-1"], "--warmup is -1"),
     (["--warmup", "inf"], "--warmup is inf"),
-    (["--views.size", "33"], "--views.size is 33"),  # odd
+    (["--views.size", "33"], "--views.size is 33: give a multiple of 16, two cells of C4 of tiny"),
+    (["--views.size", "40"], "--views.size is 40: give a multiple of 16, two cells"),
+    (["--arch", "resnet18", "--views.size", "48"], "--views.size is 48: give a multiple of 32"),
     (["--batch", "1"], "--batch is 1"),
     (["--epochs", "0"], "--epochs is 0"),
     (["--lr", "nan"], "--lr is nan"),
