@@ -47,7 +47,9 @@ CHOSEN = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--rows", type=Path, default=Path("docs/recipes/adapt-runs.jsonl"))
     parser.add_argument("--train", default="train", help="split to train and to fit on")

@@ -96,7 +96,9 @@ image_seeds = harness.image_seeds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clusters", choices=["found", "truth", "places", "none"], default="found")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, required=True, help="run folder")

@@ -7,9 +7,10 @@
 
 The random network is the demo for one epoch at learning rate 0: its weights stay as they were, and
 its batch statistics become those of the scenes. The segmenters train on labeled photographs,
---data, and one of them starts from the encoder of a DenseSiam run on the same photographs. Run the
-same command again after an interruption. Start it in a checkout that stays as it is until all runs
-are made. The rule and the results are in docs/evidence.md.
+--data, and one of them starts from the encoder of a DenseSiam run on the same set. Run the same
+command again after an interruption. docs/demos.jsonl has the rows of the page, so that nothing of
+it is missing; with --rows FILE you make all of them. Start it in a checkout that stays as it is
+until all runs are made. The rule and the results are in docs/evidence.md.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import evidence
 
-STUDY = 2  # raise it when losses or settings of a demo change: earlier rows do not count
+# Raise it when losses change: earlier rows do not count. Where the settings of one demo change, the
+# sides of its earlier rows get another name.
+STUDY = 2
 SECONDS = {"trained": 300.0, "random": 60.0}  # until one was timed
 SEEDS = (0, 1, 2, 3, 4)
 CONTROL_SEEDS = (0, 1, 2)
@@ -127,18 +129,26 @@ def needs(side: str) -> set[str]:
     return {name for field in fields for _, name, _, _ in field if name}
 
 
-def missing_runs(rows: list[dict], sides: Iterable[str]) -> list[tuple[str, int]]:
+def missing_runs(demos: Demos, rows: list[dict]) -> list[tuple[str, int]]:
     """The sides and seeds without a row, seed by seed, so that pairs end early."""
-    made = {(row["side"], row["seed"]) for row in rows if row["kind"] == "demo"}
-    wanted = [(seed, side) for side in sides for seed in SIDES[side].seeds]
+    made = {}  # by side and seed, whether the last row stands
+    for row in rows:
+        if row["kind"] == "demo":
+            side, seed = row["side"], row["seed"]
+            made[side, seed] = evidence.counts(demos.study, row, run_name(side, seed))
+    wanted = [(seed, side) for side in demos.sides for seed in SIDES[side].seeds]
     wanted.sort(key=lambda x: x[0])
-    return [(side, seed) for seed, side in wanted if (side, seed) not in made]
+    return [(side, seed) for seed, side in wanted if not made.get((side, seed))]
+
+
+def run_name(side: str, seed: int) -> str:
+    return f"demo-{side}-{seed}"
 
 
 def command_of(demos: Demos, side: str, seed: int) -> list[str]:
     """The demo with the options of a side; everything that is not named is the demo's."""
     command = [sys.executable, str(evidence.ROOT / SIDES[side].script)]
-    command += ["--run", str(demos.study.runs / f"demo-{side}-{seed}"), "--seed", str(seed)]
+    command += ["--run", str(demos.study.runs / run_name(side, seed)), "--seed", str(seed)]
     return [*command, *(word.format(**demos.folders) for word in SIDES[side].options)]
 
 
@@ -159,7 +169,7 @@ def seconds_of(rows: list[dict], side: str) -> float:
 
 def make_run(demos: Demos, side: str, seed: int) -> dict:
     """Train a demo; return its row, with the score at each checkpoint."""
-    name = f"demo-{side}-{seed}"
+    name = run_name(side, seed)
     log = demos.study.runs / f"{name}.log"
     with evidence.timed(demos.study.runs / f"{name}.seconds.json") as spent:
         code = evidence.call(demos.study, command_of(demos, side, seed), log, name)
@@ -170,11 +180,11 @@ def make_run(demos: Demos, side: str, seed: int) -> dict:
         "status": "failed" if code else "done",
         "commit": evidence.commit(),
         "command": shown_command(demos, side, seed),
+        "data": demos.folders["data"].name if "data" in needs(side) else "scenes",
         "seconds": round(spent["seconds"], 1),
     }
     if code:
-        last = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
-        return {**row, "exit": code, "message": "".join(last)[-300:]}
+        return {**row, "exit": code, "message": evidence.last_words(demos.study, log)}
     text = (demos.study.runs / name / "metrics.jsonl").read_text()
     metrics = [json.loads(line) for line in text.splitlines() if line]
     score = SIDES[side].score
@@ -222,15 +232,17 @@ def compare(rows: list[dict], side: str, other: str, measure: str) -> dict | Non
 
 
 def compare_all(demos: Demos) -> None:
-    """Add a row for each comparison that is complete and was not made yet."""
+    """Add a row for each comparison that is complete and is not the last one of its kind."""
     rows = evidence.read_rows(demos.study.rows, STUDY)
-    known = {(x["side"], x["other"], x["measure"]) for x in rows if x["kind"] == "demo comparison"}
+    known = {}  # the last comparison of each pair
+    for row in rows:
+        if row["kind"] == "demo comparison":
+            known[row["side"], row["other"], row["measure"]] = row
     for side, other, measures in PAIRS:
         for measure in measures:
-            found = None
-            if (side, other, measure) not in known:
-                found = compare(rows, side, other, measure)
-            if found is not None:
+            found = compare(rows, side, other, measure)
+            last = known.get((side, other, measure), {})
+            if found is not None and not found.items() <= last.items():
                 evidence.add_row(demos.study.rows, {"study": STUDY, **found})
                 print(f"  {side} against {other}, {measure}: {found['claim']}", flush=True)
 
@@ -241,7 +253,7 @@ def make_all(demos: Demos) -> None:
     while True:
         compare_all(demos)
         rows = evidence.read_rows(demos.study.rows, STUDY)
-        missing = missing_runs(rows, demos.sides)
+        missing = missing_runs(demos, rows)
         if not missing:
             break
         hours = sum(seconds_of(rows, side) for side, _ in missing) / 3600
@@ -249,6 +261,12 @@ def make_all(demos: Demos) -> None:
         clock = time.strftime("%H:%M")
         print(f"{clock} {side} {seed}: begins; {len(missing)} left, {hours:.1f} h", flush=True)
         row = make_run(demos, side, seed)
+        if evidence.is_in_use(row):
+            print("  another process makes it; asked again in a minute", flush=True)
+            time.sleep(evidence.WAIT)
+            continue
+        if row["status"] == "failed":
+            demos.study.tried.add(run_name(side, seed))  # once in a call
         evidence.add_row(demos.study.rows, {"study": STUDY, **row})
         minutes = row["seconds"] / 60
         print(f"  {row['status']} in {minutes:.1f} min, {row.get('scores')}", flush=True)
@@ -264,6 +282,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the labeled set of the segmenters")
     parser.add_argument("--densesiam", type=Path, help="run folder of DenseSiam on --data")
     parser.add_argument("--plan", action="store_true", help="print what is missing, and its hours")
+    parser.add_argument("--retry", action="store_true", help="make failed runs once more")
     arguments = parser.parse_args()
     folders = {
         name: path.resolve()
@@ -275,10 +294,11 @@ def main() -> None:
     if left_out:
         print(f"Left out, for want of --data or --densesiam: {', '.join(left_out)}.")
     runs = arguments.runs.resolve()
-    demos = Demos(evidence.Study(runs, runs, arguments.rows.resolve()), sides, folders)
+    study = evidence.Study(runs, runs, arguments.rows.resolve(), retry=arguments.retry)
+    demos = Demos(study, sides, folders)
     if arguments.plan:
         rows = evidence.read_rows(demos.study.rows, STUDY)
-        missing = missing_runs(rows, sides)
+        missing = missing_runs(demos, rows)
         for side, seed in missing:
             print(f"{side} {seed}: {seconds_of(rows, side) / 60:.0f} min")
         hours = sum(seconds_of(rows, side) for side, _ in missing) / 3600

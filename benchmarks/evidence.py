@@ -8,8 +8,10 @@
 With --long some methods have a run of 6,000 steps too. The runs of the first seed, and the long
 ones, are scored at some earlier steps as well, when all runs are made. Run the same command again
 after an interruption: a row that is there is not made again, and a run that has begun goes on.
-Start it in a checkout that stays as it is until all runs are made. Processes with other methods may
-share the folder. The rule, which stood before the first run, and the results: docs/evidence.md.
+docs/evidence.jsonl has the rows of the page, so that nothing of it is missing; with --rows FILE a
+study of your own begins. Start it in a checkout that stays as it is until all runs are made.
+Several processes may share the folder. The rule, which stood before the first run, and the results
+are in docs/evidence.md.
 """
 
 import argparse
@@ -45,6 +47,7 @@ DRAWS = 2000  # of the bootstrap
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of Student's t, by seeds
 SECONDS_A_STEP = 0.4  # until a run was timed
 SCORE_SECONDS = {"grid": 15.0, "run": 60.0}
+WAIT = 60.0  # seconds, for a run that another process makes
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Study:
     factors: tuple[float, ...] = FACTORS
     methods: tuple[str, ...] = tuple(METHODS)
     long: tuple[str, ...] = ()  # methods with a long run too
-    retry: bool = False
+    retry: bool = False  # make what failed once more
+    tried: set[str] = field(default_factory=set)  # names of what failed in this call
     grid_options: tuple[str, ...] = ("--epochs", str(GRID_EPOCHS))
     size: tuple[int, int] = SIZE
     limit: int = 0  # at most this many images of a split
@@ -130,13 +134,18 @@ def add_row(path: Path, row: dict) -> None:
         file.write(("\n" + line if torn else line).encode())
 
 
-def find_row(rows: list[dict], run: Run, *, retry: bool = False) -> dict | None:
-    """The last row of a run; a failed one counts too, unless it is tried again."""
+def find_row(study: Study, rows: list[dict], run: Run) -> dict | None:
+    """The last row of a run; a failed one counts too, unless it is to be tried again."""
     for row in reversed(rows):
         same = row["kind"] == run.kind and row["method"] == run.method and row["seed"] == run.seed
         if same and row["rate"] == run.rate:
-            return None if retry and row["status"] != "done" else row
+            return row if counts(study, row, run.name) else None
     return None
+
+
+def counts(study: Study, row: dict, name: str) -> bool:
+    """Whether the row of a run or a point stands, or is to be made once more."""
+    return row["status"] == "done" or not study.retry or name in study.tried
 
 
 def commit() -> str:
@@ -158,7 +167,7 @@ def chosen_rate(study: Study, rows: list[dict], method: str) -> float | None:
 
     Of equal ones it is the smallest. Without any run that ended, it is the demo's.
     """
-    found = [find_row(rows, run, retry=study.retry) for run in grid_runs(study, method)]
+    found = [find_row(study, rows, run) for run in grid_runs(study, method)]
     if any(row is None for row in found):
         return None
     done = [row for row in found if row is not None and row["status"] == "done"]
@@ -182,11 +191,21 @@ def missing_runs(study: Study, rows: list[dict]) -> list[Run]:
     for method in study.long:
         rate = chosen_rate(study, rows, method) or METHODS[method].rate
         runs.append(Run("long", method, study.seeds[0], rate))
-    return [run for run in grids + runs if find_row(rows, run, retry=study.retry) is None]
+    return [run for run in grids + runs if find_row(study, rows, run) is None]
+
+
+def read_splits(study: Study) -> dict[str, list[str]]:
+    """The names of the images of each split."""
+    path = study.data / "splits.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        sentence = f"--data is {study.data}: {path} cannot be read ({error.strerror}), give the "
+        raise SystemExit(f"{sentence}folder of a labeled set, with images and labels.") from error
 
 
 def count_photographs(study: Study) -> int:
-    splits = json.loads((study.data / "splits.json").read_text())
+    splits = read_splits(study)
     return len(splits["train"]) + len(splits["val"])
 
 
@@ -261,8 +280,11 @@ def print_plan(study: Study) -> None:
     for run in missing:
         seconds = seconds_of(study, rows, run)
         total += seconds
-        print(f"{run.name}: {seconds / 60:.0f} min: {shown_command(study, run)}")
+        is_open = run.kind != "grid" and chosen_rate(study, rows, run.method) is None
+        note = " (at the demo's rate, until its grid is made)" if is_open else ""
+        print(f"{run.name}: {seconds / 60:.0f} min{note}: {shown_command(study, run)}")
     points = len(missing_points(study, rows))
+    points += sum(len(curve_epochs(study, run)) for run in missing)
     total += points * SCORE_SECONDS["run"]
     print(f"{len(missing)} runs and {points} points of curves are missing:", end=" ")
     print(f"{total / 3600:.1f} hours on one core.")
@@ -274,7 +296,7 @@ def prepare(study: Study) -> None:
     if study.photographs.exists():
         return
     study.runs.mkdir(parents=True, exist_ok=True)
-    splits = json.loads((study.data / "splits.json").read_text())
+    splits = read_splits(study)
     names = {*splits["train"], *splits["val"]}
     part = study.runs / f"photographs.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
@@ -368,11 +390,20 @@ def make_run(study: Study, run: Run) -> dict:
         "seconds": round(spent["seconds"], 1),
     }
     if code:
-        words = log.read_bytes().decode(errors="replace") if log.exists() else ""
-        last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-1:]
-        message = "".join(last).replace(str(study.runs), "RUNS").replace(str(ROOT), ".")
-        return {**row, "exit": code, "message": message[-300:]}
+        return {**row, "exit": code, "message": last_words(study, log)}
     return {**row, **json.loads(scores.read_text())}
+
+
+def last_words(study: Study, log: Path) -> str:
+    """The last line of a log, without the folders of this machine."""
+    words = log.read_bytes().decode(errors="replace") if log.exists() else ""
+    last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-1:]
+    return "".join(last).replace(str(study.runs), "RUNS").replace(str(ROOT), ".")[-300:]
+
+
+def is_in_use(row: dict) -> bool:
+    """Whether a run did not begin, because its folder is another process's."""
+    return row["status"] == "failed" and "is in use by another process" in row["message"]
 
 
 def score_command(study: Study, name: str) -> list[str]:
@@ -384,7 +415,10 @@ def score_command(study: Study, name: str) -> list[str]:
 
 def missing_points(study: Study, rows: list[dict]) -> list[tuple[Run, int]]:
     """The points of curves without a row: a run that has ended, and an epoch before its last."""
-    made = {(row["of"], row["steps"]) for row in rows if row["kind"] == "point"}
+    made = set()
+    for row in rows:
+        if row["kind"] == "point" and counts(study, row, f"{row['of']}@{row['steps']}"):
+            made.add((row["of"], row["steps"]))
     points = []
     for row in rows:
         if row["kind"] in ("run", "long") and row["status"] == "done":
@@ -400,12 +434,29 @@ def make_points(study: Study) -> None:
     """Score the runs at the earlier steps of their curves; a run's own row is the last point."""
     for run, epoch in missing_points(study, read_rows(study.rows)):
         step = epoch * steps_an_epoch(study)
-        point = {"kind": "point", "of": run.name, "steps": step}
         name = f"{run.name}@step-{step:08d}-epoch-{epoch}"
-        code = call(study, score_command(study, name), study.runs / f"{run.name}.log")
-        row = {**point, "method": run.method, "seed": run.seed, "rate": run.rate}
-        row |= {"status": "failed" if code else "done", "commit": commit()}
-        if not code:
+        log = study.runs / f"{run.name}.log"
+        start = time.monotonic()
+        code = call(study, score_command(study, name), log)
+        row = {
+            "kind": "point",
+            "of": run.name,
+            "method": run.method,
+            "seed": run.seed,
+            "rate": run.rate,
+            "status": "failed" if code else "done",
+            "commit": commit(),
+            "command": shown_command(study, run),
+            "data": data_name(study, run),
+            "steps": step,
+            "batch": study.batch,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        if code:
+            row |= {"exit": code, "message": last_words(study, log)}
+            study.tried.add(f"{run.name}@{step}")
+            print(f"  the point at step {step} of {run.name} failed: {row['message']}", flush=True)
+        else:
             row |= json.loads((study.runs / f"{name}.scores.json").read_text())
         add_row(study.rows, row)
 
@@ -428,10 +479,14 @@ def make_all(study: Study) -> None:
         clock = time.strftime("%H:%M")
         print(f"{clock} {run.name}: begins; {len(missing)} left, {left:.1f} h", flush=True)
         row = make_run(study, run)
+        if is_in_use(row):
+            print("  another process makes it; asked again in a minute", flush=True)
+            time.sleep(WAIT)
+            continue
         add_row(study.rows, row)
         if row["status"] == "failed":
             print(f"  failed ({row['exit']}): {row['message']}", flush=True)
-            study = replace(study, retry=False)  # once in a call
+            study.tried.add(run.name)  # once in a call
         else:
             figures = ", ".join(f"{x} {y['value']:.3f}" for x, y in row["scores"].items())
             print(f"  done in {row['seconds'] / 60:.1f} min, {figures}", flush=True)
@@ -553,7 +608,7 @@ def compare(methods: list, baselines: list, draws: int = DRAWS) -> dict:
 
 
 def compare_all(study: Study) -> None:
-    """Add a row for each pair that is complete and was not compared yet."""
+    """Add a row for each protocol in which a complete pair was not compared yet."""
     rows = read_rows(study.rows)
     for name, method in METHODS.items():
         if not method.baseline:
@@ -562,23 +617,27 @@ def compare_all(study: Study) -> None:
         for side in (name, method.baseline):
             rate = chosen_rate(study, rows, side)
             runs = [Run("run", side, seed, rate or method.rate) for seed in study.seeds]
-            found = [find_row(rows, run) for run in runs]
+            found = [find_row(study, rows, run) for run in runs]
             files = [study.runs / f"{run.name}.counts.npz" for run in runs]
             complete = all(row is not None and row["status"] == "done" for row in found)
             if complete and all(file.exists() for file in files):
                 pair.append(files)
         names = [[x.name for x in files] for files in pair]
-        known = any(x["kind"] == "comparison" and x["runs"] == names for x in rows)
-        if len(pair) < 2 or known:
+        compared = [x for x in rows if x["kind"] == "comparison" and x["runs"] == names]
+        known = {x["protocol"] for x in compared}
+        if len(pair) < 2:
             continue
 
         import numpy as np
 
         for protocol in PROTOCOLS:
-            counts = [[np.load(file)[protocol] for file in files] for files in pair]
-            result = compare(*counts)
+            if protocol in known:
+                continue
+            confusions = [[np.load(file)[protocol] for file in files] for files in pair]
+            result = compare(*confusions)
             row = {"kind": "comparison", "method": name, "baseline": method.baseline}
-            add_row(study.rows, {**row, "protocol": protocol, "runs": names, **result})
+            row |= {"protocol": protocol, "runs": names, "commit": commit()}
+            add_row(study.rows, {**row, **result})
             print(f"  {name} against {method.baseline}, {protocol}: {result['claim']}", flush=True)
 
 
@@ -610,7 +669,7 @@ def stop(study: Study) -> None:
                 process.wait(120)
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, handler)
 
 

@@ -29,7 +29,9 @@ SCORES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--encoders", nargs="*", default=[], help="NAME=ENCODER")
     parser.add_argument("--rows", type=Path, default=ROWS)

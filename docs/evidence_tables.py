@@ -3,6 +3,7 @@
 import io
 import json
 from base64 import b64encode
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -21,6 +22,9 @@ STYLES = {  # of a method's curve: a pair shares a color
     "decoupling": ("tab:purple", "-."),
     "region": ("tab:purple", "--"),
 }
+METHODS = [  # in the order of the tables: a baseline after its methods
+    "densesiam", "simsiam", "dupr", "mocov2", "croc", "dino", "d3ssl", "decoupling", "region",
+]  # fmt: skip
 TERMS = {  # what a demo logs besides its score, as the tables name it
     "coupling_rate_layer4": "coupling",
     "mean_cosine_layer4": "cosine",
@@ -32,24 +36,39 @@ TERMS = {  # what a demo logs besides its score, as the tables name it
 }
 
 
+def read_lines(path):
+    """All rows; a line that was cut off by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def read(path):
-    """The last row of each run, comparison and point, and the runs of earlier studies."""
+    """The last row of each run, comparison and point, and the rows that no longer count.
+
+    These are of earlier studies, and of failed runs and points that were made once more.
+    """
     runs = {}
     comparisons = {}
     points = {}
     earlier = []
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_lines(path)
     last_study = max((row["study"] for row in rows), default=0)
     for row in rows:
         if row["study"] < last_study:
             earlier.append(row)
         elif row["kind"] == "comparison":
             comparisons[row["method"], row["protocol"]] = row
-        elif row["kind"] == "point":
-            points[row["of"], row["steps"]] = row
         else:
-            runs[row["kind"], row["method"], row["seed"], row["rate"]] = row
+            is_point = row["kind"] == "point"
+            kept = points if is_point else runs
+            start = row["of"] if is_point else row["kind"]
+            key = (start, row["method"], row["seed"], row["rate"], row["steps"] if is_point else 0)
+            if key in kept:
+                earlier.append(kept.pop(key))
+            kept[key] = row
     return list(runs.values()), list(comparisons.values()), list(points.values()), earlier
 
 
@@ -69,75 +88,110 @@ def tables(path):
     runs, comparisons, points, earlier = read(path)
     if not runs and not earlier:
         return "No run has been made yet.\n"
-    claims = [
-        (
+    runs.sort(key=lambda row: (METHODS.index(row["method"]), row["seed"], row["rate"]))
+    on_photographs = [row for row in runs if row["kind"] != "grid"]
+    grid = [row for row in runs if row["kind"] == "grid"]
+    parts = []
+    if comparisons:
+        parts += ["### Claims\n", claims(comparisons)]
+    if on_photographs:
+        priors = sorted({f"{row['prior']:.3f}" for row in on_photographs if "prior" in row})
+        parts += ["### Means over the seeds\n", means(on_photographs)]
+        parts += [f"The position prior, which looks at no image, has mIoU {', '.join(priors)}.\n"]
+    picture, points_table = curves(runs, points)
+    if picture:
+        parts += ["### Curves\n", picture]
+    if grid:
+        parts += ["### Grid of learning rates, on scenes\n", run_table(grid, PROTOCOLS[:1])]
+    if on_photographs:
+        parts += ["### Runs\n", run_table(on_photographs, PROTOCOLS)]
+    if points_table:
+        parts += ["### Points of the curves\n", points_table]
+    if earlier:
+        parts += ["### Earlier studies, and failed runs that were made again\n"]
+        parts += [earlier_runs(earlier)]
+    return "\n".join(parts)
+
+
+def claims(comparisons):
+    """A table of the comparisons."""
+    head = ["pair", "protocol", "difference of mIoU (images)", "over seeds", "claim"]
+    rows = [
+        [
             f"{row['method']} against {row['baseline']}",
             row["protocol"],
             interval(row["difference"], row["low"], row["high"]),
             f"[{row['seeds_low']:.3f}, {row['seeds_high']:.3f}]",
             row["claim"],
-        )
+        ]
         for row in comparisons
     ]
-    found = []
-    grid = []
+    return table(head, rows)
+
+
+def means(runs):
+    """A table of the mean scores of each method, over the seeds; long runs are left out."""
+    rows = []
+    for method in METHODS:
+        done = [row for row in runs if row["method"] == method and row["kind"] == "run"]
+        done = [row for row in done if row["status"] == "done"]
+        if done:
+            found = [[row["scores"].get(protocol) for row in done] for protocol in PROTOCOLS]
+            values = [[score["value"] for score in scores if score] for scores in found]
+            cells = [f"{sum(x) / len(x):.3f}" if x else "" for x in values]
+            rows.append([method, str(len(done)), *cells])
+    return table(["method", "seeds", *PROTOCOLS], rows)
+
+
+def run_table(runs, protocols):
+    """A table of runs, one in each row."""
+    rows = []
     for row in runs:
         start = [row["method"], str(row["seed"]), f"{row['rate']:g}", str(row["steps"])]
-        if row["status"] == "done":
-            scores = [row["scores"].get(protocol) for protocol in PROTOCOLS]
-            cells = [interval(**score) if score else "" for score in scores]
-        else:
-            cells = [f"failed: {row['message']}".replace("|", "/"), "", ""]
         end = [f"{row['seconds'] / 60:.0f} min", f"`{row['commit']}`"]
-        if row["kind"] == "grid":
-            grid.append([*start, cells[0], *end])
-        else:
-            found.append([*start, *cells, *end])
-    parts = []
-    if claims:
-        head = ["pair", "protocol", "difference of mIoU (images)", "over seeds", "claim"]
-        parts += ["### Claims\n", table(head, claims)]
-    start = ["method", "seed", "learning rate", "steps"]
-    end = ["time", "commit"]
-    if found:
-        priors = sorted(
-            {f"{row['prior']:.3f}" for row in runs if "prior" in row and row["kind"] == "run"}
-        )
-        parts += ["### Runs\n", table([*start, *PROTOCOLS, *end], found)]
-        parts += [f"The position prior, which looks at no image, has mIoU {', '.join(priors)}.\n"]
-    if points:
-        parts += ["### Curves\n", curves(runs, points)]
-    if grid:
-        parts += [
-            "### Grid of learning rates, on scenes\n",
-            table([*start, "ridge-seg", *end], grid),
-        ]
-    if earlier:
-        parts += ["### Earlier studies\n", earlier_runs(earlier)]
-    return "\n".join(parts)
+        rows.append([*start, *score_cells(row, protocols), *end])
+    return table(["method", "seed", "learning rate", "steps", *protocols, "time", "commit"], rows)
+
+
+def score_cells(row, protocols):
+    """The scores of a run; of one that failed, its message."""
+    if row["status"] != "done":
+        message = f"failed: {row.get('message', '')}".replace("|", "/")
+        return [message, *[""] * (len(protocols) - 1)]
+    scores = [row["scores"].get(protocol) for protocol in protocols]
+    return [interval(**score) if score else "" for score in scores]
 
 
 def earlier_runs(rows):
-    """The runs of the studies before: what they were, and the first score or the failure."""
+    """A table of runs that no longer count."""
     cells = []
     for row in rows:
-        if row["kind"] in ("grid", "run"):
-            score = row["scores"]["ridge-seg"] if row["status"] == "done" else {}
-            found = interval(**score) if score else f"failed: {row['message']}"
+        if row["kind"] != "comparison":
             start = [str(row["study"]), row["kind"], row["method"], str(row["seed"])]
-            cells.append([*start, f"{row['rate']:g}", found, f"`{row['commit']}`"])
-    head = ["study", "kind", "method", "seed", "learning rate", "ridge-seg", "commit"]
-    return table(head, cells)
+            numbers = [f"{row['rate']:g}", str(row["steps"])]
+            time = f"{row['seconds'] / 60:.0f} min" if "seconds" in row else ""
+            end = [time, f"`{row['commit']}`"]
+            cells.append([*start, *numbers, *score_cells(row, PROTOCOLS), *end])
+    head = ["study", "kind", "method", "seed", "learning rate", "steps"]
+    return table([*head, *PROTOCOLS, "time", "commit"], cells)
 
 
 def curves(runs, points):
-    """The scores of the first seed against the steps: one panel for each protocol, and a table."""
+    """The scores of the first seed against the steps: one panel for each protocol, and a table.
+
+    Both are empty where there is no point.
+    """
     ends = {f"{x['kind']}-{x['method']}-{x['seed']}-{x['rate']:g}": x for x in runs}
     lines = {}  # of each run: the steps and their scores
-    methods = list(STYLES)
-    for point in sorted(points, key=lambda row: (methods.index(row["method"]), row["steps"])):
-        if point["status"] == "done" and ends.get(point["of"], {}).get("status") == "done":
+    failed = []
+    for point in sorted(points, key=lambda row: (METHODS.index(row["method"]), row["steps"])):
+        if point["status"] != "done":
+            failed.append(f"{point['method']} at step {point['steps']:,}")
+        elif ends.get(point["of"], {}).get("status") == "done":
             lines.setdefault(point["of"], []).append((point["steps"], point["scores"]))
+    note = f"These points failed: {', '.join(failed)}.\n" if failed else ""
+    if not lines:
+        return note, ""
     for name, line in lines.items():
         line.append((ends[name]["steps"], ends[name]["scores"]))
 
@@ -173,8 +227,8 @@ def curves(runs, points):
         for name, line in lines.items()
         for step, scores in line
     ]
-    note = "Seed 0; a baseline has the color of its method, and a broken line.\n"
-    return "\n".join([picture, note, table(["run", "step", *PROTOCOLS], rows)])
+    note += "Seed 0; a baseline has the color of its method, and a broken line.\n"
+    return "\n".join([picture, note]), table(["run", "step", *PROTOCOLS], rows)
 
 
 def run_label(run):
@@ -200,13 +254,16 @@ def as_image(figure, alt):
 
 def demo_tables(path):
     """The claims of the demos and their runs as Markdown; a sentence where there are no rows."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_lines(path)
     if not rows:
         return "No demo has been run yet.\n"
+    last_study = max(row["study"] for row in rows)
     claims = {}
     runs = {}  # of each side, by seed
+    failed = []  # runs that were made again
     for row in rows:
+        if row["study"] < last_study:
+            continue
         if row["kind"] == "demo comparison":
             claims[row["side"], row["other"], row["measure"]] = (
                 f"{row['side']} against {row['other']}",
@@ -216,13 +273,20 @@ def demo_tables(path):
                 row["claim"],
             )
         else:
-            runs.setdefault(row["side"], {})[row["seed"]] = row
+            of_side = runs.setdefault(row["side"], {})
+            before = of_side.get(row["seed"])
+            if before is not None and before["status"] != "done":
+                failed.append(before)
+            of_side[row["seed"]] = row
     parts = []
     if claims:
         head = ["pair", "measure", "difference", "seeds above", "claim"]
         parts.append(table(head, claims.values()))
     head = ["demo", "steps", "score at the end, by seed", "means at the end", "time", "commits"]
     parts.append(table(head, [side_cells(side, runs[side]) for side in sorted(runs)]))
+    if failed:
+        said = [f"{row['side']} {row['seed']} ({row['message']})" for row in failed]
+        parts.append(f"These runs failed and were made again: {', '.join(said)}.\n")
     return "\n".join(parts)
 
 

@@ -73,7 +73,11 @@ def test_the_plan_is_what_has_no_row(study, capsys):
     assert evidence.missing_runs(replace(study, retry=True), rows) == [todo[1], *todo[3:]]
     assert evidence.seconds_of(study, rows, todo[0]) == 6
     evidence.print_plan(study)
-    assert "51 runs and 0 points of curves are missing" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    # The curve of a run of two steps has one point before the last one.
+    assert "51 runs and 9 points of curves are missing" in printed
+    at_rates_of_demos = [x.split(":")[0] for x in printed.splitlines() if "until its grid" in x]
+    assert at_rates_of_demos == [x.name for x in todo[27:] if x.method != "simsiam"]
 
 
 def test_rows_of_another_study_and_torn_lines_do_not_count(study):
@@ -83,7 +87,13 @@ def test_rows_of_another_study_and_torn_lines_do_not_count(study):
         file.write('{"study": 1, "ki')  # a crash in the middle of a row
     assert evidence.read_rows(study.rows) == []
     evidence.add_row(study.rows, made(run))
-    assert evidence.find_row(evidence.read_rows(study.rows), run)["status"] == "done"
+    assert evidence.find_row(study, evidence.read_rows(study.rows), run)["status"] == "done"
+    assert "0.500 [0.400, 0.600]" in evidence_tables.tables(study.rows)  # the torn line is left out
+
+
+def test_a_folder_without_splits_is_one_sentence(study):
+    with pytest.raises(SystemExit, match=r"^--data is .*splits.json cannot be read"):
+        evidence.print_plan(replace(study, data=study.data / "images"))
 
 
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.3, None]), min_size=3, max_size=3))
@@ -239,6 +249,86 @@ def test_all_runs_are_made_once_and_a_stopped_one_goes_on(study, monkeypatch):
     assert page.count("0.500 [0.400, 0.600]") == 2 + 3 * 3
 
 
+def test_what_failed_is_made_once_more_and_stays_on_the_page(study, monkeypatch):
+    """With --retry, each failed run and point has one more try in a call."""
+    study = replace(study, methods=("simsiam", "densesiam"), factors=(), seeds=(0,))
+    is_broken = True
+    trained = []
+
+    def call(study, command, log, watch=""):
+        name = command[3] if "--score" in command else command[command.index("--run") + 1]
+        run = study.runs / name
+        if "--score" not in command:
+            trained.append(run.name)
+            run.mkdir(exist_ok=True)
+            (run / "encoder.safetensors").touch()
+        if is_broken and ("--score" not in command or "@" in name):
+            log.write_text("It broke.\n")
+            return 3
+        score = {"value": 0.5, "low": 0.4, "high": 0.6}
+        scores = {"scores": dict.fromkeys(evidence.PROTOCOLS, score), "prior": 0.1, "images": 2}
+        (study.runs / f"{name}.scores.json").write_text(json.dumps(scores))
+        return 0
+
+    monkeypatch.setattr(evidence, "call", call)
+    for _ in range(2):
+        evidence.make_all(study)
+    assert trained == ["run-simsiam-0-0.8", "run-densesiam-0-0.8"]
+    evidence.make_all(replace(study, retry=True, tried=set()))
+    assert len(trained) == 4  # both failed again, and neither is tried a third time
+    is_broken = False
+    for _ in range(2):
+        evidence.make_all(replace(study, retry=True, tried=set()))
+    assert len(trained) == 6
+    page = evidence_tables.tables(study.rows)
+    assert page.count("failed: It broke.") == 4
+    assert page.count("0.500 [0.400, 0.600]") == 2 * 3
+
+
+def test_a_failed_point_is_made_once_more(study, monkeypatch):
+    study = replace(study, methods=("simsiam",), factors=(), seeds=(0,))
+    evidence.prepare(study)
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    scores = dict.fromkeys(evidence.PROTOCOLS, score)
+    evidence.add_row(study.rows, made(evidence.missing_runs(study, [])[0], scores=scores))
+    codes = [3, 0]
+
+    def call(study, command, log, watch=""):
+        log.write_text("It broke.\n")
+        score = {"value": 0.25, "low": 0.2, "high": 0.3}
+        scores = {"scores": dict.fromkeys(evidence.PROTOCOLS, score), "prior": 0.1, "images": 2}
+        (study.runs / f"{command[3]}.scores.json").write_text(json.dumps(scores))
+        return codes.pop(0)
+
+    monkeypatch.setattr(evidence, "call", call)
+    for _ in range(2):
+        evidence.make_all(study)
+    assert "These points failed: simsiam at step 1." in evidence_tables.tables(study.rows)
+    for _ in range(2):
+        evidence.make_all(replace(study, retry=True, tried=set()))
+    assert not codes
+    page = evidence_tables.tables(study.rows)
+    assert "| simsiam | 1 | 0.250 | 0.250 | 0.250 |" in page
+    assert page.count("failed: It broke.") == 1  # it is reported still
+
+
+def test_a_run_of_another_process_is_waited_for(study, monkeypatch):
+    """It is no failure, and its row is that of the other process."""
+    study = replace(study, methods=("simsiam",), factors=(), seeds=(1,))
+    run = evidence.missing_runs(study, [])[0]
+
+    def call(study, command, log, watch=""):
+        log.write_text("The run folder is in use by another process (7): wait for its end.\n")
+        return 2
+
+    monkeypatch.setattr(evidence, "call", call)
+    monkeypatch.setattr(evidence, "curve_epochs", lambda study, run: [])
+    other = lambda seconds: evidence.add_row(study.rows, made(run))  # noqa: E731
+    monkeypatch.setattr(evidence.time, "sleep", other)
+    evidence.make_all(study)
+    assert [row["status"] for row in evidence.read_rows(study.rows)] == ["done"]
+
+
 def test_a_pair_is_compared_once_when_all_its_runs_have_ended(study):
     study = replace(study, methods=("simsiam", "densesiam"), factors=(), seeds=(0, 1))
     study.runs.mkdir()
@@ -252,10 +342,14 @@ def test_a_pair_is_compared_once_when_all_its_runs_have_ended(study):
         np.savez(study.runs / f"{run.name}.counts.npz", **files)
     for _ in range(2):
         evidence.compare_all(study)
+        rows = study.rows.read_text().splitlines(keepends=True)
+        study.rows.write_text("".join(rows[:6]))  # as if it was stopped after two comparisons
+        evidence.compare_all(study)
         found = [x for x in evidence.read_rows(study.rows) if x["kind"] == "comparison"]
         assert [row["protocol"] for row in found] == list(evidence.PROTOCOLS)
     for row in found:
         assert (row["method"], row["baseline"]) == ("densesiam", "simsiam")
+        assert row["commit"] == evidence.commit()
         # Its two classes are all right; of its baseline's, 2 of 4 pixels are in both.
         assert row["difference"] == pytest.approx(1 - 2 / 4)
 
