@@ -7,12 +7,13 @@ densekit takes. None of these libraries is imported, but albumentations for its 
 
 import importlib
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from densekit.numerics import widened
+from densekit.numerics import check_size, widened
 from densekit.typing import Size, typed
 from densekit.views import (
     MatrixViews,
@@ -35,7 +36,10 @@ __all__ = [
     "view_to_torchvision",
 ]
 
-_ALBUMENTATIONS_RESIZES = {"LongestMaxSize", "RandomScale", "Resize", "SmallestMaxSize"}
+_ALBUMENTATIONS_KEEP_PLACES = {  # in shares of the image; they are no ImageOnlyTransform
+    "LongestMaxSize", "RandomScale", "Resize", "SmallestMaxSize",
+    "CoarseDropout", "GridDropout", "NoOp", "PixelDropout", "ToTensor3D", "ToTensorV2", "XYMasking",
+}  # fmt: skip
 
 
 # ---- torchvision -----------------------------------------------------------------------------
@@ -43,7 +47,7 @@ _ALBUMENTATIONS_RESIZES = {"LongestMaxSize", "RandomScale", "Resize", "SmallestM
 
 @typed
 def view_from_torchvision(
-    params: Mapping[str, int], *, flip: bool = False, vertical_flip: bool = False
+    params: Mapping[str, Any], *, flip: bool = False, vertical_flip: bool = False
 ) -> View:
     """Make the view of one image from the parameters of a crop of torchvision.
 
@@ -52,8 +56,9 @@ def view_from_torchvision(
     of pixels and mirrored by the centers, so that one of the two is off.
 
     Args:
-        params: The crop: `top`, `left`, `height` and `width` in pixels of the image; what else is
-            in it is ignored.
+        params: The crop: `top`, `left`, `height` and `width` in pixels of the image; with
+            `needs_pad` in those of the image with its `padding` (left, top, right, bottom), so that
+            the view may reach out of the image. What else is in it is ignored.
         flip: Whether the crop is mirrored left to right.
         vertical_flip: Whether the crop is mirrored top to bottom.
 
@@ -61,7 +66,7 @@ def view_from_torchvision(
         The view, without leading axes; `stack_views` makes a batch of several.
 
     Raises:
-        ValueError: One of the four numbers is missing.
+        ValueError: One of the four numbers is missing, or no whole number.
 
     Examples:
         >>> view_from_torchvision({"top": 20, "left": 10, "height": 40, "width": 30}).box
@@ -74,7 +79,16 @@ def view_from_torchvision(
             f"densekit.adapters.view_from_torchvision: params has no {missing[0]!r}; give the top, "
             "left, height and width of a crop, as `make_params` of torchvision returns them."
         )
-    crop = torch.tensor([params[name] for name in names], dtype=torch.float32, device="cpu")
+    wrong = [name for name in names if not isinstance(params[name], Integral)]
+    if wrong:
+        raise ValueError(
+            f"densekit.adapters.view_from_torchvision: params[{wrong[0]!r}] is "
+            f"{params[wrong[0]]!r}; give a whole number of pixels."
+        )
+    left, top, width, height = [int(params[name]) for name in names]
+    if params.get("needs_pad"):
+        left, top = left - params["padding"][0], top - params["padding"][1]
+    crop = torch.tensor([left, top, width, height], dtype=torch.float32, device="cpu")
     flips = [torch.tensor(value, device="cpu") for value in (flip, vertical_flip)]
     return view_from_xywh(crop, *flips)
 
@@ -207,15 +221,13 @@ def view_from_albumentations(applied: Iterable[tuple[str, Mapping[str, Any]]]) -
             "the image is not known; use `full_view`."
         )
     if "shape" not in transforms[0][1]:
-        raise ValueError(
-            f"densekit.adapters.view_from_albumentations: {transforms[0][0]} was recorded without "
-            "the shape of its image, as AlbumentationsX does, which says no positions; give what "
-            "albumentations 2.0 records."
-        )
+        _refuse_without_shape(transforms[0][0])
     height, width = transforms[0][1]["shape"][:2]
     view = full_view((height, width), device="cpu")
     for name, params in transforms:
         crop = params.get("crop_coords")
+        if crop is not None and "shape" not in params:
+            _refuse_without_shape(name)
         if name == "HorizontalFlip":
             view = view._replace(flip=~view.flip)
         elif name == "VerticalFlip":
@@ -225,7 +237,7 @@ def view_from_albumentations(applied: Iterable[tuple[str, Mapping[str, Any]]]) -
             sides = view.box.new_tensor([width, height, width, height])
             share = view.box.new_tensor(crop) / sides
             view = view._replace(box=boxes_view_to_image(view, share[None])[0])
-        elif name not in _ALBUMENTATIONS_RESIZES and _moves_pixels(name):
+        elif name not in _ALBUMENTATIONS_KEEP_PLACES and _moves_pixels(name):
             raise ValueError(
                 f"densekit.adapters.view_from_albumentations: {name} does more than crop, resize "
                 "and mirror; give transforms that a view can hold."
@@ -299,6 +311,7 @@ def view_to_lightly_train(view: View, size: Size) -> Float[Tensor, "*batch 8"]:
         >>> view_to_lightly_train(view, (480, 640)).tolist()
         [10.0, 20.0, 40.0, 60.0, 640.0, 480.0, 1.0, 0.0]
     """
+    check_size("adapters.view_to_lightly_train", size)
     box = widened(view.box)
     sides = box.new_tensor((size[1], size[0])).expand(*box.shape[:-1], 2)
     flips = torch.stack([view.flip, view.vertical_flip], -1)
@@ -324,6 +337,14 @@ def _whole_pixels(function: str, view: View) -> list[int]:
     return [int(side) for side in sides]
 
 
+def _refuse_without_shape(name: str) -> None:
+    raise ValueError(
+        f"densekit.adapters.view_from_albumentations: {name} was recorded without the shape of its "
+        "image, as AlbumentationsX does, which says no positions; give what albumentations 2.0 "
+        "records."
+    )
+
+
 def _kornia_matrix(params: Mapping[str, Any], margin: float) -> Tensor:
     """The matrices of crops, from the centers of the pixels at their corners, and a margin."""
     if "src" not in params or "dst" not in params:
@@ -331,13 +352,26 @@ def _kornia_matrix(params: Mapping[str, Any], margin: float) -> Tensor:
             f"densekit.adapters.view_from_kornia: the parameters {sorted(params)} are not those of "
             "a crop, which has the corners `src` and `dst`; give the `transform_matrix` instead."
         )
+    wrong = [name for name in ("src", "dst") if not isinstance(params[name], Tensor)]
+    if wrong:
+        raise ValueError(
+            f"densekit.adapters.view_from_kornia: the parameter {wrong[0]!r} is a "
+            f"{type(params[wrong[0]]).__name__}; give tensors (b, 4, 2), as kornia records them."
+        )
     src = widened(params["src"])
     dst = widened(params["dst"])
+    if "padding_size" in params:  # the corners lie in the padded image
+        left, _, top, _ = params["padding_size"].to(src).unbind(-1)
+        src = src - torch.stack([left, top], -1)[:, None]
     scale = (dst[:, 2] - dst[:, 0] + 2 * margin) / (src[:, 2] - src[:, 0] + 2 * margin)
     shift = dst[:, 0] - margin - (src[:, 0] - margin) * scale
     first = torch.cat([torch.diag_embed(scale), shift[..., None]], -1)
     last = first.new_tensor([0.0, 0.0, 1.0]).expand(len(first), 1, 3)
-    return torch.cat([first, last], -2)
+    matrix = torch.cat([first, last], -2)
+    if "batch_prob" in params:  # images that the crop was not applied to
+        is_cropped = params["batch_prob"].to(matrix.device) > 0.5
+        matrix = torch.where(is_cropped[:, None, None], matrix, torch.eye(3).to(matrix))
+    return matrix
 
 
 def _moves_pixels(name: str) -> bool:

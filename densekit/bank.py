@@ -3,7 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import check, fit_valid, refuse_maps, sample_uniform, take_rows
+from densekit.numerics import (
+    check,
+    check_computes,
+    fit_valid,
+    refuse_maps,
+    sample_uniform,
+    take_rows,
+)
 from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
@@ -80,7 +87,7 @@ def init_bank(
     """
     check("bank.init_bank", "size", size, size >= 1, "1 or more")
     check("bank.init_bank", "dim", dim, dim >= 1, "1 or more")
-    check("bank.init_bank", "dtype", dtype, dtype.is_floating_point, "a floating dtype")
+    check_computes("bank.init_bank", "dtype", dtype)
     features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
         rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)

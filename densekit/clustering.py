@@ -401,7 +401,7 @@ def sinkhorn_merge(
 
     tokens = widened(tokens.detach())
     positions = widened(positions.detach())
-    weights = widened(weights.detach())
+    weights = weights.detach().to(tokens.dtype)
     weights = torch.where((weights > 0) & (weights < torch.inf), weights, 0.0)
     start = start.long()  # torch 2.6 gathers by int64 alone
     options = (reg, iterations, position_weight, most)

@@ -149,7 +149,9 @@ def affinity_matrix(
     """
     check_temperature("diagnostics.affinity_matrix", temperature)
     with full_precision(features1):
-        similarity = l2_normalize(features1) @ l2_normalize(features2).mT
+        rows1, rows2 = l2_normalize(features1), l2_normalize(features2)
+        dtype = torch.promote_types(rows1.dtype, rows2.dtype)
+        similarity = rows1.to(dtype) @ rows2.mT.to(dtype)
     return (similarity / in_range(temperature, similarity.dtype)).softmax(-2)
 
 
@@ -262,7 +264,10 @@ def layer_features(
             f"model.named_modules(), such as {', '.join(map(repr, near))}."
         )
 
-    grid = (images.shape[-2] // patch, images.shape[-1] // patch) if patch else None
+    sides = images.shape[-2:]
+    fits = patch is None or 1 <= patch <= min(sides)
+    check("diagnostics.layer_features", "patch", patch, fits, f"1 to {min(sides)}")
+    grid = None if patch is None else (sides[0] // patch, sides[1] // patch)
 
     def catch(name: str):
         return lambda module, given, output: caught.update({name: _as_map(output, name, grid)})

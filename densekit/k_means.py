@@ -139,7 +139,7 @@ def kmeans(
         labels, count, total = _assign(x, centers, origin, valid)
         means = origin + total / count.clamp(min=1)[..., None]
         empty = count[..., None] == 0
-        if not readable(x, centers) or empty.any():
+        if not readable(x, centers, empty) or empty.any():
             means = torch.where(empty, _restarts(x, centers, labels, empty), means)
         centers = means
 
@@ -222,6 +222,8 @@ def minibatch_kmeans(
 
     device = points.device
     seed = torch.randint(2**31, (), generator=generator, device=device)  # the same on all processes
+    if group is not None:  # what follows draws as many numbers as a process has points
+        generator = torch.Generator(device).manual_seed(int(seed))
     share = -(-sample * clusters // (1 if group is None else dist.get_world_size(group)))
     own = points[torch.randperm(len(points), generator=generator, device=device)[:share]]
     known = all_gather(widened(own.detach()), group, ragged=True)
@@ -321,7 +323,7 @@ def _assign(
     find = _nearest(x[..., :0, :].to(centers), centers, origin)
     index = torch.arange(centers.shape[-2], device=x.device)[:, None]
     labels = []
-    count = torch.zeros_like(centers[..., 0], dtype=torch.long)
+    count = centers.new_zeros(centers.shape[:-1], dtype=torch.long)
     total = torch.zeros_like(centers)
     first = 0
     for block in _blocks(x, centers):

@@ -23,6 +23,7 @@ from densekit.distributed import Group, all_sum
 from densekit.numerics import (
     broadcasts,
     check,
+    check_computes,
     check_temperature,
     fit_valid,
     full_precision,
@@ -270,7 +271,7 @@ def info_nce(
     query = unit(_valid_rows(query, valid))
     key = unit(_valid_rows(key, valid))
     dtype = query.dtype if product_dtype is None else product_dtype
-    check("losses.info_nce", "product_dtype", dtype, dtype.is_floating_point, "a floating dtype")
+    check_computes("losses.info_nce", "product_dtype", dtype)
     with full_precision(query):
         if others is None:
             loss = _info_nce_in_set(query, key, valid, temperature, dtype)
@@ -299,7 +300,8 @@ def _info_nce_in_set(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query, where the other valid keys of its set are the negatives."""
-    logits = (query.to(dtype) @ key.mT.to(dtype)).to(query.dtype) / temperature
+    logits = (query.to(dtype) @ key.mT.to(dtype)).to(query.dtype)
+    logits = logits / in_range(temperature, logits.dtype)
     positive = logits.diagonal(dim1=-2, dim2=-1)
     if valid is not None:
         own = torch.eye(query.shape[-2], dtype=torch.bool, device=query.device)
@@ -316,6 +318,7 @@ def _info_nce_of_negatives(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the loss of each query with the negatives `others`, those that `use` allows."""
+    temperature = in_range(temperature, query.dtype)
     positive = (query * key).sum(-1) / temperature
     if use is None:
         use = torch.ones(others.shape[:-1], dtype=torch.bool, device=others.device)
@@ -389,12 +392,15 @@ def self_distillation(
 
     valid = fit_valid(where, valid, student.shape[:-1])
     logits = widened(teacher.detach())
-    # The logit of an excluded category is minus infinity, and so is its running mean.
+    # The logit of an excluded category stays minus infinity. Where a whole step excluded it, it has
+    # no mean.
+    center = torch.where(center == -torch.inf, 0.0, center)
     centered = torch.where(logits == -torch.inf, logits, logits - center)
-    sharp = centered / teacher_temperature  # detached with the teacher, by the loss below
-    return cross_entropy_similarity(
-        widened(student) / student_temperature, sharp, valid, reduction=reduction
-    )
+    # Detached with the teacher, by the loss below.
+    sharp = centered / in_range(teacher_temperature, centered.dtype)
+    student = widened(student)
+    student = student / in_range(student_temperature, student.dtype)
+    return cross_entropy_similarity(student, sharp, valid, reduction=reduction)
 
 
 @typed
@@ -867,6 +873,8 @@ def update_center(
 
     Returns:
         The new mean, in the dtype of `center`; the previous mean if no process has a valid entry.
+        The mean of a category is that of the entries that do not exclude it by minus infinity;
+        where all do, it is minus infinity, which `self_distillation` takes as 0.
         A momentum of 0 gives the mean of this step, and 1 the previous mean, also where the other
         one is infinite or NaN.
 
@@ -892,10 +900,14 @@ def update_center(
     valid = fit_valid("losses.update_center", valid, teacher.shape[:-1])
     rows = widened(_valid_rows(teacher.detach(), valid))
     rows = rows.reshape(math.prod(rows.shape[:-1]), len(center))  # of no channels too
-    used = rows.new_ones(len(rows)) if valid is None else valid.flatten().to(rows.dtype)
-    total = all_sum(torch.cat([rows.sum(0), used.sum()[None]]), group)  # both in one message
-    count = total[-1]
-    mean = total[:-1] / count.clamp(min=1)
+    used = torch.ones_like(rows, dtype=torch.bool)
+    if valid is not None:
+        used = used & valid.flatten()[:, None]
+    included = used & (rows != -torch.inf)  # minus infinity excludes a category
+    counts = [x.sum(0).to(rows.dtype) for x in (included, used)]
+    sums = torch.where(included, rows, 0.0).sum(0)
+    total, parts, count = all_sum(torch.stack([sums, *counts]), group)  # in one message
+    mean = torch.where(parts > 0, total / parts.clamp(min=1), -torch.inf)
 
     if momentum == 1:  # at an end the other one does not count: zero times infinity is NaN
         new = center
@@ -1007,7 +1019,7 @@ def variance_covariance(
 
     valid = fit_valid(where, valid, rows.shape[:-1])
     rows = widened(_valid_rows(rows, valid))
-    ones = torch.ones_like(rows[..., :1])
+    ones = rows.new_ones((*rows.shape[:-1], 1))
     total = _valid_rows(torch.cat([rows, ones], -1), valid).sum(-2, keepdim=True)
     total = all_sum(total, group)  # sums and number in one message
     count = total[..., -1:]
@@ -1022,7 +1034,7 @@ def variance_covariance(
     spread = (covariance.diagonal(dim1=-2, dim2=-1) + epsilon).sqrt()
     variance = (target - spread).relu().sum(-1) / width
     others = torch.where(own, 0.0, covariance).square().sum((-2, -1)) / width
-    return VarianceCovariance(torch.where(count[..., 0, 0] > 1, variance, 0.0), others)
+    return VarianceCovariance(torch.where(count.squeeze((-2, -1)) > 1, variance, 0.0), others)
 
 
 class _LogSumExp(Function):
@@ -1039,8 +1051,8 @@ class _LogSumExp(Function):
     def forward(
         query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
-        most = torch.full_like(query[..., :1], -torch.inf)
+        biased = _append(query, query.new_ones(query.shape[:-1])).to(dtype)
+        most = query.new_full((*query.shape[:-1], 1), -torch.inf)
         mass = torch.zeros_like(most)
         weighted = torch.zeros_like(query)
         for keys in _some_at_a_time(query, others, use, dtype):
@@ -1070,7 +1082,7 @@ class _LogSumExp(Function):
 
         # Compute it again, for second derivatives or for the gradient with respect to the others.
         dtype = ctx.product_dtype
-        biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
+        biased = _append(query, query.new_ones(query.shape[:-1])).to(dtype)
         mean = torch.zeros_like(query)
         of_others = [torch.zeros_like(others[..., :0, :])]
         with full_precision(query):
@@ -1090,10 +1102,10 @@ def _logsumexp(query: Tensor, others: Tensor, use: Tensor, dtype: torch.dtype) -
     A `Function` with a rule for forward mode is wrong without a warning where forward modes are
     nested (https://github.com/pytorch/pytorch/issues/197867).
     """
-    biased = _append(query, torch.ones_like(query[..., 0])).to(dtype)
+    biased = _append(query, query.new_ones(query.shape[:-1])).to(dtype)
     parts = _some_at_a_time(query, others, use, dtype)
     totals = [(biased @ keys.mT).to(query.dtype).logsumexp(-1) for keys in parts]
-    totals.append(torch.full_like(query[..., 0], -torch.inf))  # of no negatives at all
+    totals.append(query.new_full(query.shape[:-1], -torch.inf))  # of no negatives at all
     return torch.stack(totals, -1).logsumexp(-1)
 
 

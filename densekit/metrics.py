@@ -513,6 +513,9 @@ def bootstrap(
 def _figures_of(statistic: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
     """Return the figures of some sums, in floats."""
     figures = statistic(sums)
+    given = type(figures).__name__
+    is_tensor = isinstance(figures, Tensor)
+    check("metrics.bootstrap", "what the statistic returns", given, is_tensor, "a tensor")
     shape = tuple(figures.shape)
     fits = shape[:1] == sums.shape[:1]
     wanted = f"figures of {len(sums)} sums, along the first axis"

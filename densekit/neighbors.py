@@ -198,7 +198,9 @@ def nearest_rows(
 
     for rows, missing in parts:
         with full_precision(rows):
-            cosine = l2_normalize(torch.where(missing[..., None], 0.0, rows)) @ known.mT
+            own = l2_normalize(torch.where(missing[..., None], 0.0, rows))
+            dtype = torch.promote_types(own.dtype, known.dtype)
+            cosine = own.to(dtype) @ known.mT.to(dtype)
         cosine = torch.where(usable[..., None, :], cosine, -torch.inf)
         best = cosine.topk(min(k, known.shape[-2]))
         none = missing[..., None] | (best.values == -torch.inf)

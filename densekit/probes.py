@@ -5,6 +5,7 @@ classes, h, w)`; `segmentation_counts` compares them with labels of any size.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -284,6 +285,9 @@ def train_linear_probe(
     numbers = {"classes": classes, "epochs": epochs, "batch": batch, "the number of maps": n}
     for name, number in numbers.items():
         check("probes.train_linear_probe", name, number, number >= 1, "1 or more")
+    for name, number in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+        is_right = 0 <= number < math.inf
+        check("probes.train_linear_probe", name, number, is_right, "a finite number, 0 or more")
     check_cells("probes.train_linear_probe", "a map", (h, w))
     check_cells("probes.train_linear_probe", "a label map", labels.shape[-2:])
     x = features.detach()
@@ -370,7 +374,7 @@ def fit_svm(
         x = torch.where(used, features.detach(), 0.0).double()
         sign = targets.double() * 2 - 1
         share = torch.ones_like(sign) if weights is None else weights.detach().double()
-        share = torch.where(used, share, 0.0)
+        share = torch.where(used & (share > 0) & share.isfinite(), share, 0.0)
         weight = x.new_zeros(x.shape[1] + 1, targets.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS(
             [weight],

@@ -251,7 +251,8 @@ def proposal_cutout(
     low, high = sides.clamp(min=0).minimum(limits).unbind(-4)
     extent = last - first
     area = extent[..., :1, :, :] * extent[..., 1:, :, :]
-    area = area.clamp(min=torch.finfo(area.dtype).tiny)  # nothing is lost of an area of 0
+    tiny = torch.finfo(area.dtype).tiny
+    area = area.clamp(min=tiny)  # nothing is lost of an area of 0
     rho = columns[..., 4:5, :, :]
     place = columns[..., 5:, :, :]
 
@@ -274,7 +275,9 @@ def proposal_cutout(
         lost = (cells * down.mT).mul_(across)
         share = lost.sum((-2, -1), keepdim=True) / area
         restored = share > rho
-        length = (rho - share.masked_fill(restored, 0.0)).sqrt() * extent
+        rest = rho - share.masked_fill(restored, 0.0)
+        # The gradient of the root is infinite at 0.
+        length = (rest.clamp(min=tiny).sqrt() - tiny**0.5) * extent
         corner = first + place * (extent - length)
         opposite = corner + length
         corners.append(corner)

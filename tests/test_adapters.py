@@ -70,6 +70,26 @@ def test_other_libraries_take_whole_pixels_of_one_view():
         dk.view_from_torchvision({"left": 0, "height": 1, "width": 1})
 
 
+@pytest.mark.parametrize("padding", [8, [3, 7], [1, 2, 3, 4]])
+def test_a_crop_of_a_padded_image_may_reach_out_of_it(padding):
+    torch.manual_seed(0)
+    image = coordinates()
+    transform = v2.RandomCrop(SIDE, padding=padding)
+    params = transform.make_params([image])
+    crop = transform.transform(image, params)
+    inside = torch.ones_like(image[:1])
+    is_inside = transform.transform(inside, params)[0] > 0
+    view = dk.view_from_torchvision(params)
+    places = dk.coordinate_map(view, (SIDE, SIDE)).movedim(-1, 0)
+    torch.testing.assert_close(crop[:, is_inside], places[:, is_inside], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("number", [0.5, None, "3", torch.tensor(2)])
+def test_what_is_no_whole_number_of_pixels_is_refused(number):
+    with pytest.raises(ValueError, match=r"view_from_torchvision: params\['top'\] is"):
+        dk.view_from_torchvision({"left": 0, "top": number, "height": 1, "width": 1})
+
+
 # ---- kornia ----------------------------------------------------------------------------------
 
 
@@ -94,6 +114,26 @@ def test_kornia_crops_where_the_view_says(mode, align_corners):
     crops = crop(images)
     aligned = align_corners or mode == "resample"
     assert_shows(crops, dk.view_from_kornia(crop._params, SIDE, align_corners=aligned).view)
+
+
+@pytest.mark.parametrize("padding", [8, (3, 7), (1, 2, 3, 4)])
+def test_parameters_of_a_padded_crop_of_kornia_are_those_of_its_matrix(padding):
+    augmentation = pytest.importorskip("kornia.augmentation")
+    torch.manual_seed(0)
+    crop = augmentation.RandomCrop((SIDE, SIDE), padding=padding, p=1.0)
+    crop(coordinates().expand(6, -1, -1, -1))
+    want = dk.view_from_kornia(crop.transform_matrix, SIDE).view
+    torch.testing.assert_close(dk.view_from_kornia(crop._params, SIDE).view.box, want.box)
+
+
+def test_a_crop_of_kornia_that_was_not_applied_is_the_whole_image():
+    corners = torch.tensor([[2.0, 3.0], [9.0, 3.0], [9.0, 10.0], [2.0, 10.0]]).expand(2, 4, 2)
+    target = torch.tensor([[0.0, 0.0], [7.0, 0.0], [7.0, 7.0], [0.0, 7.0]]).expand(2, 4, 2)
+    params = {"src": corners, "dst": target, "batch_prob": torch.tensor([1.0, 0.0])}
+    view = dk.view_from_kornia(params, 8).view
+    torch.testing.assert_close(view.box, torch.tensor([[2.0, 3, 10, 11], [0, 0, 8, 8]]))
+    with pytest.raises(ValueError, match="the parameter 'src' is a list; give tensors"):
+        dk.view_from_kornia({"src": [[0.0, 0.0]], "dst": target}, 8)
 
 
 def test_kornia_warps_to_the_view():
@@ -189,6 +229,18 @@ def test_a_crop_of_albumentations_comes_back(view):
     applied += [("VerticalFlip", {"shape": shape})] * bool(view.vertical_flip)
     back = dk.view_from_albumentations(applied)
     torch.testing.assert_close(tuple(back), tuple(view), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ToTensorV2", "ToTensor3D", "NoOp", "PixelDropout", "CoarseDropout", "GridDropout"],
+)
+def test_what_moves_no_pixel_is_passed_over(name):
+    crop = ("RandomCrop", {"shape": (48, 64, 3), "crop_coords": (10, 3, 51, 46)})
+    view = dk.view_from_albumentations([crop, (name, {"shape": (43, 41, 3)})])
+    assert view.box.tolist() == [10, 3, 51, 46]
+    with pytest.raises(ValueError, match="CenterCrop was recorded without the shape"):
+        dk.view_from_albumentations([crop, ("CenterCrop", {"crop_coords": (0, 0, 1, 1)})])
 
 
 def test_a_record_that_holds_no_positions_is_no_view():

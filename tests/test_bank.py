@@ -413,3 +413,8 @@ def test_what_is_no_bank_is_refused():
 def test_more_keys_than_there_are_cannot_be_sampled(count):
     with pytest.raises(ValueError, match=f"sample_keys: count is {count}, but there are 5 keys"):
         sample_keys(torch.zeros(2, 5, 3), count)
+
+
+def test_a_bank_without_arithmetic_is_refused():
+    with pytest.raises(ValueError, match=r"init_bank: dtype is torch.float8_e4m3fn; give a floati"):
+        init_bank(3, 2, dtype=torch.float8_e4m3fn)

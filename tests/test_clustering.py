@@ -1265,3 +1265,11 @@ def test_a_cluster_without_mass_is_zero_with_zero_gradient():
     got = pool_masks(tokens, torch.zeros(3, 4), average=True)
     assert torch.equal(got, torch.zeros(4, 2))
     assert torch.equal(torch.autograd.grad(got.sum(), tokens)[0], torch.zeros(3, 2))
+
+
+def test_weights_may_have_another_dtype_than_tokens():
+    tokens, places = torch.rand(6, 4), torch.rand(6, 2)
+    weights, start = torch.rand(6), torch.tensor([0, 1, 4])
+    got = sinkhorn_merge(tokens, places, weights.double(), start)
+    for own, want in zip(got, sinkhorn_merge(tokens, places, weights, start), strict=True):
+        assert own is want or torch.equal(own, want)

@@ -860,3 +860,15 @@ def test_health_is_the_known_numbers():
     }
     for name, value in found.items():
         torch.testing.assert_close(value, golden[name], rtol=1e-10, atol=1e-10)
+
+
+def test_the_views_of_an_affinity_may_have_two_dtypes():
+    rows1, rows2 = torch.rand(3, 4).double(), torch.rand(5, 4)
+    got = affinity_matrix(rows1, rows2)
+    torch.testing.assert_close(got, affinity_matrix(rows1, rows2.double()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("patch", [0, -1, 5])
+def test_a_patch_that_is_none_of_the_images_is_refused(patch):
+    with pytest.raises(ValueError, match=f"layer_features: patch is {patch}; give 1 to 4"):
+        layer_features(nn.Conv2d(3, 2, 1), torch.rand(1, 3, 4, 6), [""], patch=patch)

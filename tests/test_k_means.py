@@ -527,3 +527,14 @@ def test_batches_that_make_no_sense_are_refused(options):
     found = f"{name} is {value}; give" if len(points) else "there is no point"
     with pytest.raises(ValueError, match=rf"minibatch_kmeans: {found}"):
         minibatch_kmeans(points, **options)
+
+
+def test_points_without_channels_have_the_first_center():
+    assert kmeans(torch.rand(5, 0), torch.rand(2, 0)).labels.tolist() == [0] * 5
+    assert minibatch_kmeans(torch.rand(4, 0), 2).shape == (2, 0)
+
+
+def test_what_is_valid_may_be_mapped_over_alone():
+    x, valid = torch.rand(6, 2), torch.rand(4, 6) > 0.3
+    got = torch.vmap(lambda own: kmeans(x, x[:2], own).labels)(valid)
+    assert torch.equal(got, torch.stack([kmeans(x, x[:2], own).labels for own in valid]))

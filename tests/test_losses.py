@@ -1651,3 +1651,61 @@ def test_structure_and_neighbors_give_the_known_numbers(name, loss):
     torch.testing.assert_close(total, golden["loss"], rtol=1e-10, atol=1e-10)
     (grad,) = torch.autograd.grad(total, student)
     torch.testing.assert_close(grad, golden["grad_student"], rtol=1e-10, atol=1e-10)
+
+
+# ---- excluded categories, small temperatures, no channels ----------------------------------------
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([-torch.inf, -1.0, 0.5, 2.0]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_the_center_of_a_category_is_the_mean_of_the_rows_that_do_not_exclude_it(rows):
+    got = update_center(torch.zeros(3), torch.tensor(rows), momentum=0.0)
+    for value, column in zip(got.tolist(), zip(*rows, strict=True), strict=True):
+        included = [x for x in column if x > -torch.inf]
+        want = sum(included) / len(included) if included else -torch.inf
+        assert value == pytest.approx(want, abs=1e-6)
+
+
+def test_a_center_of_an_excluded_category_changes_no_other_row():
+    student, inf = torch.rand(2, 3), torch.inf
+    teacher = torch.tensor([[1.0, 2.0, -inf], [1.0, 2.0, 3.0]])
+    got = self_distillation(student, teacher, torch.tensor([0.1, 0.2, -inf]), reduction="none")
+    want = self_distillation(student, teacher, torch.tensor([0.1, 0.2, 0.0]), reduction="none")
+    assert torch.equal(got, want)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300])
+def test_a_temperature_below_the_range_of_the_dtype_is_its_end(temperature):
+    x, others = torch.eye(3, 4), torch.ones(2, 4)
+    smallest = torch.finfo(torch.float32).tiny
+    zeros = torch.zeros(4)
+    for number in (temperature, smallest):
+        found = [
+            info_nce(x, x, temperature=number),
+            info_nce(x, x, others, temperature=number),
+            self_distillation(x, x, zeros, student_temperature=number, teacher_temperature=number),
+        ]
+        if number == temperature:
+            got = found
+    assert not any(y.isnan() for y in got)
+    assert got == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.long])
+def test_a_dtype_without_products_is_refused(dtype):
+    x = torch.eye(3)
+    with pytest.raises(ValueError, match="info_nce: product_dtype is torch"):
+        info_nce(x, x, temperature=1.0, product_dtype=dtype)
+
+
+def test_rows_without_channels_have_values():
+    none = torch.zeros(3, 0)
+    total = info_nce(none, none, torch.zeros(2, 0), temperature=0.1)
+    assert total == pytest.approx(math.log(3))  # all cosines are 0
+    assert variance_covariance(none) == (0, 0)

@@ -784,3 +784,11 @@ def test_a_statistic_may_count_and_has_one_row_for_each_draw():
     for statistic in (torch.sum, lambda sums: sums.sum(0)):
         with pytest.raises(ValueError, match=wanted):
             bootstrap(states, statistic, draws=9)
+
+
+@pytest.mark.parametrize("statistic", [lambda sums: 1.0, lambda sums: None, confusion_scores])
+def test_a_statistic_that_returns_no_tensor_is_refused(statistic):
+    with pytest.raises(
+        ValueError, match=r"bootstrap: what the statistic returns is .*give a tensor"
+    ):
+        bootstrap(torch.ones(3, 2, 2).long(), statistic)

@@ -302,3 +302,11 @@ def test_nearest_rows_that_make_no_sense_are_refused():
         nearest_rows(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"nearest_maps: argument 'gallery'.*h=1"):
         nearest_maps(torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 2, 1))
+
+
+def test_features_and_gallery_may_have_two_dtypes():
+    features, gallery = torch.rand(3, 4, 2, 2).double(), torch.rand(5, 4, 2, 2)
+    got = nearest_maps(features, gallery, k=2)
+    want = nearest_maps(features, gallery.double(), k=2)
+    assert torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.similarity, want.similarity, atol=1e-6, rtol=0)

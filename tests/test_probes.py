@@ -698,3 +698,25 @@ def test_the_probe_scores_what_features_know_and_what_the_prior_knows():
     assert not torch.equal(*calls)  # it is scored on other scenes than it was fitted on
     other = probe_scenes(lambda x: x, count=24, size=size, seed=1)
     assert other.miou != probe_scenes(lambda x: x, count=24, size=size).miou
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_weight_that_is_no_weight_counts_as_zero(bad):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 4, generator=generator)
+    targets = torch.rand(30, 3, generator=generator) > 0.5
+    weights = torch.ones(30, 3)
+    weights[0, 1] = bad
+    got = fit_svm(features, targets, weights)
+    want = fit_svm(features, targets, torch.where(weights == 1, 1.0, 0.0))
+    assert torch.equal(got.weight, want.weight)
+    assert got.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+@pytest.mark.parametrize("number", [-1.0, math.nan, math.inf])
+def test_a_wrong_rate_of_the_linear_probe_is_named(name, number):
+    with pytest.raises(ValueError, match=f"train_linear_probe: {name} is {number}; give a finite"):
+        train_linear_probe(
+            torch.rand(2, 3, 2, 2), torch.zeros(2, 2, 2).long(), classes=2, **{name: number}
+        )

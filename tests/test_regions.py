@@ -840,3 +840,13 @@ def test_what_does_not_fit_is_refused():
         composite(images, images[:, :, :3], mask)
     with pytest.raises(TypeError, match="composite: argument 'shift'"):
         composite(images, images, mask, torch.zeros(2, 2).long())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_cutout_of_nothing_has_a_gradient(share):
+    """Of a proposal that stands twice, the second one has lost its share already."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4]], requires_grad=True)
+    draws = torch.tensor([[share, 0.0, 0.0]] * 2)
+    found = proposal_cutout(boxes, draws, (8, 8)).boxes
+    (gradient,) = torch.autograd.grad(found.sum(), boxes)
+    assert gradient.isfinite().all()
