@@ -239,4 +239,5 @@ def nearest_maps(
     References:
         DUPR, Fig 6 and 8.
     """
+    check("neighbors.nearest_maps", "k", k, k >= 1, "1 or more")
     return nearest_rows(features.flatten(1), gallery.flatten(1), k=k)

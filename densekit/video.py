@@ -66,10 +66,8 @@ def propagate_labels(
         Caron et al. 2021 (DINO), Sec 4.2.2; Jabri et al. 2020; CrOC, Appendix D.
     """
     t, _, h, w = context.shape
-    for name, number in {"the number of frames": t, "k": k, "chunk": chunk}.items():
-        check("video.propagate_labels", name, number, number >= 1, "1 or more")
-    check("video.propagate_labels", "radius", radius, radius >= 0, "0 or more")
-    check_temperature("video.propagate_labels", temperature)
+    check("video.propagate_labels", "chunk", chunk, chunk >= 1, "1 or more")
+    _check_options("video.propagate_labels", t, k, radius, temperature)
 
     own = map_to_rows(features)
     known = map_to_rows(context).flatten(0, 1)
@@ -145,7 +143,7 @@ def propagate_video(
         Caron et al. 2021 (DINO), Sec 4.2.2 (7 frames, radius 12, the 5 nearest); CrOC, Appendix D.
     """
     count = len(features)
-    check("video.propagate_video", "the number of frames", count, count >= 1, "1 or more")
+    _check_options("video.propagate_video", count, k, radius, temperature)
     check("video.propagate_video", "context", context, context >= 0, "0 or more")
 
     options = {"radius": radius, "k": k, "temperature": temperature}
@@ -155,6 +153,13 @@ def propagate_video(
         known = torch.stack([labels[i] for i in used])
         labels.append(propagate_labels(features[now], features[used], known, **options))
     return torch.stack(labels)
+
+
+def _check_options(where: str, frames: int, k: int, radius: int, temperature: Scalar) -> None:
+    for name, number in {"the number of frames": frames, "k": k}.items():
+        check(where, name, number, number >= 1, "1 or more")
+    check(where, "radius", radius, radius >= 0, "0 or more")
+    check_temperature(where, temperature)
 
 
 @typed

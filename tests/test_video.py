@@ -290,3 +290,11 @@ def test_f_refuses_what_makes_no_sense(tolerance):
     for measure in (region_similarity, boundary_f_measure):
         with pytest.raises(TypeError, match=f"{measure.__name__}: argument 'predictions'"):
             measure(mask, mask[:1])
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("options", [{"k": 0}, {"radius": -1}, {"temperature": 0.0}])
+def test_a_wrong_option_of_a_video_of_any_length_is_named(frames, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"propagate_video: {name} is {value}; give"):
+        propagate_video(torch.rand(frames, 3, 2, 2), torch.ones(2, 2, 2), **options)
