@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from densekit.numerics import (
     check,
-    check_computes,
     fit_valid,
     refuse_maps,
     sample_uniform,
@@ -87,7 +86,8 @@ def init_bank(
     """
     check("bank.init_bank", "size", size, size >= 1, "1 or more")
     check("bank.init_bank", "dim", dim, dim >= 1, "1 or more")
-    check_computes("bank.init_bank", "dtype", dtype)
+    check("bank.init_bank", "dtype", dtype, dtype.is_floating_point, "a floating dtype")
+    check("bank.init_bank", "dtype", dtype, dtype.itemsize > 1, "one of 16 bits or more")
     features = torch.zeros(size, dim, dtype=torch.float32, device=device)
     if random:
         rows = torch.randn(size, dim, generator=generator, dtype=torch.float32, device=device)

@@ -23,7 +23,6 @@ from densekit.distributed import Group, all_sum
 from densekit.numerics import (
     broadcasts,
     check,
-    check_computes,
     check_temperature,
     fit_valid,
     full_precision,
@@ -271,7 +270,8 @@ def info_nce(
     query = unit(_valid_rows(query, valid))
     key = unit(_valid_rows(key, valid))
     dtype = query.dtype if product_dtype is None else product_dtype
-    check_computes("losses.info_nce", "product_dtype", dtype)
+    check("losses.info_nce", "product_dtype", dtype, dtype.is_floating_point, "a floating dtype")
+    check("losses.info_nce", "product_dtype", dtype, dtype.itemsize > 1, "one of 16 bits or more")
     with full_precision(query):
         if others is None:
             loss = _info_nce_in_set(query, key, valid, temperature, dtype)

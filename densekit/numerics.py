@@ -311,12 +311,6 @@ def in_range(number: Scalar, dtype: torch.dtype) -> Scalar:
     return min(max(number, finfo.tiny), finfo.max)
 
 
-def check_computes(where: str, name: str, dtype: torch.dtype) -> None:
-    """Raise an error for a dtype in which rows cannot be computed with, such as float8."""
-    fits = dtype.is_floating_point and dtype.itemsize > 1
-    check(where, name, dtype, fits, "a floating dtype of 16 bits or more")
-
-
 def check_cells(where: str, name: str, size: Sequence[int]) -> None:
     """Raise an error for a map without a cell."""
     h, w = size

@@ -245,16 +245,15 @@ def proposal_cutout(
     # Both axes are handled at once: the axes of what belongs to a proposal are x and y, and two of
     # size 1, for rectangles and for the edges along an axis.
     columns = table[..., None, None]
-    sides = columns[..., :4, :, :].unflatten(-3, (2, 2))
+    corners, rho, place = columns.split((4, 1, 2), -3)
+    sides = corners.unflatten(-3, (2, 2))
     limits = row_of([size[1], size[0]], table)[:, None, None]
     first, last = sides.unbind(-4)
     low, high = sides.clamp(min=0).minimum(limits).unbind(-4)
     extent = last - first
-    area = extent[..., :1, :, :] * extent[..., 1:, :, :]
-    tiny = torch.finfo(area.dtype).tiny
-    area = area.clamp(min=tiny)  # nothing is lost of an area of 0
-    rho = columns[..., 4:5, :, :]
-    place = columns[..., 5:, :, :]
+    tiny = torch.finfo(extent.dtype).tiny
+    area = torch.mul(*extent.split(1, -3)).clamp(min=tiny)  # nothing is lost of an area of 0
+    nothing = extent * -(tiny**0.5)  # the gradient of a root is infinite at 0, so it begins at tiny
 
     # Pixels between the same edges have the same state, so the mask consists of such cells, as long
     # as there are few: a proposal has up to four edges along each axis. A cell begins at an edge,
@@ -268,17 +267,18 @@ def proposal_cutout(
 
     corners = []
     opposites = []
-    quantities = (first, extent, area, low, high, first.floor(), last.ceil(), rho, place)
+    quantities = (
+        first, extent, nothing, area, low, high, first.floor(), last.ceil(), rho, place
+    )  # fmt: skip
     turns = zip(*(quantity.unbind(-4) for quantity in quantities), strict=True)
-    for first, extent, area, low, high, first_touched, last_touched, rho, place in turns:
+    for first, extent, nothing, area, low, high, first_touched, last_touched, rho, place in turns:
         across, down = edges.clamp(low, high).diff(append=high).split(1, -3)
         lost = (cells * down.mT).mul_(across)
         share = lost.sum((-2, -1), keepdim=True) / area
         restored = share > rho
-        rest = rho - share.masked_fill(restored, 0.0)
-        # The gradient of the root is infinite at 0.
-        length = (rest.clamp(min=tiny).sqrt() - tiny**0.5) * extent
-        corner = first + place * (extent - length)
+        root = (rho - share.masked_fill(restored, 0.0)).clamp(min=tiny).sqrt()
+        length = torch.addcmul(nothing, root, extent)
+        corner = torch.addcmul(first, place, extent - length)
         opposite = corner + length
         corners.append(corner)
         opposites.append(opposite)

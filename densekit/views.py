@@ -1147,7 +1147,7 @@ def _check_sampling(
 def _leading_axes(function: str, batch: int | tuple[int, ...]) -> tuple[int, ...]:
     """Return `batch` as a tuple."""
     axes = (batch,) if isinstance(batch, int) else batch
-    check(f"views.{function}", "batch", batch, min(axes, default=0) >= 0, "axes of 0 or more")
+    check(f"views.{function}", "batch", batch, all(x >= 0 for x in axes), "axes of 0 or more")
     return axes
 
 

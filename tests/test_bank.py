@@ -416,5 +416,5 @@ def test_more_keys_than_there_are_cannot_be_sampled(count):
 
 
 def test_a_bank_without_arithmetic_is_refused():
-    with pytest.raises(ValueError, match=r"init_bank: dtype is torch.float8_e4m3fn; give a floati"):
+    with pytest.raises(ValueError, match=r"init_bank: dtype is torch.float8_e4m3fn; give one of"):
         init_bank(3, 2, dtype=torch.float8_e4m3fn)

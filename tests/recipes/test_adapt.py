@@ -15,6 +15,7 @@ import torch
 from adapt import PRESETS, Adapt, ManyViews, Views
 from downstream import encoders
 from downstream import weights as weight_files
+from packaging.version import Version
 from safetensors.torch import load_file
 from steps import step_on_part
 from torchvision.transforms.v2 import functional
@@ -177,7 +178,7 @@ def test_the_loss_falls_on_a_fixed_batch(method, weights):
     batch = draw_batch(config)
     optimizer = torch.optim.AdamW(adapt.parameter_groups(model, config), 1e-3)
     values = []
-    for _ in range(4):
+    for _ in range(8):
         loss, terms = model(*batch, torch.tensor(1 / 3))
         if not values:
             model.move_centers(momentum=0.0)
@@ -307,6 +308,8 @@ def test_only_the_last_blocks_train_at_their_own_rates(weights):
 
 @pytest.mark.parametrize("weights", ["random:tiny", "random:tiny-vit"])
 def test_checkpointed_activations_take_less_memory_and_change_nothing(weights):
+    if weights == "random:tiny" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("this timm computes no map of a ResNet again")
     config = replace(SMALL, weights=weights)
     batch = draw_batch(config, 4)
     found, sizes = [], []
