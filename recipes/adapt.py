@@ -1303,9 +1303,11 @@ def train(config: Config) -> None:
                 parameter_group.update(lr=own_lr, weight_decay=own_decay)
 
             seeds = harness.image_seeds(config.seed, step, indices)
-            # Each image counts alike, whatever process and part it is in.
-            counted = dk.all_mean(valid.any(1).float().sum(), torch.distributed.group.WORLD)
-            weight = 1 / counted.clamp(min=1)
+            # Each image with a valid pair counts alike, whatever process and part it is in; gram
+            # compares each image with itself. DDP takes the mean over the processes.
+            counts = valid.new_ones(len(valid)) if config.method == "gram" else valid.any(1)
+            counted = dk.all_sum(counts.float().sum(), torch.distributed.group.WORLD)
+            weight = world.size / counted.clamp(min=1)
             batch = (crops, views, valid, seeds)
             if step == 0:
                 # The centers begin where the first batch has them.
@@ -1328,12 +1330,13 @@ def train(config: Config) -> None:
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
             values = {"loss": loss}
-            # A part counts by its images with a valid pair.
-            valid_parts = [split(part, parts, valid)[0] for part in range(parts)]
-            used = torch.stack([x.any(1).sum() for x in valid_parts])
+            # A part counts by its images with a valid pair, of the parts of all processes.
+            counts_of_parts = [split(part, parts, counts)[0] for part in range(parts)]
+            used = torch.stack([x.sum() for x in counts_of_parts])
             for name in part_terms[0]:
                 of_parts = torch.stack([terms[name] for terms in part_terms])
-                values[name] = (of_parts * used).sum() / used.sum().clamp(min=1)
+                values[name] = (of_parts * used).sum() * weight
+            values["overlap"] = valid.double().mean()  # of all images
             # With a scaler a gradient may be infinite: the step is left out, and the scale falls.
             if not scaler.is_enabled():
                 values["grad_norm"] = grad_norm

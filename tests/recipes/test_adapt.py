@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,9 @@ import torch
 from adapt import PRESETS, Adapt, ManyViews, Views
 from downstream import encoders
 from downstream import weights as weight_files
+from files import ROOT
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file
 from steps import step_on_part
 from torchvision.transforms.v2 import functional
@@ -474,3 +478,68 @@ def test_the_sections_are_those_of_the_other_recipes():
     text = Path(adapt.__file__).read_text()
     banners = re.findall(r"^ *# ==== (\w+) =+$", text, flags=re.MULTILINE)
     assert banners == ["configuration", "views", "model", "loss", "evaluation", "loop"]
+
+
+@pytest.mark.slow
+def test_few_images_with_a_pair_have_the_gradient_of_one_process(tmp_path):
+    """Also in a step in which fewer images than processes have one; the log is that of all."""
+    (tmp_path / "images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(8):
+        pixels = torch.randint(256, (64, 96, 3), generator=generator).byte()
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    options = [
+        "--weights",
+        "random:tiny",
+        "--method",
+        "cosine",
+        "--views.size",
+        "32",
+        "--views.small-size",
+        "32",
+        "--views.small",
+        "0",
+        "--views.attempts",
+        "1",
+        "--views.min-overlap",
+        "0.3",
+        "--batch",
+        "8",
+        "--epochs",
+        "6",
+        "--log-every",
+        "1",
+        "--workers",
+        "0",
+        "--collapse",
+        "0",
+        "--precision",
+        "fp32",
+        "--lr",
+        "0",
+        "--head-lr",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    found = []
+    for size in (1, 2):
+        run = tmp_path / str(size)
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(size),
+            "--",
+        ]
+        command = [sys.executable, *launch, str(ROOT / "recipes" / "adapt.py"), *options]
+        command += ["--data", str(tmp_path / "images"), "--run", str(run)]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+        rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+        names = ("loss", "grad_norm", "similarity", "cosine", "overlap")
+        found.append([[row[name] for name in names] for row in rows if "loss" in row])
+    one, two = torch.tensor(found[0]), torch.tensor(found[1])
+    assert len(one) == 6
+    assert one[:, -1].min() <= 1 / 8  # one image alone has a pair
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
