@@ -85,6 +85,10 @@ def small_labels(features: Features, cells: int) -> Tensor:
     small = torch.empty(len(features.labels), *size, dtype=torch.int16)
     for number, labels in enumerate(features.labels):
         small[number] = resize_to_cells(labels, size, len(features.classes))
+    harness.check(
+        bool((small >= 0).any()),
+        "The split to fit on has no labeled pixel: give another --fit, or leave the protocol out.",
+    )
     return small
 
 
@@ -333,6 +337,15 @@ def main_class(features: Features) -> Tensor:
     return torch.where(area.amax(1) > 0, area.argmax(1), -1)
 
 
+def check_classes(fit_classes: Tensor) -> None:
+    """A UserError where no image of the split to fit on has a main class."""
+    harness.check(
+        bool((fit_classes >= 0).any()),
+        "No image of the split to fit on has a class: give another --fit, or leave the protocol "
+        "out.",
+    )
+
+
 def objects_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Objects by their nearest neighbors (D3SSL, Sec 5.3), disturbed or not."""
     harness.check(len(fit.objects) > 0, "The split to fit on has no object: give another --fit.")
@@ -351,10 +364,12 @@ def objects_by_neighbors(fit: Features, test: Features, config: Any, seed: int) 
 def images_by_neighbors(fit: Features, test: Features, config: Any, seed: int) -> dict:
     """Images by the nearest neighbors of their pooled last level."""
     gallery = fit.pooled[-1].float()
+    fit_classes = main_class(fit)
+    check_classes(fit_classes)
     votes = dk.knn_votes(
         test.pooled[-1].float(),
         gallery,
-        main_class(fit).to(gallery.device),
+        fit_classes.to(gallery.device),
         classes=len(test.classes),
         k=config.neighbors,
     )
@@ -369,6 +384,7 @@ def images_by_linear_layer(
     """Images by a linear layer on each level, pooled to one cell, or to about 9,000 numbers."""
     images = torch.arange(len(test.labels))
     fit_classes = main_class(fit)
+    check_classes(fit_classes)
     fit_levels = getattr(fit, part)
     test_levels = getattr(test, part)
     figures = {}

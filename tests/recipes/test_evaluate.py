@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import evaluate
 import harness
@@ -616,3 +617,24 @@ def test_images_without_a_class_are_left_out(data, tmp_path):
     bare = test._replace(area=test.area * (torch.arange(8) > 2)[:, None])
     assert main_class(bare).tolist() == [-1] * 3 + [0] * 5
     assert FITTED["image-knn"].score(fit, bare, config, 0)["rows"] == 5
+
+
+@pytest.mark.parametrize(
+    ("protocol", "sentence"),
+    [
+        ("linear-seg", "no labeled pixel"),
+        ("ridge-seg", "no labeled pixel"),
+        ("retrieval-seg", "no labeled pixel"),
+        ("image-knn", "has a class"),
+        ("image-linear", "has a class"),
+    ],
+)
+def test_a_split_without_labels_to_fit_on_is_one_sentence(data, tmp_path, protocol, sentence):
+    void = tmp_path / "void"
+    shutil.copytree(data, void)
+    for name in json.loads((void / "splits.json").read_text())["train"]:
+        for path in (void / "labels").glob(f"{Path(name).stem}.*"):
+            Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    (void / "boxes.json").unlink(missing_ok=True)
+    with pytest.raises(harness.UserError, match=sentence):
+        evaluate.evaluate(configured(void, tmp_path / "out", protocol=protocol))
