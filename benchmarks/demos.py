@@ -135,7 +135,7 @@ def missing_runs(demos: Demos, rows: list[dict]) -> list[tuple[str, int]]:
     for row in rows:
         if row["kind"] == "demo":
             side, seed = row["side"], row["seed"]
-            made[side, seed] = evidence.counts(demos.study, row, run_name(side, seed))
+            made[side, seed] = evidence.stands(demos.study, row, run_name(side, seed))
     wanted = [(seed, side) for side in demos.sides for seed in SIDES[side].seeds]
     wanted.sort(key=lambda x: x[0])
     return [(side, seed) for seed, side in wanted if not made.get((side, seed))]

@@ -139,11 +139,11 @@ def find_row(study: Study, rows: list[dict], run: Run) -> dict | None:
     for row in reversed(rows):
         same = row["kind"] == run.kind and row["method"] == run.method and row["seed"] == run.seed
         if same and row["rate"] == run.rate:
-            return row if counts(study, row, run.name) else None
+            return row if stands(study, row, run.name) else None
     return None
 
 
-def counts(study: Study, row: dict, name: str) -> bool:
+def stands(study: Study, row: dict, name: str) -> bool:
     """Whether the row of a run or a point stands, or is to be made once more."""
     return row["status"] == "done" or not study.retry or name in study.tried
 
@@ -357,7 +357,6 @@ def timed(path: Path) -> Iterator[dict]:
 def make_run(study: Study, run: Run) -> dict:
     """Train and score one run; return its row."""
     log = study.runs / f"{run.name}.log"
-    scores = study.runs / f"{run.name}.scores.json"
     score = score_command(study, run.name)
 
     with timed(study.runs / f"{run.name}.seconds.json") as spent:
@@ -376,8 +375,13 @@ def make_run(study: Study, run: Run) -> dict:
         if not code:
             code = call(study, score, log)
 
+    row = {"kind": run.kind, "steps": last_step(study.runs / run.name)}
+    return {**row, **outcome(study, run, run.name, code, spent["seconds"])}
+
+
+def outcome(study: Study, run: Run, name: str, code: int, seconds: float) -> dict:
+    """What a row says of a run, or of one of its points: how it was made, and its scores."""
     row = {
-        "kind": run.kind,
         "method": run.method,
         "seed": run.seed,
         "rate": run.rate,
@@ -385,13 +389,13 @@ def make_run(study: Study, run: Run) -> dict:
         "commit": commit(),
         "command": shown_command(study, run),
         "data": data_name(study, run),
-        "steps": last_step(study.runs / run.name),
         "batch": study.batch,
-        "seconds": round(spent["seconds"], 1),
+        "seconds": round(seconds, 1),
     }
     if code:
+        log = study.runs / f"{run.name}.log"
         return {**row, "exit": code, "message": last_words(study, log)}
-    return {**row, **json.loads(scores.read_text())}
+    return {**row, **json.loads((study.runs / f"{name}.scores.json").read_text())}
 
 
 def last_words(study: Study, log: Path) -> str:
@@ -417,7 +421,7 @@ def missing_points(study: Study, rows: list[dict]) -> list[tuple[Run, int]]:
     """The points of curves without a row: a run that has ended, and an epoch before its last."""
     made = set()
     for row in rows:
-        if row["kind"] == "point" and counts(study, row, f"{row['of']}@{row['steps']}"):
+        if row["kind"] == "point" and stands(study, row, f"{row['of']}@{row['steps']}"):
             made.add((row["of"], row["steps"]))
     points = []
     for row in rows:
@@ -438,26 +442,11 @@ def make_points(study: Study) -> None:
         log = study.runs / f"{run.name}.log"
         start = time.monotonic()
         code = call(study, score_command(study, name), log)
-        row = {
-            "kind": "point",
-            "of": run.name,
-            "method": run.method,
-            "seed": run.seed,
-            "rate": run.rate,
-            "status": "failed" if code else "done",
-            "commit": commit(),
-            "command": shown_command(study, run),
-            "data": data_name(study, run),
-            "steps": step,
-            "batch": study.batch,
-            "seconds": round(time.monotonic() - start, 1),
-        }
+        row = {"kind": "point", "of": run.name, "steps": step}
+        row |= outcome(study, run, name, code, time.monotonic() - start)
         if code:
-            row |= {"exit": code, "message": last_words(study, log)}
             study.tried.add(f"{run.name}@{step}")
             print(f"  the point at step {step} of {run.name} failed: {row['message']}", flush=True)
-        else:
-            row |= json.loads((study.runs / f"{name}.scores.json").read_text())
         add_row(study.rows, row)
 
 

@@ -87,7 +87,8 @@ def view_from_torchvision(
         )
     left, top, width, height = [int(params[name]) for name in names]
     if params.get("needs_pad"):
-        left, top = left - params["padding"][0], top - params["padding"][1]
+        left -= params["padding"][0]
+        top -= params["padding"][1]
     crop = torch.tensor([left, top, width, height], dtype=torch.float32, device="cpu")
     flips = [torch.tensor(value, device="cpu") for value in (flip, vertical_flip)]
     return view_from_xywh(crop, *flips)
@@ -137,7 +138,8 @@ def view_from_kornia(
     Args:
         record: The `transform_matrix` (b, 3, 3) of one augmentation or of a whole
             `AugmentationSequential`, flips included, or the `_params` of one crop, whose corners
-            `src` and `dst` (b, 4, 2) are read.
+            `src` and `dst` (b, 4, 2) are read, and `padding_size` and `batch_prob` where it has
+            them: an image that the crop was not applied to is shown whole.
         size: Size `(h, w)` of the views in pixels; a number means square views.
         align_corners: Only for `_params`, which do not say it: False where the crop was made by
             `cropping_mode="slice"` and `align_corners=False`.
@@ -146,7 +148,8 @@ def view_from_kornia(
         The views; `valid` is False where the record holds a rotation, a shear or a perspective.
 
     Raises:
-        ValueError: The parameters are not those of a crop, or the size is not positive.
+        ValueError: The parameters are not those of a crop, or no tensors, or the size is not
+            positive.
 
     Examples:
         >>> corners = torch.tensor([[[8.0, 8.0], [39.0, 8.0], [39.0, 23.0], [8.0, 23.0]]])
@@ -306,6 +309,9 @@ def view_to_lightly_train(view: View, size: Size) -> Float[Tensor, "*batch 8"]:
     Returns:
         The eight numbers of each view, in at least float32.
 
+    Raises:
+        ValueError: The size is not positive.
+
     Examples:
         >>> view = View(torch.tensor([10.0, 20.0, 40.0, 60.0]), torch.tensor(True))
         >>> view_to_lightly_train(view, (480, 640)).tolist()
@@ -370,7 +376,8 @@ def _kornia_matrix(params: Mapping[str, Any], margin: float) -> Tensor:
     matrix = torch.cat([first, last], -2)
     if "batch_prob" in params:  # images that the crop was not applied to
         is_cropped = params["batch_prob"].to(matrix.device) > 0.5
-        matrix = torch.where(is_cropped[:, None, None], matrix, torch.eye(3).to(matrix))
+        whole = torch.eye(3, dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(is_cropped[:, None, None], matrix, whole)
     return matrix
 
 

@@ -3,13 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from densekit.numerics import (
-    check,
-    fit_valid,
-    refuse_maps,
-    sample_uniform,
-    take_rows,
-)
+from densekit.numerics import check, fit_valid, refuse_maps, sample_uniform, take_rows
 from densekit.typing import Bool, Float, Int, Tensor, typed
 
 __all__ = ["Bank", "Negatives", "bank_negatives", "init_bank", "push_to_bank", "sample_keys"]
@@ -74,7 +68,8 @@ def init_bank(
         The bank.
 
     Raises:
-        ValueError: The size or the length is not positive, or the dtype is not a floating dtype.
+        ValueError: The size or the length is not positive, or the dtype is not a floating dtype of
+            16 bits or more.
 
     Examples:
         >>> bank = init_bank(65536, 128)

@@ -149,7 +149,8 @@ def affinity_matrix(
     """
     check_temperature("diagnostics.affinity_matrix", temperature)
     with full_precision(features1):
-        rows1, rows2 = l2_normalize(features1), l2_normalize(features2)
+        rows1 = l2_normalize(features1)
+        rows2 = l2_normalize(features2)
         dtype = torch.promote_types(rows1.dtype, rows2.dtype)
         similarity = rows1.to(dtype) @ rows2.mT.to(dtype)
     return (similarity / in_range(temperature, similarity.dtype)).softmax(-2)
@@ -242,8 +243,8 @@ def layer_features(
 
     Raises:
         TypeError: The channels of the images come last.
-        ValueError: A layer does not exist or did not run, or its output is neither a map nor tokens
-            of such patches.
+        ValueError: A layer does not exist or did not run, its output is neither a map nor tokens of
+            such patches, or `patch` is below 1 or larger than a side of the images.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 2, 2))

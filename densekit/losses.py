@@ -247,7 +247,8 @@ def info_nce(
 
     Raises:
         TypeError: The shapes differ, or rows look like maps.
-        ValueError: The temperature is not positive, or `product_dtype` is not a floating dtype.
+        ValueError: The temperature is not positive, or `product_dtype` is not a floating dtype of
+            16 bits or more.
 
     Examples:
         >>> x = torch.eye(4)

@@ -269,7 +269,8 @@ def train_linear_probe(
         The classifier of the raw features (`linear_maps` applies it), in float32.
 
     Raises:
-        ValueError: There is no class, cell, pixel or epoch, or the batch is below 1.
+        ValueError: There is no class, cell, pixel or epoch, the batch is below 1, or the rate, the
+            momentum or the weight decay is negative or not finite.
 
     Examples:
         >>> labels = torch.arange(2).repeat(8, 4, 2)

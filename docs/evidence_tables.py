@@ -22,9 +22,7 @@ STYLES = {  # of a method's curve: a pair shares a color
     "decoupling": ("tab:purple", "-."),
     "region": ("tab:purple", "--"),
 }
-METHODS = [  # in the order of the tables: a baseline after its methods
-    "densesiam", "simsiam", "dupr", "mocov2", "croc", "dino", "d3ssl", "decoupling", "region",
-]  # fmt: skip
+METHODS = list(STYLES)  # in the order of the tables
 TERMS = {  # what a demo logs besides its score, as the tables name it
     "coupling_rate_layer4": "coupling",
     "mean_cosine_layer4": "cosine",

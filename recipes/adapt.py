@@ -1305,8 +1305,9 @@ def train(config: Config) -> None:
             seeds = harness.image_seeds(config.seed, step, indices)
             # Each image with a valid pair counts alike, whatever process and part it is in; gram
             # compares each image with itself. DDP takes the mean over the processes.
-            counts = valid.new_ones(len(valid)) if config.method == "gram" else valid.any(1)
-            counted = dk.all_sum(counts.float().sum(), torch.distributed.group.WORLD)
+            has_pair = valid.any(1)
+            is_counted = torch.ones_like(has_pair) if config.method == "gram" else has_pair
+            counted = dk.all_sum(is_counted.float().sum(), torch.distributed.group.WORLD)
             weight = world.size / counted.clamp(min=1)
             batch = (crops, views, valid, seeds)
             if step == 0:
@@ -1330,9 +1331,9 @@ def train(config: Config) -> None:
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
             values = {"loss": loss}
-            # A part counts by its images with a valid pair, of the parts of all processes.
-            counts_of_parts = [split(part, parts, counts)[0] for part in range(parts)]
-            used = torch.stack([x.sum() for x in counts_of_parts])
+            # A part weighs as much as its images that count; the log takes the mean over processes.
+            counted_parts = [split(part, parts, is_counted)[0] for part in range(parts)]
+            used = torch.stack([x.sum() for x in counted_parts])
             for name in part_terms[0]:
                 of_parts = torch.stack([terms[name] for terms in part_terms])
                 values[name] = (of_parts * used).sum() * weight

@@ -259,13 +259,18 @@ def segment(counts_of: Counts, fit: Features, test: Features, config: Any, seed:
 
 
 def position_prior(fit: Features, test: Features, config: Any) -> dict:
-    """What is known without an image: the shares of the classes at each place."""
+    """What is known without an image: the shares of the classes at each place.
+
+    Empty where the split to fit on has no labeled pixel.
+    """
     k = len(fit.classes)
     size = [4 * side for side in test.maps.shape[-2:]]
     images_of_class = torch.zeros(k, *size)  # at each place; the maps are not in memory together
     for labels in fit.labels:
         small = resize_to_cells(labels, size, k)[None].long()
         images_of_class.scatter_add_(0, small.clamp(min=0), (small >= 0).float())
+    if not images_of_class.any():
+        return {}
     shares = images_of_class / max(1, len(fit.labels))
 
     def class_scores(maps: Tensor) -> Tensor:

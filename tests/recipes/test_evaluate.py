@@ -630,11 +630,26 @@ def test_images_without_a_class_are_left_out(data, tmp_path):
     ],
 )
 def test_a_split_without_labels_to_fit_on_is_one_sentence(data, tmp_path, protocol, sentence):
-    void = tmp_path / "void"
+    void = without_labels(data, tmp_path)
+    with pytest.raises(harness.UserError, match=sentence):
+        evaluate.evaluate(configured(void, tmp_path / "out", protocol=protocol))
+
+
+def test_without_labels_to_fit_on_clusters_are_scored_and_there_is_no_prior(data, tmp_path):
+    void = without_labels(data, tmp_path)
+    config = configured(void, tmp_path, protocol="kmeans-seg", clusters=2)
+    evaluate.evaluate(config)
+    results = json.loads((config.out / "results.json").read_text())["results"]
+    assert results["position prior"] == {"kmeans-seg": {}}
+    assert 0 <= results["random:tiny"]["kmeans-seg"]["miou"]["value"] <= 1
+
+
+def without_labels(data, folder):
+    """The set, with label maps of train that have no class anywhere."""
+    void = folder / "void"
     shutil.copytree(data, void)
     for name in json.loads((void / "splits.json").read_text())["train"]:
         for path in (void / "labels").glob(f"{Path(name).stem}.*"):
             Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
     (void / "boxes.json").unlink(missing_ok=True)
-    with pytest.raises(harness.UserError, match=sentence):
-        evaluate.evaluate(configured(void, tmp_path / "out", protocol=protocol))
+    return void
